@@ -1,0 +1,40 @@
+"""Fixtures that every test shares: each test starts from its own seed and leaves torch as it found it."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+from devices import devices
+
+# Examples come from a fixed seed, so that a red run is red again on the next machine; the first call of an op
+# may compile or load a library, so a deadline per example would fail by chance.
+hypothesis.settings.register_profile("normwise", derandomize=True, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("normwise")
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_restored(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Seed from the test's own name, so that order and xdist's split do not matter; undo global settings."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    random.seed(seed)
+    torch.manual_seed(seed)
+    threads, dtype, grad = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
+    torch.set_grad_enabled(grad)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(params=devices())
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Runs the test once on each device of the machine."""
+    return torch.device(request.param)
