@@ -5,11 +5,11 @@ Every allowance is a multiple of a unit of rounding, so that it has a reason, an
     |actual - expected| <= rtol * |expected| + sqrt(count) * sum_tol * scale + one subnormal step
 
 - `rtol` is for rounding the result itself (and, for composed operations, their intermediate results).
-- `sum_tol` is for the sums inside: their error does not shrink where the result happens to be near zero, so it
-  is measured against `scale`, the size of what was added and subtracted (default: the largest |expected|).
+- `sum_tol` is for the sums inside: their error does not shrink where the result happens to be near zero, so
+  it is measured against `scale`, the size of what was added and subtracted (default: the largest |expected|).
   Rounding errors of a sum walk at random, so they grow with the square root of the `count` of its terms.
 
-A forward takes its sums in float32 or better whatever the input's dtype, so half precision does not loosen them.
+A forward sums in float32 or better whatever the input's dtype, so half precision does not loosen `sum_tol`.
 The same numbers hold everywhere: nothing here depends on the machine, the device or CI.
 """
 
@@ -39,7 +39,7 @@ TABLE: dict[tuple[torch.dtype, Kind], Tolerance] = {
     (torch.float64, "forward"): Tolerance(1e-12, 1e-12),
     (torch.float64, "grad"): Tolerance(1e-10, 1e-10),
     (torch.float64, "composed"): Tolerance(1e-10, 1e-10),
-    # Subtract the mean, scale, gain, bias: four roundings; rstd carries half the relative error of a variance.
+    # Subtract the mean, scale, gain, bias: four roundings; rstd carries half the error of a variance.
     (torch.float32, "forward"): Tolerance(8 * F32, 8 * F32),
     # A norm's input gradient subtracts two means from the upstream gradient: more terms, each rounded.
     (torch.float32, "grad"): Tolerance(16 * F32, 32 * F32),
@@ -84,8 +84,8 @@ def assert_close(
         kind: "forward" (rounded once), "grad", or "composed" (several stored steps).
         dtype: the dtype that the arithmetic is held to; default: `actual.dtype`.
         count: how many terms each sum inside has: elements per statistic, rows per parameter gradient, steps.
-        scale: the size of what was added and subtracted, where that is more than the largest |expected|: a mean
-            of 1e4 taken from inputs near 1e4, or gradients whose exact value is zero.
+        scale: the size of what was added and subtracted, where that is more than the largest |expected|:
+            a mean of 1e4 taken from inputs near 1e4, or gradients whose exact value is zero.
         name: what to call the tensor in the message.
     """
     dtype = actual.dtype if dtype is None else dtype
