@@ -1,0 +1,100 @@
+"""A small table of numbers: the one that `normwise explain` starts from, and how to read a user's own."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from normwise.lab.errors import InputError
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers with a name for each column and each row; `values[row][column]`."""
+
+    columns: list[str]
+    rows: list[str]
+    values: list[list[float]]
+
+
+PEOPLE = Table(
+    columns=["height cm", "weight kg", "age"],
+    rows=["Anna", "Ben", "Chloe", "David", "Emma"],
+    values=[[168, 61, 34], [183, 82, 41], [159, 52, 27], [176, 77, 58], [104, 17, 4]],
+)
+
+
+def read_csv(path: Path) -> Table:
+    """Read comma-separated numbers.
+
+    The first line is a header if none of its cells is a number. The first column holds the rows' names if none of
+    its cells is a number (below the header); otherwise rows are named by their line in the file.
+
+    Raises:
+        InputError: naming file, line and column: not UTF-8 text, no rows, a line with another number of cells,
+            a cell that is not a finite number.
+    """
+    lines = _cells(path)
+    if not lines:
+        raise InputError(f"{path}: the file has no rows; expected comma-separated numbers")
+    first_line, first = lines[0]
+    width = len(first)
+    for line, cells in lines:
+        if len(cells) != width:
+            raise InputError(f"{path}, line {line}: {len(cells)} cells, but line {first_line} has {width}")
+
+    has_header = not any(_is_number(cell) for cell in first)
+    body = lines[1:] if has_header else lines
+    if not body:
+        raise InputError(f"{path}: the file has a header and no rows; expected numbers below line {first_line}")
+    has_names = width > 1 and not any(_is_number(cells[0]) for _, cells in body)
+    start = 1 if has_names else 0
+    columns = first[start:] if has_header else [f"column {i + 1}" for i in range(start, width)]
+    return Table(
+        columns=columns,
+        rows=[cells[0] if has_names else f"line {line}" for line, cells in body],
+        values=[
+            [
+                _number(cell, f"{path}, line {line}, column {i + 1}" + (f" ({first[i]})" if has_header else ""))
+                for i, cell in enumerate(cells)
+                if i >= start
+            ]
+            for line, cells in body
+        ],
+    )
+
+
+def _cells(path: Path) -> list[tuple[int, list[str]]]:
+    """(line number, cells) of every line that is not blank."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, skipinitialspace=True, strict=True)
+            lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: not comma-separated text: {error}") from error
+    return [(line, cells) for line, cells in lines if any(cells)]
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _number(cell: str, where: str) -> float:
+    if not cell:
+        raise InputError(f"{where}: the cell is empty; expected a number")
+    if not _is_number(cell):
+        raise InputError(f"{where}: {cell!r} is not a number; decimals take a point and no thousands separator")
+    value = float(cell)
+    if not math.isfinite(value):
+        raise InputError(f"{where}: {cell!r} is not finite; statistics need finite numbers")
+    return value
