@@ -1,0 +1,21 @@
+"""What is true: every computation of the library once more in plain PyTorch, upcasting, slow and readable.
+
+Each function here is differentiable by torch's own autograd, any number of times, and runs on any device.
+Kernels are tested against it and never the other way round.
+"""
+
+from normwise.reference.activations import ACTIVATIONS, activation
+from normwise.reference.moments import Moments, accumulation_dtype, centre, count_valid, moments
+from normwise.reference.norm import norm, norm_backward
+
+__all__ = [
+    "ACTIVATIONS",
+    "Moments",
+    "accumulation_dtype",
+    "activation",
+    "centre",
+    "count_valid",
+    "moments",
+    "norm",
+    "norm_backward",
+]

@@ -1,0 +1,105 @@
+"""InstanceNorm1d, InstanceNorm2d, InstanceNorm3d."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from normwise.nn.construct import affine_without_bias, reset_affine
+from normwise.ops import check
+from normwise.ops.instance_norm import instance_norm
+
+
+class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
+    """The part of InstanceNorm that does not depend on the input's rank; a subclass of torch's own."""
+
+    batched_rank: int
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        check.positive_eps(eps)
+        check.momentum_range(momentum)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        affine_without_bias(self, affine and not bias)
+
+    def reset_parameters(self) -> None:
+        """Gain 1, bias 0, running mean 0 and variance 1."""
+        self.reset_running_stats()
+        reset_affine(self)
+
+    def forward(self, input: Tensor, *, mask: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+        """See `normwise.functional.instance_norm` for shapes and errors; an input without batch axis is one sample."""
+        check.rank(input, (self.batched_rank - 1, self.batched_rank))
+        if input.dim() < self.batched_rank:
+            if mask is not None:
+                mask = mask.unsqueeze(0)
+            if lengths is not None:
+                lengths = lengths.reshape(1)
+            return self.forward(input.unsqueeze(0), mask=mask, lengths=lengths).squeeze(0)
+        self._check_channels(input)
+        return instance_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training or not self.track_running_stats,
+            self.momentum if self.momentum is not None else 0.0,
+            self.eps,
+            mask=mask,
+            lengths=lengths,
+        )
+
+    def _check_channels(self, input: Tensor) -> None:
+        found = input.shape[1]
+        if found == self.num_features:
+            return
+        if self.affine or self.track_running_stats:
+            raise check.ShapeError(
+                f"expected input's size at dim=1 to match num_features ({self.num_features}), but got: {found}."
+            )
+        warnings.warn(
+            f"input's size at dim=1 ({found}) does not match num_features ({self.num_features}), which is not used "
+            "because "
+            "affine=False: build the layer with the number of channels to silence this",
+            stacklevel=3,
+        )
+
+
+class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
+    r"""Instance normalization of (N, C, L) or (C, L).
+
+    y = gamma * (x - E[x]) / sqrt(Var[x] + eps) + beta, with mean and variance over the positions of one sample and
+    channel. By default there is neither gain nor bias, and no running average.
+
+    A drop-in for `torch.nn.InstanceNorm1d`: same arguments, state_dict and results. Beyond it, in the call: `mask`
+    (bool, True = valid; (N, L), or broadcastable to the input) or `lengths` (valid steps of each sample).
+
+    Source: Ulyanov, Vedaldi & Lempitsky 2016.
+    """
+
+    batched_rank = 3
+
+
+class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
+    """Instance normalization of (N, C, H, W) or (C, H, W); as `InstanceNorm1d`, with `mask` of shape (N, H, W)."""
+
+    batched_rank = 4
+
+
+class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
+    """Instance normalization of (N, C, D, H, W) or (C, D, H, W); as `InstanceNorm1d`, with `mask` (N, D, H, W)."""
+
+    batched_rank = 5

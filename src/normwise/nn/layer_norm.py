@@ -1,0 +1,166 @@
+"""LayerNorm and RMSNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from normwise.nn.construct import reset_affine
+from normwise.ops import check
+from normwise.ops.layer_norm import layer_norm
+from normwise.ops.rms_norm import rms_norm
+from normwise.reference import activation
+
+
+class LayerNorm(nn.LayerNorm):
+    r"""Layer normalization over the last axes, or over those that `dim` names.
+
+    y = act(gamma * (x - E[x]) / sqrt(Var[x] + eps) + beta), with mean and variance over the features of one sample:
+    the same at any batch size and length, in training and in evaluation.
+
+    A drop-in for `torch.nn.LayerNorm`: same arguments, state_dict and results. Beyond it: `dim` normalizes any axes,
+    e.g. `LayerNorm(64, dim=1)` the channels of (N, C, H, W); `act` is applied last; in the call, `mask` (bool,
+    True = valid) or `lengths` keep padding out, and with a `residual` the result is the pair
+    (ln(x + residual), x + residual).
+
+    Args:
+        normalized_shape: sizes of the axes that are normalized together.
+        eps: added to the variance.
+        elementwise_affine: learn gamma and beta, each of shape `normalized_shape`.
+        bias: learn beta.
+        dim: the axes of the input that hold `normalized_shape`, in its order; None for the last ones.
+        act: "relu", "leaky_relu", "silu", "gelu" or None.
+
+    Source: Ba, Kiros & Hinton 2016.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        dim: int | Sequence[int] | None = None,
+        act: str | None = None,
+    ) -> None:
+        check.positive_eps(eps)
+        shape = _shape(normalized_shape)
+        self_dim = _dim(dim, shape)
+        if act is not None:
+            activation(act)
+        super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
+        self.dim = self_dim
+        self.act = act
+
+    def reset_parameters(self) -> None:
+        """Gain 1, bias 0."""
+        reset_affine(self)
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        *,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        residual: Tensor | PackedSequence | None = None,
+    ) -> Any:
+        """See `normwise.functional.layer_norm` for shapes and errors."""
+        return layer_norm(
+            input,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.eps,
+            dim=self.dim,
+            mask=mask,
+            lengths=lengths,
+            act=self.act,
+            residual=residual,
+        )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _extra_repr(self.dim, self.act)
+
+
+class RMSNorm(nn.RMSNorm):
+    r"""Root mean square normalization over the last axes, or over those that `dim` names.
+
+    y = act(gamma * x / sqrt(E[x^2] + eps)): LayerNorm that leaves the mean in and has no bias.
+
+    A drop-in for `torch.nn.RMSNorm`: same arguments, state_dict and results; `eps` None stands for the machine
+    epsilon. `dim`, `act`, `mask`, `lengths` and `residual` as in `LayerNorm`.
+
+    Source: Zhang & Sennrich 2019.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        dim: int | Sequence[int] | None = None,
+        act: str | None = None,
+    ) -> None:
+        if eps is not None:
+            check.positive_eps(eps)
+        shape = _shape(normalized_shape)
+        self_dim = _dim(dim, shape)
+        if act is not None:
+            activation(act)
+        super().__init__(shape, eps, elementwise_affine, device, dtype)
+        self.dim = self_dim
+        self.act = act
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        *,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        residual: Tensor | PackedSequence | None = None,
+    ) -> Any:
+        """See `normwise.functional.rms_norm` for shapes and errors."""
+        return rms_norm(
+            input,
+            self.normalized_shape,
+            self.weight,
+            self.eps,
+            dim=self.dim,
+            mask=mask,
+            lengths=lengths,
+            act=self.act,
+            residual=residual,
+        )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _extra_repr(self.dim, self.act)
+
+
+def _shape(normalized_shape: int | Sequence[int]) -> list[int]:
+    return [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
+
+
+def _dim(dim: int | Sequence[int] | None, shape: list[int]) -> int | tuple[int, ...] | None:
+    """`dim` as it is kept: hashable, and with as many axes as `shape`."""
+    if dim is None or isinstance(dim, int):
+        named = 1
+    else:
+        dim = tuple(dim)
+        named = len(dim)
+    if dim is not None and named != len(shape):
+        raise ValueError(f"dim={dim} names {named} axes, but normalized_shape={shape} has {len(shape)}")
+    return dim
+
+
+def _extra_repr(dim: int | tuple[int, ...] | None, act: str | None) -> str:
+    return ("" if dim is None else f", dim={dim}") + ("" if act is None else f", act={act!r}")

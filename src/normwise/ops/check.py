@@ -1,0 +1,164 @@
+"""What the norms accept, and what they say otherwise. Nothing here changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normwise.ops.choose import values_visible
+
+
+class ShapeError(ValueError, RuntimeError):
+    """A tensor of the wrong shape. Both kinds of error, because torch raises now the one and now the other."""
+
+
+def floating(op: str, x: Tensor) -> None:
+    """Norms are for real floating tensors."""
+    if not x.is_floating_point():
+        raise TypeError(
+            f'"{op}" not implemented for {x.dtype}: expected a floating dtype (float64, float32, bfloat16, float16); '
+            "convert the input first, e.g. x.float()"
+        )
+
+
+def rank(x: Tensor, allowed: Sequence[int]) -> None:
+    """`x` must have one of the allowed numbers of axes."""
+    if x.dim() not in allowed:
+        names = " or ".join(f"{n}D" for n in allowed)
+        raise ShapeError(
+            f"expected {names} input (got {x.dim()}D input): the shape is {tuple(x.shape)}, axis 1 must hold the "
+            "channels"
+        )
+
+
+def positive_eps(eps: float) -> None:
+    """eps keeps the division finite."""
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, but got {eps}: use a small number such as 1e-5")
+
+
+def momentum_range(momentum: float | None) -> None:
+    """Running averages move by a share of the way, or by a cumulative average (None)."""
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(
+            f"momentum must lie in [0, 1] or be None, but got {momentum}: it is the weight of the NEW batch in the "
+            "running "
+            "averages (Keras and Flax state the weight of the old value: use 1 minus theirs)"
+        )
+
+
+def per_channel(name: str, value: Tensor | None, channels: int) -> None:
+    """A vector with one element a channel, or None."""
+    if value is not None and tuple(value.shape) != (channels,):
+        raise ShapeError(
+            f"{name} should contain {channels} elements not {value.numel()}: the input has {channels} channels (axis "
+            "1), "
+            f"{name} has shape {tuple(value.shape)}"
+        )
+
+
+def like_normalized_shape(name: str, value: Tensor | None, normalized_shape: Sequence[int]) -> None:
+    """A gain or bias with one element a feature, or None."""
+    if value is not None and tuple(value.shape) != tuple(normalized_shape):
+        raise ShapeError(
+            f"Expected {name} to be of same shape as normalized_shape, but got {name} of shape {list(value.shape)} and "
+            f"normalized_shape = {list(normalized_shape)}"
+        )
+
+
+def same_shape(name: str, value: Any, x: Tensor) -> None:
+    """`residual` is added to the input or output element by element."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor like the input, but got {type(value).__name__}")
+    if value.shape != x.shape:
+        raise ShapeError(
+            f"{name} must have the input's shape {tuple(x.shape)}, but got {tuple(value.shape)}: expand it first"
+        )
+
+
+def more_than_one(count: int, x: Tensor, cure: str) -> None:
+    """One value has no deviation. torch's own words first, since people search for them."""
+    if count == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {x.shape}: one value standardizes "
+            "to 0 "
+            f"whatever it is. {cure}"
+        )
+
+
+BATCH_OF_ONE_CURE = (
+    "Ways out: a norm that needs no batch (LayerNorm, GroupNorm), eval mode (model.eval() uses the running "
+    "statistics), "
+    "or DataLoader(drop_last=True) if only the last batch is this small."
+)
+
+
+def validity(x: Tensor, mask: Tensor | None, lengths: Tensor | None, channel_dim: int) -> Tensor | None:
+    """The valid elements as a bool tensor with as many axes as `x`, broadcastable to it; None if all are valid.
+
+    Args:
+        x: the input.
+        mask: bool, True = valid (the reverse of torch's key_padding_mask): the shape of `x` without `channel_dim`,
+            or any shape that broadcasts to that of `x`.
+        lengths: integers of shape (x.shape[0],): how many steps along the last axis are valid.
+        channel_dim: the axis that a mask need not have.
+
+    Raises:
+        TypeError: a mask that is not bool, lengths that are not integers.
+        ShapeError: a shape that does not fit.
+        ValueError: mask and lengths together, or lengths outside [0, steps].
+    """
+    if mask is not None and lengths is not None:
+        raise ValueError("got both mask and lengths: give one of them (mask & lengths_mask is a mask)")
+    if lengths is not None:
+        return _from_lengths(x, lengths)
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"mask must be of dtype torch.bool with True = valid, but got {mask.dtype}: use mask.bool(), or ~mask if "
+            "True marks padding there, as in torch's key_padding_mask"
+        )
+    channel_dim %= x.dim()
+    without_channel = (*x.shape[:channel_dim], *x.shape[channel_dim + 1 :])
+    if tuple(mask.shape) == without_channel:
+        return mask.unsqueeze(channel_dim)
+    padded = (1,) * (x.dim() - mask.dim()) + tuple(mask.shape)
+    if len(padded) != x.dim() or any(m not in (1, s) for m, s in zip(padded, x.shape, strict=True)):
+        raise ShapeError(
+            f"mask of shape {tuple(mask.shape)} does not fit an input of shape {tuple(x.shape)}: expected "
+            f"{without_channel} "
+            f"(the input without its channel axis {channel_dim}) or a shape that broadcasts to the input's"
+        )
+    return mask.reshape(padded)
+
+
+def _from_lengths(x: Tensor, lengths: Tensor) -> Tensor:
+    if x.dim() < 3:
+        raise ShapeError(
+            "lengths counts valid steps along the last axis of an input (N, C, L), but got an input of shape "
+            f"{tuple(x.shape)}: "
+            "use mask="
+        )
+    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"lengths must be of an integer dtype, but got {lengths.dtype}: use lengths.long()")
+    n, steps = x.shape[0], x.shape[-1]
+    if tuple(lengths.shape) != (n,):
+        raise ShapeError(
+            f"lengths must be of shape ({n},), one for each sample of an input of shape {tuple(x.shape)}, "
+            f"but got {tuple(lengths.shape)}"
+        )
+    if n and values_visible(lengths):
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > steps:
+            raise ValueError(
+                f"lengths must lie in [0, {steps}], the number of steps along the last axis of {tuple(x.shape)}, "
+                f"but got values from {low} to {high}"
+            )
+    valid = torch.arange(steps, device=x.device) < lengths.to(x.device)[:, None]
+    return valid.view(n, *(1,) * (x.dim() - 2), steps)

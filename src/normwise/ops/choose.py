@@ -1,0 +1,191 @@
+"""Which backend runs a call: the only place that decides.
+
+- `torch`: ATen's own kernel, where it does the same job as well.
+- `cpu`: our C++ kernels.
+- `triton`: our GPU kernels.
+- `reference`: plain PyTorch operations; always works.
+
+`with normwise.backend("reference"):` or the environment variable NORMWISE_BACKEND forces one for the whole process;
+a forced backend never falls back but raises `BackendError` with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("torch", "cpu", "triton", "reference")
+
+# ATen scales by x * a + b, where a = weight * rstd and b = bias - mean * a nearly cancel when the mean dwarfs the
+# deviation: its error is about 1e-7 times this ratio. Up to 32 that stays within a few float32 roundings.
+MEAN_TO_DEVIATION_LIMIT = 32.0
+
+# ATen's BatchNorm on rows of channels, (N, C) or channels-last, adds up each channel in one float32 variable per
+# thread; up to this many elements the error of that sum stays within a few float32 roundings.
+RUNNING_SUM_LIMIT = 1 << 14
+
+
+class BackendError(RuntimeError):
+    """A forced backend cannot run the call."""
+
+
+class Choice(NamedTuple):
+    """The backend of a call and why it was taken."""
+
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the choice depends on.
+
+    Attributes:
+        op: the op's name, as in `normwise.functional`.
+        x: its input.
+        dims: the axes of `x` that share statistics, ascending.
+        weight: the gain.
+        masked: some elements do not count.
+        batch_statistics: statistics are taken from `x` (training), not given.
+        fixed_momentum: the running averages, if any, move by a plain number (ATen takes no tensor).
+    """
+
+    op: str
+    x: Tensor
+    dims: tuple[int, ...]
+    weight: Tensor | None = None
+    masked: bool = False
+    batch_statistics: bool = True
+    fixed_momentum: bool = True
+
+
+class _Forced:
+    """The forced backend. A class attribute, because torch.compile can read and guard it (a ContextVar it cannot)."""
+
+    name: str | None = None
+
+
+def force(name: str | None) -> None:
+    """Force backend `name` from now on; None lets `choose` decide again. ValueError names the known backends."""
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(map(repr, BACKENDS))}")
+    _Forced.name = name
+
+
+def forced() -> str | None:
+    """The forced backend, or None."""
+    return _Forced.name
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Force a backend inside a `with` block, in all threads; None lifts an outer block's choice."""
+    before = _Forced.name
+    force(name)
+    try:
+        yield
+    finally:
+        _Forced.name = before
+
+
+def choose(call: Call) -> Choice:
+    """The backend for `call` and the reason. Raises `BackendError` if a forced backend cannot run it."""
+    if _Forced.name is not None:
+        obstacle = _OBSTACLES[_Forced.name](call)
+        if obstacle is not None:
+            raise BackendError(
+                f"backend {_Forced.name!r} was forced but cannot run {call.op}: {obstacle}. "
+                "Leave the choice to normwise with normwise.backend(None), or force 'reference', which runs everything."
+            )
+        return Choice(_Forced.name, "forced")
+    if transforming():
+        return Choice("reference", "inside a torch.func transform")
+    obstacle = _torch_obstacle(call) or _torch_weakness(call)
+    if obstacle is None:
+        return Choice("torch", "ATen's kernel does the same job")
+    return Choice("reference", obstacle)
+
+
+def transforming() -> bool:
+    """Inside vmap, grad or another torch.func transform, where no value of a tensor can be looked at."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def values_visible(*tensors: Tensor | None) -> bool:
+    """Whether the values of these tensors may decide what is done: not while compiling or transforming, nor on meta."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return not any(t is not None and (t.is_meta or _is_fake(t)) for t in tensors)
+
+
+def watches_digits(x: Tensor) -> bool:
+    """Whether ATen's result for `x` is to be judged by `loses_digits` before it is used.
+
+    Only on the CPU (on a GPU a look at a value would wait for the queue, and ATen's kernels there subtract the mean
+    first), and not when a backend was forced, which never falls back.
+    """
+    return _Forced.name is None and x.device.type == "cpu" and x.numel() > 0 and values_visible(x)
+
+
+def loses_digits(mean: Tensor, rstd: Tensor) -> bool:
+    """Whether ATen lost digits to cancellation with these statistics."""
+    return bool((mean.abs() * rstd).amax() > MEAN_TO_DEVIATION_LIMIT)
+
+
+def found() -> dict[str, str | None]:
+    """For each backend, what keeps it from being used on this machine, or None if nothing does."""
+    return {"torch": None, "cpu": _NO_LIBRARY, "triton": _NO_TRITON, "reference": None}
+
+
+_NO_LIBRARY = "this version of normwise has no compiled CPU library"
+_NO_TRITON = "this version of normwise has no Triton kernels"
+
+
+def _torch_obstacle(call: Call) -> str | None:
+    """What ATen's kernels cannot do."""
+    if call.masked:
+        return "ATen's kernels take no mask"
+    if not call.fixed_momentum:
+        return "ATen takes momentum as a number only"
+    weight = call.weight
+    if weight is not None and weight.dtype != call.x.dtype:
+        half = call.x.dtype in (torch.bfloat16, torch.float16)
+        if call.op == "rms_norm" or not half or weight.dtype != torch.float32:
+            return f"ATen does not mix an input of {call.x.dtype} with a gain of {weight.dtype}"
+    trailing = tuple(range(call.x.dim() - len(call.dims), call.x.dim()))
+    if call.op in ("layer_norm", "rms_norm") and call.dims != trailing:
+        return "ATen normalizes trailing axes only"
+    return None
+
+
+def _torch_weakness(call: Call) -> str | None:
+    """Where ATen's kernels would do the job, but less exactly than they should."""
+    x = call.x
+    if call.op != "batch_norm" or not call.batch_statistics or x.device.type != "cpu" or x.numel() == 0:
+        return None
+    rows_of_channels = x.dim() == 2 or not x.is_contiguous()
+    if rows_of_channels and x.numel() // x.shape[1] > RUNNING_SUM_LIMIT and x.dtype != torch.float64:
+        return "ATen adds up long columns of channels in one float32 sum, which loses digits"
+    return None
+
+
+def _is_fake(t: Tensor) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(t, FakeTensor)
+
+
+_OBSTACLES = {
+    "torch": _torch_obstacle,
+    "cpu": lambda call: _NO_LIBRARY,
+    "triton": lambda call: _NO_TRITON,
+    "reference": lambda call: None,
+}
+
+force(os.environ.get("NORMWISE_BACKEND") or None)

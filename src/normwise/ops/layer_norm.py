@@ -1,0 +1,76 @@
+"""Layer normalization: one mean and variance a sample, over its features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from normwise.ops.choose import loses_digits, watches_digits
+from normwise.ops.features import feature_norm
+
+
+def layer_norm(
+    input: Tensor | PackedSequence,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dim: int | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    act: str | None = None,
+    residual: Tensor | PackedSequence | None = None,
+) -> Tensor | PackedSequence | tuple[Tensor, Tensor] | tuple[PackedSequence, PackedSequence]:
+    r"""act(gamma * (x - mean) / sqrt(var + eps) + beta), statistics over the features of one sample.
+
+    With a residual r the result is the pair (y, x + r), where y normalizes x + r: what a pre-norm transformer needs.
+
+    Args:
+        input: (*, normalized_shape); a PackedSequence or jagged nested tensor of rows; any tensor if `dim` is given.
+        normalized_shape: sizes of the axes that are normalized together.
+        weight, bias: gamma and beta, of shape `normalized_shape`.
+        eps: added to the (biased) variance.
+        dim: the axes of the input that hold `normalized_shape`, in its order; default the last ones.
+        mask: bool, True = valid: the input's shape without its channel axis (the first one that `dim` names; without
+            `dim` the last), or anything that broadcasts to the input.
+        lengths: (N,) integers, valid steps along the last axis of (N, C, L); not where that axis is the only one
+            normalized.
+        act: "relu", "leaky_relu", "silu" or "gelu", applied last.
+        residual: like the input, added before the statistics are taken.
+
+    Returns:
+        Like the input (or the pair); 0 at invalid positions, which neither enter the statistics nor receive a gradient.
+
+    Raises:
+        ShapeError: shapes that do not fit. TypeError: dtypes that do not. ValueError: eps <= 0, lengths out of range.
+
+    Source: Ba, Kiros & Hinton 2016, eq. 3 and 4.
+    """
+    return feature_norm(  # type: ignore[no-any-return]
+        "layer_norm",
+        _aten,
+        input,
+        normalized_shape,
+        weight,
+        bias,
+        eps,
+        center=True,
+        dim=dim,
+        mask=mask,
+        lengths=lengths,
+        act=act,
+        residual=residual,
+    )
+
+
+def _aten(
+    x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor | None:
+    if not watches_digits(x):
+        return torch.layer_norm(x, normalized_shape, weight, bias, eps, torch.backends.cudnn.enabled)
+    y, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
+    return None if loses_digits(mean, rstd) else y

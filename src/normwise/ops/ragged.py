@@ -1,0 +1,87 @@
+"""Sequences of different lengths without padding: PackedSequence and jagged nested tensors.
+
+Both keep all valid steps in one dense tensor of rows, so a norm of rows needs no mask: it takes the rows out and puts
+the result back in the same wrapping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+Ragged: TypeAlias = Tensor | PackedSequence
+
+
+def is_ragged(x: Any) -> bool:
+    """Whether `x` is a PackedSequence or a nested tensor."""
+    return isinstance(x, PackedSequence) or (isinstance(x, Tensor) and x.is_nested)
+
+
+def by_rows(
+    op: Callable[..., Any],
+    x: Ragged,
+    *,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    residual: Ragged | None,
+) -> Any:
+    """`op(rows, residual=rows)` in the wrapping of `x`, for `op` of (rows, features...) giving a tensor or several.
+
+    Raises:
+        ValueError: mask or lengths beside an input that states its own lengths.
+        TypeError: a residual wrapped in another way, or a nested tensor that is not jagged and without holes.
+    """
+    if mask is not None or lengths is not None:
+        raise ValueError(f"got mask or lengths together with a {_kind(x)}: it states its own lengths, leave them out")
+    if residual is not None and not _alike(x, residual):
+        raise TypeError(
+            f"residual must be a {_kind(x)} with the same lengths in the same order as the input, but got "
+            f"{_kind(residual)}"
+        )
+    y = op(_rows(x), residual=None if residual is None else _rows(residual))
+    return tuple(_wrap(rows, x) for rows in y) if isinstance(y, tuple) else _wrap(y, x)
+
+
+def _kind(x: Any) -> str:
+    if isinstance(x, PackedSequence):
+        return "PackedSequence"
+    return "nested tensor" if isinstance(x, Tensor) and x.is_nested else "padded tensor"
+
+
+def _alike(x: Ragged, other: Ragged) -> bool:
+    if isinstance(x, PackedSequence):
+        return isinstance(other, PackedSequence) and torch.equal(x.batch_sizes, other.batch_sizes)
+    return isinstance(other, Tensor) and other.is_nested and other.shape == x.shape
+
+
+def _rows(x: Ragged) -> Tensor:
+    if isinstance(x, PackedSequence):
+        return x.data
+    if x.layout != torch.jagged or _jagged(x).lengths() is not None:
+        raise TypeError(
+            "expected a nested tensor with layout=torch.jagged and no holes: build it by "
+            "torch.nested.nested_tensor(tensors, layout=torch.jagged), or call .contiguous()"
+        )
+    values: Tensor = x.values()
+    return values.movedim(_jagged_dim(x) - 1, 0)
+
+
+def _wrap(rows: Tensor, like: Ragged) -> Ragged:
+    if isinstance(like, PackedSequence):
+        return like._replace(data=rows)
+    dim = _jagged_dim(like)
+    return torch.nested.nested_tensor_from_jagged(rows.movedim(0, dim - 1), _jagged(like).offsets(), jagged_dim=dim)
+
+
+def _jagged(x: Tensor) -> Any:
+    """`x` as what it is at run time: torch's stubs do not know the methods of jagged nested tensors."""
+    return x
+
+
+def _jagged_dim(x: Tensor) -> int:
+    """The axis of varying size: the one whose size is symbolic."""
+    return next(d for d, s in enumerate(x.shape) if d > 0 and not isinstance(s, int))
