@@ -1,11 +1,26 @@
-"""What the lab raises when the user's input, and not the program, is at fault."""
+"""What the lab refuses, and the one outcome that is no failure."""
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 
-class InputError(ValueError):
-    """A file, a name or a number given by the user cannot be used.
 
-    The message is one line that says what was given, what is accepted and the cure; the command line prints it
-    as it stands and exits with status 2. Anything else that escapes is a bug and keeps its traceback.
-    """
+class LabError(ValueError):
+    """A request that cannot be run: an unknown task or norm, a number out of range, a file that holds no task."""
+
+
+class StoreError(RuntimeError):
+    """A store that cannot be used: damaged, newer than this normwise, or something else altogether."""
+
+
+class UndefinedError(Exception):
+    """The norm has no meaning in this setting. It is recorded as a result of the run, with its reason."""
+
+
+def unknown(kind: str, given: str, known: Iterable[str]) -> LabError:
+    """The error for a name that is not there: what was given, the nearest name, and all that are accepted."""
+    known = list(known)
+    nearest = difflib.get_close_matches(given, known, n=2, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
+    return LabError(f"unknown {kind} {given!r}{hint} (known: {', '.join(known)})")
