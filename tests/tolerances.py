@@ -57,9 +57,7 @@ TABLE: dict[tuple[torch.dtype, Kind], Tolerance] = {
 }
 
 
-def tolerance(
-    dtype: torch.dtype, kind: Kind = "forward", *, count: int = 1, scale: float = 1.0
-) -> dict[str, float]:
+def tolerance(dtype: torch.dtype, kind: Kind = "forward", *, count: int = 1, scale: float = 1.0) -> dict[str, float]:
     """`{"rtol": ..., "atol": ...}` for functions that take the pair, such as `torch.allclose`."""
     rtol, sum_tol = TABLE[dtype, kind]
     info = torch.finfo(dtype)

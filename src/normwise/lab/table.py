@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from normwise.lab.errors import InputError
+from normwise.lab.errors import LabError
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Table:
 
 
 PEOPLE = Table(
-    columns=["height cm", "weight kg", "age"],
+    columns=["height cm", "weight kg", "age years"],
     rows=["Anna", "Ben", "Chloe", "David", "Emma"],
     values=[[168, 61, 34], [183, 82, 41], [159, 52, 27], [176, 77, 58], [104, 17, 4]],
 )
@@ -33,22 +33,22 @@ def read_csv(path: Path) -> Table:
     its cells is a number (below the header); otherwise rows are named by their line in the file.
 
     Raises:
-        InputError: naming file, line and column: not UTF-8 text, no rows, a line with another number of cells,
+        LabError: naming file, line and column: not UTF-8 text, no rows, a line with another number of cells,
             a cell that is not a finite number.
     """
     lines = _cells(path)
     if not lines:
-        raise InputError(f"{path}: the file has no rows; expected comma-separated numbers")
+        raise LabError(f"{path}: the file has no rows; expected comma-separated numbers")
     first_line, first = lines[0]
     width = len(first)
     for line, cells in lines:
         if len(cells) != width:
-            raise InputError(f"{path}, line {line}: {len(cells)} cells, but line {first_line} has {width}")
+            raise LabError(f"{path}, line {line}: {len(cells)} cells, but line {first_line} has {width}")
 
     has_header = not any(_is_number(cell) for cell in first)
     body = lines[1:] if has_header else lines
     if not body:
-        raise InputError(f"{path}: the file has a header and no rows; expected numbers below line {first_line}")
+        raise LabError(f"{path}: the file has a header and no rows; expected numbers below line {first_line}")
     has_names = width > 1 and not any(_is_number(cells[0]) for _, cells in body)
     start = 1 if has_names else 0
     columns = first[start:] if has_header else [f"column {i + 1}" for i in range(start, width)]
@@ -73,11 +73,11 @@ def _cells(path: Path) -> list[tuple[int, list[str]]]:
             reader = csv.reader(file, skipinitialspace=True, strict=True)
             lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        raise LabError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
+        raise LabError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from error
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not comma-separated text: {error}") from error
+        raise LabError(f"{path}, line {reader.line_num}: not comma-separated text: {error}") from error
     return [(line, cells) for line, cells in lines if any(cells)]
 
 
@@ -91,10 +91,10 @@ def _is_number(cell: str) -> bool:
 
 def _number(cell: str, where: str) -> float:
     if not cell:
-        raise InputError(f"{where}: the cell is empty; expected a number")
+        raise LabError(f"{where}: the cell is empty; expected a number")
     if not _is_number(cell):
-        raise InputError(f"{where}: {cell!r} is not a number; decimals take a point and no thousands separator")
+        raise LabError(f"{where}: {cell!r} is not a number; cells are separated by commas, decimals take a point")
     value = float(cell)
     if not math.isfinite(value):
-        raise InputError(f"{where}: {cell!r} is not finite; statistics need finite numbers")
+        raise LabError(f"{where}: {cell!r} is not finite; statistics need finite numbers")
     return value

@@ -1,0 +1,36 @@
+"""The subcommands put together. Each lives in its own file and imports what it runs only when it is called."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import normwise
+from normwise.cli.explain import explain
+from normwise.cli.info import info
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain text: the same in a terminal, a log and a pipe
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(explain)
+app.command()(info)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"normwise {normwise.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def normwise_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Normalization for PyTorch: see what a norm does, compare norms on real data, see what runs here."""

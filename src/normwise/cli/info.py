@@ -1,0 +1,86 @@
+"""`normwise info`: what normwise runs on here, and why."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+
+def info(
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs, instead of text.")] = False,
+) -> None:
+    """Show what normwise runs on here: versions, devices and backends.
+
+    Each backend is found or comes with the reason why not. NORMWISE_BACKEND=NAME in the environment forces one;
+    a forced backend never falls back.
+    """
+    facts = gather()
+    if json:
+        import json as encoder
+
+        typer.echo(encoder.dumps(facts, indent=2))
+    else:
+        typer.echo(as_text(facts))
+
+
+def gather() -> dict[str, Any]:
+    """What there is to know, as plain data."""
+    import platform
+
+    import torch
+
+    import normwise
+    from normwise.ops import choose
+
+    return {
+        "versions": {
+            "normwise": normwise.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+        },
+        "devices": [
+            {
+                "device": "cpu",
+                "name": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+                "threads": torch.get_num_threads(),
+            },
+            *(_accelerator(index) for index in range(torch.accelerator.device_count())),
+        ],
+        "backends": [
+            {"backend": name, "found": obstacle is None, "reason": obstacle}
+            for name, obstacle in choose.found().items()
+        ],
+        "forced": choose.forced(),
+    }
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+    lines = [versions, "", "Devices"]
+    for device in facts["devices"]:
+        size = f"{device['threads']} threads" if "threads" in device else f"{device['memory_gib']:.0f} GiB"
+        lines.append(f"  {device['device']:<10} {device['name']}, {size}")
+    lines += ["", "Backends"]
+    for backend in facts["backends"]:
+        lines.append(f"  {backend['backend']:<10} {'found' if backend['found'] else 'not found: ' + backend['reason']}")
+    forced = facts["forced"]
+    lines += ["", f"Forced: {forced}" if forced else "Forced: none; each call takes the best that can run it."]
+    return "\n".join(lines)
+
+
+def _accelerator(index: int) -> dict[str, Any]:
+    """Name and memory of one GPU or other accelerator."""
+    import torch
+
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None  # device_count() was not 0
+    if kind.type != "cuda":
+        return {"device": f"{kind.type}:{index}", "name": kind.type, "memory_gib": None}
+    properties = torch.cuda.get_device_properties(index)
+    return {
+        "device": f"cuda:{index}",
+        "name": properties.name,
+        "memory_gib": properties.total_memory / 2**30,
+    }

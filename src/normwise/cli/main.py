@@ -1,0 +1,38 @@
+"""The `normwise` script: runs the subcommands and turns a user's mistake into one line and a status.
+
+Exit status: 0 done; 2 bad arguments, bad input or a missing package; 130 interrupted with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+from normwise.lab.errors import LabError, StoreError
+
+# What the extra `lab` installs; a test keeps the list equal to pyproject.toml.
+LAB_PACKAGES = ("numpy", "typer", "rich", "plotly", "jinja2")
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run the command line on `arguments` (default: `sys.argv[1:]`) and exit."""
+    try:
+        # Only here, so that without typer there is still somebody to say what to install.
+        from normwise.cli.app import app
+
+        app(arguments, prog_name="normwise")
+    except (LabError, StoreError) as error:
+        _fail(str(error))
+    except ModuleNotFoundError as missing:
+        package = (missing.name or "").partition(".")[0]
+        if package not in LAB_PACKAGES:
+            raise
+        _fail(f"the package {package!r} is not installed; run: pip install 'normwise[lab]'")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"normwise: error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import json
+
+import torch
+
+import normwise
+from normwise.ops import choose
+
+
+def test_json_tells_versions_devices_and_backends(normwise_command):
+    status, out, err = normwise_command("info", "--json")
+    assert (status, err) == (0, "")
+    facts = json.loads(out)
+    assert facts["versions"]["normwise"] == normwise.__version__
+    assert facts["versions"]["torch"] == torch.__version__
+    assert len(facts["devices"]) == 1 + torch.accelerator.device_count()
+    assert facts["devices"][0]["threads"] == torch.get_num_threads()
+    assert {entry["backend"]: entry["reason"] for entry in facts["backends"]} == choose.found()
+    assert all(entry["found"] == (entry["reason"] is None) for entry in facts["backends"])
+
+
+def test_text_says_for_every_backend_found_or_why_not(normwise_command):
+    status, out, err = normwise_command("info")
+    assert (status, err) == (0, "")
+    assert torch.__version__ in out
+    for name, obstacle in choose.found().items():
+        assert f"  {name:<10} {'found' if obstacle is None else f'not found: {obstacle}'}\n" in out
+
+
+def test_a_forced_backend_is_named(normwise_command):
+    assert "Forced: none" in normwise_command("info").out
+    with normwise.backend("reference"):
+        assert "Forced: reference" in normwise_command("info").out
+        assert json.loads(normwise_command("info", "--json").out)["forced"] == "reference"

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from importlib.metadata import requires
+
+import pytest
+
+import normwise
+from normwise.cli import app as application
+from normwise.cli.main import LAB_PACKAGES
+
+COMMANDS = [command.name or command.callback.__name__ for command in application.app.registered_commands]
+
+
+def test_version(normwise_command):
+    assert normwise_command("--version") == (0, f"normwise {normwise.__version__}\n", "")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_help_fits_80_columns_and_is_whole(normwise_command, command):
+    status, out, err = normwise_command(*command, "--help")
+    assert (status, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    assert "..." not in out.partition("Options:")[2]  # a summary too long for its line is cut with dots
+    assert normwise_command(*command, "-h").out == out
+
+
+def test_help_names_every_command(normwise_command):
+    out = normwise_command("--help").out
+    assert {"explain", "info"} <= set(COMMANDS)
+    for name in COMMANDS:
+        assert f"\n  {name} " in out
+
+
+@pytest.mark.parametrize("arguments", [("bogus",), ("--bogus",), ("info", "--bogus"), ("info", "extra")])
+def test_bad_arguments_exit_2_with_the_reason_on_stderr(normwise_command, arguments):
+    status, out, err = normwise_command(*arguments)
+    assert (status, out) == (2, "")
+    assert err.splitlines()[-1].startswith("Error: ")
+    assert arguments[-1] in err
+
+
+def test_what_the_lab_refuses_is_one_line_and_status_2(normwise_command, tmp_path):
+    (tmp_path / "t.csv").write_text("a,b\n1,x\n")
+    status, out, err = normwise_command("explain", "--csv", str(tmp_path / "t.csv"))
+    assert (status, out) == (2, "")
+    assert err.startswith("normwise: error: ")
+    assert err.count("\n") == 1
+    assert "line 2, column 2 (b): 'x'" in err
+
+
+def test_a_bug_keeps_its_traceback(normwise_command, monkeypatch):
+    monkeypatch.setattr("normwise.lab.explain.explain", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        normwise_command("explain")
+
+
+def test_ctrl_c_exits_130(normwise_command, monkeypatch):
+    def interrupted(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("normwise.lab.explain.explain", interrupted)
+    assert normwise_command("explain").status == 130
+
+
+def run_without(package: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    program = f"import sys; sys.modules[{package!r}] = None; from normwise.cli.main import main; main()"
+    return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+
+
+def test_without_the_extra_the_script_says_what_to_install():
+    ran = run_without("typer", "--help")
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr == "normwise: error: the package 'typer' is not installed; run: pip install 'normwise[lab]'\n"
+
+
+def test_a_missing_package_that_the_extra_does_not_bring_is_a_bug():
+    ran = run_without("json.encoder", "explain", "--json")
+    assert ran.returncode == 1
+    assert "Traceback" in ran.stderr
+
+
+def test_the_packages_of_the_extra_are_those_in_pyproject():
+    extra = [line.split(">")[0] for line in requires("normwise") or [] if "extra == 'lab'" in line]
+    assert sorted(LAB_PACKAGES) == sorted(extra)
+
+
+def test_the_installed_script_runs_without_loading_what_only_the_lab_needs():
+    """`--help` costs the import of torch (through `normwise`) and typer, nothing else."""
+    program = """
+import sys
+from normwise.cli.main import main
+try:
+    main(["--help"])
+finally:
+    print(sorted({"numpy", "plotly", "jinja2"} & set(sys.modules)), file=sys.stderr)
+"""
+    torch_alone = subprocess.run(
+        [sys.executable, "-c", "import torch, sys; print('numpy' in sys.modules)"], capture_output=True, text=True
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stderr.strip() == ("['numpy']" if torch_alone.stdout.strip() == "True" else "[]")

@@ -1,0 +1,190 @@
+"""The rooms of src/normwise import downwards only:
+
+    cli -> lab, diagnosis, surgery -> nn -> ops -> kernels, reference
+
+Rooms on one level do not know each other. The package's own modules (`normwise/__init__.py`, `functional.py`) stand
+between nn and the rooms above it. Every import statement counts, wherever it stands: at the top, inside a function,
+under TYPE_CHECKING, relative, or as a string given to `import_module`.
+"""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import sys
+from collections.abc import Iterator
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "normwise"
+PACKAGE = "normwise"
+
+LEVEL = {"cli": 5, "lab": 4, "diagnosis": 4, "surgery": 4, PACKAGE: 3, "nn": 2, "ops": 1, "kernels": 0, "reference": 0}
+
+# Besides torch and the standard library. Outside cli, lab and diagnosis nothing else may be needed.
+OUTSIDE = {
+    "cli": {"typer", "rich"},
+    "lab": {"numpy", "rich", "plotly", "jinja2"},
+    "diagnosis": {"numpy", "rich", "plotly", "jinja2"},
+    "kernels": {"triton"},
+}
+
+
+def violations(source: Path) -> list[str]:
+    """Every forbidden import below `source`, as 'file:line: what is wrong'."""
+    found = []
+    graph: dict[str, set[str]] = {}
+    for file in sorted(source.rglob("*.py")):
+        module = module_name(file, source)
+        graph[module] = set()
+        for line, imported in imports(file, module):
+            graph[module].add(imported)
+            fault = forbidden(room(module, source), imported, source)
+            if fault:
+                found.append(f"{file.relative_to(source)}:{line}: {fault}")
+    return found + scoring_that_trains(graph, source)
+
+
+def forbidden(importer: str, imported: str, source: Path) -> str | None:
+    """Why room `importer` may not import module `imported`, or None."""
+    top = imported.partition(".")[0]
+    if top != PACKAGE:
+        if top in sys.stdlib_module_names or top == "torch" or top in OUTSIDE.get(importer, ()):
+            return None
+        return f"{importer} may not import {imported}: it is neither torch nor the standard library"
+    target = room(imported, source)
+    if importer == target or LEVEL[target] < LEVEL[importer]:
+        return None
+    return f"{importer} may not import {imported}: {target} is not below it"
+
+
+def scoring_that_trains(graph: dict[str, set[str]], source: Path) -> list[str]:
+    """What lab/score.py reaches, over any number of lab modules: it reads stored runs and can build no model."""
+    seen, stack, found = set(), [f"{PACKAGE}.lab.score"], []
+    while stack:
+        module = stack.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        for imported in sorted(graph.get(module, ())):
+            top = imported.partition(".")[0]
+            if top == "torch" or (top == PACKAGE and room(imported, source) != "lab"):
+                found.append(f"{module} imports {imported}, and lab/score.py needs it: scoring may not build a model")
+            # `from normwise.lab.store import Run` names an attribute: follow its module.
+            stack += [name for name in (imported, imported.rpartition(".")[0]) if name in graph and "lab." in name]
+    return found
+
+
+def module_name(file: Path, source: Path) -> str:
+    parts = file.relative_to(source).with_suffix("").parts
+    return ".".join((PACKAGE, *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+def room(module: str, source: Path) -> str:
+    """The room of a module or of a name in it: its folder, or the package itself for what lies at its top."""
+    parts = module.split(".")
+    name = parts[1] if len(parts) > 1 and (source / parts[1]).is_dir() else PACKAGE
+    assert name in LEVEL, f"{name} is a new room: give it a level here, in accordance with the design"
+    return name
+
+
+def imports(file: Path, module: str) -> Iterator[tuple[int, str]]:
+    """(line, absolute name) of everything that `file` imports."""
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                up = parents[: len(parents) - (node.level - 1)]
+                base = ".".join([*up, base] if base else up)
+            # Over the package itself a room is named after `import`; elsewhere the module says it all.
+            yield from ((node.lineno, f"{base}.{alias.name}".removesuffix(".*")) for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            name = node.args[0].value
+            if called in ("import_module", "__import__") and isinstance(name, str):
+                yield node.lineno, f"{package}{name}" if name.startswith(".") else name
+
+
+def test_imports_point_downwards():
+    assert violations(SOURCE) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "named"),
+    [
+        ("ops/planted.py", "from normwise.nn import BatchNorm1d", "normwise.nn"),
+        ("ops/planted.py", "import normwise.nn.planted as p", "normwise.nn"),
+        ("ops/planted.py", "from normwise import nn", "normwise.nn"),
+        ("ops/planted.py", "from normwise import BatchNorm1d", "normwise.BatchNorm1d"),
+        ("ops/planted.py", "import normwise", "normwise"),
+        ("nn/planted.py", "from normwise import functional", "normwise.functional"),
+        ("nn/planted.py", "def late():\n    from normwise.lab import run", "normwise.lab"),
+        ("nn/planted.py", "if TYPE_CHECKING:\n    from normwise.cli import main", "normwise.cli"),
+        ("nn/planted.py", "from ..surgery import convert", "normwise.surgery"),
+        ("nn/planted.py", "from .. import diagnosis", "normwise.diagnosis"),
+        ("kernels/planted.py", "from normwise.reference import moments", "normwise.reference"),
+        ("kernels/triton/planted.py", "from ...reference import norm", "normwise.reference"),
+        ("reference/planted.py", "from normwise.kernels import cpu", "normwise.kernels"),
+        ("reference/planted.py", "import numpy as np", "numpy"),
+        ("reference/planted.py", "import_module('normwise.ops')", "normwise.ops"),
+        ("reference/planted.py", "importlib.import_module('normwise.ops')", "normwise.ops"),
+        ("functional.py", "from normwise.lab import data", "normwise.lab"),
+        ("functional.py", "import triton", "triton"),
+        ("lab/planted.py", "from normwise.cli.main import main", "normwise.cli"),
+        ("lab/planted.py", "from normwise.diagnosis import collect", "normwise.diagnosis"),
+        ("lab/planted.py", "import pandas", "pandas"),
+        ("diagnosis/planted.py", "from normwise.surgery import convert", "normwise.surgery"),
+        ("lab/score.py", "from normwise.nn import BatchNorm1d", "normwise.nn"),
+        ("lab/score.py", "from normwise.lab.planted_trainer import train", "normwise.nn"),
+    ],
+)
+def test_a_planted_violation_is_caught(tmp_path, file, line, named):
+    """Planted into a copy of the real source, so that the test also fails if real modules are skipped."""
+    source = tmp_path / "src" / PACKAGE
+    shutil.copytree(SOURCE, source, ignore=shutil.ignore_patterns("__pycache__", "data", "*.so"))
+    for name in ("surgery", "diagnosis"):
+        (source / name).mkdir(exist_ok=True)
+    (source / "lab" / "planted_trainer.py").write_text("from normwise.nn import LayerNorm\n")
+    planted = source / file
+    planted.parent.mkdir(exist_ok=True)
+    before = violations(source)
+    with planted.open("a") as text:
+        text.write(f"\n{line}\n")
+    new = [fault for fault in violations(source) if fault not in before]
+    assert new, f"{line!r} in {file} went unnoticed"
+    assert all(named in fault for fault in new)
+
+
+def test_what_the_design_allows_passes(tmp_path):
+    source = tmp_path / PACKAGE
+    allowed = {
+        "cli/a.py": "from normwise.lab import b\nimport typer\nimport normwise\nfrom normwise.ops import choose\n",
+        "lab/b.py": "import numpy\nfrom normwise import BatchNorm1d\nfrom ..nn import c\nfrom . import score\n",
+        "lab/score.py": "import math\nfrom normwise.lab.store import read\n",
+        "lab/store.py": "import sqlite3\n",
+        "__init__.py": "from normwise.nn import c\nfrom normwise import functional\n",
+        "functional.py": "from normwise.ops import d\nfrom normwise.reference import e\n",
+        "nn/c.py": "import torch\nfrom normwise.ops import d\nfrom normwise.reference import e\n",
+        "ops/d.py": "from normwise.kernels import f\nfrom normwise.reference import e\nfrom torch import Tensor\n",
+        "reference/e.py": "from __future__ import annotations\nfrom torch.nn import functional\nimport math\n",
+        "kernels/f.py": "import ctypes\nimport triton\n",
+    }
+    for name, text in allowed.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(text)
+    assert violations(source) == []
+
+
+def test_what_is_imported_from_outside_is_declared():
+    """Everything that OUTSIDE allows is in the extra `lab` (triton comes with torch's GPU wheels)."""
+    needed = [requirement.partition(";") for requirement in requires(PACKAGE) or []]
+    assert [name.split(">")[0] for name, _, condition in needed if not condition] == ["torch"]
+    extra = {name.split(">")[0] for name, _, condition in needed if "lab" in condition}
+    assert set().union(*OUTSIDE.values()) - {"triton"} == extra
