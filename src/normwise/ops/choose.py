@@ -161,6 +161,8 @@ def _torch_obstacle(call: Call) -> str | None:
     trailing = tuple(range(call.x.dim() - len(call.dims), call.x.dim()))
     if call.op in ("layer_norm", "rms_norm") and call.dims != trailing:
         return "ATen normalizes trailing axes only"
+    if call.op == "instance_norm" and call.x.numel() == 0:
+        return "ATen's InstanceNorm fails on an empty input or turns its running averages into NaN"
     return None
 
 

@@ -65,7 +65,7 @@ def group_norm(
     if choose(call).backend == "torch":
         if not watches_digits(x):
             return torch.group_norm(x, num_groups, weight, bias, eps, torch.backends.cudnn.enabled)
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, samples, channels, prod(positions), num_groups, eps)
+        y, mean, rstd = torch.native_group_norm(_dense(x), weight, bias, samples, channels, prod(positions), num_groups, eps)
         if not loses_digits(mean, rstd):
             return y
     grouped = (num_groups, channels // num_groups)
@@ -79,6 +79,14 @@ def group_norm(
         eps=eps,
     )
     return y.flatten(1, 2)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """`x` in a layout that ATen's kernel can walk through: contiguous or channels-last."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if channels_last is not None and x.is_contiguous(memory_format=channels_last):
+        return x
+    return x.contiguous()
 
 
 def groups_divide(num_groups: int, channels: int) -> None:
