@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import normwise
+from normwise.cli.compare import compare
 from normwise.cli.explain import explain
 from normwise.cli.info import info
 
@@ -17,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command(short_help="Train the same network with different norms on real data.")(compare)
 app.command()(explain)
 app.command()(info)
 

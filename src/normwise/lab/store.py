@@ -1,0 +1,220 @@
+"""All runs of an output folder in one SQLite file.
+
+A run is written in one transaction when it is finished, so what is in the file is whole. Series are kept as JSON
+arrays, which SQLite can read itself (``json_each``); a value that is not finite is null there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from normwise.lab.errors import StoreError
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x6E776C62  # "nwlb", so that another program's database is not taken for a store
+
+SCHEMA = """
+CREATE TABLE runs (
+    key TEXT PRIMARY KEY,      -- sha256 of identity
+    identity TEXT NOT NULL,    -- JSON: everything that determines the run
+    status TEXT NOT NULL CHECK (status IN ('done', 'undefined', 'diverged')),
+    reason TEXT NOT NULL,
+    machine TEXT NOT NULL,
+    finished TEXT NOT NULL DEFAULT (datetime('now'))  -- UTC
+);
+CREATE TABLE series (
+    run TEXT NOT NULL REFERENCES runs (key),
+    name TEXT NOT NULL,
+    position INTEGER NOT NULL, -- the order in which the run recorded them: layers come in the net's order
+    steps TEXT NOT NULL,       -- JSON array of integers
+    vals TEXT NOT NULL,        -- JSON array of numbers or null, as long as steps
+    PRIMARY KEY (run, name)
+) WITHOUT ROWID;
+"""
+
+
+class SeriesLike(Protocol):
+    """Values over steps."""
+
+    steps: list[int]
+    values: list[float]
+
+
+class ResultLike(Protocol):
+    """What ``Store.add`` writes: a finished run, as ``lab/run.py`` returns it."""
+
+    @property
+    def status(self) -> str: ...
+    @property
+    def reason(self) -> str: ...
+    @property
+    def series(self) -> Mapping[str, SeriesLike]: ...
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A stored series; NaN where the value was not finite."""
+
+    steps: list[int]
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stored run."""
+
+    key: str
+    identity: dict[str, Any]
+    status: str
+    reason: str
+    machine: str
+    series: dict[str, Curve] = field(default_factory=dict)
+
+
+class Store:
+    """The file ``path``, made if it is not there. Use as a context manager.
+
+    Raises:
+        StoreError: the file is damaged, newer than this normwise or no store at all; it is left as it is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = not path.exists() or path.stat().st_size == 0
+        if not fresh:
+            self._check()
+        self._connection = sqlite3.connect(path, timeout=30, isolation_level=None)
+        with self._named():
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = NORMAL")
+            self._connection.execute("PRAGMA foreign_keys = ON")
+            if fresh:
+                self._create()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def _check(self) -> None:
+        """Look at the file without writing: first its header, then all of its pages."""
+        with self.path.open("rb") as file:
+            header = file.read(100)
+        if header[:16] != b"SQLite format 3\x00":
+            raise StoreError(f"{self.path} is damaged or no store of normwise (it is no SQLite file). {_CURE}")
+        try:
+            connection = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=30)
+            try:
+                (application,) = connection.execute("PRAGMA application_id").fetchone()
+                (version,) = connection.execute("PRAGMA user_version").fetchone()
+                if application != APPLICATION_ID:
+                    raise StoreError(f"{self.path} is an SQLite file, but no store of normwise. {_CURE}")
+                if version > SCHEMA_VERSION:
+                    raise StoreError(
+                        f"{self.path} has schema version {version}, and this normwise reads up to {SCHEMA_VERSION}: a "
+                        "newer normwise wrote it. Upgrade normwise, or give another --out; the file is left alone."
+                    )
+                problems = [row[0] for row in connection.execute("PRAGMA quick_check(3)")]
+            finally:
+                connection.close()
+        except sqlite3.DatabaseError as error:
+            raise StoreError(f"{self.path} is damaged ({error}). {_CURE}") from error
+        if problems != ["ok"]:
+            raise StoreError(f"{self.path} is damaged ({'; '.join(problems)}). {_CURE}")
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            self._connection.close()
+            raise StoreError(f"{self.path}: {error}. {_CURE}") from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+
+    def _create(self) -> None:
+        with self._transaction():
+            # Another process may have made the tables between our look and our turn.
+            if self._connection.execute("PRAGMA user_version").fetchone()[0]:
+                return
+            for statement in SCHEMA.split(";")[:-1]:
+                self._connection.execute(statement)
+            self._connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def add(self, key: str, identity: Mapping[str, Any], result: ResultLike) -> None:
+        """Write a finished run; a run that is there already stays as it is."""
+        row = (key, json.dumps(identity, sort_keys=True), result.status, result.reason, this_machine())
+        with self._named(), self._transaction():
+            cursor = self._connection.execute(
+                "INSERT OR IGNORE INTO runs (key, identity, status, reason, machine) VALUES (?, ?, ?, ?, ?)", row
+            )
+            if cursor.rowcount == 0:
+                return
+            self._connection.executemany(
+                "INSERT INTO series VALUES (?, ?, ?, ?, ?)",
+                [
+                    (key, name, position, json.dumps(series.steps), _dump(series.values))
+                    for position, (name, series) in enumerate(result.series.items())
+                ],
+            )
+
+    def keys(self) -> set[str]:
+        """The keys of all stored runs."""
+        with self._named():
+            return {key for (key,) in self._connection.execute("SELECT key FROM runs")}
+
+    def runs(self, keys: Iterable[str]) -> list[Run]:
+        """The stored runs among ``keys``, in that order, with their series."""
+        found = []
+        with self._named():
+            for key in keys:
+                row = self._connection.execute(
+                    "SELECT identity, status, reason, machine FROM runs WHERE key = ?", (key,)
+                ).fetchone()
+                if row is None:
+                    continue
+                series = {
+                    name: Curve(json.loads(steps), _load(values))
+                    for name, steps, values in self._connection.execute(
+                        "SELECT name, steps, vals FROM series WHERE run = ? ORDER BY position", (key,)
+                    )
+                }
+                identity, status, reason, machine = row
+                found.append(Run(key, json.loads(identity), status, reason, machine, series))
+        return found
+
+
+_CURE = "It is left as it is: move it away, or give another --out."
+
+
+def this_machine() -> str:
+    """Where the numbers were made: operating system, processor, Python."""
+    return f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
+
+
+def _dump(values: list[float]) -> str:
+    # Six digits are more than float32 training reproduces elsewhere, and keep the file small.
+    return json.dumps([float(f"{value:.6g}") if math.isfinite(value) else None for value in values])
+
+
+def _load(text: str) -> list[float]:
+    return [math.nan if value is None else value for value in json.loads(text)]

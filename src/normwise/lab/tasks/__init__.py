@@ -1,0 +1,80 @@
+"""The tasks by name, and the loader for a user's own file. A new task is one file and one line in ``TASKS``."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from normwise.lab.errors import LabError, unknown
+from normwise.lab.tasks.base import Batch, Task
+from normwise.lab.tasks.cnn import Cnn
+from normwise.lab.tasks.mlp import Mlp
+
+__all__ = ["TASKS", "Batch", "LoadedTask", "Task", "load_task"]
+
+TASKS: dict[str, Callable[[], Task]] = {"mlp": Mlp, "cnn": Cnn}
+
+
+class LoadedTask(NamedTuple):
+    """A task and the sha256 of the file that defines it."""
+
+    task: Task
+    source: str
+
+
+@functools.cache
+def load_task(reference: str) -> LoadedTask:
+    """The task that ``reference`` names: a built-in's name, or ``FILE.py:function`` for a user's own.
+
+    The function takes no arguments and returns a ``Task``. Loaded once a process.
+
+    Raises:
+        LabError: no such task, file or function; the function returns something else; the name is a built-in's.
+    """
+    if ".py" not in reference:
+        if reference not in TASKS:
+            raise unknown("task", reference, TASKS)
+        task = TASKS[reference]()
+        return LoadedTask(task, _sha256(Path(inspect.getfile(type(task)))))
+    path, function = _parse(reference)
+    task = _call(path, function)
+    if task.name in TASKS:
+        raise LabError(f"{reference}: the name {task.name!r} belongs to a built-in task; give yours another name")
+    return LoadedTask(task, f"{_sha256(path)}:{function}")
+
+
+def _parse(reference: str) -> tuple[Path, str]:
+    file, colon, function = reference.rpartition(":")
+    if not colon or not function.isidentifier():
+        raise LabError(f"{reference!r} is not of the form FILE.py:function, as in examples/custom_task.py:make_task")
+    path = Path(file)
+    if not path.is_file():
+        raise LabError(f"{file!r}: no such file")
+    return path, function
+
+
+def _call(path: Path, function: str) -> Task:
+    name = f"normwise_task_{_sha256(path)[:16]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there while the file runs
+    spec.loader.exec_module(module)
+    make = getattr(module, function, None)
+    if make is None:
+        raise LabError(f"{path}: no function {function!r} in this file")
+    task = make()
+    if not isinstance(task, Task):
+        raise LabError(f"{path}:{function} returned {type(task).__name__}, expected a normwise.lab.tasks.Task")
+    return task
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

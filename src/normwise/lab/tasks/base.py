@@ -1,0 +1,123 @@
+"""What a task is: one network on one data set, that can be built with any of several norms.
+
+A task is a frozen dataclass whose fields are its hyperparameters; they are part of what identifies a run.
+It is one small file: see ``mlp.py`` and ``examples/custom_task.py``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from normwise.lab.errors import LabError
+
+# Where a nonlinearity's slope has all but vanished: sigmoid'(6) = 0.0025; tanh(x) = 2 sigmoid(2x) - 1, so |x| > 3
+# is the same place; a ReLU passes no gradient below 0.
+SATURATED: Mapping[type[nn.Module], Callable[[Tensor], Tensor]] = {
+    nn.Sigmoid: lambda x: x.abs() > 6,
+    nn.Tanh: lambda x: x.abs() > 3,
+    nn.ReLU: lambda x: x <= 0,
+}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Cases of a data set: inputs (N, ...), targets (N,), and for padded sequences (N, T, ...) the lengths (N,)."""
+
+    inputs: Tensor
+    targets: Tensor
+    lengths: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def select(self, index: Tensor | slice) -> Batch:
+        """The cases at ``index``; of sequences, the padding that none of them needs is cut off."""
+        inputs, targets = self.inputs[index], self.targets[index]
+        if self.lengths is None:
+            return Batch(inputs, targets)
+        lengths = self.lengths[index]
+        return Batch(inputs[:, : int(lengths.max())], targets, lengths)
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """One network on one data set. A subclass gives class variables, ``data`` and ``model``; the rest has defaults."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One sentence for the report: network, data, optimiser."""
+    norms: ClassVar[tuple[str, ...]] = ("none", "batch", "layer", "group", "rms")
+    batch_sizes: ClassVar[tuple[int, ...]] = (64, 8, 2)
+    learning_rates: ClassVar[tuple[float, ...]] = (0.01, 0.05)
+    """The grid that every norm is offered; which one counts is decided by the training loss (``lab/score.py``)."""
+    steps: ClassVar[int] = 200
+    watched: ClassVar[str | None] = None
+    """Dotted name of the module whose input's percentiles are recorded; None records none."""
+    saturated: ClassVar[Mapping[type[nn.Module], Callable[[Tensor], Tensor]]] = SATURATED
+    """For each kind of nonlinearity, which of its inputs count as saturated."""
+
+    @abstractmethod
+    def data(self) -> tuple[Batch, Batch]:
+        """The cases to train on and the cases held out, always the same ones."""
+
+    @abstractmethod
+    def model(self, norm: str, seed: int) -> nn.Module:
+        """The network with ``norm``. The weights must depend on the seed and not on the norm, so that runs are paired.
+
+        Raises:
+            UndefinedError: the norm has no meaning in this network.
+        """
+
+    def optimizer(self, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+        """SGD with momentum 0.9."""
+        return torch.optim.SGD(model.parameters(), lr=learning_rate, momentum=0.9, fused=True)
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The scores (N, classes). A task on sequences passes ``batch.lengths`` on here."""
+        scores: Tensor = model(batch.inputs)
+        return scores
+
+    def loss(self, scores: Tensor, batch: Batch) -> Tensor:
+        """The mean cross-entropy, in nats."""
+        return nn.functional.cross_entropy(scores, batch.targets)
+
+    def watch(self, values: Tensor) -> Tensor:
+        """The one pre-activation to follow, out of the watched module's input (N, C, ...): channel 0, all positions."""
+        return values[:, 0]
+
+    def series(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+        """More numbers to record, by name, each time the held-out probe is looked at. ``model`` is in eval mode."""
+        return {}
+
+    def batches(self, batch_size: int, steps: int, seed: int) -> Iterator[Batch]:
+        """``steps`` batches: the training cases in a new order each epoch, its last incomplete batch left out."""
+        train, _ = self.cases
+        if not 1 <= batch_size <= len(train):
+            raise LabError(
+                f"batch size {batch_size} is not in 1..{len(train)}, the training cases of task {self.name!r}"
+            )
+        order = torch.Generator().manual_seed(seed)
+        per_epoch = len(train) // batch_size
+        for step in range(steps):
+            if step % per_epoch == 0:
+                permutation = torch.randperm(len(train), generator=order)
+            start = step % per_epoch * batch_size
+            yield train.select(permutation[start : start + batch_size])
+
+    @functools.cached_property
+    def cases(self) -> tuple[Batch, Batch]:
+        """``data()``, made once."""
+        return self.data()
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """The hyperparameters by name: plain numbers, strings and lists."""
+        return dataclasses.asdict(self)

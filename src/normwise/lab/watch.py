@@ -1,0 +1,130 @@
+"""What is read off a net while it trains: gradient norms, saturated units, one pre-activation, both modes' outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from normwise.lab.errors import LabError
+from normwise.lab.tasks import Task
+
+PROBE_CASES = 200
+PROBE_BATCHES = 32
+PERCENTILES = (15, 50, 85)
+
+
+@dataclass
+class Activity:
+    """Counts over the units seen, and the values of the watched pre-activation."""
+
+    saturated: int = 0
+    units: int = 0
+    watched: list[Tensor] = field(default_factory=list)
+
+    def series(self) -> dict[str, float]:
+        out = {"saturated": self.saturated / self.units} if self.units else {}
+        if self.watched:
+            quantiles = torch.tensor([p / 100 for p in PERCENTILES])
+            values = torch.quantile(torch.cat(self.watched).float(), quantiles).tolist()
+            out |= {f"preactivation/p{p}": value for p, value in zip(PERCENTILES, values, strict=True)}
+        return out
+
+
+@contextmanager
+def activity(model: nn.Module, task: Task) -> Iterator[Activity]:
+    """Counts, while open, over the inputs of the task's nonlinearities; the hooks are gone afterwards."""
+    seen = Activity()
+
+    def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
+        seen.saturated += int(task.saturated[type(module)](x).sum())
+        seen.units += x.numel()
+
+    def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.watched.append(task.watch(args[0].detach()).flatten())
+
+    hooks = [m.register_forward_pre_hook(count) for m in model.modules() if type(m) in task.saturated]
+    if task.watched is not None:
+        modules = dict(model.named_modules())
+        if task.watched not in modules:
+            raise LabError(f"task {task.name!r} watches {task.watched!r}, which is no module of its network")
+        hooks.append(modules[task.watched].register_forward_pre_hook(keep))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """The Euclidean norm of the gradient of each weight matrix or kernel, in the order of the layers."""
+    weights = [(n, p.grad) for n, p in model.named_parameters() if p.dim() >= 2 and p.grad is not None]
+    norms = torch._foreach_norm([gradient for _, gradient in weights])
+    return {f"gradient/{n}": v for (n, _), v in zip(weights, torch.stack(norms).tolist(), strict=True)}
+
+
+def accuracy(scores: Tensor, targets: Tensor) -> float:
+    """The share of cases whose highest score is their class."""
+    return float((scores.argmax(dim=-1) == targets).double().mean())
+
+
+class Probe:
+    """A fixed, shuffled part of the held-out cases, looked at several times a run in both modes.
+
+    In train mode the cases come in batches of the run's own size, as in training, and at most ``PROBE_BATCHES`` of
+    them: so statistics over the batch are those that the net trains with. Everything that a forward pass in train
+    mode changes (running statistics, random state) is put back.
+    """
+
+    def __init__(self, task: Task, batch_size: int) -> None:
+        self.task = task
+        _, held_out = task.cases
+        shuffled = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
+        self.batch = held_out.select(shuffled[:PROBE_CASES])
+        size = min(batch_size, len(self.batch))
+        starts = range(0, len(self.batch) - size + 1, size)[:PROBE_BATCHES]
+        self.parts = [self.batch.select(slice(start, start + size)) for start in starts]
+        self.shared = len(starts) * size  # how many cases are seen in both modes
+
+    @torch.no_grad()
+    def look(self, model: nn.Module) -> dict[str, float]:
+        """Loss and accuracy in both modes, how far their outputs are apart, and the activity in train mode.
+
+        ``gap`` is half the L1 distance between the two modes' class probabilities (total variation, 0 to 1), averaged
+        over the cases seen in both. The accuracies and losses of both modes are over these same cases.
+        """
+        kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        task = self.task
+        shared = self.batch.select(slice(0, self.shared))
+        with torch.random.fork_rng(devices=[]):
+            with activity(model, task) as seen:
+                in_training = torch.cat([task.forward(model, part) for part in self.parts])
+            for name, buffer in model.named_buffers():
+                buffer.copy_(kept[name])
+            model.eval()
+            in_eval = task.forward(model, shared)
+            extra = task.series(model, shared)
+            model.train()
+        gap = (in_training.softmax(-1) - in_eval.softmax(-1)).abs().sum(-1).mean() / 2
+        return {
+            "heldout/train/loss": float(task.loss(in_training, shared)),
+            "heldout/train/accuracy": accuracy(in_training, shared.targets),
+            "heldout/eval/loss": float(task.loss(in_eval, shared)),
+            "heldout/eval/accuracy": accuracy(in_eval, shared.targets),
+            "heldout/gap": float(gap),
+            **seen.series(),
+            **extra,
+        }
+
+
+@torch.no_grad()
+def final(model: nn.Module, task: Task) -> dict[str, float]:
+    """Loss and accuracy on all held-out cases, in eval mode."""
+    _, held_out = task.cases
+    model.eval()
+    scores = task.forward(model, held_out)
+    return {"final/loss": float(task.loss(scores, held_out)), "final/accuracy": accuracy(scores, held_out.targets)}
