@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
+import pytest
 import torch
 
 import normwise
@@ -33,3 +35,18 @@ def test_a_forced_backend_is_named(normwise_command):
     with normwise.backend("reference"):
         assert "Forced: reference" in normwise_command("info").out
         assert json.loads(normwise_command("info", "--json").out)["forced"] == "reference"
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"), [("cuda", "  cuda:0     Great GPU, 80 GiB\n"), ("mps", "  mps:0      mps\n")], ids=["cuda", "mps"]
+)
+def test_an_accelerator_is_listed(normwise_command, monkeypatch, kind, line):
+    """With torch's answers replaced, so that this runs where there is none."""
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+    properties = SimpleNamespace(name="Great GPU", total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    status, out, err = normwise_command("info")
+    assert (status, err) == (0, "")
+    assert line in out
+    assert json.loads(normwise_command("info", "--json").out)["devices"][1]["device"] == f"{kind}:0"

@@ -60,8 +60,9 @@ def as_text(facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
     lines = [versions, "", "Devices"]
     for device in facts["devices"]:
-        size = f"{device['threads']} threads" if "threads" in device else f"{device['memory_gib']:.0f} GiB"
-        lines.append(f"  {device['device']:<10} {device['name']}, {size}")
+        size = f", {device['threads']} threads" if "threads" in device else ""
+        size += f", {device['memory_gib']:.0f} GiB" if "memory_gib" in device else ""
+        lines.append(f"  {device['device']:<10} {device['name']}{size}")
     lines += ["", "Backends"]
     for backend in facts["backends"]:
         lines.append(f"  {backend['backend']:<10} {'found' if backend['found'] else 'not found: ' + backend['reason']}")
@@ -71,13 +72,13 @@ def as_text(facts: dict[str, Any]) -> str:
 
 
 def _accelerator(index: int) -> dict[str, Any]:
-    """Name and memory of one GPU or other accelerator."""
+    """One GPU or other accelerator; torch tells the name and memory of CUDA devices."""
     import torch
 
     kind = torch.accelerator.current_accelerator()
     assert kind is not None  # device_count() was not 0
     if kind.type != "cuda":
-        return {"device": f"{kind.type}:{index}", "name": kind.type, "memory_gib": None}
+        return {"device": f"{kind.type}:{index}", "name": kind.type}
     properties = torch.cuda.get_device_properties(index)
     return {
         "device": f"cuda:{index}",
