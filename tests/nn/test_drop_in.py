@@ -60,9 +60,7 @@ def compare(case: Case, ours: nn.Module, theirs: nn.Module, x: torch.Tensor) -> 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_equals_torch(
-    case: Case, backend: str, training: bool, dtype: torch.dtype, device: torch.device
-) -> None:
+def test_equals_torch(case: Case, backend: str, training: bool, dtype: torch.dtype, device: torch.device) -> None:
     ours, theirs = pair(case, dtype, device)
     ours.train(training), theirs.train(training)
     x = torch.randn(case.shape, dtype=torch.float64, device=device).mul(2).add(0.5).to(dtype)

@@ -110,7 +110,9 @@ def test_sample_by_sample_equals_padded(name: str, how: str) -> None:
 
 def test_tracked_instance_norm_leaves_padding_out_of_its_averages() -> None:
     layer = normwise.InstanceNorm1d(2, track_running_stats=True, momentum=0.5, dtype=torch.float64)
-    x = torch.tensor([[[1.0, 3.0, math.nan], [2.0, 6.0, math.nan]], [[9.0, math.inf, 9.0], [4.0, math.inf, 9.0]]]).double()
+    x = torch.tensor(
+        [[[1.0, 3.0, math.nan], [2.0, 6.0, math.nan]], [[9.0, math.inf, 9.0], [4.0, math.inf, 9.0]]]
+    ).double()
     layer(x, lengths=torch.tensor([2, 0]))
     assert layer.running_mean.tolist() == [1.0, 2.0]  # half way from 0 to the means 2 and 4
     assert layer.running_var.tolist() == [1.5, 4.5]  # half way from 1 to the unbiased variances 2 and 8
@@ -156,7 +158,12 @@ def test_any_mask_that_broadcasts(data: st.DataObject) -> None:
     mask_shape = tuple(data.draw(st.sampled_from([1, s])) for s in shape)
     mask = torch.rand(mask_shape) < 0.7
     full = mask.expand(shape).clone()
-    for layer in (normwise.GroupNorm(2, 4), normwise.InstanceNorm2d(4), normwise.LayerNorm((2, 5)), normwise.RMSNorm((2, 5))):
+    for layer in (
+        normwise.GroupNorm(2, 4),
+        normwise.InstanceNorm2d(4),
+        normwise.LayerNorm((2, 5)),
+        normwise.RMSNorm((2, 5)),
+    ):
         x = torch.randn(shape)
         assert_close(layer(x, mask=mask), layer(x, mask=full), count=20)
 

@@ -132,9 +132,9 @@ def standardized(
         fixed_momentum=not isinstance(momentum, Tensor),
     )
     if choose(call).backend == "torch":
-        y, averages = _aten(x, averages, weight, bias, batch_statistics, float(momentum), eps)
-        if y is not None:
-            return y
+        by_aten = _aten(x, averages, weight, bias, batch_statistics, float(momentum), eps)
+        if by_aten is not None:
+            return by_aten
     shape = (1, -1) + (1,) * (x.dim() - 2)
     gain, shift = (None if t is None else t.view(shape) for t in (weight, bias))
     if not batch_statistics and averages is not None:
@@ -154,21 +154,30 @@ def _aten(
     batch_statistics: bool,
     momentum: float,
     eps: float,
-) -> tuple[Tensor | None, tuple[Tensor, Tensor] | None]:
-    """ATen's result, or None where it lost digits, and the running averages that are still to be moved or used."""
-    running_mean, running_var = averages or (None, None)
+) -> Tensor | None:
+    """ATen's result with the running averages moved, or None, and nothing moved, where it lost digits."""
     if not watches_digits(x):
+        if averages is not None and batch_statistics and not torch.compiler.is_compiling():
+            # ATen saves the averages for a backward that does not read them in training. `.data` has a version counter
+            # of its own, so that moving the averages again before the backward is no error.
+            averages = (averages[0].data, averages[1].data)
+        mean, var = averages or (None, None)
         cudnn = torch.backends.cudnn.enabled
-        y = torch.batch_norm(x, weight, bias, running_mean, running_var, batch_statistics, momentum, eps, cudnn)
-        return y, None
+        return torch.batch_norm(x, weight, bias, mean, var, batch_statistics, momentum, eps, cudnn)
     if not batch_statistics and averages is not None:
-        lost = loses_digits(averages[0], torch.rsqrt(averages[1] + eps))
-        if lost:
-            return None, averages
-    y, mean, rstd = torch.native_batch_norm(x, weight, bias, running_mean, running_var, batch_statistics, momentum, eps)
-    if batch_statistics and loses_digits(mean, rstd):
-        return None, None  # ATen has moved the running averages, whose digits are right
-    return y, None
+        if loses_digits(averages[0], torch.rsqrt(averages[1] + eps)):
+            return None
+        mean, var = averages
+        return torch.native_batch_norm(x, weight, bias, mean, var, False, momentum, eps)[0]
+    new_mean, new_var = (None, None) if averages is None else (averages[0].clone(), averages[1].clone())
+    y, mean, rstd = torch.native_batch_norm(x, weight, bias, new_mean, new_var, True, momentum, eps)
+    if loses_digits(mean, rstd):
+        return None
+    if averages is not None and new_mean is not None and new_var is not None:
+        with torch.no_grad():
+            averages[0].copy_(new_mean)
+            averages[1].copy_(new_var)
+    return y
 
 
 def _enough_values(x: Tensor, valid: Tensor | None, needed: int) -> None:

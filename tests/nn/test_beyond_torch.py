@@ -1,0 +1,181 @@
+"""What torch.nn lacks: any axes, activation, residual, ragged inputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
+
+import normwise
+from norm_cases import randomize
+from tolerances import assert_close
+
+ACTS = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu, "gelu": F.gelu}
+each_norm = pytest.mark.parametrize("norm", [normwise.LayerNorm, normwise.RMSNorm])
+
+
+@each_norm
+@pytest.mark.parametrize("dim", [1, -3, (1,), (1, 3), (3, 1), (2, 3), (-1, 1, 2)], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels-last"])
+def test_any_axes(norm: type[nn.Module], dim: int | tuple[int, ...], layout: torch.memory_format) -> None:
+    """Against moving those axes to the end, where torch.nn normalizes."""
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    dims = (dim,) if isinstance(dim, int) else dim
+    shape = [x.shape[d] for d in dims]
+    layer = randomize(norm(shape, dim=dim, eps=1e-3, dtype=torch.float64))
+    plain = getattr(nn, norm.__name__)(shape, eps=1e-3, dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict())
+    trailing = tuple(range(-len(dims), 0))
+    y = layer(x)
+    truth = plain(x.movedim(dims, trailing)).movedim(trailing, dims)
+    upstream = torch.randn_like(y)
+    assert_close(y, truth)
+    ours = torch.autograd.grad(y, [x, *layer.parameters()], upstream)
+    theirs = torch.autograd.grad(truth, [x, *plain.parameters()], upstream)
+    for got, expected in zip(ours, theirs, strict=True):
+        assert_close(got, expected, kind="grad")
+    assert f"dim={dim}" in repr(layer)
+
+
+@pytest.mark.parametrize("act", [None, *ACTS])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_norm_act_and_residual(act: str | None, with_residual: bool, training: bool) -> None:
+    """As in residual nets: the residual is added between the norm and the activation."""
+    layer = randomize(normwise.BatchNorm2d(4, act=act, dtype=torch.float64)).train(training)
+    plain = nn.BatchNorm2d(4, dtype=torch.float64).train(training)
+    plain.load_state_dict(layer.state_dict())
+    x, r = (torch.randn(3, 4, 2, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    y = layer(x, residual=r) if with_residual else layer(x)
+    truth = plain(x) + r if with_residual else plain(x)
+    truth = truth if act is None else ACTS[act](truth)
+    upstream = torch.randn_like(y)
+    leaves = [x, r] if with_residual else [x]
+    assert_close(y, truth)
+    for a, b in zip(
+        torch.autograd.grad(y, [*leaves, *layer.parameters()], upstream),
+        torch.autograd.grad(truth, [*leaves, *plain.parameters()], upstream),
+        strict=True,
+    ):
+        assert_close(a, b, kind="grad")
+
+
+@each_norm
+@pytest.mark.parametrize("act", [None, *ACTS])
+def test_layer_norm_residual_gives_the_pair(norm: type[nn.Module], act: str | None) -> None:
+    """As in pre-norm transformers: the sum is normalized and handed on."""
+    layer = randomize(norm(6, act=act, dtype=torch.float64))
+    plain = getattr(nn, norm.__name__)(6, dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict())
+    x, r = (torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    y, total = layer(x, residual=r)
+    truth = plain(x + r)
+    truth = truth if act is None else ACTS[act](truth)
+    assert_close(y, truth)
+    assert_close(total, x + r)
+    upstream = torch.randn_like(y), torch.randn_like(y)
+    for a, b in zip(
+        torch.autograd.grad((y, total), [x, r, *layer.parameters()], upstream),
+        torch.autograd.grad((truth, x + r), [x, r, *plain.parameters()], upstream),
+        strict=True,
+    ):
+        assert_close(a, b, kind="grad")
+
+
+def test_padding_stays_zero_beside_a_residual() -> None:
+    x, r = (torch.randn(2, 4, 3, requires_grad=True) for _ in range(2))
+    lengths = torch.tensor([1, 3])
+    padding = torch.arange(3) >= lengths[:, None]
+    y = normwise.BatchNorm1d(4, act="gelu")(x, residual=r, lengths=lengths)
+    pair = normwise.LayerNorm(4, dim=1)(x, residual=r, lengths=lengths)
+    for out in (y, *pair):
+        assert not out.mT[padding].any()
+        for grad in torch.autograd.grad(out, (x, r), torch.randn_like(out), retain_graph=True):
+            assert not grad.mT[padding].any()
+            assert grad.mT[~padding].all()
+
+
+def sequences(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    return [torch.randn(n, 4, dtype=dtype, requires_grad=True) for n in (3, 5, 1)]
+
+
+RAGGED = {
+    "BatchNorm1d": lambda m: m.BatchNorm1d(4, dtype=torch.float64),
+    "LayerNorm": lambda m: m.LayerNorm(4, dtype=torch.float64),
+    "RMSNorm": lambda m: m.RMSNorm(4, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_packed_sequence(name: str) -> None:
+    layer, plain = randomize(RAGGED[name](normwise)), RAGGED[name](nn)
+    plain.load_state_dict(layer.state_dict())
+    parts = sequences()
+    y = layer(pack_sequence(parts, enforce_sorted=False))
+    assert isinstance(y, PackedSequence)
+    truth = plain(torch.cat(parts))
+    got = torch.cat(unpack_sequence(y))
+    assert_close(got, truth)
+    upstream = torch.randn_like(truth)
+    for a, b in zip(
+        torch.autograd.grad(got, [*parts, *layer.parameters()], upstream),
+        torch.autograd.grad(truth, [*parts, *plain.parameters()], upstream),
+        strict=True,
+    ):
+        assert_close(a, b, kind="grad")
+
+
+@pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_jagged_nested_tensor(name: str) -> None:
+    layer, plain = randomize(RAGGED[name](normwise)), RAGGED[name](nn)
+    plain.load_state_dict(layer.state_dict())
+    parts = sequences()
+    x = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+    y = layer(x)
+    assert y.is_nested
+    assert y.shape == x.shape  # the same symbolic length, so that x + y works
+    truth = plain(torch.cat(parts))
+    assert_close((x + y).values(), torch.cat(parts) + truth)
+    upstream = torch.randn_like(truth)
+    for a, b in zip(
+        torch.autograd.grad(y.values(), [*parts, *layer.parameters()], upstream),
+        torch.autograd.grad(truth, [*parts, *plain.parameters()], upstream),
+        strict=True,
+    ):
+        assert_close(a, b, kind="grad")
+
+
+def test_jagged_along_the_last_axis() -> None:
+    """(N, C, L) with L jagged, BatchNorm1d's own order of axes."""
+    parts = sequences()
+    x = torch.nested.as_nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
+    y = normwise.BatchNorm1d(4, dtype=torch.float64)(x)
+    assert y.shape == x.shape
+    assert_close(y.values().mT, nn.BatchNorm1d(4, dtype=torch.float64)(torch.cat(parts)))
+
+
+@each_norm
+def test_packed_residual(norm: type[nn.Module]) -> None:
+    x, r = (pack_sequence(sequences(), enforce_sorted=False) for _ in range(2))
+    y, total = norm(4, dtype=torch.float64)(x, residual=r)
+    assert_close(total.data, x.data + r.data)
+    assert_close(y.data, norm(4, dtype=torch.float64)(x.data + r.data))
+
+
+def test_functional_is_what_the_layers_do() -> None:
+    x = torch.randn(3, 4, 5)
+    f = normwise.functional
+    layers = {
+        "batch_norm": (normwise.BatchNorm1d(4, track_running_stats=False), (None, None, None, None, True)),
+        "instance_norm": (normwise.InstanceNorm1d(4), ()),
+        "group_norm": (normwise.GroupNorm(2, 4, affine=False), (2,)),
+        "layer_norm": (normwise.LayerNorm(5, elementwise_affine=False), ((5,),)),
+        "rms_norm": (normwise.RMSNorm(5, elementwise_affine=False), ((5,),)),
+    }
+    assert sorted(layers) == sorted(f.__all__)
+    for name, (layer, args) in layers.items():
+        torch.testing.assert_close(getattr(f, name)(x, *args), layer(x))
+        torch.testing.assert_close(getattr(f, name)(x, *args), getattr(F, name)(x, *args))

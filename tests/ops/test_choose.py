@@ -1,0 +1,105 @@
+"""The chooser: what it picks and why, and that a forced backend never falls back."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import normwise
+from normwise.ops.choose import BACKENDS, RUNNING_SUM_LIMIT, Call, choose, forced, found
+
+x = torch.randn(4, 6, 5)
+
+
+def choice(op: str = "layer_norm", dims: tuple[int, ...] = (2,), tensor: torch.Tensor = x, **facts: object) -> str:
+    return choose(Call(op, tensor, dims, **facts)).backend
+
+
+def test_torch_where_it_does_the_job() -> None:
+    assert choice() == "torch"
+    assert choice("group_norm", (2, 3)) == "torch"
+    assert choice(tensor=x.double()) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"masked": True}, "no mask"),
+        ({"dims": (1,)}, "trailing axes only"),
+        ({"fixed_momentum": False}, "a number only"),
+        ({"weight": torch.ones(5, dtype=torch.float64)}, "does not mix"),
+        ({"op": "instance_norm", "tensor": x[:0]}, "empty input"),
+        ({"op": "batch_norm", "dims": (0,), "tensor": torch.empty(RUNNING_SUM_LIMIT + 1, 2)}, "loses digits"),
+    ],
+)
+def test_reference_elsewhere_and_why(facts: dict[str, object], reason: str) -> None:
+    facts = {"op": "layer_norm", "dims": (2,), "tensor": x} | facts
+    call = Call(facts.pop("op"), facts.pop("tensor"), facts.pop("dims"), **facts)
+    chosen = choose(call)
+    assert chosen.backend == "reference"
+    assert reason in chosen.reason
+
+
+def test_forced_backend_never_falls_back() -> None:
+    layer = normwise.BatchNorm1d(6)
+    lengths = torch.tensor([1, 2, 3, 5])
+    with normwise.backend("torch"):
+        assert forced() == "torch"
+        layer(x)
+        with pytest.raises(normwise.BackendError, match=r"'torch' was forced but cannot run batch_norm: .*no mask"):
+            layer(x, lengths=lengths)
+    with normwise.backend("triton"), pytest.raises(normwise.BackendError, match="triton"):
+        normwise.LayerNorm(5)(x)
+    assert forced() is None
+    layer(x, lengths=lengths)
+
+
+def test_backend_blocks_nest_and_survive_an_error() -> None:
+    with normwise.backend("reference"):
+        with normwise.backend(None):
+            assert choice() == "torch"
+        with pytest.raises(KeyError), normwise.backend("torch"):
+            raise KeyError
+        assert choice(masked=True) == choice() == "reference"
+    assert choice() == "torch"
+
+
+def test_unknown_backend() -> None:
+    with (
+        pytest.raises(ValueError, match="unknown backend 'cuda': expected one of 'torch', 'cpu'"),
+        normwise.backend("cuda"),
+    ):
+        pass
+
+
+def test_reference_inside_transforms() -> None:
+    seen = []
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        seen.append(choose(Call("layer_norm", x, (0,))))
+        return x
+
+    torch.vmap(f)(x)
+    assert seen[0].backend == "reference"
+    assert "transform" in seen[0].reason
+
+
+def test_environment_variable() -> None:
+    code = "import normwise.ops.choose as c; print(c.forced())"
+    env = {**os.environ, "NORMWISE_BACKEND": "reference"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["reference"]
+    env["NORMWISE_BACKEND"] = "fast"
+    failed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert "unknown backend 'fast'" in failed.stderr
+
+
+def test_every_backend_is_accounted_for() -> None:
+    states = found()
+    assert set(states) == set(BACKENDS)
+    assert states["torch"] is None
+    assert states["reference"] is None

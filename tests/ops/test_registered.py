@@ -1,0 +1,66 @@
+"""The registered op: torch's own opcheck, and its gradients of both orders against autograd of the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from normwise import reference
+from tolerances import assert_close
+
+SETTINGS = {
+    "batch": ((0, 2), (1, 3, 1), False, False, True),
+    "batch masked": ((0, 2), (1, 3, 1), True, False, True),
+    "given": ((0, 2), (1, 3, 1), False, True, True),
+    "given masked": ((0, 2), (1, 3, 1), True, True, True),
+    "features": ((1, 2), (1, 3, 4), False, False, True),
+    "rms masked": ((1, 2), (1, 3, 4), True, False, False),
+    "plain": ((2,), None, False, False, True),
+}
+each_setting = pytest.mark.parametrize("setting", SETTINGS)
+
+
+def arguments(setting: str, dtype: torch.dtype = torch.float64) -> tuple[object, ...]:
+    dims, weight_shape, masked, given, center = SETTINGS[setting]
+    x = torch.randn(2, 3, 4, dtype=dtype, requires_grad=True)
+    weight = bias = mask = mean = var = None
+    if weight_shape is not None:
+        weight, bias = (torch.randn(weight_shape, dtype=dtype, requires_grad=True) for _ in range(2))
+    if masked:
+        mask = torch.tensor([[True, True, False, True], [True, False, False, False]]).unsqueeze(1)
+    if given:
+        shape = [1 if d in dims else s for d, s in enumerate(x.shape)]
+        mean, var = torch.randn(shape, dtype=dtype), torch.rand(shape, dtype=dtype) + 0.5
+    return x, list(dims), weight, bias, mask, mean, var, 1e-3, center
+
+
+@each_setting
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(setting: str, dtype: torch.dtype, device: torch.device) -> None:
+    args = [
+        a.detach().to(device).requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a
+        for a in arguments(setting, dtype)
+    ]
+    torch.library.opcheck(torch.ops.normwise.norm.default, args)
+    torch.library.opcheck(torch.ops.normwise.norm_backward.default, [torch.randn_like(args[0]), *args])
+
+
+@each_setting
+def test_gradients_of_both_orders(setting: str) -> None:
+    args = arguments(setting)
+    x, dims, weight, bias, mask, mean, var, eps, center = args
+    leaves = [t for t in (x, weight, bias) if t is not None]
+    upstream = torch.randn_like(x).requires_grad_()
+    y = torch.ops.normwise.norm(*args)[0]
+    truth, _ = reference.norm(x, dims, weight, bias, mask=mask, mean=mean, var=var, eps=eps, center=center)
+    assert_close(y, truth)
+    first = torch.autograd.grad(y, leaves, upstream, create_graph=True)
+    first_truth = torch.autograd.grad(truth, leaves, upstream, create_graph=True)
+    again = [torch.randn_like(g) for g in first]
+    second = torch.autograd.grad(first, [upstream, *leaves], again, allow_unused=True)
+    second_truth = torch.autograd.grad(first_truth, [upstream, *leaves], again, allow_unused=True)
+    for got, expected in zip((*first, *second), (*first_truth, *second_truth), strict=True):
+        if expected is None:
+            assert got is None or not got.any()
+        else:
+            assert_close(got, expected, kind="grad", count=24, scale=10.0)
