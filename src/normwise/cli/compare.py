@@ -21,7 +21,9 @@ Value = TypeVar("Value")
 
 
 def compare(
-    tasks: Annotated[list[str] | None, typer.Argument(help="mlp, cnn. Default: both.", show_default=False)] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Argument(metavar="TASK", help="mlp, cnn. Default: both.", show_default=False)
+    ] = None,
     norms: Annotated[
         str | None, typer.Option(metavar="A,B,..", help="none, batch, layer, group, instance, rms. Default: all.")
     ] = None,
@@ -75,10 +77,11 @@ def compare(
             steps=steps,
         )
     ]
+    loaded = [load_task(name).task for name in names]
     with Store(out / "runs.sqlite") as store:
         _train(specs, store, jobs or cores())
         rows = score(store.runs(spec.key() for spec in specs))
-    report = write_report(rows, [load_task(name).task for name in names], out / "report.html")
+    report = write_report(rows, loaded, out / "report.html")
     if json:
         _print_json(rows, store.path, report)
     else:
