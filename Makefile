@@ -24,7 +24,7 @@ format: $(STAMP)
 
 # constraints.txt holds exact versions, so that every machine tests the same packages
 # (and pip does not fetch a build of torch that weighs several GB).
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
@@ -32,3 +32,5 @@ $(STAMP): pyproject.toml constraints.txt
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf CMakeCache.txt CMakeFiles CMakeInit.txt build.ninja cmake_install.cmake .ninja_deps .ninja_log
+	rm -f src/normwise/kernels/libnormwise.*

@@ -1,0 +1,170 @@
+/* normwise.h: the contract of normwise's compiled kernels.
+ *
+ * Plain C, no torch and no Python: a caller fills one struct of arguments and calls one function. The caller owns
+ * every buffer; a kernel keeps no pointer and no state after it returns, so calls from several threads may overlap.
+ *
+ * Words used below
+ *   T  the element type that `dtype` names: float, bfloat16 (upper half of a float) or double.
+ *   P  the type of gains, biases and their gradients: double where T is double, else float.
+ *   Statistics are always double: the float32 rounding of a mean of 1e4 alone would cost four digits of x - mean.
+ *   mask bytes: 0 = padding, anything else = valid. Padding is never read into a result, comes out as 0 and gets
+ *   gradient 0.
+ *   "fills" means: writes every element exactly once; "may be null" is said where it is so.
+ *
+ * Results do not depend on `threads`: what is summed, and in which order, follows from the shape alone.
+ *
+ * Every function returns NW_OK, or one of the other codes and then has written nothing.
+ */
+#ifndef NORMWISE_H
+#define NORMWISE_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define NW_ABI 1 /* raised whenever a struct below changes */
+
+enum nw_status { NW_OK = 0, NW_BAD_ARGUMENT = 1, NW_OUT_OF_MEMORY = 2 };
+enum nw_dtype { NW_FLOAT32 = 0, NW_BFLOAT16 = 1, NW_FLOAT64 = 2 };
+/* leaky_relu has slope 0.01 below 0; gelu is the exact one, z * Phi(z). */
+enum nw_act { NW_IDENTITY = 0, NW_RELU = 1, NW_LEAKY_RELU = 2, NW_SILU = 3, NW_GELU = 4 };
+/* Where the channel axis of a (batch, channels, positions) array lies in memory. */
+enum nw_layout { NW_CHANNELS_FIRST = 0, NW_CHANNELS_LAST = 1 };
+
+int nw_abi(void);
+/* The instruction set in use: "avx512", "avx2" or "baseline"; the best that this processor and this build have. */
+const char* nw_isa(void);
+/* Switches to the named set. Returns NW_BAD_ARGUMENT, and changes nothing, if the processor or the build lacks it. */
+int nw_use_isa(const char* name);
+/* How many OpenMP threads a parallel region asked for `threads` really gets (1 in a build without OpenMP). */
+int nw_threads(int threads);
+/* sizeof() of the argument structs in the order of this file, so that a binding can check its own layout. */
+int64_t nw_struct_size(int which);
+
+/* ---- rows: LayerNorm and RMSNorm over the last `cols` elements of each of `rows` rows ----------------------------
+ *
+ *   s = x + residual (rounded to T)          s = x without residual
+ *   y = act((s - mean) * rstd * weight + bias)
+ *   mean = avg(s), rstd = 1 / sqrt(avg((s - mean)^2) + eps)        center = 1: LayerNorm
+ *   mean = 0,      rstd = 1 / sqrt(avg(s^2) + eps)                 center = 0: RMSNorm
+ */
+typedef struct nw_rows_forward_args {
+  const void* x;        /* T (rows, cols) */
+  const void* residual; /* T (rows, cols), may be null */
+  const uint8_t* mask;  /* (rows), may be null: all rows count */
+  const void* weight;   /* P (cols), may be null: 1 */
+  const void* bias;     /* P (cols), may be null: 0 */
+  void* sum;            /* T (rows, cols): filled with s where residual is given (0 in masked rows), else unused */
+  void* y;              /* T (rows, cols): filled */
+  double* mean;         /* (rows): filled; 0 in masked rows and where center = 0 */
+  double* rstd;         /* (rows): filled; 0 in masked rows */
+  int64_t rows, cols;   /* cols >= 1 */
+  double eps;
+  int32_t dtype, center, act, threads;
+} nw_rows_forward_args;
+int nw_rows_forward(const nw_rows_forward_args* args);
+
+typedef struct nw_rows_backward_args {
+  const void* dy;       /* T (rows, cols) */
+  const void* dsum;     /* T (rows, cols): gradient that reaches s by other ways, may be null: 0 */
+  const void* s;        /* T (rows, cols): the forward's s */
+  const uint8_t* mask;  /* as in the forward */
+  const void* weight;   /* as in the forward */
+  const void* bias;     /* as in the forward; read only where act is not the identity */
+  const double* mean;   /* (rows): from the forward */
+  const double* rstd;   /* (rows): from the forward */
+  void* ds;             /* T (rows, cols): filled; the gradient of x and of residual alike */
+  void* dweight;        /* P (cols): filled; may be null */
+  void* dbias;          /* P (cols): filled; may be null */
+  int64_t rows, cols;
+  int32_t dtype, center, act, threads;
+} nw_rows_backward_args;
+int nw_rows_backward(const nw_rows_backward_args* args);
+
+/* ---- groups: GroupNorm, and InstanceNorm with groups = channels; channels-first only ----------------------------
+ *
+ *   y = act((x - mean) * rstd * weight + bias + residual), statistics over the channels/groups channels of a group
+ *   and all valid positions of one sample.
+ */
+typedef struct nw_groups_forward_args {
+  const void* x;        /* T (batch, channels, positions) */
+  const void* residual; /* T (batch, channels, positions), may be null */
+  const uint8_t* mask;  /* (batch, positions), may be null */
+  const void* weight;   /* P (channels), may be null: 1 */
+  const void* bias;     /* P (channels), may be null: 0 */
+  void* y;              /* T (batch, channels, positions): filled */
+  double* mean;         /* (batch, groups): filled; 0 where nothing is valid */
+  double* rstd;         /* (batch, groups): filled; 0 where nothing is valid */
+  int64_t batch, channels, positions, groups; /* groups divides channels */
+  double eps;
+  int32_t dtype, act, threads;
+} nw_groups_forward_args;
+int nw_groups_forward(const nw_groups_forward_args* args);
+
+typedef struct nw_groups_backward_args {
+  const void* dy;       /* T (batch, channels, positions) */
+  const void* x;        /* T (batch, channels, positions) */
+  const void* residual; /* as in the forward; read only where act is not the identity */
+  const uint8_t* mask;  /* as in the forward */
+  const void* weight;   /* as in the forward */
+  const void* bias;     /* as in the forward; read only where act is not the identity */
+  const double* mean;   /* (batch, groups): from the forward */
+  const double* rstd;   /* (batch, groups): from the forward */
+  void* dx;             /* T (batch, channels, positions): filled */
+  void* dresidual;      /* T (batch, channels, positions): filled; may be null */
+  void* dweight;        /* P (channels): filled; may be null */
+  void* dbias;          /* P (channels): filled; may be null */
+  int64_t batch, channels, positions, groups;
+  int32_t dtype, act, threads;
+} nw_groups_backward_args;
+int nw_groups_backward(const nw_groups_backward_args* args);
+
+/* ---- channels: BatchNorm ------------------------------------------------------------------------------------------
+ *
+ *   y = act((x - mean) * rstd * weight + bias + residual), per channel.
+ *   training = 1: mean and variance over the valid elements of the batch; where running_mean and running_var are
+ *     given they become (1 - momentum) * old + momentum * new, the new variance divided by count - 1.
+ *   training = 0: mean = running_mean, rstd = 1 / sqrt(running_var + eps).
+ *   x is (batch, channels, positions) in memory, or (batch, positions, channels) with layout NW_CHANNELS_LAST.
+ */
+typedef struct nw_channels_forward_args {
+  const void* x;        /* T, shape above */
+  const void* residual; /* T, x's shape and layout, may be null */
+  const uint8_t* mask;  /* (batch, positions), may be null */
+  const void* weight;   /* P (channels), may be null: 1 */
+  const void* bias;     /* P (channels), may be null: 0 */
+  void* running_mean;   /* P (channels): updated in training, may be null there; read in eval */
+  void* running_var;    /* P (channels): as running_mean */
+  void* y;              /* T, x's shape and layout: filled */
+  double* mean;         /* (channels): filled */
+  double* rstd;         /* (channels): filled; 1 / sqrt(eps) in training where nothing is valid */
+  int64_t batch, channels, positions;
+  double eps, momentum;
+  int32_t dtype, layout, training, act, threads;
+} nw_channels_forward_args;
+int nw_channels_forward(const nw_channels_forward_args* args);
+
+typedef struct nw_channels_backward_args {
+  const void* dy;       /* T, shape above */
+  const void* x;        /* T */
+  const void* residual; /* as in the forward; read only where act is not the identity */
+  const uint8_t* mask;  /* as in the forward */
+  const void* weight;   /* as in the forward */
+  const void* bias;     /* as in the forward; read only where act is not the identity */
+  const double* mean;   /* (channels): from the forward */
+  const double* rstd;   /* (channels): from the forward */
+  void* dx;             /* T: filled */
+  void* dresidual;      /* T: filled; may be null */
+  void* dweight;        /* P (channels): filled; may be null */
+  void* dbias;          /* P (channels): filled; may be null */
+  int64_t batch, channels, positions;
+  int32_t dtype, layout, training, act, threads;
+} nw_channels_backward_args;
+int nw_channels_backward(const nw_channels_backward_args* args);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

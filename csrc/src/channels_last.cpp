@@ -1,0 +1,324 @@
+// BatchNorm on (batch * positions, channels): statistics down the columns. Rows are taken four at a time, so that a
+// column's sums move once for four rows, and in blocks whose second look comes out of cache; the second pass runs from
+// the last row to the first, since the last ones are still there.
+#include "channels.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace NW_ISA {
+namespace {
+
+constexpr int64_t most_rows = 256, block_elements = 16384;
+
+inline int64_t rows_per_block(int64_t channels) {
+  int64_t rows = block_elements / channels / 4 * 4;
+  return rows < 16 ? 16 : (rows > most_rows ? most_rows : rows);
+}
+
+inline Chunks chunks_of(int64_t rows) { return Chunks(rows, 256, 64); }
+
+// The valid rows of begin .. end-1, at most `limit` of them; returns how many, and moves `begin` past those seen.
+inline int64_t gather(const uint8_t* mask, int64_t& begin, int64_t end, int64_t limit, int64_t* rows) {
+  int64_t count = 0;
+  for (; begin < end && count < limit; ++begin) {
+    if (!mask || mask[begin]) rows[count++] = begin;
+  }
+  return count;
+}
+
+// body(i, part, row indices...) over all columns for the rows listed, four rows at a time and then one by one.
+template <class C, class Four, class One>
+NW_INLINE void by_fours(const int64_t* rows, int64_t count, int64_t channels, Four four, One one) {
+  int64_t r = 0;
+  for (; r + 4 <= count; r += 4) {
+    const int64_t a = rows[r] * channels, b = rows[r + 1] * channels, c = rows[r + 2] * channels, d = rows[r + 3] * channels;
+    sweep<C>(channels, [&](int64_t i, auto part) NW_LAMBDA { four(i, part, a + i, b + i, c + i, d + i); });
+  }
+  for (; r < count; ++r) {
+    const int64_t a = rows[r] * channels;
+    sweep<C>(channels, [&](int64_t i, auto part) NW_LAMBDA { one(i, part, a + i); });
+  }
+}
+
+template <class C> void clear(C* p, int64_t n) { std::memset(static_cast<void*>(p), 0, size_t(n) * sizeof(C)); }
+
+// Moments of a chunk of rows for every column, block by block, each block centred twice (see block_moments).
+template <class T>
+double chunk_moments(const T* x, const uint8_t* mask, int64_t channels, int64_t begin, int64_t end, double* mean,
+                     double* m2, compute_t<T>* work) {
+  using C = compute_t<T>;
+  C *centre = work, *first = work + channels, *second = work + 2 * channels;
+  clear(mean, channels);
+  clear(m2, channels);
+  double seen = 0;
+  int64_t rows[most_rows];
+  while (const int64_t count = gather(mask, begin, end, rows_per_block(channels), rows)) {
+    clear(work, 3 * channels);
+    by_fours<C>(
+        rows, count, channels,
+        [&](int64_t i, auto part, int64_t a, int64_t b, int64_t c, int64_t d) NW_LAMBDA {
+          vec<C> four = (load(x + a, part) + load(x + b, part)) + (load(x + c, part) + load(x + d, part));
+          store(centre + i, load(centre + i, part) + four, part);
+        },
+        [&](int64_t i, auto part, int64_t a) NW_LAMBDA {
+          store(centre + i, load(centre + i, part) + load(x + a, part), part);
+        });
+    const double n = double(count);
+    for (int64_t i = 0; i < channels; ++i) centre[i] = C(double(centre[i]) / n);
+    by_fours<C>(
+        rows, count, channels,
+        [&](int64_t i, auto part, int64_t a, int64_t b, int64_t c, int64_t d) NW_LAMBDA {
+          const vec<C> m = load(centre + i, part);
+          vec<C> da = load(x + a, part) - m, db = load(x + b, part) - m, dc = load(x + c, part) - m,
+                 dd = load(x + d, part) - m;
+          store(first + i, load(first + i, part) + ((da + db) + (dc + dd)), part);
+          store(second + i, load(second + i, part) + ((da * da + db * db) + (dc * dc + dd * dd)), part);
+        },
+        [&](int64_t i, auto part, int64_t a) NW_LAMBDA {
+          vec<C> da = load(x + a, part) - load(centre + i, part);
+          store(first + i, load(first + i, part) + da, part);
+          store(second + i, load(second + i, part) + da * da, part);
+        });
+    const double share = n / (seen + n), weight = seen * share;
+    for (int64_t i = 0; i < channels; ++i) {
+      const double s1 = double(first[i]), block_mean = double(centre[i]) + s1 / n;
+      const double delta = block_mean - mean[i];
+      mean[i] += delta * share;
+      m2[i] += (double(second[i]) - s1 * s1 / n) + delta * delta * weight;
+    }
+    seen += n;
+  }
+  return seen;
+}
+
+// The columns' numbers as arrays of the compute type, so that a row reads them a vector at a time.
+template <class C> struct Columns {
+  C *high, *low, *scale, *shift, *gain, *offset, *slope;
+  Columns(C* p, int64_t n)
+      : high(p), low(p + n), scale(p + 2 * n), shift(p + 3 * n), gain(p + 4 * n), offset(p + 5 * n), slope(p + 6 * n) {}
+  static constexpr int64_t arrays = 7;
+  void set(int64_t c, const Line<C>& line) {
+    high[c] = line.centre.high;
+    low[c] = line.centre.low;
+    scale[c] = line.scale;
+    shift[c] = line.shift;
+  }
+  void set(int64_t c, const Backward<C>& b) {
+    gain[c] = b.gain;
+    offset[c] = b.offset;
+    slope[c] = b.slope;
+  }
+};
+
+template <class T, int act>
+void normalize_rows(const nw_channels_forward_args& a, const Columns<compute_t<T>>& col, int64_t begin, int64_t end) {
+  using C = compute_t<T>;
+  const int64_t channels = a.channels;
+  const T *x = static_cast<const T*>(a.x), *residual = static_cast<const T*>(a.residual);
+  T* y = static_cast<T*>(a.y);
+  for (int64_t row = end; row > begin;) {
+    if (a.mask && !a.mask[row - 1]) {
+      clear(y + --row * channels, channels);
+      continue;
+    }
+    int64_t rows[4], count = 0;
+    while (count < 4 && row > begin && (!a.mask || a.mask[row - 1])) rows[count++] = --row;
+    auto one = [&](auto part, int64_t at, vec<C> high, vec<C> low, vec<C> scale, vec<C> shift) NW_LAMBDA {
+      vec<C> z = ((load(x + at, part) - high) - low) * scale + shift;
+      if (residual) z += load(residual + at, part);
+      store(y + at, act_value<act, C>(z), part);
+    };
+    by_fours<C>(
+        rows, count, channels,
+        [&](int64_t i, auto part, int64_t r0, int64_t r1, int64_t r2, int64_t r3) NW_LAMBDA {
+          const vec<C> high = load(col.high + i, part), low = load(col.low + i, part),
+                       scale = load(col.scale + i, part), shift = load(col.shift + i, part);
+          one(part, r0, high, low, scale, shift);
+          one(part, r1, high, low, scale, shift);
+          one(part, r2, high, low, scale, shift);
+          one(part, r3, high, low, scale, shift);
+        },
+        [&](int64_t i, auto part, int64_t r0) NW_LAMBDA {
+          one(part, r0, load(col.high + i, part), load(col.low + i, part), load(col.scale + i, part),
+              load(col.shift + i, part));
+        });
+  }
+}
+
+template <class T, int act> int forward(const nw_channels_forward_args& a) {
+  using C = compute_t<T>;
+  const int64_t channels = a.channels, rows = a.batch * a.positions;
+  const int threads = worth_threads(rows * channels, a.threads);
+  const Chunks chunks = chunks_of(rows);
+  Scratch<C> numbers(Columns<C>::arrays * channels);
+  if (!numbers) return NW_OUT_OF_MEMORY;
+  Columns<C> col(numbers.get(), channels);
+
+  if (a.training) {
+    const int64_t stride = 2 * channels;
+    Scratch<double> partial(chunks.count * stride), seen(chunks.count);
+    Scratch<C> work(chunks.count * 3 * channels);
+    if (!partial || !seen || !work) return NW_OUT_OF_MEMORY;
+    parallel_for(chunks.count, threads, [&](int64_t k) {
+      double* mine = partial.get() + k * stride;
+      seen.get()[k] = chunk_moments(static_cast<const T*>(a.x), a.mask, channels, chunks.begin(k), chunks.end(k), mine,
+                                    mine + channels, work.get() + k * 3 * channels);
+    });
+    for (int64_t c = 0; c < channels; ++c) {
+      Moments m;
+      for (int64_t k = 0; k < chunks.count; ++k) {
+        const double* at = partial.get() + k * stride + c;
+        m.merge(Moments{seen.get()[k], at[0], at[channels]});
+      }
+      settle<C>(a, c, m);
+    }
+  } else {
+    for (int64_t c = 0; c < channels; ++c) recall<C>(a, c);
+  }
+  for (int64_t c = 0; c < channels; ++c) col.set(c, line_of<C>(a, c));
+  parallel_for(chunks.count, threads, [&](int64_t k) { normalize_rows<T, act>(a, col, chunks.begin(k), chunks.end(k)); });
+  return NW_OK;
+}
+
+// g and the distance from the mean for one vector of one row.
+template <class T, int act> struct RowGradient {
+  using C = compute_t<T>;
+  const T *dy, *x, *residual;
+  const Columns<C>& col;
+  template <class Part>
+  NW_INLINE vec<C> at(int64_t at, Part part, vec<C> high, vec<C> low, int64_t i, vec<C>& distance) const {
+    distance = (load(x + at, part) - high) - low;
+    vec<C> g = load(dy + at, part);
+    if constexpr (act != NW_IDENTITY) {
+      vec<C> z = distance * load(col.scale + i, part) + load(col.shift + i, part);
+      if (residual) z += load(residual + at, part);
+      g *= act_slope<act, C>(z);
+    }
+    return g;
+  }
+};
+
+template <class T, int act>
+void chunk_sums(const nw_channels_backward_args& a, const Columns<compute_t<T>>& col, int64_t begin, int64_t end,
+                double* sum_g, double* sum_gx, compute_t<T>* work) {
+  using C = compute_t<T>;
+  const int64_t channels = a.channels;
+  const RowGradient<T, act> gradient{static_cast<const T*>(a.dy), static_cast<const T*>(a.x),
+                                     static_cast<const T*>(a.residual), col};
+  C *one = work, *other = work + channels;
+  clear(sum_g, channels);
+  clear(sum_gx, channels);
+  int64_t rows[most_rows];
+  while (const int64_t count = gather(a.mask, begin, end, rows_per_block(channels), rows)) {
+    clear(work, 2 * channels);
+    by_fours<C>(
+        rows, count, channels,
+        [&](int64_t i, auto part, int64_t r0, int64_t r1, int64_t r2, int64_t r3) NW_LAMBDA {
+          const vec<C> high = load(col.high + i, part), low = load(col.low + i, part);
+          vec<C> d0, d1, d2, d3;
+          vec<C> g0 = gradient.at(r0, part, high, low, i, d0), g1 = gradient.at(r1, part, high, low, i, d1);
+          vec<C> g2 = gradient.at(r2, part, high, low, i, d2), g3 = gradient.at(r3, part, high, low, i, d3);
+          store(one + i, load(one + i, part) + ((g0 + g1) + (g2 + g3)), part);
+          store(other + i, load(other + i, part) + ((g0 * d0 + g1 * d1) + (g2 * d2 + g3 * d3)), part);
+        },
+        [&](int64_t i, auto part, int64_t r0) NW_LAMBDA {
+          vec<C> d;
+          vec<C> g = gradient.at(r0, part, load(col.high + i, part), load(col.low + i, part), i, d);
+          store(one + i, load(one + i, part) + g, part);
+          store(other + i, load(other + i, part) + g * d, part);
+        });
+    for (int64_t i = 0; i < channels; ++i) {
+      sum_g[i] += double(one[i]);
+      sum_gx[i] += double(other[i]);
+    }
+  }
+}
+
+template <class T, int act>
+void gradient_rows(const nw_channels_backward_args& a, const Columns<compute_t<T>>& col, int64_t begin, int64_t end) {
+  using C = compute_t<T>;
+  const int64_t channels = a.channels;
+  const RowGradient<T, act> gradient{static_cast<const T*>(a.dy), static_cast<const T*>(a.x),
+                                     static_cast<const T*>(a.residual), col};
+  T *dx = static_cast<T*>(a.dx), *dresidual = static_cast<T*>(a.dresidual);
+  for (int64_t row = end; row > begin;) {
+    if (a.mask && !a.mask[row - 1]) {
+      --row;
+      clear(dx + row * channels, channels);
+      if (dresidual) clear(dresidual + row * channels, channels);
+      continue;
+    }
+    int64_t rows[4], count = 0;
+    while (count < 4 && row > begin && (!a.mask || a.mask[row - 1])) rows[count++] = --row;
+    auto one = [&](auto part, int64_t at, int64_t i, vec<C> high, vec<C> low, vec<C> gain, vec<C> offset,
+                   vec<C> slope) NW_LAMBDA {
+      vec<C> distance;
+      vec<C> g = gradient.at(at, part, high, low, i, distance);
+      store(dx + at, g * gain - offset - distance * slope, part);
+      if (dresidual) store(dresidual + at, g, part);
+    };
+    by_fours<C>(
+        rows, count, channels,
+        [&](int64_t i, auto part, int64_t r0, int64_t r1, int64_t r2, int64_t r3) NW_LAMBDA {
+          const vec<C> high = load(col.high + i, part), low = load(col.low + i, part), gain = load(col.gain + i, part),
+                       offset = load(col.offset + i, part), slope = load(col.slope + i, part);
+          one(part, r0, i, high, low, gain, offset, slope);
+          one(part, r1, i, high, low, gain, offset, slope);
+          one(part, r2, i, high, low, gain, offset, slope);
+          one(part, r3, i, high, low, gain, offset, slope);
+        },
+        [&](int64_t i, auto part, int64_t r0) NW_LAMBDA {
+          one(part, r0, i, load(col.high + i, part), load(col.low + i, part), load(col.gain + i, part),
+              load(col.offset + i, part), load(col.slope + i, part));
+        });
+  }
+}
+
+template <class T, int act> int backward(const nw_channels_backward_args& a) {
+  using C = compute_t<T>;
+  const int64_t channels = a.channels, rows = a.batch * a.positions, stride = 2 * channels;
+  const int threads = worth_threads(rows * channels, a.threads);
+  const Chunks chunks = chunks_of(rows);
+  Scratch<double> partial(chunks.count * stride);
+  Scratch<C> work((Columns<C>::arrays + 2 * chunks.count) * channels);
+  if (!partial || !work) return NW_OUT_OF_MEMORY;
+  Columns<C> col(work.get(), channels);
+  C* sums = work.get() + Columns<C>::arrays * channels;
+
+  for (int64_t c = 0; c < channels; ++c) col.set(c, line_of<C>(a, c));
+  parallel_for(chunks.count, threads, [&](int64_t k) {
+    double* mine = partial.get() + k * stride;
+    chunk_sums<T, act>(a, col, chunks.begin(k), chunks.end(k), mine, mine + channels, sums + k * 2 * channels);
+  });
+  const double count = count_valid(a.mask, rows);
+  for (int64_t c = 0; c < channels; ++c) {
+    Sums s;
+    for (int64_t k = 0; k < chunks.count; ++k) {
+      s.g += partial.get()[k * stride + c];
+      s.gx += partial.get()[k * stride + channels + c];
+    }
+    col.set(c, Backward<C>(a, c, s, count));
+  }
+  parallel_for(chunks.count, threads, [&](int64_t k) { gradient_rows<T, act>(a, col, chunks.begin(k), chunks.end(k)); });
+  return NW_OK;
+}
+
+}  // namespace
+
+int channels_last_forward(const nw_channels_forward_args& a) {
+  int status = NW_BAD_ARGUMENT;
+  with_dtype(a.dtype, [&](auto element) {
+    with_act(a.act, [&](auto which) { status = forward<typename decltype(element)::type, decltype(which)::act>(a); });
+  });
+  return status;
+}
+
+int channels_last_backward(const nw_channels_backward_args& a) {
+  int status = NW_BAD_ARGUMENT;
+  with_dtype(a.dtype, [&](auto element) {
+    with_act(a.act, [&](auto which) { status = backward<typename decltype(element)::type, decltype(which)::act>(a); });
+  });
+  return status;
+}
+
+}  // namespace NW_ISA

@@ -1,0 +1,101 @@
+// The public functions: each calls the table of the instruction set in use.
+#include <cstring>
+
+#include "kernels.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#define NW_EXPORT extern "C" __attribute__((visibility("default")))
+
+#ifdef NW_HAVE_AVX512
+namespace avx512 {
+extern const KernelTable table;
+}
+#endif
+#ifdef NW_HAVE_AVX2
+namespace avx2 {
+extern const KernelTable table;
+}
+#endif
+namespace baseline {
+extern const KernelTable table;
+}
+
+namespace {
+
+struct Level {
+  const char* name;
+  const KernelTable* table;
+  bool (*runs_here)();
+};
+
+// Best first. The features asked for are those of the x86-64-v4 and x86-64-v3 levels that the kernels are compiled for.
+const Level levels[] = {
+#ifdef NW_HAVE_AVX512
+    {"avx512", &avx512::table,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("fma");
+     }},
+#endif
+#ifdef NW_HAVE_AVX2
+    {"avx2", &avx2::table,
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+              __builtin_cpu_supports("bmi2");
+     }},
+#endif
+    {"baseline", &baseline::table, [] { return true; }},
+};
+
+const Level* best() {
+  for (const Level& level : levels) {
+    if (level.runs_here()) return &level;
+  }
+  return nullptr;
+}
+
+const Level* active = best();
+
+}  // namespace
+
+NW_EXPORT int nw_abi(void) { return NW_ABI; }
+NW_EXPORT const char* nw_isa(void) { return active->name; }
+
+NW_EXPORT int nw_use_isa(const char* name) {
+  for (const Level& level : levels) {
+    if (std::strcmp(level.name, name) == 0 && level.runs_here()) {
+      active = &level;
+      return NW_OK;
+    }
+  }
+  return NW_BAD_ARGUMENT;
+}
+
+NW_EXPORT int nw_threads(int threads) {
+  int got = 1;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads < 1 ? 1 : threads)
+#pragma omp single
+  got = omp_get_num_threads();
+#endif
+  (void)threads;
+  return got;
+}
+
+NW_EXPORT int64_t nw_struct_size(int which) {
+  const int64_t sizes[] = {sizeof(nw_rows_forward_args),   sizeof(nw_rows_backward_args),
+                           sizeof(nw_groups_forward_args), sizeof(nw_groups_backward_args),
+                           sizeof(nw_channels_forward_args), sizeof(nw_channels_backward_args)};
+  return which >= 0 && which < int(sizeof sizes / sizeof *sizes) ? sizes[which] : -1;
+}
+
+NW_EXPORT int nw_rows_forward(const nw_rows_forward_args* a) { return active->table->rows_forward(a); }
+NW_EXPORT int nw_rows_backward(const nw_rows_backward_args* a) { return active->table->rows_backward(a); }
+NW_EXPORT int nw_groups_forward(const nw_groups_forward_args* a) { return active->table->groups_forward(a); }
+NW_EXPORT int nw_groups_backward(const nw_groups_backward_args* a) { return active->table->groups_backward(a); }
+NW_EXPORT int nw_channels_forward(const nw_channels_forward_args* a) { return active->table->channels_forward(a); }
+NW_EXPORT int nw_channels_backward(const nw_channels_backward_args* a) { return active->table->channels_backward(a); }

@@ -1,0 +1,55 @@
+// Threads and scratch memory.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+
+namespace NW_ISA {
+namespace {
+
+// Below this many elements, waking a second thread costs more than it saves.
+constexpr int64_t serial_below = 32768;
+
+inline int worth_threads(int64_t elements, int threads) { return elements < serial_below || threads < 1 ? 1 : threads; }
+
+// f(i) for i = 0 .. n-1, neighbours on one thread, so that two loops over the same n meet the same caches.
+template <class F> inline void parallel_for(int64_t n, int threads, F f) {
+#ifdef _OPENMP
+  if (threads > 1 && n > 1) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < n; ++i) f(i);
+    return;
+  }
+#endif
+  (void)threads;
+  for (int64_t i = 0; i < n; ++i) f(i);
+}
+
+// Rows cut into chunks by the shape alone; each has its own partial sums, added up in order afterwards.
+struct Chunks {
+  int64_t rows, each, count;
+  Chunks(int64_t rows, int64_t least, int64_t most) : rows(rows) {
+    count = rows / least < 1 ? 1 : (rows / least > most ? most : rows / least);
+    each = (rows + count - 1) / count;
+    each = (each + 3) / 4 * 4;  // rows are taken four at a time
+    count = each > 0 ? (rows + each - 1) / each : 0;
+  }
+  int64_t begin(int64_t i) const { return i * each; }
+  int64_t end(int64_t i) const { return (i + 1) * each < rows ? (i + 1) * each : rows; }
+};
+
+template <class E> class Scratch {
+ public:
+  explicit Scratch(int64_t n) : data_(static_cast<E*>(std::malloc(n > 0 ? size_t(n) * sizeof(E) : 1))) {}
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  explicit operator bool() const { return data_ != nullptr; }
+  E* get() const { return data_; }
+
+ private:
+  E* data_;
+};
+
+}  // namespace
+}  // namespace NW_ISA

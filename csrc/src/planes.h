@@ -1,0 +1,122 @@
+// Normalize runs of positions that share one mean, gain and bias: what GroupNorm, InstanceNorm and channels-first
+// BatchNorm do once they have their statistics.
+#pragma once
+
+#include "activations.h"
+#include "moments.h"
+
+namespace NW_ISA {
+namespace {
+
+// z = (x - mean) * scale + shift, scale = rstd * gain.
+template <class C> struct Line {
+  Centre<C> centre;
+  C scale, shift;
+  Line(double mean, double rstd, double gain, double bias) : centre(mean), scale(C(rstd * gain)), shift(C(bias)) {}
+};
+
+template <class C> NW_INLINE double parameter(const void* p, int64_t i, double otherwise) {
+  return p ? double(static_cast<const C*>(p)[i]) : otherwise;
+}
+
+template <int act, class T>
+void normalize(const T* x, const T* residual, T* y, const Region& r, const Line<compute_t<T>>& line) {
+  using C = compute_t<T>;
+  for (int64_t p = 0; p < r.planes; ++p) {
+    const int64_t at = p * r.stride;
+    const uint8_t* mask = r.mask ? r.mask + p * r.mask_stride : nullptr;
+    sweep<C>(r.length, [&](int64_t i, auto part) NW_LAMBDA {
+      vec<C> z = line.centre.distance(load(x + at + i, part)) * line.scale + line.shift;
+      if (residual) z += load(residual + at + i, part);
+      z = act_value<act, C>(z);
+      if (mask) z = load_valid<C>(mask + i, part) ? z : vec<C>{};
+      store(y + at + i, z, part);
+    });
+  }
+}
+
+template <class T> struct Gradient {
+  using C = compute_t<T>;
+  const T *dy, *x, *residual;
+
+  Gradient(const void* dy, const void* x, const void* residual)
+      : dy(static_cast<const T*>(dy)), x(static_cast<const T*>(x)), residual(static_cast<const T*>(residual)) {}
+
+  // The gradient that arrives at z, 0 in padding, and x's distance from the mean, 0 in padding.
+  template <int act, class Part>
+  NW_INLINE vec<C> at(int64_t i, Part part, const Line<C>& line, const uint8_t* mask, vec<C>& distance) const {
+    distance = line.centre.distance(load(x + i, part));
+    vec<C> g = load(dy + i, part);
+    if constexpr (act != NW_IDENTITY) {
+      vec<C> z = distance * line.scale + line.shift;
+      if (residual) z += load(residual + i, part);
+      g *= act_slope<act, C>(z);
+    }
+    if (mask) {
+      vmask<C> valid = load_valid<C>(mask, part);
+      g = valid ? g : vec<C>{};
+      distance = valid ? distance : vec<C>{};
+    } else {
+      g = keep<C>(g, part);
+    }
+    return g;
+  }
+};
+
+struct Sums {
+  double g = 0, gx = 0;  // sum of g, and of g times the distance from the mean
+};
+
+template <int act, class T>
+Sums block_sums(const Gradient<T>& gradient, int64_t start, const Region& r, const Line<compute_t<T>>& line) {
+  using C = compute_t<T>;
+  vec<C> one[4] = {}, x[4] = {};
+  for (int64_t p = 0; p < r.planes; ++p) {
+    const int64_t at = start + p * r.stride;
+    const uint8_t* mask = r.mask ? r.mask + p * r.mask_stride : nullptr;
+    sweep_sums<C>(r.length, [&](int64_t i, auto part, int k) NW_LAMBDA {
+      vec<C> distance;
+      vec<C> g = gradient.template at<act>(at + i, part, line, mask ? mask + i : nullptr, distance);
+      one[k] += g;
+      x[k] += g * distance;
+    });
+  }
+  return {double(sum_lanes<C>((one[0] + one[1]) + (one[2] + one[3]))),
+          double(sum_lanes<C>((x[0] + x[1]) + (x[2] + x[3])))};
+}
+
+template <int act, class T>
+Sums region_sums(const Gradient<T>& gradient, int64_t start, const Region& r, const Line<compute_t<T>>& line) {
+  Blocks blocks(r);
+  Sums all;
+  for (int64_t i = 0; i < blocks.count; ++i) {
+    int64_t offset;
+    Region block = blocks.at(r, i, offset);
+    Sums s = block_sums<act>(gradient, start + offset, block, line);
+    all.g += s.g;
+    all.gx += s.gx;
+  }
+  return all;
+}
+
+// dx = g * gain - offset - distance * slope, from the last plane to the first: the last ones are still in cache.
+template <int act, class T>
+void input_gradient(const Gradient<T>& gradient, int64_t start, const Region& r, const Line<compute_t<T>>& line,
+                    compute_t<T> gain, compute_t<T> offset, compute_t<T> slope, T* dx, T* dresidual) {
+  using C = compute_t<T>;
+  for (int64_t p = r.planes - 1; p >= 0; --p) {
+    const int64_t at = start + p * r.stride;
+    const uint8_t* mask = r.mask ? r.mask + p * r.mask_stride : nullptr;
+    sweep<C>(r.length, [&](int64_t i, auto part) NW_LAMBDA {
+      vec<C> distance;
+      vec<C> g = gradient.template at<act>(at + i, part, line, mask ? mask + i : nullptr, distance);
+      vec<C> d = g * gain - offset - distance * slope;
+      if (mask) d = load_valid<C>(mask + i, part) ? d : vec<C>{};
+      store(dx + at + i, d, part);
+      if (dresidual) store(dresidual + at + i, g, part);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace NW_ISA

@@ -1,0 +1,179 @@
+// Vectors one hardware register wide, at the instruction set that the including file is compiled for.
+// Kernels are written once in these; the last, partial vector of a run goes through the same code with a Head.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifndef NW_ISA
+#error "compile with -DNW_ISA=<avx512|avx2|baseline>: it is the namespace that keeps the instruction sets apart"
+#endif
+
+#define NW_INLINE inline __attribute__((always_inline))
+#define NW_LAMBDA __attribute__((always_inline))
+
+// Everything has internal linkage: an inline function that the linker merged across instruction sets could put
+// AVX-512 code into the baseline path.
+namespace NW_ISA {
+namespace {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define NW_AVX512 1
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+
+struct bf16 {
+  uint16_t bits;
+};
+
+template <class T> struct ComputeType { using type = float; };
+template <> struct ComputeType<double> { using type = double; };
+template <class T> using compute_t = typename ComputeType<T>::type;
+
+template <class C> struct Vector;
+template <> struct Vector<float> {
+  typedef float type __attribute__((vector_size(vector_bytes)));
+  typedef int32_t mask __attribute__((vector_size(vector_bytes)));
+};
+template <> struct Vector<double> {
+  typedef double type __attribute__((vector_size(vector_bytes)));
+  typedef int64_t mask __attribute__((vector_size(vector_bytes)));
+};
+template <class C> using vec = typename Vector<C>::type;
+template <class C> using vmask = typename Vector<C>::mask;
+template <class C> constexpr int lanes = vector_bytes / int(sizeof(C));
+
+// Which lanes of a vector belong to the run: all of them, or the first n.
+struct Full {};
+struct Head {
+  int n;
+};
+
+template <class C> NW_INLINE vec<C> splat(C value) { return vec<C>{} + value; }
+
+template <class C> NW_INLINE vmask<C> iota() {
+  vmask<C> v;
+  for (int i = 0; i < lanes<C>; ++i) v[i] = i;
+  return v;
+}
+
+template <class C> NW_INLINE vec<C> keep(vec<C> v, Full) { return v; }
+template <class C> NW_INLINE vec<C> keep(vec<C> v, Head head) { return iota<C>() < head.n ? v : vec<C>{}; }
+
+// --- loads: memory of type T into a vector of compute_t<T>; lanes past the head are 0 and their memory is not touched.
+
+template <class V, class T> NW_INLINE V raw_load(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V, class T> NW_INLINE V raw_load(const T* p, Head head) {
+  V v{};
+  std::memcpy(&v, p, size_t(head.n) * sizeof(T));
+  return v;
+}
+
+typedef uint16_t half_vector __attribute__((vector_size(vector_bytes / 2)));
+typedef uint32_t word_vector __attribute__((vector_size(vector_bytes)));
+NW_INLINE vec<float> widen(half_vector h) { return (vec<float>)(__builtin_convertvector(h, word_vector) << 16); }
+// Round to nearest, ties to even, as torch; a NaN stays one instead of rounding up to infinity.
+NW_INLINE half_vector narrow(vec<float> v) {
+  word_vector bits = (word_vector)v;
+  word_vector rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  rounded = v != v ? (word_vector{} + 0x7fc0u) : rounded;
+  return __builtin_convertvector(rounded, half_vector);
+}
+
+NW_INLINE vec<float> load(const float* p, Full = {}) { return raw_load<vec<float>>(p); }
+NW_INLINE vec<double> load(const double* p, Full = {}) { return raw_load<vec<double>>(p); }
+NW_INLINE vec<float> load(const bf16* p, Full = {}) { return widen(raw_load<half_vector>(p)); }
+
+NW_INLINE void store(float* p, vec<float> v, Full = {}) { std::memcpy(p, &v, sizeof v); }
+NW_INLINE void store(double* p, vec<double> v, Full = {}) { std::memcpy(p, &v, sizeof v); }
+NW_INLINE void store(bf16* p, vec<float> v, Full = {}) {
+  half_vector h = narrow(v);
+  std::memcpy(p, &h, sizeof h);
+}
+
+#if defined(NW_AVX512)
+NW_INLINE __mmask16 first(Head head) { return __mmask16((1u << head.n) - 1u); }
+NW_INLINE vec<float> load(const float* p, Head h) { return (vec<float>)_mm512_maskz_loadu_ps(first(h), p); }
+NW_INLINE vec<double> load(const double* p, Head h) {
+  return (vec<double>)_mm512_maskz_loadu_pd(__mmask8(first(h)), p);
+}
+NW_INLINE vec<float> load(const bf16* p, Head h) {
+  return widen((half_vector)_mm256_maskz_loadu_epi16(first(h), p));
+}
+NW_INLINE void store(float* p, vec<float> v, Head h) { _mm512_mask_storeu_ps(p, first(h), (__m512)v); }
+NW_INLINE void store(double* p, vec<double> v, Head h) { _mm512_mask_storeu_pd(p, __mmask8(first(h)), (__m512d)v); }
+NW_INLINE void store(bf16* p, vec<float> v, Head h) { _mm256_mask_storeu_epi16(p, first(h), (__m256i)narrow(v)); }
+#else
+#if defined(__AVX2__)
+NW_INLINE vec<float> load(const float* p, Head h) {
+  return (vec<float>)_mm256_maskload_ps(p, (__m256i)(iota<float>() < h.n));
+}
+NW_INLINE void store(float* p, vec<float> v, Head h) {
+  _mm256_maskstore_ps(p, (__m256i)(iota<float>() < h.n), (__m256)v);
+}
+#else
+NW_INLINE vec<float> load(const float* p, Head h) { return raw_load<vec<float>>(p, h); }
+NW_INLINE void store(float* p, vec<float> v, Head h) { std::memcpy(p, &v, size_t(h.n) * sizeof *p); }
+#endif
+NW_INLINE vec<double> load(const double* p, Head h) { return raw_load<vec<double>>(p, h); }
+NW_INLINE vec<float> load(const bf16* p, Head h) { return widen(raw_load<half_vector>(p, h)); }
+NW_INLINE void store(double* p, vec<double> v, Head h) { std::memcpy(p, &v, size_t(h.n) * sizeof *p); }
+NW_INLINE void store(bf16* p, vec<float> v, Head h) {
+  half_vector half = narrow(v);
+  std::memcpy(p, &half, size_t(h.n) * sizeof *p);
+}
+#endif
+
+// Which lanes the mask bytes at p call valid; lanes past the head are not.
+template <class C> struct Bytes { typedef uint8_t type __attribute__((vector_size(lanes<C>))); };
+template <class C> NW_INLINE vmask<C> load_valid(const uint8_t* p, Full) {
+  return __builtin_convertvector(raw_load<typename Bytes<C>::type>(p), vmask<C>) != 0;
+}
+template <class C> NW_INLINE vmask<C> load_valid(const uint8_t* p, Head head) {
+  return __builtin_convertvector(raw_load<typename Bytes<C>::type>(p, head), vmask<C>) != 0;
+}
+
+template <class C> NW_INLINE C sum_lanes(vec<C> v) {
+  for (int half = lanes<C> / 2; half > 0; half /= 2) {
+    v += __builtin_shuffle(v, iota<C>() ^ half);
+  }
+  return v[0];
+}
+
+// Calls body(i, part) for a run of n elements, a vector at a time.
+template <class C, class Body> NW_INLINE void sweep(int64_t n, Body body) {
+  constexpr int64_t w = lanes<C>;
+  int64_t i = 0;
+  for (; i + w <= n; i += w) body(i, Full{});
+  if (i < n) body(i, Head{int(n - i)});
+}
+
+// The same for sums: k = 0..3 names one of four accumulators, so that an addition does not wait for the one before.
+template <class C, class Body> NW_INLINE void sweep_sums(int64_t n, Body body) {
+  constexpr int64_t w = lanes<C>;
+  int64_t i = 0;
+  for (; i + 4 * w <= n; i += 4 * w) {
+    body(i, Full{}, 0);
+    body(i + w, Full{}, 1);
+    body(i + 2 * w, Full{}, 2);
+    body(i + 3 * w, Full{}, 3);
+  }
+  for (; i + w <= n; i += w) body(i, Full{}, 0);
+  if (i < n) body(i, Head{int(n - i)}, 1);
+}
+
+}  // namespace
+}  // namespace NW_ISA

@@ -1,0 +1,28 @@
+// One instruction set's table; compiled once for each.
+#include "channels.h"
+#include "kernels.h"
+
+namespace NW_ISA {
+namespace {
+
+template <class Args> bool well_formed(const Args& a) {
+  return a.batch >= 0 && a.channels >= 1 && a.positions >= 0 &&
+         (a.layout == NW_CHANNELS_FIRST || a.layout == NW_CHANNELS_LAST);
+}
+
+int channels_forward(const nw_channels_forward_args* a) {
+  if (!well_formed(*a) || (!a->training && (!a->running_mean || !a->running_var))) return NW_BAD_ARGUMENT;
+  return a->layout == NW_CHANNELS_LAST ? channels_last_forward(*a) : channels_first_forward(*a);
+}
+
+int channels_backward(const nw_channels_backward_args* a) {
+  if (!well_formed(*a)) return NW_BAD_ARGUMENT;
+  return a->layout == NW_CHANNELS_LAST ? channels_last_backward(*a) : channels_first_backward(*a);
+}
+
+}  // namespace
+
+extern const KernelTable table = {rows_forward,    rows_backward,    groups_forward,
+                                  groups_backward, channels_forward, channels_backward};
+
+}  // namespace NW_ISA

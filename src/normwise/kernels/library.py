@@ -1,0 +1,57 @@
+"""Finds and loads the compiled library (csrc/), once, when it is first asked for.
+
+The library must come after torch into the process: the OpenMP runtime that it asks for is then the one that torch has
+loaded, both share one pool of threads, and `torch.set_num_threads` rules both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch  # noqa: F401  # before the library, see above
+
+ABI = 1
+NAME = {"Darwin": "libnormwise.dylib"}.get(platform.system(), "libnormwise.so")
+ISA_LEVELS = ("avx512", "avx2", "baseline")
+CURE = "install a C++ compiler (g++ or clang++) and reinstall normwise with pip install --force-reinstall --no-deps"
+
+
+class Loaded(NamedTuple):
+    """The library, or why there is none."""
+
+    library: ctypes.CDLL | None
+    why_not: str | None
+
+
+@cache
+def load() -> Loaded:
+    """The loaded library. NORMWISE_ISA (avx512, avx2, baseline) forces an instruction set; it never falls back."""
+    path = _find()
+    if path is None:
+        return Loaded(None, f"normwise was installed without its compiled library {NAME}; to get it, {CURE}")
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return Loaded(None, f"the compiled library {path} does not load here ({error}); to rebuild it, {CURE}")
+    library.nw_isa.restype = ctypes.c_char_p
+    library.nw_use_isa.argtypes = [ctypes.c_char_p]
+    library.nw_struct_size.restype = ctypes.c_int64
+    found = library.nw_abi()
+    if found != ABI:
+        return Loaded(None, f"{path} was built for another version of normwise (ABI {found}, not {ABI}): reinstall it")
+    wanted = os.environ.get("NORMWISE_ISA")
+    if wanted and library.nw_use_isa(wanted.encode()) != 0:
+        usable = [level for level in ISA_LEVELS if library.nw_use_isa(level.encode()) == 0]
+        return Loaded(None, f"NORMWISE_ISA={wanted} cannot run here: set it to one of {', '.join(usable)}, or unset it")
+    return Loaded(library, None)
+
+
+def _find() -> Path | None:
+    """Beside this file, where both kinds of install put it."""
+    path = Path(__file__).parent / NAME
+    return path if path.is_file() else None
