@@ -5,32 +5,46 @@ Layers that replace their namesakes in torch.nn and stay right on every batch si
 
 from normwise import functional
 from normwise.nn import (
+    GRU,
+    LSTM,
+    RNN,
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
     GroupNorm,
+    GRUCell,
     InstanceNorm1d,
     InstanceNorm2d,
     InstanceNorm3d,
     LayerNorm,
+    LSTMCell,
     RMSNorm,
+    RNNCell,
 )
 from normwise.ops.check import ShapeError
 from normwise.ops.choose import BackendError, backend
+from normwise.reference.recurrence import Recurrence
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
     "BackendError",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "GRUCell",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
+    "LSTMCell",
     "LayerNorm",
     "RMSNorm",
+    "RNNCell",
+    "Recurrence",
     "ShapeError",
     "__version__",
     "backend",

@@ -4,15 +4,23 @@ from normwise.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from normwise.nn.group_norm import GroupNorm
 from normwise.nn.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from normwise.nn.layer_norm import LayerNorm, RMSNorm
+from normwise.nn.recurrent import GRU, LSTM, RNN
+from normwise.nn.recurrent_cells import GRUCell, LSTMCell, RNNCell
 
 __all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "GRUCell",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
+    "LSTMCell",
     "LayerNorm",
     "RMSNorm",
+    "RNNCell",
 ]

@@ -87,12 +87,13 @@ def recurrence(
     inputs = step.input_terms(F.linear(x, weights.weight_ih), valid)
     h, c = h0.to(wide), None if c0 is None else c0.to(wide)
     outputs = []
-    for t in range(len(x)):
+    # unbind, because indexing step by step would write a gradient of all steps at every step.
+    for t, input_term in enumerate(inputs.unbind(0)):
         step.begin(t, None if valid is None else valid[t, :, None])
         if reset is not None:
             h = h.masked_fill(reset[t, :, None], 0)
             c = None if c is None else c.masked_fill(reset[t, :, None], 0)
-        new_h, new_c = advance(inputs[t], h, c)
+        new_h, new_c = advance(input_term, h, c)
         if zoned is not None:
             new_h = torch.where(zoned[t], h, new_h)
         elif how.zoneout:
@@ -167,9 +168,9 @@ class _Step:
                 projected = self.normalize("ih", projected, (0, 1), mask)
             else:
                 steps = []
-                for t in range(len(projected)):
+                for t, row in enumerate(projected.unbind(0)):
                     self.begin(t, None if mask is None else mask[t])
-                    steps.append(self.normalize("ih", projected[t]))
+                    steps.append(self.normalize("ih", row))
                 projected = torch.stack(steps)
         return plus(projected, self.weights.bias_ih)
 
