@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import normwise
+from normwise.kernels import cpu
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,18 @@ def run(layer: nn.Module, x: Tensor, upstream: Tensor, **kwargs: Any) -> dict[st
     }
 
 
+# "chosen": whatever is best here, the compiled kernels if they are built; "uncompiled": what is chosen without them.
+BACKENDS = ["chosen", "uncompiled", "torch", "reference"]
+
+
 @contextmanager
-def each_backend(name: str) -> Iterator[None]:
-    with normwise.backend(None if name == "chosen" else name):
+def using(backend: str) -> Iterator[None]:
+    """The norms run by `backend`, one of BACKENDS."""
+    if backend == "chosen":
         yield
+    elif backend == "uncompiled":
+        with mock.patch.object(cpu, "obstacle", return_value="as if there were no compiled library"):
+            yield
+    else:
+        with normwise.backend(backend):
+            yield

@@ -12,10 +12,8 @@ import torch
 from torch import nn
 
 import normwise
-from norm_cases import CASES, Case, each_case, randomize, run, with_bias_argument
+from norm_cases import BACKENDS, CASES, Case, each_case, randomize, run, using, with_bias_argument
 from tolerances import assert_close
-
-BACKENDS = ["chosen", "torch", "reference"]
 
 
 def pair(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, nn.Module]:
@@ -64,13 +62,13 @@ def test_equals_torch(case: Case, backend: str, training: bool, dtype: torch.dty
     ours, theirs = pair(case, dtype, device)
     ours.train(training), theirs.train(training)
     x = torch.randn(case.shape, dtype=torch.float64, device=device).mul(2).add(0.5).to(dtype)
-    with normwise.backend(None if backend == "chosen" else backend):
+    with using(backend):
         for _ in range(2):  # twice: running averages build on themselves
             compare(case, ours, theirs, x)
 
 
 @each_case
-@pytest.mark.parametrize("backend", ["chosen", "reference"])
+@pytest.mark.parametrize("backend", ["chosen", "uncompiled", "reference"])
 def test_strided_and_channels_last(case: Case, backend: str, device: torch.device) -> None:
     ours, theirs = pair(case, torch.float32, device)
     x = torch.randn(*case.shape[:-1], 2 * case.shape[-1], device=device)[..., ::2]
@@ -79,7 +77,7 @@ def test_strided_and_channels_last(case: Case, backend: str, device: torch.devic
         layouts.append(x.contiguous(memory_format=torch.channels_last))
     if x.dim() == 5:
         layouts.append(x.contiguous(memory_format=torch.channels_last_3d))
-    with normwise.backend(None if backend == "chosen" else backend):
+    with using(backend):
         for view in layouts:
             compare(case, ours, theirs, view)
 
@@ -110,12 +108,12 @@ BATCHED = [c for c in CASES if not (c.name == "InstanceNorm1d" and len(c.shape) 
 
 
 @pytest.mark.parametrize("case", BATCHED, ids=str)
-@pytest.mark.parametrize("backend", ["chosen", "reference"])
+@pytest.mark.parametrize("backend", ["chosen", "uncompiled", "reference"])
 def test_empty_batch(case: Case, backend: str, device: torch.device) -> None:
     ours, theirs = pair(case, torch.float32, device)
     before = {name: b.clone() for name, b in ours.named_buffers()}
     x = torch.empty(0, *case.shape[1:], device=device, requires_grad=True)
-    with normwise.backend(None if backend == "chosen" else backend):
+    with using(backend):
         y = ours(x)
     assert y.shape == x.shape
     (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import normwise
-from norm_cases import Case, each_case, randomize
+from norm_cases import Case, each_case, randomize, using
 from tolerances import assert_close
 
 MASKED = {
@@ -28,7 +28,7 @@ def fresh_compiler() -> None:
 
 
 @each_case
-@pytest.mark.parametrize("backend", ["chosen", "reference"])
+@pytest.mark.parametrize("backend", ["chosen", "uncompiled", "reference"])
 def test_double_backward(case: Case, backend: str) -> None:
     layer = randomize(case.ours(dtype=torch.float64)).train(True)
     x = torch.randn(case.shape, dtype=torch.float64, requires_grad=True)
@@ -42,7 +42,7 @@ def test_double_backward(case: Case, backend: str) -> None:
                 b.copy_(k)
         return y
 
-    with normwise.backend(None if backend == "chosen" else backend):
+    with using(backend):
         assert torch.autograd.gradcheck(f, x)
         if case.shape[0] > 1 or len(case.shape) < 4:
             assert torch.autograd.gradgradcheck(f, x)

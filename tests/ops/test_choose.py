@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import normwise
+from normwise.kernels import cpu
 from normwise.ops.choose import BACKENDS, RUNNING_SUM_LIMIT, Call, choose, forced, found
 
 x = torch.randn(4, 6, 5)
@@ -19,6 +20,40 @@ def choice(op: str = "layer_norm", dims: tuple[int, ...] = (2,), tensor: torch.T
     return choose(Call(op, tensor, dims, **facts)).backend
 
 
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "obstacle", lambda x: "as if there were no compiled library")
+
+
+@pytest.mark.skipif(not cpu.available(), reason=f"no compiled library: {cpu.why_not()}")
+def test_compiled_kernels_first() -> None:
+    assert choice() == choice("batch_norm", (0, 2)) == choice("group_norm", (2, 3)) == "cpu"
+    assert choice(mask=torch.ones(4, 6, 1, dtype=torch.bool)) == "cpu"
+    assert choice(tensor=x.half()) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason"),
+    [
+        ({"tensor": x.half()}, "float32, bfloat16 and float64, not torch.float16"),
+        ({"mask": torch.ones(4, 6, 5, dtype=torch.bool)}, "one mask for all features of a row"),
+        ({"op": "batch_norm", "mask": torch.ones(4, 6, 5, dtype=torch.bool)}, "one mask for all channels"),
+        ({"residual": x.double()}, "do not mix"),
+        ({"op": "batch_norm", "averages": (torch.zeros(6).half(),) * 2}, "running averages of torch.float32"),
+        ({"op": "instance_norm", "averages": (torch.zeros(6),) * 2}, "does not move running averages"),
+        ({"op": "group_norm", "tensor": torch.randn(2, 5, 6).mT}, "channels-first"),
+        ({"op": "softmax"}, "no C\\+\\+ kernel for softmax"),
+        ({"tensor": torch.randn(3, device="meta")}, "run on the CPU, not on meta"),
+    ],
+)
+def test_what_the_compiled_kernels_cannot_take(facts: dict[str, object], reason: str) -> None:
+    facts = {"op": "layer_norm", "dims": (2,), "tensor": x} | facts
+    call = Call(facts.pop("op"), facts.pop("tensor"), facts.pop("dims"), **facts)
+    with normwise.backend("cpu"), pytest.raises(normwise.BackendError, match=reason):
+        choose(call)
+
+
+@pytest.mark.usefixtures("no_library")
 def test_torch_where_it_does_the_job() -> None:
     assert choice() == "torch"
     assert choice("group_norm", (2, 3)) == "torch"
@@ -28,7 +63,7 @@ def test_torch_where_it_does_the_job() -> None:
 @pytest.mark.parametrize(
     ("facts", "reason"),
     [
-        ({"masked": True}, "no mask"),
+        ({"mask": torch.ones(4, 6, 5, dtype=torch.bool)}, "no mask"),
         ({"dims": (1,)}, "trailing axes only"),
         ({"fixed_momentum": False}, "a number only"),
         ({"weight": torch.ones(5, dtype=torch.float64)}, "does not mix"),
@@ -36,6 +71,7 @@ def test_torch_where_it_does_the_job() -> None:
         ({"op": "batch_norm", "dims": (0,), "tensor": torch.empty(RUNNING_SUM_LIMIT + 1, 2)}, "loses digits"),
     ],
 )
+@pytest.mark.usefixtures("no_library")
 def test_reference_elsewhere_and_why(facts: dict[str, object], reason: str) -> None:
     facts = {"op": "layer_norm", "dims": (2,), "tensor": x} | facts
     call = Call(facts.pop("op"), facts.pop("tensor"), facts.pop("dims"), **facts)
@@ -61,11 +97,11 @@ def test_forced_backend_never_falls_back() -> None:
 def test_backend_blocks_nest_and_survive_an_error() -> None:
     with normwise.backend("reference"):
         with normwise.backend(None):
-            assert choice() == "torch"
+            assert choice() != "reference"
         with pytest.raises(KeyError), normwise.backend("torch"):
             raise KeyError
-        assert choice(masked=True) == choice() == "reference"
-    assert choice() == "torch"
+        assert choice(mask=torch.ones(4, 6, 5, dtype=torch.bool)) == choice() == "reference"
+    assert choice() != "reference"
 
 
 def test_unknown_backend() -> None:
@@ -95,7 +131,7 @@ def test_environment_variable() -> None:
     assert done.stdout.split() == ["reference"]
     env["NORMWISE_BACKEND"] = "fast"
     failed = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert "unknown backend 'fast'" in failed.stderr
+    assert "NORMWISE_BACKEND: unknown backend 'fast'" in failed.stderr
 
 
 def test_every_backend_is_accounted_for() -> None:

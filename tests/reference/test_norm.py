@@ -54,9 +54,7 @@ def test_moments_by_hand() -> None:
 
 def test_norm_by_hand() -> None:
     """Column (1, 5): mean 3, variance 4, so with eps 12 the deviation is 4: (-2/4, 2/4), times 3, plus 1."""
-    y, _ = reference.norm(
-        torch.tensor([[1.0], [5.0]]), [0], torch.tensor([[3.0]]), torch.tensor([[1.0]]), eps=12.0
-    )
+    y, _ = reference.norm(torch.tensor([[1.0], [5.0]]), [0], torch.tensor([[3.0]]), torch.tensor([[1.0]]), eps=12.0)
     assert y.tolist() == [[-0.5], [2.5]]
     y, _ = reference.norm(torch.tensor([[3.0, 4.0]]), [1], eps=12.5, center=False)  # mean square 12.5, root of 25
     assert y.tolist() == [[0.6000000238418579, 0.800000011920929]]
@@ -86,7 +84,9 @@ def test_moments_of_selected_elements(mask_shape: tuple[int, ...], dims: tuple[i
     groups = x.permute(*kept, *dims).reshape(*[x.shape[d] for d in kept], -1)
     valid = mask.expand_as(x).permute(*kept, *dims).reshape(groups.shape)
     flat = [g.reshape(-1) for g in got]
-    for i, (g, v) in enumerate(zip(groups.reshape(-1, groups.shape[-1]), valid.reshape(-1, groups.shape[-1]), strict=True)):
+    for i, (g, v) in enumerate(
+        zip(groups.reshape(-1, groups.shape[-1]), valid.reshape(-1, groups.shape[-1]), strict=True)
+    ):
         chosen = g[v]
         assert flat[2][i] == len(chosen)
         if len(chosen):
@@ -113,7 +113,9 @@ def test_explicit_backward_is_autograd_s(dims, weight_shape, masked, given, cent
     upstream = torch.randn_like(x)
     explicit = reference.norm_backward(upstream, x, dims, weight, bias, **options)
     wide = [None if t is None else t.double().requires_grad_() for t in (x, weight, bias)]
-    options = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()}
+    options = {
+        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in options.items()
+    }
     y, _ = reference.norm(wide[0], dims, *wide[1:], **options)
     truth = iter(torch.autograd.grad(y, [t for t in wide if t is not None], upstream.double()))
     for got, leaf in zip(explicit, wide, strict=True):

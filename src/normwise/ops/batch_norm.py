@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops import check, ragged, running
+from normwise.ops import check, compiled, ragged, running
 from normwise.ops.choose import Call, choose, loses_digits, values_visible, watches_digits
 from normwise.ops.norm import norm
 from normwise.reference import activation, count_valid
@@ -100,8 +100,12 @@ def batch_norm(
     if x.numel() == 0 and batch_statistics:
         averages = None  # nothing to learn from an empty batch, as in torch
 
+    assert residual is None or isinstance(residual, Tensor)
+    call = _call(x, averages, weight, batch_statistics, momentum, valid, residual)
+    if choose(call).backend == "cpu":
+        return _compiled(call, bias, momentum, eps, act)
     y = standardized(x, averages, weight, bias, batch_statistics, momentum, eps, valid)
-    if isinstance(residual, Tensor):
+    if residual is not None:
         y = y + residual
     if transform is not None:
         y = transform(y)
@@ -121,17 +125,12 @@ def standardized(
     valid: Tensor | None,
 ) -> Tensor:
     """gamma * (x - mean) / sqrt(var + eps) + beta by the chosen backend; running averages (mean, var) moved."""
-    dims = (0, *range(2, x.dim()))
-    call = Call(
-        "batch_norm",
-        x,
-        dims,
-        weight=weight,
-        masked=valid is not None,
-        batch_statistics=batch_statistics,
-        fixed_momentum=not isinstance(momentum, Tensor),
-    )
-    if choose(call).backend == "torch":
+    call = _call(x, averages, weight, batch_statistics, momentum, valid)
+    dims = call.dims
+    backend = choose(call).backend
+    if backend == "cpu":
+        return _compiled(call, bias, momentum, eps, None)
+    if backend == "torch":
         by_aten = _aten(x, averages, weight, bias, batch_statistics, float(momentum), eps)
         if by_aten is not None:
             return by_aten
@@ -144,6 +143,48 @@ def standardized(
     if averages is not None:
         running.move(*averages, moments, momentum)
     return y
+
+
+def _call(
+    x: Tensor,
+    averages: tuple[Tensor, Tensor] | None,
+    weight: Tensor | None,
+    batch_statistics: bool,
+    momentum: float | Tensor,
+    valid: Tensor | None,
+    residual: Tensor | None = None,
+) -> Call:
+    return Call(
+        "batch_norm",
+        x,
+        (0, *range(2, x.dim())),
+        weight=weight,
+        mask=valid,
+        residual=residual,
+        averages=averages,
+        batch_statistics=batch_statistics,
+        fixed_momentum=not isinstance(momentum, Tensor),
+    )
+
+
+def _compiled(call: Call, bias: Tensor | None, momentum: float | Tensor, eps: float, act: str | None) -> Tensor:
+    """By the kernel of channels, activation and residual included."""
+    x = call.x
+    if not x.movedim(1, -1).is_contiguous():
+        x = x.contiguous()
+    mask = None if call.mask is None else call.mask.squeeze(1).expand(x.shape[0], *x.shape[2:]).reshape(x.shape[0], -1)
+    return compiled.channels(
+        x,
+        call.residual,
+        call.weight,
+        bias,
+        call.averages,
+        mask,
+        call.batch_statistics,
+        float(momentum),
+        eps,
+        act,
+    )
 
 
 def _aten(

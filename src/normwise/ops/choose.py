@@ -20,6 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from normwise.kernels import cpu
+from normwise.reference import accumulation_dtype
+
 BACKENDS = ("torch", "cpu", "triton", "reference")
 
 # ATen scales by x * a + b, where a = weight * rstd and b = bias - mean * a nearly cancel when the mean dwarfs the
@@ -51,7 +54,9 @@ class Call:
         x: its input.
         dims: the axes of `x` that share statistics, ascending.
         weight: the gain.
-        masked: some elements do not count.
+        mask: which elements count, with as many axes as `x`; None for all.
+        residual: what is added inside the same kernel.
+        averages: the running mean and variance that are used or moved.
         batch_statistics: statistics are taken from `x` (training), not given.
         fixed_momentum: the running averages, if any, move by a plain number (ATen takes no tensor).
     """
@@ -60,7 +65,9 @@ class Call:
     x: Tensor
     dims: tuple[int, ...]
     weight: Tensor | None = None
-    masked: bool = False
+    mask: Tensor | None = None
+    residual: Tensor | None = None
+    averages: tuple[Tensor, Tensor] | None = None
     batch_statistics: bool = True
     fixed_momentum: bool = True
 
@@ -106,6 +113,8 @@ def choose(call: Call) -> Choice:
         return Choice(_Forced.name, "forced")
     if transforming():
         return Choice("reference", "inside a torch.func transform")
+    if _cpu_obstacle(call) is None:
+        return Choice("cpu", "the compiled kernel")
     obstacle = _torch_obstacle(call) or _torch_weakness(call)
     if obstacle is None:
         return Choice("torch", "ATen's kernel does the same job")
@@ -140,16 +149,42 @@ def loses_digits(mean: Tensor, rstd: Tensor) -> bool:
 
 def found() -> dict[str, str | None]:
     """For each backend, what keeps it from being used on this machine, or None if nothing does."""
-    return {"torch": None, "cpu": _NO_LIBRARY, "triton": _NO_TRITON, "reference": None}
+    return {"torch": None, "cpu": cpu.why_not(), "triton": _NO_TRITON, "reference": None}
 
 
-_NO_LIBRARY = "this version of normwise has no compiled CPU library"
 _NO_TRITON = "this version of normwise has no Triton kernels"
+
+
+def _cpu_obstacle(call: Call) -> str | None:
+    """What the compiled CPU kernels cannot do."""
+    x, mask = call.x, call.mask
+    if torch.compiler.is_compiling():
+        return "while compiling, ATen's operations are left to the compiler"
+    if type(x) not in (Tensor, torch.nn.Parameter):
+        return f"the C++ kernels take plain tensors, not {type(x).__name__}"
+    if call.op not in _COMPILED:
+        return f"there is no C++ kernel for {call.op}"
+    if transforming():
+        return "a torch.func transform does not reach into a C++ kernel"
+    if call.residual is not None and call.residual.dtype != x.dtype:
+        return f"the C++ kernels do not mix an input of {x.dtype} with a residual of {call.residual.dtype}"
+    by_features = call.op in ("layer_norm", "rms_norm")
+    if mask is not None and any(mask.shape[d] != 1 for d in (call.dims if by_features else (1,))):
+        return "the C++ kernels take one mask for " + ("all features of a row" if by_features else "all channels")
+    if call.op == "instance_norm" and call.batch_statistics and call.averages is not None:
+        return "the C++ kernel of InstanceNorm does not move running averages"
+    if call.op in ("group_norm", "instance_norm") and not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
+        return "the C++ kernels of GroupNorm and InstanceNorm take channels-first inputs"
+    statistics = accumulation_dtype(x.dtype)
+    for average in call.averages or ():
+        if average.dtype != statistics or not average.is_contiguous():
+            return f"the C++ kernels keep contiguous running averages of {statistics} beside {x.dtype}"
+    return cpu.obstacle(x)
 
 
 def _torch_obstacle(call: Call) -> str | None:
     """What ATen's kernels cannot do."""
-    if call.masked:
+    if call.mask is not None:
         return "ATen's kernels take no mask"
     if not call.fixed_momentum:
         return "ATen takes momentum as a number only"
@@ -185,9 +220,14 @@ def _is_fake(t: Tensor) -> bool:
 
 _OBSTACLES = {
     "torch": _torch_obstacle,
-    "cpu": lambda call: _NO_LIBRARY,
+    "cpu": _cpu_obstacle,
     "triton": lambda call: _NO_TRITON,
     "reference": lambda call: None,
 }
 
-force(os.environ.get("NORMWISE_BACKEND") or None)
+_COMPILED = ("batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm")
+
+try:
+    force(os.environ.get("NORMWISE_BACKEND") or None)
+except ValueError as error:
+    raise ValueError(f"environment variable NORMWISE_BACKEND: {error}") from None

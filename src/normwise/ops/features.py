@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.ops import check, ragged
+from normwise.ops import check, compiled, ragged
 from normwise.ops.choose import Call, choose
 from normwise.ops.norm import norm
 from normwise.reference import activation
@@ -69,6 +70,8 @@ def feature_norm(
         )
     valid = check.validity(x, mask, lengths, channel_dim=dims[0] if dim is not None else x.dim() - 1)
     transform = None if act is None else activation(act)
+    if choose(Call(op, x, dims, weight=weight, mask=valid, residual=residual)).backend == "cpu":
+        return _compiled(x, dims, weight, bias, eps, center, valid, act, residual)
     if residual is not None:
         x = x + residual
     if valid is not None:
@@ -131,7 +134,7 @@ def _standardized(
     # A row is valid as a whole where the mask does not vary along the normalized axes. Its padding is 0 by now, so
     # an unmasked kernel does the job, and the rest is putting 0 where the bias went.
     whole_rows = valid is None or all(valid.shape[d] == 1 for d in dims)
-    call = Call(op, x, dims, weight=weight, masked=not whole_rows)
+    call = Call(op, x, dims, weight=weight, mask=None if whole_rows else valid)
     y = None
     if choose(call).backend == "torch":
         y = aten(x, list(normalized_shape), weight, bias, eps)
@@ -140,6 +143,45 @@ def _standardized(
     x = as_autocast(x)
     y, _ = norm(x, dims, _spread(weight, x, dims), _spread(bias, x, dims), mask=valid, eps=eps, center=center)
     return y
+
+
+def _compiled(
+    x: Tensor,
+    dims: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    center: bool,
+    valid: Tensor | None,
+    act: str | None,
+    residual: Tensor | None,
+) -> Any:
+    """By the kernel of rows: the normalized axes are moved to the end, and back into the input's layout."""
+    trailing = tuple(range(x.dim() - len(dims), x.dim()))
+    moved = dims != trailing
+    mask = None
+    if valid is not None:
+        mask = valid.squeeze(dims).expand([s for d, s in enumerate(x.shape) if d not in dims]).reshape(-1)
+    if moved:
+        x = x.movedim(dims, trailing)
+        residual = None if residual is None else residual.movedim(dims, trailing)
+    dense = x.is_contiguous()
+    y, total = compiled.rows(
+        x.contiguous(),
+        None if residual is None else residual.contiguous(),
+        weight,
+        bias,
+        mask,
+        math.prod(x.shape[d] for d in trailing),
+        eps,
+        center,
+        act,
+    )
+    if moved:
+        y, total = (t.movedim(trailing, dims) for t in (y, total))
+        if not dense:
+            y, total = y.contiguous(), total.contiguous()
+    return y if residual is None else (y, total)
 
 
 def as_autocast(x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from normwise.ops import check
+from normwise.ops import check, compiled
 from normwise.ops.choose import Call, choose, loses_digits, watches_digits
 from normwise.ops.features import as_autocast
 from normwise.ops.norm import norm
@@ -61,11 +61,17 @@ def group_norm(
         "Use fewer groups, so that each holds several channels, or LayerNorm.",
     )
 
-    call = Call("group_norm", x, tuple(range(2, x.dim() + 1)), weight=weight, masked=valid is not None)
-    if choose(call).backend == "torch":
+    call = Call("group_norm", x, tuple(range(2, x.dim() + 1)), weight=weight, mask=valid)
+    backend = choose(call).backend
+    if backend == "cpu":
+        rows = None if valid is None else valid.squeeze(1).expand(samples, *positions).reshape(samples, -1)
+        return compiled.groups(x.contiguous(), weight, bias, rows, num_groups, eps)
+    if backend == "torch":
         if not watches_digits(x):
             return torch.group_norm(x, num_groups, weight, bias, eps, torch.backends.cudnn.enabled)
-        y, mean, rstd = torch.native_group_norm(_dense(x), weight, bias, samples, channels, prod(positions), num_groups, eps)
+        y, mean, rstd = torch.native_group_norm(
+            _dense(x), weight, bias, samples, channels, prod(positions), num_groups, eps
+        )
         if not loses_digits(mean, rstd):
             return y
     grouped = (num_groups, channels // num_groups)

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from normwise.ops import check, running
+from normwise.ops import check, compiled, running
 from normwise.ops.batch_norm import standardized
 from normwise.ops.choose import Call, choose, loses_digits, watches_digits
 from normwise.ops.norm import norm
@@ -84,8 +84,12 @@ def instance_norm(
             "whatever it is. Use LayerNorm or GroupNorm, whose statistics also run over channels"
         )
 
-    call = Call("instance_norm", x, tuple(range(2, x.dim())), weight=weight, masked=valid is not None)
-    if choose(call).backend == "torch":
+    call = Call("instance_norm", x, tuple(range(2, x.dim())), weight=weight, mask=valid, averages=averages)
+    backend = choose(call).backend
+    if backend == "cpu":
+        rows = None if valid is None else valid.squeeze(1).expand(samples, *positions).reshape(samples, -1)
+        return compiled.groups(x.contiguous(), weight, bias, rows, channels, eps)
+    if backend == "torch":
         if not watches_digits(x):
             return torch.instance_norm(
                 x,

@@ -1,0 +1,236 @@
+"""Gradients for the compiled CPU kernels: each forward with its backward, and a second derivative by the reference.
+
+Inputs are dense already (`choose` saw to dtype, device and mask); a kernel without anything to differentiate is called
+directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normwise import reference
+from normwise.kernels import cpu
+
+
+def rows(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    cols: int,
+    eps: float,
+    center: bool,
+    act: str | None,
+) -> tuple[Tensor, Tensor]:
+    """(act(norm(s)), s) with s = x + residual (x where there is none), over each run of `cols` elements.
+
+    `weight` and `bias` have `cols` elements, `mask` (bool, True = valid) one a run.
+    """
+    if not _differentiates(x, residual, weight, bias):
+        y, s, _ = cpu.rows_forward(x, cols, weight, bias, eps, center=center, act=act, residual=residual, mask=mask)
+        return y, s
+    if residual is None:
+        return _Rows.apply(x, None, weight, bias, mask, cols, eps, center, act), x
+    return _Rows.apply(x, residual, weight, bias, mask, cols, eps, center, act)  # type: ignore[no-any-return]
+
+
+def groups(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, groups: int, eps: float
+) -> Tensor:
+    """GroupNorm of a contiguous (N, C, ...); `mask` (N, positions)."""
+    if not _differentiates(x, weight, bias):
+        return cpu.groups_forward(x, groups, weight, bias, eps, mask=mask)[0]
+    return _Groups.apply(x, weight, bias, mask, groups, eps)  # type: ignore[no-any-return]
+
+
+def channels(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    averages: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    batch_statistics: bool,
+    momentum: float,
+    eps: float,
+    act: str | None,
+) -> Tensor:
+    """act(BatchNorm of (N, C, ...) + residual), contiguous or channels-last; running averages moved in training."""
+    if not _differentiates(x, residual, weight, bias):
+        mean, var = averages or (None, None)
+        return cpu.channels_forward(
+            x, mean, var, weight, bias, batch_statistics, momentum, eps, act=act, residual=residual, mask=mask
+        )[0]
+    return _Channels.apply(  # type: ignore[no-any-return]
+        x, residual, weight, bias, averages, mask, batch_statistics, momentum, eps, act
+    )
+
+
+def _differentiates(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        cols: int,
+        eps: float,
+        center: bool,
+        act: str | None,
+    ) -> Any:
+        y, s, stats = cpu.rows_forward(x, cols, weight, bias, eps, center=center, act=act, residual=residual, mask=mask)
+        ctx.save_for_backward(s, weight, bias, mask, stats)
+        ctx.settings = cols, eps, center, act
+        ctx.set_materialize_grads(False)
+        return y if residual is None else (y, s)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None = None) -> Any:
+        s, weight, bias, mask, stats = ctx.saved_tensors
+        cols, eps, center, act = ctx.settings
+        if dy is None:
+            dy = torch.zeros_like(s)
+        if torch.is_grad_enabled():
+            wide = s.view(-1, cols)
+            valid = None if mask is None else mask.view(-1, 1)
+            options = {"mask": valid, "eps": eps, "center": center}
+            gain, shift = (None if t is None else t.reshape(1, cols) for t in (weight, bias))
+            upstream = dy.reshape(wide.shape)
+            ds, dweight, dbias, _ = _differentiable(upstream, wide, (1,), gain, shift, options, act, None)
+            ds = ds.view_as(s)
+            if dsum is not None:
+                ds = ds + (dsum if valid is None else dsum.reshape(wide.shape).masked_fill(~valid, 0).view_as(s))
+        else:
+            ds, dweight, dbias = cpu.rows_backward(
+                dy, s, stats, cols, weight, bias, center=center, act=act, mask=mask, dsum=dsum
+            )
+        dresidual = ds if ctx.needs_input_grad[1] else None
+        return ds, dresidual, _as(dweight, weight), _as(dbias, bias), *(None,) * 5
+
+
+class _Groups(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        groups: int,
+        eps: float,
+    ) -> Tensor:
+        y, stats = cpu.groups_forward(x, groups, weight, bias, eps, mask=mask)
+        ctx.save_for_backward(x, weight, bias, mask, stats)
+        ctx.settings = groups, eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, bias, mask, stats = ctx.saved_tensors
+        groups, eps = ctx.settings
+        if torch.is_grad_enabled():
+            grouped = (x.shape[0], groups, x.shape[1] // groups, -1)
+            per_channel = (1, groups, -1, 1)
+            gain, shift = (None if t is None else t.view(per_channel) for t in (weight, bias))
+            valid = None if mask is None else mask.view(x.shape[0], 1, 1, -1)
+            options = {"mask": valid, "eps": eps, "center": True}
+            dx, dweight, dbias, _ = _differentiable(
+                dy.reshape(grouped), x.view(grouped), (2, 3), gain, shift, options, None, None
+            )
+            dx = dx.view_as(x)
+        else:
+            dx, dweight, dbias, _ = cpu.groups_backward(dy, x, stats, groups, weight, bias, mask=mask)
+        return dx, _as(dweight, weight), _as(dbias, bias), None, None, None
+
+
+class _Channels(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        averages: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        batch_statistics: bool,
+        momentum: float,
+        eps: float,
+        act: str | None,
+    ) -> Tensor:
+        mean, var = averages or (None, None)
+        y, stats = cpu.channels_forward(
+            x, mean, var, weight, bias, batch_statistics, momentum, eps, act=act, residual=residual, mask=mask
+        )
+        # The residual is needed again only to know where the activation was flat.
+        ctx.save_for_backward(x, residual if act is not None else None, weight, bias, mask, stats)
+        ctx.settings = batch_statistics, eps, act
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, residual, weight, bias, mask, stats = ctx.saved_tensors
+        batch_statistics, eps, act = ctx.settings
+        wants_residual = ctx.needs_input_grad[1]
+        if torch.is_grad_enabled():
+            per_channel = (1, -1) + (1,) * (x.dim() - 2)
+            gain, shift = (None if t is None else t.view(per_channel) for t in (weight, bias))
+            valid = None if mask is None else mask.view(x.shape[0], 1, *x.shape[2:])
+            options: dict[str, Any] = {"mask": valid, "eps": eps, "center": True}
+            if not batch_statistics:
+                mean, rstd = (t.view(per_channel).to(torch.float64) for t in stats)
+                options |= {"mean": mean, "var": rstd.pow(-2) - eps}
+            dims = (0, *range(2, x.dim()))
+            dx, dweight, dbias, dz = _differentiable(dy, x, dims, gain, shift, options, act, residual)
+            return dx, dz if wants_residual else None, _as(dweight, weight), _as(dbias, bias), *(None,) * 6
+        dx, dweight, dbias, dresidual = cpu.channels_backward(
+            dy, x, stats, weight, bias, batch_statistics, act=act, residual=residual, mask=mask
+        )
+        if residual is None and wants_residual:  # no activation between: the gradient passes as it is
+            dresidual = dy if mask is None else dy.masked_fill(~mask.view(x.shape[0], 1, *x.shape[2:]), 0)
+        return dx, dresidual if wants_residual else None, _as(dweight, weight), _as(dbias, bias), *(None,) * 6
+
+
+def _differentiable(
+    dy: Tensor,
+    x: Tensor,
+    dims: tuple[int, ...],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: dict[str, Any],
+    act: str | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """(dx, dweight, dbias, dresidual) in operations that autograd can differentiate again."""
+    if act is not None:
+        z, _ = reference.norm(x, dims, weight, bias, **options)
+        if residual is not None:
+            z = z + residual
+        dy = _through(reference.activation(act), z, dy)
+    if options["mask"] is not None:
+        dy = dy.masked_fill(~options["mask"], 0)
+    dx, dweight, dbias = reference.norm_backward(dy, x, dims, weight, bias, **options)
+    return dx, dweight, dbias, dy
+
+
+def _through(act: Callable[[Tensor], Tensor], z: Tensor, dy: Tensor) -> Tensor:
+    """The gradient at `z` of act(z), differentiable in both arguments."""
+    at = z if z.requires_grad else z.detach().requires_grad_()
+    (slope,) = torch.autograd.grad(act(at).sum(), at, create_graph=True)
+    return slope * dy
+
+
+def _as(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """A gain's or bias's gradient in its own dtype and shape."""
+    return None if grad is None or parameter is None else grad.to(parameter.dtype).view(parameter.shape)
