@@ -195,8 +195,8 @@ def plain_padded(
     started = (lengths > 0)[:, None]
     return (
         padded.masked_fill(~valid[..., None], 0),
-        torch.where(started, h, h0),
-        None if c is None or c0 is None else torch.where(started, c, c0),
+        torch.where(started, h, h0.to(h.dtype)),
+        None if c is None or c0 is None else torch.where(started, c, c0.to(c.dtype)),
     )
 
 
