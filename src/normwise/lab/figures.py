@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -43,6 +44,8 @@ def colour(norm: str) -> str:
 def figures(rows: Sequence[Row]) -> list[Figure]:
     """All figures of one task; those for which no run has a series are left out."""
     shown = [row for row in rows if row.runs]
+    if not shown:
+        return []
     drawn = [
         _curves(
             shown,
@@ -57,14 +60,14 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
             "On fixed held-out cases. Solid: eval mode. Dotted: the same cases in train mode, in batches of the run's "
             "own size; where a norm does not depend on the batch, both lines are one.",
             [("heldout/eval/accuracy", "solid"), ("heldout/train/accuracy", "dot")],
-            ".0%",
+            "~%",
         ),
         _curves(
             shown,
             "Training accuracy",
             "Of the training batches, before each update.",
             [("train/accuracy", "solid")],
-            ".0%",
+            "~%",
         ),
         _curves(
             shown,
@@ -82,9 +85,10 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
             "Share of the nonlinearities' inputs where the slope has all but vanished: |x| > 6 for a sigmoid, |x| > 3 "
             "for tanh, x ≤ 0 for a ReLU (unless the task says otherwise). Train mode, held-out cases.",
             [("saturated", "solid")],
-            ".0%",
+            "~%",
         ),
         _percentiles(shown),
+        _learning_rates(shown),
         _times(shown),
     ]
     return [figure for figure in drawn if figure is not None]
@@ -105,16 +109,27 @@ def _panels(rows: Sequence[Row], x: str, y: str, axis: str, *, height: int = 330
         1,
         len(sizes),
         shared_yaxes=True,
-        horizontal_spacing=0.025,
+        horizontal_spacing=0.035,
         subplot_titles=[f"batch size {size}" for size in sizes],
     )
     _style(figure, height)
     figure.update_xaxes(title_text=x)
     figure.update_yaxes(type="log" if axis == "log" else "linear", tickformat="" if axis == "log" else axis)
-    if axis == "log":
-        figure.update_yaxes(dtick="D2", exponentformat="power")
     figure.update_yaxes(title_text=y, col=1)
     return figure
+
+
+def _log_ticks(figure: go.Figure) -> None:
+    """Ticks at 1, 2 and 5 times the powers of ten, or at the powers alone where there are many."""
+    values = [y for trace in figure.data for y in trace.y if y is not None and y > 0]
+    if not values:
+        return
+    low, high = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))
+    if high - low > 3:
+        figure.update_yaxes(dtick=math.ceil((high - low) / 6), exponentformat="power")
+        return
+    ticks = [digit * 10.0**power for power in range(low, high + 1) for digit in (1, 2, 5)]
+    figure.update_yaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
 
 
 def _style(figure: go.Figure, height: int) -> None:
@@ -130,6 +145,7 @@ def _style(figure: go.Figure, height: int) -> None:
     )
     figure.update_xaxes(gridcolor=FAINT, linecolor="#b8bcc4", zeroline=False, ticks="outside", tickcolor="#b8bcc4")
     figure.update_yaxes(gridcolor=FAINT, linecolor="#b8bcc4", zeroline=False)
+    figure.update_xaxes(title_font_size=13)
     figure.update_annotations(font={"size": 13, "color": INK})
 
 
@@ -188,13 +204,17 @@ def _curves(
             label = row.norm if len(series) == 1 else f"{row.norm}, {name.split('/')[1]} mode"
             form = ".3~g" if axis in ("log", "") else ".1%"
             _draw(figure, row, _sizes(rows).index(row.batch_size) + 1, curve, dash, label, form, True)
+    if axis == "log":
+        _log_ticks(figure)
     _legend(figure, rows)
     return Figure(title, caption, figure) if drawn else None
 
 
 def _layers(rows: Sequence[Row]) -> list[str]:
-    names = [name for row in rows for run in row.runs for name in run.series if name.startswith("gradient/")]
-    return list(dict.fromkeys(names))
+    """The layers that all runs have, in their order; a run that diverged at once has recorded none and is no bar."""
+    of_runs = [[name for name in run.series if name.startswith("gradient/")] for row in rows for run in row.runs]
+    of_runs = [names for names in of_runs if names]
+    return [name for name in of_runs[0] if all(name in names for names in of_runs)] if of_runs else []
 
 
 def _short(layer: str) -> str:
@@ -207,21 +227,14 @@ def _gradient_profile(rows: Sequence[Row]) -> Figure | None:
         return None
     figure = _panels(rows, "", "", "log", height=380)
     for row in rows:
-        with_all = [run for run in row.runs if all(layer in run.series for layer in layers)]
-        if not with_all:
+        recorded = [run for run in row.runs if layers[0] in run.series]
+        if not recorded:
             continue
-        medians = [[median(run.series[layer].values) for run in with_all] for layer in layers]
+        medians = [[median(run.series[layer].values) for run in recorded] for layer in layers]
         figure.add_scatter(
             x=[_short(layer) for layer in layers],
-            y=[sum(values) / len(values) for values in medians],
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": [max(values) - sum(values) / len(values) for values in medians],
-                "arrayminus": [sum(values) / len(values) - min(values) for values in medians],
-                "thickness": 1,
-                "width": 2,
-            },
+            y=[fmean(values) for values in medians],
+            error_y=_reach(medians),
             mode="lines+markers",
             line={"color": colour(row.norm), "width": 2},
             marker={"size": 6},
@@ -231,6 +244,7 @@ def _gradient_profile(rows: Sequence[Row]) -> Figure | None:
             row=1,
             col=_sizes(rows).index(row.batch_size) + 1,
         )
+    _log_ticks(figure)
     _legend(figure, rows)
     figure.update_xaxes(tickangle=-40)
     figure.update_layout(margin={"b": 92})
@@ -255,8 +269,22 @@ def _gradient_curves(rows: Sequence[Row]) -> Figure | None:
                 _draw(figure, row, panel, curve, "solid", row.norm, ".3~g", place == 0)
                 for trace in figure.data[-2 if len(row.runs) > 1 else -1 :]:
                     trace.meta = place
+    _log_ticks(figure)
     caption = "The same over the steps, for one layer at a time."
     return Figure("Gradient norm over the training", caption, figure, tuple(map(_short, layers)))
+
+
+def _reach(values: Sequence[Sequence[float]]) -> dict[str, object]:
+    """Error bars from the mean to the lowest and the highest of each group of values."""
+    means = [fmean(group) for group in values]
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [max(group) - mean for group, mean in zip(values, means, strict=True)],
+        "arrayminus": [mean - min(group) for group, mean in zip(values, means, strict=True)],
+        "thickness": 1,
+        "width": 2,
+    }
 
 
 def _percentiles(rows: Sequence[Row]) -> Figure | None:
@@ -270,7 +298,7 @@ def _percentiles(rows: Sequence[Row]) -> Figure | None:
         len(norms),
         shared_xaxes=True,
         shared_yaxes=True,
-        horizontal_spacing=0.015,
+        horizontal_spacing=0.03,
         vertical_spacing=0.04,
         column_titles=norms,
     )
@@ -292,13 +320,44 @@ def _percentiles(rows: Sequence[Row]) -> Figure | None:
                 )
     figure.update_layout(margin={"t": 40})
     for place, size in enumerate(sizes):
-        figure.update_yaxes(title_text=f"batch size {size}", row=place + 1, col=1)
+        figure.update_yaxes(title={"text": f"batch size {size}", "font": {"size": 13}}, row=place + 1, col=1)
+    figure.update_xaxes(nticks=4, tickfont_size=11)
     figure.update_xaxes(title_text="step", row=len(sizes))
     caption = (
         "15th, 50th and 85th percentile, over held-out cases in train mode, of what one unit gets to see (as Ioffe & "
         "Szegedy 2015, figure 1); mean over the seeds."
     )
     return Figure("The input of one nonlinearity", caption, figure)
+
+
+def _learning_rates(rows: Sequence[Row]) -> Figure | None:
+    if all(len(row.offered) < 2 for row in rows):
+        return None
+    figure = _panels(rows, "learning rate", "", "log")
+    for row in rows:
+        finite = {rate: stat for rate, stat in row.offered.items() if math.isfinite(stat.mean)}
+        figure.add_scatter(
+            x=list(finite),
+            y=[stat.mean for stat in finite.values()],
+            error_y=_reach([stat.values for stat in finite.values()]),
+            mode="lines+markers",
+            line={"color": colour(row.norm), "width": 2},
+            marker={"size": [12 if rate == row.learning_rate else 6 for rate in finite], "opacity": 1},
+            legendgroup=row.norm,
+            showlegend=False,
+            hovertemplate=f"{row.norm}, learning rate %{{x}}: loss %{{y:.3~g}}<extra></extra>",
+            row=1,
+            col=_sizes(rows).index(row.batch_size) + 1,
+        )
+    _log_ticks(figure)
+    rates = sorted({rate for row in rows for rate in row.offered})
+    figure.update_xaxes(type="log", tickvals=rates, ticktext=[f"{rate:g}" for rate in rates])
+    _legend(figure, rows)
+    caption = (
+        "Training loss at the end, for each rate that the norms were offered, with the lowest and highest seed. The "
+        "large dot is the rate taken. Where a seed diverged there is no dot."
+    )
+    return Figure("How much the learning rate matters", caption, figure)
 
 
 def _times(rows: Sequence[Row]) -> Figure | None:
@@ -319,7 +378,7 @@ def _times(rows: Sequence[Row]) -> Figure | None:
             col=_sizes(rows).index(row.batch_size) + 1,
         )
     figure.update_xaxes(rangemode="tozero")
-    figure.update_yaxes(categoryorder="array", categoryarray=_norms(rows)[::-1])
+    figure.update_yaxes(type="category", categoryorder="array", categoryarray=_norms(rows)[::-1])
     figure.update_layout(margin={"l": 84, "t": 40})
     caption = (
         "Forward, backward and update, on one thread: the median of each run, a dot a seed. Other runs were training "

@@ -25,6 +25,9 @@ NORMS: Mapping[str, str] = {
 # What the layers say, after torch, when a statistic would come from a single value.
 UNDEFINED_WORDS = ("Expected more than 1 value per channel", "Expected more than 1 spatial element")
 
+# torch's classes and, since normwise's layers are subclasses of them, normwise's too.
+NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+
 
 def feature_norm(name: str, features: int) -> nn.Module:
     """A norm for (N, C).

@@ -73,7 +73,7 @@ def facts(task: Task, rows: Sequence[Row]) -> list[str]:
     return [
         f"{len(train):,} cases to train on, {len(held_out):,} held out",
         *(f"{number} steps at every batch size" for number in steps),
-        f"{seeds} seed{'s' * (seeds != 1)}",
+        *([f"{seeds} seed{'s' * (seeds != 1)}"] if seeds else []),
         *(f"{name.replace('_', ' ')} {value}" for name, value in task.settings.items()),
     ]
 

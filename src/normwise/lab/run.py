@@ -69,6 +69,7 @@ def _train(spec: Spec, task: Task, result: Result) -> None:
     torch.manual_seed(spec.seed)
     model = task.model(spec.norm, spec.seed).train()
     optimizer = task.optimizer(model, spec.learning_rate)
+    weights = watch.weights(model)
     probe = watch.Probe(task, spec.batch_size)
     gradients_every = max(1, spec.steps // GRADIENT_POINTS)
     probe_every = max(1, spec.steps // PROBE_POINTS)
@@ -86,7 +87,7 @@ def _train(spec: Spec, task: Task, result: Result) -> None:
             result.status, result.reason = "diverged", f"the training loss became {value} at step {step}"
             return
         if step % gradients_every == 0:
-            result.record(step, watch.gradient_norms(model))
+            result.record(step, watch.gradient_norms(weights))
         start = time.perf_counter()
         optimizer.step()
         seconds = forward_backward + time.perf_counter() - start

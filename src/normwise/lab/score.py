@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from statistics import fmean, median, stdev
 
@@ -66,6 +66,8 @@ class Row:
     stats: dict[str, Stat]
     mark: str
     runs: tuple[Run, ...]
+    offered: dict[float, Stat] = field(default_factory=dict)
+    """The training loss at each learning rate of the grid; infinite for a run that diverged."""
 
 
 def score(runs: Iterable[Run]) -> list[Row]:
@@ -89,19 +91,20 @@ def _row(task: str, batch_size: int, norm: str, runs: Sequence[Run]) -> Row:
     if runs[0].status == "undefined":
         return Row(task, batch_size, norm, "undefined", runs[0].reason, None, "", (), {}, "", ())
     rates: dict[float, list[Run]] = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: (run.identity["learning_rate"], run.identity["seed"])):
         rates.setdefault(run.identity["learning_rate"], []).append(run)
-    rate = min(sorted(rates), key=lambda r: fmean(training_loss(run) for run in rates[r]))
-    chosen = sorted(rates[rate], key=lambda run: run.identity["seed"])
+    offered = {rate: Stat(tuple(map(training_loss, found))) for rate, found in rates.items()}
+    rate = min(offered, key=lambda rate: offered[rate].mean)
     at_edge = ""
     if len(rates) > 2 and rate in (min(rates), max(rates)):
         at_edge = "lowest" if rate == min(rates) else "highest"
+    chosen = tuple(rates[rate])
     seeds = tuple(run.identity["seed"] for run in chosen)
     lost = [run for run in chosen if run.status == "diverged"]
     if lost:
         reason = f"{len(lost)} of {len(chosen)} seeds at the best rate: {lost[0].reason}"
-        return Row(task, batch_size, norm, "diverged", reason, rate, at_edge, seeds, {}, "", tuple(chosen))
-    return Row(task, batch_size, norm, "done", "", rate, at_edge, seeds, _stats(chosen), "", tuple(chosen))
+        return Row(task, batch_size, norm, "diverged", reason, rate, at_edge, seeds, {}, "", chosen, offered)
+    return Row(task, batch_size, norm, "done", "", rate, at_edge, seeds, _stats(chosen), "", chosen, offered)
 
 
 def training_loss(run: Run) -> float:
@@ -169,7 +172,7 @@ class Band:
     high: list[float]
 
 
-def band(runs: Sequence[Run], name: str, *, bins: int = 50) -> Band | None:
+def band(runs: Sequence[Run], name: str, *, bins: int = 30) -> Band | None:
     """Series ``name`` over ``runs``, long ones averaged down to ``bins`` points; None where no run has it.
 
     Runs that diverged are shorter: past their end the band is over the others.
@@ -191,7 +194,7 @@ def band(runs: Sequence[Run], name: str, *, bins: int = 50) -> Band | None:
 
 
 def as_json(rows: Iterable[Row]) -> list[dict[str, object]]:
-    """The rows as plain values."""
+    """The rows as plain values; an infinite loss is None."""
     return [
         {
             "task": row.task,
@@ -203,6 +206,10 @@ def as_json(rows: Iterable[Row]) -> list[dict[str, object]]:
             "at_edge": row.at_edge,
             "seeds": list(row.seeds),
             "mark": row.mark,
+            "training_loss_by_learning_rate": [
+                {"learning_rate": rate, "values": [v if math.isfinite(v) else None for v in stat.values]}
+                for rate, stat in row.offered.items()
+            ],
             **{
                 name: {"mean": stat.mean, "spread": stat.spread, "values": list(stat.values)}
                 for name, stat in row.stats.items()

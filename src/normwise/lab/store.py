@@ -10,6 +10,7 @@ import json
 import math
 import platform
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -94,11 +95,11 @@ class Store:
             self._check()
         self._connection = sqlite3.connect(path, timeout=30, isolation_level=None)
         with self._named():
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = NORMAL")
-            self._connection.execute("PRAGMA foreign_keys = ON")
             if fresh:
                 self._create()
+            self._use_wal()
+            self._connection.execute("PRAGMA synchronous = NORMAL")
+            self._connection.execute("PRAGMA foreign_keys = ON")
 
     def __enter__(self) -> Store:
         return self
@@ -107,28 +108,46 @@ class Store:
         self._connection.close()
 
     def _check(self) -> None:
-        """Look at the file without writing: first its header, then all of its pages."""
+        """Look at the file without writing, not even a file beside it: first its header, then all of its pages."""
         with self.path.open("rb") as file:
             header = file.read(100)
         if header[:16] != b"SQLite format 3\x00":
             raise StoreError(f"{self.path} is damaged or no store of normwise (it is no SQLite file). {_CURE}")
+        before = self._traces()
         try:
-            connection = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True, timeout=30)
+            self._check_pages(alone=not any(before[2:]))
+        except StoreError:
+            # Another process may have written while we read without a lock: then look again, with one.
+            if self._traces() == before:
+                raise
+            self._check_pages(alone=False)
+
+    def _traces(self) -> tuple[int, int, bool, bool]:
+        """What tells that another process writes: size, time of change, and the two files that SQLite keeps beside."""
+        status = self.path.stat()
+        wal, journal = (self.path.with_name(self.path.name + suffix).exists() for suffix in ("-wal", "-journal"))
+        return status.st_size, status.st_mtime_ns, wal, journal
+
+    def _check_pages(self, alone: bool) -> None:
+        """``alone``: no other process has the file open, so it can be read without SQLite's files for locking."""
+        mode = "immutable=1" if alone else "mode=ro"
+        try:
+            connection = sqlite3.connect(f"{self.path.absolute().as_uri()}?{mode}", uri=True, timeout=30)
             try:
                 (application,) = connection.execute("PRAGMA application_id").fetchone()
                 (version,) = connection.execute("PRAGMA user_version").fetchone()
-                if application != APPLICATION_ID:
-                    raise StoreError(f"{self.path} is an SQLite file, but no store of normwise. {_CURE}")
-                if version > SCHEMA_VERSION:
-                    raise StoreError(
-                        f"{self.path} has schema version {version}, and this normwise reads up to {SCHEMA_VERSION}: a "
-                        "newer normwise wrote it. Upgrade normwise, or give another --out; the file is left alone."
-                    )
                 problems = [row[0] for row in connection.execute("PRAGMA quick_check(3)")]
             finally:
                 connection.close()
         except sqlite3.DatabaseError as error:
             raise StoreError(f"{self.path} is damaged ({error}). {_CURE}") from error
+        if application != APPLICATION_ID:
+            raise StoreError(f"{self.path} is an SQLite file, but no store of normwise. {_CURE}")
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"{self.path} has schema version {version}, and this normwise reads up to {SCHEMA_VERSION}: a newer "
+                "normwise wrote it. Upgrade normwise, or give another --out; the file is left alone."
+            )
         if problems != ["ok"]:
             raise StoreError(f"{self.path} is damaged ({'; '.join(problems)}). {_CURE}")
 
@@ -159,6 +178,18 @@ class Store:
                 self._connection.execute(statement)
             self._connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             self._connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+    def _use_wal(self) -> None:
+        """Readers and one writer side by side. The switch, made once a file, does not wait for others itself."""
+        for _ in range(100):
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:  # noqa: PERF203 (waiting is the point)
+                if "locked" not in str(error):
+                    raise
+                time.sleep(0.1)
+        raise StoreError(f"{self.path} has been locked by another process for 10 s: let it finish, then start again")
 
     def add(self, key: str, identity: Mapping[str, Any], result: ResultLike) -> None:
         """Write a finished run; a run that is there already stays as it is."""

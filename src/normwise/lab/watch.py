@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.lab.errors import LabError
+from normwise.lab.norms import NORM_LAYERS
 from normwise.lab.tasks import Task
 
 PROBE_CASES = 200
@@ -60,11 +61,20 @@ def activity(model: nn.Module, task: Task) -> Iterator[Activity]:
             hook.remove()
 
 
-def gradient_norms(model: nn.Module) -> dict[str, float]:
-    """The Euclidean norm of the gradient of each weight matrix or kernel, in the order of the layers."""
-    weights = [(n, p.grad) for n, p in model.named_parameters() if p.dim() >= 2 and p.grad is not None]
-    norms = torch._foreach_norm([gradient for _, gradient in weights])
-    return {f"gradient/{n}": v for (n, _), v in zip(weights, torch.stack(norms).tolist(), strict=True)}
+def weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weight matrices and kernels in the order of the layers; gains and biases, of norms too, are left out."""
+    norms = {name for name, module in model.named_modules() if isinstance(module, NORM_LAYERS)}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 2 and name.rpartition(".")[0] not in norms
+    }
+
+
+def gradient_norms(of: Mapping[str, nn.Parameter]) -> dict[str, float]:
+    """The Euclidean norm of each weight's gradient, by name."""
+    gradients = {name: weight.grad for name, weight in of.items() if weight.grad is not None}
+    return {f"gradient/{name}": float(gradient.norm()) for name, gradient in gradients.items()}
 
 
 def accuracy(scores: Tensor, targets: Tensor) -> float:

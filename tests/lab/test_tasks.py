@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import normwise
+from normwise.lab.errors import LabError, UndefinedError
+from normwise.lab.norms import NORM_LAYERS, NORMS, feature_norm, groups, image_norm
+from normwise.lab.tasks import TASKS, Batch, load_task
+
+each_task = pytest.mark.parametrize("name", TASKS)
+
+
+def built(task, norm):
+    try:
+        return task.model(norm, 3)
+    except UndefinedError:
+        return None
+
+
+@each_task
+def test_weights_depend_on_the_seed_and_not_on_the_norm(name):
+    task = load_task(name).task
+
+    def weights(model):
+        learned = (m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d))
+        return torch.cat([m.weight.flatten() for m in learned])
+
+    models = [model for norm in task.norms if (model := built(task, norm)) is not None]
+    assert len(models) >= 5
+    for model in models[1:]:
+        assert torch.equal(weights(model), weights(models[0]))
+    assert not torch.equal(weights(task.model("none", 4)), weights(models[0]))
+
+
+@each_task
+def test_the_norms_are_normwise_s_own(name):
+    task = load_task(name).task
+    for norm in set(task.norms) - {"none"}:
+        model = built(task, norm)
+        if model is not None:
+            layers = [m for m in model.modules() if isinstance(m, NORM_LAYERS)]
+            assert layers
+            assert all(type(m).__module__.startswith("normwise.") for m in layers)
+    assert not any(isinstance(m, NORM_LAYERS) for m in task.model("none", 0).modules())
+
+
+@each_task
+def test_batches_are_the_same_each_time_and_cover_an_epoch(name):
+    task = load_task(name).task
+    train, _ = task.cases
+    size = 1000
+
+    def targets(seed, steps):
+        return [batch.targets for batch in task.batches(size, steps, seed)]
+
+    assert all(map(torch.equal, targets(0, 5), targets(0, 5)))
+    assert not torch.equal(targets(0, 1)[0], targets(1, 1)[0])
+    epoch = torch.cat(targets(0, len(train) // size))
+    assert epoch.bincount().tolist() == train.targets.bincount().tolist()
+
+
+def test_mlp_is_that_of_the_paper():
+    model = load_task("mlp").task.model("batch", 0)
+    assert [tuple(m.weight.shape) for m in model if isinstance(m, torch.nn.Linear)] == [
+        (100, 784),
+        (100, 100),
+        (100, 100),
+        (10, 100),
+    ]
+    assert [type(m) for m in model].count(torch.nn.Sigmoid) == 3
+    inputs = load_task("mlp").task.cases[0].inputs
+    assert inputs.unique().tolist() == [0, 1]
+
+
+def test_a_sequence_batch_loses_the_padding_that_it_does_not_need():
+    batch = Batch(torch.arange(24.0).reshape(3, 4, 2), torch.tensor([0, 1, 2]), torch.tensor([4, 2, 1]))
+    part = batch.select(torch.tensor([2, 1]))
+    assert part.inputs.tolist() == batch.inputs[[2, 1], :2].tolist()
+    assert (part.targets.tolist(), part.lengths.tolist()) == ([2, 1], [1, 2])
+
+
+@pytest.mark.parametrize("channels", [1, 8, 12, 16, 100, 7])
+def test_groups_divide_the_channels(channels):
+    assert channels % groups(channels) == 0
+    assert 1 <= groups(channels) <= 8
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_image_norms_keep_the_shape_and_standardize_what_they_say(name):
+    x = 3 + 2 * torch.randn(6, 8, 5, 5)
+    y = image_norm(name, 8, 5, 5)(x)
+    axes = {"batch": (0, 2, 3), "layer": (1, 2, 3), "instance": (2, 3)}
+    assert y.shape == x.shape
+    if name in axes:
+        torch.testing.assert_close(y.mean(axes[name]), torch.zeros_like(y.mean(axes[name])), atol=1e-5, rtol=0)
+    if name == "rms":
+        torch.testing.assert_close(y.square().mean((1, 2, 3)), torch.ones(6))
+    if name == "group":
+        parts = y.reshape(6, 2, -1)
+        torch.testing.assert_close(parts.mean(-1), torch.zeros(6, 2), atol=1e-5, rtol=0)
+
+
+def test_feature_norms():
+    assert isinstance(feature_norm("batch", 4), normwise.BatchNorm1d)
+    with pytest.raises(UndefinedError, match="one position a channel"):
+        feature_norm("instance", 4)
+    with pytest.raises(LabError, match=r"unknown norm 'bacth'; did you mean batch\? \(known: none, batch"):
+        feature_norm("bacth", 4)
+
+
+@pytest.mark.parametrize(
+    ("reference", "text", "message"),
+    [
+        ("mpl", None, r"unknown task 'mpl'; did you mean mlp\?"),
+        ("task.py", "", "not of the form FILE.py:function"),
+        ("missing.py:make", None, "no such file"),
+        ("task.py:make", "x = 1", "no function 'make'"),
+        ("task.py:make", "make = dict", "returned dict, expected a normwise.lab.tasks.Task"),
+        ("task.py:make", "from normwise.lab.tasks.mlp import Mlp as make", "'mlp' belongs to a built-in task"),
+    ],
+)
+def test_what_is_no_task_is_named(reference, text, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "task.py").write_text(text)
+    load_task.cache_clear()
+    with pytest.raises(LabError, match=message):
+        load_task(reference)
