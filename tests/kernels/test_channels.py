@@ -2,96 +2,22 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import pytest
 import torch
 
 import kernel_truth as truth
+from kernel_checks import EPS, MOMENTUM, check_channels
 from normwise.kernels import cpu
 from tolerances import assert_close
 
-EPS, MOMENTUM = 1e-5, 0.3
 SHAPES = [(4, 6, 5, 7), (2, 3, 1023), (3, 5, 63), (1, 1, 7), (5, 17, 16), (64, 7), (2, 130), (300, 3), (2, 1, 9000)]
-
-
-def check(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    *,
-    training: bool = True,
-    act: str | None = None,
-    residual: bool = False,
-    masked: bool = False,
-    affine: bool = True,
-    channels_last: bool = False,
-    offset: int = 0,
-    threads: int = 1,
-) -> None:
-    """One call forward and backward, every output against the truth."""
-    torch.set_num_threads(threads)
-    channels, positions = shape[1], prod(shape[2:])
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    x, dy = (truth.tensor(*shape, dtype=dtype, offset=offset, channels_last=channels_last) for _ in range(2))
-    r = truth.tensor(*shape, dtype=dtype, channels_last=channels_last) if residual else None
-    weight, bias = torch.randn(2, channels).to(dtype) if affine else (None, None)
-    running_mean, running_var = torch.randn(channels, dtype=wide), torch.rand(channels, dtype=wide) + 0.5
-    old_mean, old_var = running_mean.double().clone(), running_var.double().clone()
-    mask, valid = None, None
-    if masked:
-        mask = torch.rand(shape[0], *shape[2:]) < 0.6
-        mask.view(-1)[:2] = True
-        valid = mask.unsqueeze(1).expand(shape)
-        x, dy = torch.where(valid, x, float("nan")), torch.where(valid, dy, float("inf"))
-
-    settings = {"act": act, "residual": r, "mask": mask}
-    y, stats = cpu.channels_forward(x, running_mean, running_var, weight, bias, training, MOMENTUM, EPS, **settings)
-    got = cpu.channels_backward(dy, x, stats, weight, bias, training, **settings)
-
-    dims = [0, *range(2, len(shape))]
-    view = (1, channels, *(1,) * (len(shape) - 2))
-    s, w, b, rd = (truth.leaf(t) for t in (x, weight, bias, r))
-    if training:
-        z, mean, rstd = truth.standardize(s, dims, valid, EPS)
-        count = shape[0] * positions if mask is None else int(mask.sum())
-        new_mean = (1 - MOMENTUM) * old_mean + MOMENTUM * mean.reshape(-1)
-        unbiased = (rstd.reshape(-1) ** -2 - EPS) * count / max(count - 1, 1)
-        new_var = (1 - MOMENTUM) * old_var + MOMENTUM * unbiased
-    else:
-        mean, rstd = old_mean.view(view), (old_var + EPS).rsqrt().view(view)
-        z = ((s if valid is None else torch.where(valid, s, 0)) - mean) * rstd
-        new_mean, new_var = old_mean, old_var
-    if w is not None:
-        z = z * w.view(view) + b.view(view)
-    expected_y = truth.activate(z if rd is None else z + rd, act, valid)
-    upstream = dy.double() if valid is None else torch.where(valid, dy.double(), 0)
-    leaves = {"dx": s, "dweight": w, "dbias": b, "dresidual": rd}
-    leaves = {name: t for name, t in leaves.items() if t is not None}
-    expected = dict(zip(leaves, torch.autograd.grad(expected_y, list(leaves.values()), upstream), strict=True))
-
-    rstd = rstd.detach()
-    count = shape[0] * positions
-    assert y.stride() == x.stride() or not channels_last
-    assert_close(y, expected_y, count=count, name="y")
-    assert_close(stats[0], mean.reshape(-1), dtype=wide, count=count, name="mean")
-    assert_close(stats[1], rstd.reshape(-1), dtype=wide, count=count, name="rstd")
-    assert_close(running_mean, new_mean, count=count, name="running_mean")
-    assert_close(running_var, new_var, count=count, name="running_var")
-    scale = float((upstream * rstd * (1 if w is None else w.detach().view(view))).abs().max()) if count else 0.0
-    for name, g in zip(("dx", "dweight", "dbias", "dresidual"), got, strict=True):
-        if name not in expected:
-            assert g is None
-            continue
-        held_to = wide if name in ("dweight", "dbias") else dtype
-        size = {"dx": scale, "dweight": float(upstream.abs().max()), "dbias": float(upstream.abs().max())}
-        assert_close(g, expected[name], kind="grad", dtype=held_to, count=count, scale=size.get(name), name=name)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", truth.DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_shapes(isa: str, dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool) -> None:
-    check(shape, dtype, channels_last=channels_last)
+    check_channels(shape, dtype, channels_last=channels_last)
 
 
 @pytest.mark.parametrize("act", truth.ACTS)
@@ -102,23 +28,27 @@ def test_shapes(isa: str, dtype: torch.dtype, shape: tuple[int, ...], channels_l
 def test_fused_forms(
     isa: str, dtype: torch.dtype, act: str | None, masked: bool, shape: tuple[int, ...], channels_last: bool
 ) -> None:
-    check(shape, dtype, act=act, masked=masked, channels_last=channels_last)
-    check(shape, dtype, act=act, masked=masked, channels_last=channels_last, residual=True, training=False)
+    check_channels(shape, dtype, act=act, masked=masked, channels_last=channels_last)
+    check_channels(shape, dtype, act=act, masked=masked, channels_last=channels_last, residual=True, training=False)
 
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_residual_in_training(isa: str, residual: bool, masked: bool, channels_last: bool) -> None:
-    check((3, 5, 4, 9), torch.float32, act="relu", masked=masked, residual=residual, channels_last=channels_last)
-    check((3, 5, 4, 9), torch.float32, masked=masked, residual=residual, channels_last=channels_last, affine=False)
+    check_channels(
+        (3, 5, 4, 9), torch.float32, act="relu", masked=masked, residual=residual, channels_last=channels_last
+    )
+    check_channels(
+        (3, 5, 4, 9), torch.float32, masked=masked, residual=residual, channels_last=channels_last, affine=False
+    )
 
 
 @pytest.mark.parametrize("offset", [1, 3])
 @pytest.mark.parametrize("dtype", truth.DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_unaligned_storage(isa: str, dtype: torch.dtype, offset: int, channels_last: bool) -> None:
-    check((3, 20, 50), dtype, offset=offset, channels_last=channels_last)
+    check_channels((3, 20, 50), dtype, offset=offset, channels_last=channels_last)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
@@ -126,7 +56,7 @@ def test_unaligned_storage(isa: str, dtype: torch.dtype, offset: int, channels_l
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_threads(threads: int, shape: tuple[int, ...], channels_last: bool, masked: bool) -> None:
-    check(shape, torch.float32, threads=threads, channels_last=channels_last, masked=masked)
+    check_channels(shape, torch.float32, threads=threads, channels_last=channels_last, masked=masked)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 500_000), (1_000_000, 4)], ids=str)

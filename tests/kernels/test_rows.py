@@ -7,88 +7,22 @@ import torch
 from torch import Tensor
 
 import kernel_truth as truth
+from kernel_checks import EPS, check_rows
 from normwise.kernels import cpu
 from tolerances import assert_close
-
-EPS = 1e-5
-
-
-def check(
-    rows: int,
-    cols: int,
-    dtype: torch.dtype,
-    *,
-    center: bool = True,
-    act: str | None = None,
-    residual: bool = False,
-    masked: bool = False,
-    affine: bool = True,
-    dsum: bool = False,
-    offset: int = 0,
-    threads: int = 1,
-) -> None:
-    """One call forward and backward, every output against the truth."""
-    torch.set_num_threads(threads)
-    x = truth.tensor(rows, cols, dtype=dtype, offset=offset)
-    r = truth.tensor(rows, cols, dtype=dtype) if residual else None
-    dy = truth.tensor(rows, cols, dtype=dtype, offset=offset)
-    ds = truth.tensor(rows, cols, dtype=dtype) if dsum else None
-    weight, bias = torch.randn(2, cols).to(dtype) if affine else (None, None)
-    mask = torch.rand(rows) < 0.6 if masked else None
-    if mask is not None:
-        x[~mask] = float("nan")
-        dy[~mask] = float("inf")
-
-    out = cpu.rows_forward(x, cols, weight, bias, EPS, center=center, act=act, residual=r, mask=mask)
-    got = cpu.rows_backward(dy, out.sum, out.stats, cols, weight, bias, center=center, act=act, mask=mask, dsum=ds)
-
-    added = (
-        x if r is None else (x.double() + r.double()).to(torch.float32 if dtype == torch.bfloat16 else dtype).to(dtype)
-    )
-    s, w, b = truth.leaf(added), truth.leaf(weight), truth.leaf(bias)
-    valid = None if mask is None else mask[:, None]
-    z, mean, rstd = truth.standardize(s, [1], valid, EPS, center)
-    if w is not None:
-        z = z * w + b
-    y = truth.activate(z, act, valid)
-    upstream = dy.double() if valid is None else torch.where(valid, dy.double(), 0)
-    leaves = [t for t in (s, w, b) if t is not None]
-    expected = dict(zip(("ds", "dweight", "dbias"), torch.autograd.grad(y, leaves, upstream), strict=False))
-    if ds is not None:
-        expected["ds"] = expected["ds"] + (ds.double() if valid is None else torch.where(valid, ds.double(), 0))
-
-    assert_close(out.y, y, count=cols, name="y")
-    if residual:
-        assert_close(out.sum, added if valid is None else torch.where(valid, added, 0), name="sum")
-    for got_one, stat in zip(out.stats, (mean, rstd), strict=True):
-        stat = stat[:, 0] if mask is None else torch.where(mask, stat[:, 0], 0)
-        assert_close(got_one, stat, dtype=_compute(dtype), count=cols, name="stats")
-    # What an input gradient adds up and subtracts; of a single column the exact sum is 0.
-    scale = float((upstream * rstd * (1 if w is None else w)).detach().abs().max()) if rows else 0.0
-    for name, g in zip(("ds", "dweight", "dbias"), got, strict=True):
-        if name in expected:
-            kind_dtype = dtype if name == "ds" else _compute(dtype)
-            size = scale if name == "ds" else None
-            assert_close(g, expected[name], kind="grad", dtype=kind_dtype, count=max(rows, cols), scale=size, name=name)
-        else:
-            assert g is None
-
-
-def _compute(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @pytest.mark.parametrize("cols", [1, 3, 7, 16, 63, 256, 1023, 5000])
 @pytest.mark.parametrize("dtype", truth.DTYPES)
 @pytest.mark.parametrize("center", [True, False])
 def test_awkward_widths(isa: str, dtype: torch.dtype, cols: int, center: bool) -> None:
-    check(7, cols, dtype, center=center)
+    check_rows(7, cols, dtype, center=center)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 1023])
 @pytest.mark.parametrize("dtype", truth.DTYPES)
 def test_awkward_row_counts(isa: str, dtype: torch.dtype, rows: int) -> None:
-    check(rows, 17, dtype)
+    check_rows(rows, 17, dtype)
 
 
 @pytest.mark.parametrize("act", truth.ACTS)
@@ -96,23 +30,23 @@ def test_awkward_row_counts(isa: str, dtype: torch.dtype, rows: int) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 def test_fused_forms(isa: str, dtype: torch.dtype, act: str | None, masked: bool, residual: bool) -> None:
-    check(37, 63, dtype, act=act, masked=masked, residual=residual, dsum=residual)
+    check_rows(37, 63, dtype, act=act, masked=masked, residual=residual, dsum=residual)
 
 
 @pytest.mark.parametrize("center", [True, False])
 def test_no_gain_and_no_bias(isa: str, center: bool) -> None:
-    check(9, 63, torch.float32, affine=False, act="gelu", center=center)
+    check_rows(9, 63, torch.float32, affine=False, act="gelu", center=center)
 
 
 @pytest.mark.parametrize("offset", [1, 2, 3])
 @pytest.mark.parametrize("dtype", truth.DTYPES)
 def test_unaligned_storage(isa: str, dtype: torch.dtype, offset: int) -> None:
-    check(5, 100, dtype, offset=offset)
+    check_rows(5, 100, dtype, offset=offset)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 def test_threads(threads: int) -> None:
-    check(301, 129, torch.float32, threads=threads, masked=True)
+    check_rows(301, 129, torch.float32, threads=threads, masked=True)
 
 
 def test_strided_input_and_expanded_gradient() -> None:

@@ -1,0 +1,244 @@
+// What the two directions of the recurrent kernels share: the description prepared for use, where rows lie, and who
+// computes them.
+#pragma once
+
+#include <sched.h>
+
+#include <atomic>
+
+#include "../include/normwise.h"
+#include "gemm.h"
+#include "parallel.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace NW_ISA {
+namespace {
+
+// The description of a layer as the cells read it; gains and biases are never null here.
+struct Layer {
+  int64_t units, stacked;  // stacked = gates * units
+  int gates, cell, terms, cell_norm;
+  bool center, hidden_apart, reset_candidate, update_paper;
+  float eps, update_offset;
+  int group_count, group_from[5];  // group g is gates group_from[g] .. group_from[g+1] - 1
+  const float *gain_ih, *gain_hh, *gain_c, *bias_c;
+  const float* bias;                // b_ih + b_hh, where they act at the same place
+  const float *bias_ih, *bias_hh;   // where they do not: a GRU with the reset gate on its hidden term
+  int64_t stat_width;
+};
+
+// All scratch memory of one call, in pieces that begin at a cache line.
+class Memory {
+ public:
+  Memory() = default;
+  ~Memory() {
+    for (int i = 0; i < count_; ++i) std::free(pieces_[i]);
+  }
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  float* take(int64_t n) {
+    void* piece = std::aligned_alloc(64, (size_t(n > 0 ? n : 1) * sizeof(float) + 63) / 64 * 64);
+    if (!piece || count_ == most) {
+      std::free(piece);
+      failed_ = true;
+      return nullptr;
+    }
+    pieces_[count_++] = piece;
+    return static_cast<float*>(piece);
+  }
+  bool failed() const { return failed_; }
+
+ private:
+  static constexpr int most = 32;
+  void* pieces_[most];
+  int count_ = 0;
+  bool failed_ = false;
+};
+
+// mean and rstd of one group of one row
+struct Stat {
+  float mean, rstd;
+};
+
+inline int gates_of(int cell) { return cell == NW_LSTM ? 4 : cell == NW_GRU ? 3 : 1; }
+
+inline bool well_formed(const nw_recurrent& a) {
+  const bool known = a.cell >= NW_LSTM && a.cell <= NW_RNN_RELU && a.terms >= NW_PLAIN && a.terms <= NW_SUM &&
+                     a.cell_norm >= NW_CELL_NONE && a.cell_norm <= NW_CELL_CARRIED;
+  if (!known || a.dtype != NW_FLOAT32 || a.steps < 0 || a.batch < 0 || a.inputs < 0 || a.units < 1) return false;
+  if (a.reverse && a.batch_sizes) return false;
+  if (a.cell_norm != NW_CELL_NONE && (a.cell != NW_LSTM || a.terms == NW_PLAIN)) return false;
+  if (a.cell == NW_GRU && a.terms == NW_SUM && !a.reset_candidate) return false;
+  int gates = 0;
+  for (int g = 0; g < 4; ++g) gates += a.groups[g];
+  if (a.terms != NW_PLAIN && gates != gates_of(a.cell)) return false;
+  int64_t rows = 0, before = a.batch;
+  for (int64_t s = 0; s < a.steps; ++s) {
+    const int64_t now = a.batch_sizes ? a.batch_sizes[s] : a.batch;
+    if (now < 0 || now > before) return false;
+    rows += before = now;
+  }
+  return rows == a.rows;
+}
+
+// p and q must be kept apart until the gates: they have norms of their own, or the reset gate acts on q alone.
+inline bool terms_apart(const nw_recurrent& a) {
+  return a.terms == NW_SEPARATE || (a.cell == NW_GRU && !a.reset_candidate);
+}
+
+// With so few inputs p is cheaper to compute again than to read.
+inline bool recomputes_input_terms(const nw_recurrent& a) { return a.inputs <= 4; }
+
+inline void saved_widths(const nw_recurrent& a, int64_t widths[4]) {
+  const int64_t stacked = gates_of(a.cell) * a.units;
+  int groups = 0;
+  while (groups < 4 && a.groups[groups] > 0) ++groups;
+  widths[0] = terms_apart(a) && !recomputes_input_terms(a) ? stacked : 0;
+  // An RNN without a norm needs nothing but its output.
+  widths[1] = a.terms == NW_PLAIN && a.cell >= NW_RNN_TANH ? 0 : stacked;
+  widths[2] = a.cell == NW_LSTM ? a.units : 0;
+  widths[3] = a.terms == NW_PLAIN ? 0 : 2 * (groups * (a.terms == NW_SEPARATE ? 2 : 1) + (a.cell_norm ? 1 : 0));
+}
+
+// The floats that `prepare` needs for vectors that the caller left out or that are sums.
+inline int64_t prepared_size(const nw_recurrent& a) { return 3 * gates_of(a.cell) * a.units + 2 * a.units; }
+
+inline Layer prepare(const nw_recurrent& a, float* memory) {
+  Layer k{};
+  k.gates = gates_of(a.cell), k.units = a.units, k.stacked = k.gates * a.units;
+  k.cell = a.cell, k.terms = a.terms, k.cell_norm = a.cell_norm;
+  k.center = a.center, k.hidden_apart = a.cell == NW_GRU && !a.reset_candidate;
+  k.reset_candidate = a.reset_candidate, k.update_paper = a.update_paper;
+  k.eps = float(a.eps), k.update_offset = float(a.update_offset);
+  for (; k.group_count < 4 && a.groups[k.group_count] > 0; ++k.group_count) {
+    k.group_from[k.group_count + 1] = k.group_from[k.group_count] + a.groups[k.group_count];
+  }
+  float *sum = memory, *zeros = sum + k.stacked, *ones = zeros + k.stacked + k.units;
+  for (int64_t i = 0; i < k.stacked; ++i) {
+    sum[i] = (a.bias_ih ? a.bias_ih[i] : 0.f) + (a.bias_hh ? a.bias_hh[i] : 0.f);
+    zeros[i] = 0.f, ones[i] = 1.f;
+  }
+  k.bias = sum;
+  k.bias_ih = a.bias_ih ? a.bias_ih : zeros, k.bias_hh = a.bias_hh ? a.bias_hh : zeros;
+  k.gain_ih = a.gain_ih ? a.gain_ih : ones, k.gain_hh = a.gain_hh ? a.gain_hh : ones;
+  k.gain_c = a.gain_c ? a.gain_c : ones, k.bias_c = a.bias_c ? a.bias_c : zeros;
+  int64_t widths[4];
+  saved_widths(a, widths);
+  k.stat_width = widths[3];
+  return k;
+}
+
+// Where the rows of each step lie.
+class Rows {
+ public:
+  explicit Rows(const nw_recurrent& a) : a_(a), starts_(a.batch_sizes ? a.steps : 0) {
+    if (!a.batch_sizes) return;
+    int64_t row = 0;
+    for (int64_t s = 0; s < a.steps; ++s) starts_.get()[s] = row, row += a.batch_sizes[s];
+  }
+  explicit operator bool() const { return bool(starts_); }
+  int64_t samples(int64_t s) const { return a_.batch_sizes ? a_.batch_sizes[s] : a_.batch; }
+  int64_t start(int64_t s) const {
+    return a_.batch_sizes ? starts_.get()[s] : (a_.reverse ? a_.steps - 1 - s : s) * a_.batch;
+  }
+  // Steps s .. end-1 of a chunk fill consecutive rows from here.
+  int64_t first(int64_t s, int64_t end) const { return start(a_.reverse ? end - 1 : s); }
+  int64_t count(int64_t s, int64_t end) const {
+    int64_t n = 0;
+    for (; s < end; ++s) n += samples(s);
+    return n;
+  }
+
+ private:
+  const nw_recurrent& a_;
+  Scratch<int64_t> starts_;
+};
+
+// Steps cut into chunks of about `rows` rows.
+inline int64_t chunk_steps(const nw_recurrent& a, int64_t rows) {
+  const int64_t each = a.steps > 0 ? (a.rows + a.steps - 1) / a.steps : 1;
+  const int64_t steps = rows / (each > 0 ? each : 1);
+  return steps < 1 ? 1 : steps > a.steps ? a.steps : steps;
+}
+
+// A barrier that spins: the others are at most microseconds away. It yields when they are not.
+class Barrier {
+ public:
+  void wait(int threads) {
+    if (threads == 1) return;
+    const int round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads - 1) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
+      if (spins > 20000) {
+        sched_yield();
+      } else {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+      }
+    }
+  }
+
+ private:
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<int> round_{0};
+};
+
+// One thread's share of a step. Apart: it has every `count`-th sample, for good, and meets nobody in the loop over
+// steps. Together, for a few samples: it has some columns of every product, and computes all else for itself.
+struct Share {
+  int index, count;
+  bool together;
+  int64_t first() const { return together ? 0 : index; }
+  int64_t stride() const { return together ? 1 : count; }
+  int64_t of(int64_t samples) const {
+    return together ? samples : samples > index ? (samples - index + count - 1) / count : 0;
+  }
+  bool writes() const { return !together || index == 0; }
+  int64_t panel_begin(int64_t panels) const { return together ? panels * index / count : 0; }
+  int64_t panel_end(int64_t panels) const { return together ? panels * (index + 1) / count : panels; }
+};
+
+// Below this many multiplications in the whole call, or together in one step, further threads cost more than they save.
+constexpr int64_t serial_products = 1 << 19, serial_step = 1 << 16;
+
+inline int useful_threads(const nw_recurrent& a) {
+  const int64_t each_row = gates_of(a.cell) * a.units * (a.units + a.inputs);
+  if (a.threads < 2 || a.rows * each_row < serial_products) return 1;
+  if (a.batch == 1 && each_row < serial_step) return 1;
+  return a.threads;
+}
+inline bool work_together(const nw_recurrent& a, int threads) {
+  return a.batch <= 2 * threads && gates_of(a.cell) * a.units * a.units >= serial_step;
+}
+
+// f(share-less thread index, number of threads) in a team of `threads`.
+template <class F> inline void in_team(int threads, F f) {
+#ifdef _OPENMP
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    f(omp_get_thread_num(), omp_get_num_threads());
+    return;
+  }
+#endif
+  (void)threads;
+  f(0, 1);
+}
+
+inline void pack_shared(const float* b, int64_t k_stride, int64_t n_stride, int64_t depth, int64_t columns,
+                        float* panels, int index, int count) {
+  const int64_t n = panel_count(columns);
+  for (int64_t p = n * index / count; p < n * (index + 1) / count; ++p) {
+    pack_panel(b, k_stride, n_stride, depth, columns, p, panels);
+  }
+}
+
+}  // namespace
+}  // namespace NW_ISA

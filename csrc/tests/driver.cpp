@@ -1,0 +1,264 @@
+// Runs every kernel on every instruction set of this machine against plain loops in double, on buffers of exactly the
+// size that the contract asks for. Built under AddressSanitizer and UBSan, so that a read or write past an end, or an
+// undefined shift, stops it. Prints one line and returns 0 if all is well.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../include/normwise.h"
+
+namespace {
+
+std::mt19937 generator(1);
+int checks = 0;
+
+void fail(const std::string& what, double got, double expected) {
+  std::printf("FAILED on %s: %s is %.9g, expected %.9g\n", nw_isa(), what.c_str(), got, expected);
+  std::exit(1);
+}
+
+// A buffer of n elements of one dtype on the heap, on its own, so that the sanitizer sees both of its ends.
+struct Buffer {
+  int dtype;
+  size_t n;
+  std::unique_ptr<unsigned char[]> bytes;
+
+  Buffer(int dtype, size_t n) : dtype(dtype), n(n), bytes(new unsigned char[n * width()]) {
+    std::memset(bytes.get(), 0xff, n * width());  // NaN in every dtype
+  }
+  size_t width() const { return dtype == NW_FLOAT64 ? 8 : dtype == NW_FLOAT32 ? 4 : 2; }
+  void* data() { return bytes.get(); }
+
+  double get(size_t i) const {
+    if (dtype == NW_FLOAT64) return reinterpret_cast<const double*>(bytes.get())[i];
+    if (dtype == NW_FLOAT32) return reinterpret_cast<const float*>(bytes.get())[i];
+    uint32_t bits = uint32_t(reinterpret_cast<const uint16_t*>(bytes.get())[i]) << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+  void set(size_t i, double value) {
+    if (dtype == NW_FLOAT64) {
+      reinterpret_cast<double*>(bytes.get())[i] = value;
+    } else if (dtype == NW_FLOAT32) {
+      reinterpret_cast<float*>(bytes.get())[i] = float(value);
+    } else {
+      const float narrow = float(value);
+      uint32_t bits;
+      std::memcpy(&bits, &narrow, sizeof bits);
+      reinterpret_cast<uint16_t*>(bytes.get())[i] = uint16_t(bits >> 16);
+    }
+  }
+  Buffer& fill() {
+    std::normal_distribution<double> normal;
+    for (size_t i = 0; i < n; ++i) set(i, normal(generator));
+    return *this;
+  }
+};
+
+double activate(int act, double z) {
+  switch (act) {
+    case NW_RELU: return z > 0 ? z : 0;
+    case NW_LEAKY_RELU: return z > 0 ? z : 0.01 * z;
+    case NW_SILU: return z / (1 + std::exp(-z));
+    case NW_GELU: return 0.5 * z * std::erfc(-z / std::sqrt(2.0));
+  }
+  return z;
+}
+double slope(int act, double z) {
+  const double h = 1e-5;
+  return (activate(act, z + h) - activate(act, z - h)) / (2 * h);
+}
+
+void close(const std::string& what, int dtype, double got, double expected, double scale) {
+  ++checks;
+  const double unit = dtype == NW_BFLOAT16 ? 8e-3 : 2e-5;
+  if (!(std::fabs(got - expected) <= unit * (std::fabs(expected) + scale))) fail(what, got, expected);
+}
+
+// One layer call as sets of indices: element i of x belongs to statistic stat(i) and parameter param(i).
+struct Problem {
+  size_t elements, stats, params;
+  std::function<size_t(size_t)> stat, param;
+  std::function<bool(size_t)> valid;
+  bool center, add_before;  // the residual goes in before the statistics (rows) or before the activation
+  int dtype, act;
+  double eps;
+};
+
+struct Tensors {
+  Buffer x, residual, dy, weight, bias, y, dx, dresidual, dweight, dbias;
+  std::vector<double> mean, rstd;
+  explicit Tensors(const Problem& p)
+      : x(p.dtype, p.elements), residual(p.dtype, p.elements), dy(p.dtype, p.elements), weight(wide(p), p.params),
+        bias(wide(p), p.params), y(p.dtype, p.elements), dx(p.dtype, p.elements), dresidual(p.dtype, p.elements),
+        dweight(wide(p), p.params), dbias(wide(p), p.params), mean(p.stats, NAN), rstd(p.stats, NAN) {
+    for (Buffer* b : {&x, &residual, &dy, &weight, &bias}) b->fill();
+  }
+  static int wide(const Problem& p) { return p.dtype == NW_FLOAT64 ? NW_FLOAT64 : NW_FLOAT32; }
+};
+
+// `s` holds what was normalized: x, or the stored sum.
+void verify(const std::string& what, const Problem& p, const Tensors& t, const Buffer& s, bool with_dresidual) {
+  std::vector<double> count(p.stats), mean(p.stats), var(p.stats), sum_g(p.stats), sum_gz(p.stats);
+  std::vector<double> z(p.elements), g(p.elements), dweight(p.params), dbias(p.params);
+  auto each = [&](const std::function<void(size_t, size_t, size_t)>& body) {
+    for (size_t i = 0; i < p.elements; ++i) {
+      if (p.valid(i)) body(i, p.stat(i), p.param(i));
+    }
+  };
+  each([&](size_t i, size_t k, size_t) { count[k] += 1, mean[k] += p.center ? s.get(i) : 0; });
+  for (size_t k = 0; k < p.stats; ++k) mean[k] /= count[k] > 0 ? count[k] : 1;
+  each([&](size_t i, size_t k, size_t) { var[k] += std::pow(s.get(i) - mean[k], 2) / count[k]; });
+  each([&](size_t i, size_t k, size_t c) {
+    z[i] = (s.get(i) - mean[k]) / std::sqrt(var[k] + p.eps);
+    double in = z[i] * t.weight.get(c) + t.bias.get(c) + (p.add_before ? 0 : t.residual.get(i));
+    close(what + " y", p.dtype, t.y.get(i), activate(p.act, in), 1);
+    g[i] = t.dy.get(i) * slope(p.act, in);
+    if (p.act != NW_IDENTITY && std::fabs(in) < 1e-4) g[i] = NAN;  // at a kink the difference quotient says nothing
+    sum_g[k] += g[i] * t.weight.get(c) / count[k];
+    sum_gz[k] += g[i] * t.weight.get(c) * z[i] / count[k];
+    dweight[c] += g[i] * z[i];
+    dbias[c] += g[i];
+  });
+  for (size_t i = 0; i < p.elements; ++i) {
+    if (!p.valid(i)) {
+      close(what + " y in padding", p.dtype, t.y.get(i), 0, 0);
+      close(what + " dx in padding", p.dtype, t.dx.get(i), 0, 0);
+    }
+  }
+  each([&](size_t i, size_t k, size_t c) {
+    double dx = (g[i] * t.weight.get(c) - (p.center ? sum_g[k] : 0) - z[i] * sum_gz[k]) / std::sqrt(var[k] + p.eps);
+    if (std::isnan(dx)) return;
+    close(what + " dx", p.dtype, t.dx.get(i), dx, 5 / std::sqrt(var[k] + p.eps));
+    if (with_dresidual) close(what + " dresidual", p.dtype, t.dresidual.get(i), g[i], 1);
+  });
+  for (size_t c = 0; c < p.params; ++c) {
+    if (std::isnan(dweight[c])) continue;
+    close(what + " dweight", Tensors::wide(p), t.dweight.get(c), dweight[c], double(p.elements));
+    close(what + " dbias", Tensors::wide(p), t.dbias.get(c), dbias[c], double(p.elements));
+  }
+}
+
+void check_status(const std::string& what, int status) {
+  if (status != NW_OK) fail(what + " status", status, NW_OK);
+}
+
+void rows(size_t rows, size_t cols, int dtype, int act, bool center, bool masked) {
+  std::unique_ptr<uint8_t[]> mask(new uint8_t[rows]);
+  for (size_t i = 0; i < rows; ++i) mask[i] = uint8_t(i % 3 != 1);
+  Problem p{rows * cols, rows, cols, [=](size_t i) { return i / cols; }, [=](size_t i) { return i % cols; },
+            [&](size_t i) { return !masked || mask[i / cols]; }, center, true, dtype, act, 1e-3};
+  Tensors t(p);
+  Buffer sum(dtype, p.elements);
+  const uint8_t* m = masked ? mask.get() : nullptr;
+  nw_rows_forward_args f{t.x.data(), t.residual.data(), m, t.weight.data(), t.bias.data(), sum.data(), t.y.data(),
+                         t.mean.data(), t.rstd.data(), int64_t(rows), int64_t(cols), p.eps, dtype, center, act, 3};
+  check_status("rows forward", nw_rows_forward(&f));
+  nw_rows_backward_args b{t.dy.data(), nullptr, sum.data(), m, t.weight.data(), t.bias.data(), t.mean.data(),
+                          t.rstd.data(), t.dx.data(), t.dweight.data(), t.dbias.data(), int64_t(rows), int64_t(cols),
+                          dtype, center, act, 3};
+  check_status("rows backward", nw_rows_backward(&b));
+  verify("rows", p, t, sum, false);
+}
+
+void positions_masked(size_t n, size_t positions, std::unique_ptr<uint8_t[]>& mask) {
+  mask.reset(new uint8_t[n * positions]);
+  for (size_t i = 0; i < n * positions; ++i) mask[i] = uint8_t(i % 3 != 1);
+}
+
+void groups(size_t n, size_t channels, size_t positions, size_t count, int dtype, int act, bool masked) {
+  std::unique_ptr<uint8_t[]> mask;
+  positions_masked(n, positions, mask);
+  const size_t plane = positions, group = channels / count * positions;
+  Problem p{n * channels * positions, n * count, channels, [=](size_t i) { return i / group; },
+            [=](size_t i) { return i / plane % channels; },
+            [&](size_t i) { return !masked || mask[i / (channels * positions) * positions + i % positions]; }, true,
+            false, dtype, act, 1e-3};
+  Tensors t(p);
+  const uint8_t* m = masked ? mask.get() : nullptr;
+  nw_groups_forward_args f{t.x.data(), t.residual.data(), m, t.weight.data(), t.bias.data(), t.y.data(), t.mean.data(),
+                           t.rstd.data(), int64_t(n), int64_t(channels), int64_t(positions), int64_t(count), p.eps,
+                           dtype, act, 3};
+  check_status("groups forward", nw_groups_forward(&f));
+  nw_groups_backward_args b{t.dy.data(), t.x.data(), t.residual.data(), m, t.weight.data(), t.bias.data(),
+                            t.mean.data(), t.rstd.data(), t.dx.data(), t.dresidual.data(), t.dweight.data(),
+                            t.dbias.data(), int64_t(n), int64_t(channels), int64_t(positions), int64_t(count), dtype,
+                            act, 3};
+  check_status("groups backward", nw_groups_backward(&b));
+  verify("groups", p, t, t.x, true);
+}
+
+void channels(size_t n, size_t channels, size_t positions, int layout, int dtype, int act, bool masked) {
+  std::unique_ptr<uint8_t[]> mask;
+  positions_masked(n, positions, mask);
+  const bool last = layout == NW_CHANNELS_LAST;
+  auto channel = [=](size_t i) { return last ? i % channels : i / positions % channels; };
+  Problem p{n * channels * positions, channels, channels, channel, channel,
+            [&](size_t i) {
+              return !masked || mask[last ? i / channels : i / (channels * positions) * positions + i % positions];
+            },
+            true, false, dtype, act, 1e-3};
+  Tensors t(p);
+  Buffer running_mean(Tensors::wide(p), channels), running_var(Tensors::wide(p), channels);
+  running_mean.fill();
+  running_var.fill();
+  const uint8_t* m = masked ? mask.get() : nullptr;
+  nw_channels_forward_args f{t.x.data(), t.residual.data(), m, t.weight.data(), t.bias.data(), running_mean.data(),
+                             running_var.data(), t.y.data(), t.mean.data(), t.rstd.data(), int64_t(n),
+                             int64_t(channels), int64_t(positions), p.eps, 0.1, dtype, layout, 1, act, 3};
+  check_status("channels forward", nw_channels_forward(&f));
+  nw_channels_backward_args b{t.dy.data(), t.x.data(), t.residual.data(), m, t.weight.data(), t.bias.data(),
+                              t.mean.data(), t.rstd.data(), t.dx.data(), t.dresidual.data(), t.dweight.data(),
+                              t.dbias.data(), int64_t(n), int64_t(channels), int64_t(positions), dtype, layout, 1, act,
+                              3};
+  check_status("channels backward", nw_channels_backward(&b));
+  verify(last ? "channels last" : "channels first", p, t, t.x, true);
+}
+
+void all_kernels() {
+#ifdef NW_SUBSET
+  const int dtypes[] = {NW_FLOAT32, NW_BFLOAT16}, acts[] = {NW_IDENTITY, NW_GELU};
+#else
+  const int dtypes[] = {NW_FLOAT32, NW_BFLOAT16, NW_FLOAT64};
+  const int acts[] = {NW_IDENTITY, NW_RELU, NW_LEAKY_RELU, NW_SILU, NW_GELU};
+#endif
+  for (int dtype : dtypes) {
+    for (int act : acts) {
+      for (bool masked : {false, true}) {
+        for (size_t cols : {1, 7, 63, 131}) {
+          rows(6, cols, dtype, act, true, masked);
+          rows(6, cols, dtype, act, false, masked);
+        }
+        for (size_t positions : {1, 7, 50}) {
+          groups(2, 6, positions, 3, dtype, act, masked);
+          for (int layout : {NW_CHANNELS_FIRST, NW_CHANNELS_LAST}) channels(5, 7, positions, layout, dtype, act, masked);
+        }
+      }
+    }
+  }
+  // Large enough for several threads, blocks and chunks.
+  rows(70, 600, NW_FLOAT32, NW_IDENTITY, true, true);
+  groups(2, 4, 5001, 2, NW_FLOAT32, NW_GELU, true);
+  channels(2, 2, 9001, NW_CHANNELS_FIRST, NW_FLOAT32, NW_GELU, true);
+  channels(4, 20, 500, NW_CHANNELS_FIRST, NW_BFLOAT16, NW_IDENTITY, false);
+  channels(3, 17, 999, NW_CHANNELS_LAST, NW_FLOAT32, NW_GELU, true);
+}
+
+}  // namespace
+
+int main() {
+  for (const char* isa : {"avx512", "avx2", "baseline"}) {
+    if (nw_use_isa(isa) != NW_OK) continue;
+    all_kernels();
+    std::printf("%s: ok\n", nw_isa());
+  }
+  std::printf("%d checks passed\n", checks);
+  return 0;
+}

@@ -1,0 +1,59 @@
+"""Any shape with any combination of options: the compiled kernels against float64 formulas."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import kernel_truth as truth
+from kernel_checks import check_channels, check_groups, check_rows
+
+# The fixtures (instruction set, poisoned memory) hold for all examples of a test alike.
+FUZZ = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+OPTIONS = {
+    "act": st.sampled_from(truth.ACTS),
+    "residual": st.booleans(),
+    "masked": st.booleans(),
+    "affine": st.booleans(),
+    "offset": st.integers(0, 3),
+    "threads": st.integers(1, 4),
+}
+SIZES = st.integers(1, 70)
+
+
+@FUZZ
+@given(
+    rows=st.integers(0, 70),
+    cols=st.one_of(SIZES, st.integers(71, 9000)),
+    dtype=st.sampled_from(truth.DTYPES),
+    center=st.booleans(),
+    dsum=st.booleans(),
+    options=st.fixed_dictionaries(OPTIONS),
+)
+def test_rows(isa, rows, cols, dtype, center, dsum, options):
+    check_rows(rows, cols, dtype, center=center, dsum=dsum, **options)
+
+
+@FUZZ
+@given(
+    batch=st.integers(1, 5),
+    groups=st.integers(1, 4),
+    each=st.integers(1, 4),
+    positions=SIZES,
+    dtype=st.sampled_from(truth.DTYPES),
+    options=st.fixed_dictionaries(OPTIONS),
+)
+def test_groups(isa, batch, groups, each, positions, dtype, options):
+    check_groups((batch, groups * each, positions), groups, dtype, **options)
+
+
+@FUZZ
+@given(
+    shape=st.one_of(st.tuples(st.integers(2, 70), SIZES), st.tuples(st.integers(1, 6), SIZES, st.integers(2, 300))),
+    dtype=st.sampled_from(truth.DTYPES),
+    training=st.booleans(),
+    channels_last=st.booleans(),
+    options=st.fixed_dictionaries(OPTIONS),
+)
+def test_channels(isa, shape, dtype, training, channels_last, options):
+    check_channels(shape, dtype, training=training, channels_last=channels_last, **options)

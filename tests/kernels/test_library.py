@@ -1,0 +1,185 @@
+"""Finding, loading and sharing: the library, its instruction sets, its threads."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from normwise.kernels import cpu, library
+
+needs_library = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
+
+
+def python(code: str, **environment: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], text=True, capture_output=True, env={**os.environ, **environment}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@needs_library
+def test_argument_structs_have_the_size_that_the_header_gives_them() -> None:
+    handle = library.load().library
+    assert handle is not None
+    assert [s.size for s in cpu.STRUCTS] == [handle.nw_struct_size(i) for i in range(len(cpu.STRUCTS))]
+    assert handle.nw_struct_size(len(cpu.STRUCTS)) == -1
+
+
+@needs_library
+def test_unknown_codes_are_refused_before_anything_is_written() -> None:
+    handle = library.load().library
+    assert handle is not None
+    arguments = cpu.STRUCTS[0].pack(*(0,) * 9, 1, 1, 1e-5, 9, 1, 0, 1)
+    assert handle.nw_rows_forward(arguments) == 1
+
+
+def test_a_missing_library_is_told_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "NAME", "libelsewhere.so")
+    loaded = library.load.__wrapped__()
+    assert loaded.library is None
+    assert "without its compiled library libelsewhere.so" in loaded.why_not
+    assert "install a C++ compiler" in loaded.why_not
+
+
+def test_a_library_that_does_not_load_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "NAME", "cpu.py")
+    assert "does not load here" in library.load.__wrapped__().why_not
+
+
+@needs_library
+def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "ABI", -1)
+    assert "another version of normwise" in library.load.__wrapped__().why_not
+
+
+@needs_library
+@pytest.mark.parametrize("level", [*library.ISA_LEVELS, "sse9"])
+def test_environment_forces_an_instruction_set(level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = cpu.isa()
+    handle = library.load().library
+    assert handle is not None
+    runs_here = handle.nw_use_isa(level.encode()) == 0
+    monkeypatch.setenv("NORMWISE_ISA", level)
+    loaded = library.load.__wrapped__()
+    try:
+        if runs_here:
+            assert loaded.library.nw_isa() == level.encode()
+        else:
+            assert loaded.library is None
+            assert f"NORMWISE_ISA={level} cannot run here: set it to one of" in loaded.why_not
+    finally:
+        cpu.use_isa(before)
+
+
+@needs_library
+def test_unknown_instruction_set_is_named() -> None:
+    with pytest.raises(ValueError, match="'sse9' cannot run here: expected one of avx512, avx2, baseline"):
+        cpu.use_isa("sse9")
+
+
+@needs_library
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="reads /proc")
+def test_one_openmp_runtime_in_the_process() -> None:
+    """Two runtimes would be two pools of threads that fight for the cores."""
+    cpu.isa()
+    with open("/proc/self/maps") as maps:
+        runtimes = {line.split()[-1] for line in maps if "libgomp" in line or "libiomp" in line or "libomp" in line}
+    assert len(runtimes) == 1, runtimes
+
+
+@needs_library
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_thread_count_is_the_callers(threads: int) -> None:
+    assert cpu.threads_used(threads) == threads
+
+
+@needs_library
+def test_denormals_survive_loading() -> None:
+    """A library linked with -ffast-math would make the whole process flush them to zero."""
+    cpu.isa()
+    assert float(torch.tensor(1e-40) * 0.5) > 0
+    assert ctypes.c_double(5e-324).value > 0
+
+
+@needs_library
+def test_results_do_not_depend_on_threads() -> None:
+    x, dy = torch.randn(2, 40, 48, 41), torch.randn(2, 40, 48, 41)
+    weight, bias = torch.randn(2, 40)
+
+    def everything() -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        for layout in (x, x.to(memory_format=torch.channels_last), x[:, :3].contiguous()):
+            c = layout.shape[1]
+            grad = dy[:, :c].contiguous() if layout.is_contiguous() else dy.to(memory_format=torch.channels_last)
+            y, stats = cpu.channels_forward(layout, None, None, weight[:c], bias[:c], True, 0.1, 1e-5)
+            found += [y, stats, *cpu.channels_backward(grad, layout, stats, weight[:c], bias[:c], True)[:3]]
+        y, stats = cpu.groups_forward(x, 4, weight, bias, 1e-5)
+        found += [y, stats, *cpu.groups_backward(dy, x, stats, 4, weight, bias)[:3]]
+        rows = cpu.rows_forward(x, 41, None, None, 1e-5)
+        found += [rows.y, *cpu.rows_backward(dy, x, rows.stats, 41, torch.ones(41), torch.zeros(41))]
+        return found
+
+    torch.set_num_threads(1)
+    alone = everything()
+    for threads in (2, 3, 4):
+        torch.set_num_threads(threads)
+        for one, many in zip(alone, everything(), strict=True):
+            assert torch.equal(one, many)
+
+
+@needs_library
+def test_calls_from_several_python_threads() -> None:
+    x = [torch.randn(64, 700) for _ in range(4)]
+    alone = [cpu.rows_forward(t, 700, None, None, 1e-5).y for t in x]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        again = [cpu.rows_forward(x[i], 700, None, None, 1e-5).y for _ in range(50)]
+        wrong.extend(i for y in again if not torch.equal(y, alone[i]))
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@needs_library
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_after_fork_with_one_thread() -> None:
+    """As torch: a forked child, such as a DataLoader's worker, may go on with one thread."""
+    told = python(
+        "import os, torch; from normwise.kernels import cpu; x = torch.randn(512, 512)\n"
+        "cpu.rows_forward(x, 512, None, None, 1e-5)\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    torch.set_num_threads(1); cpu.rows_forward(x, 512, None, None, 1e-5); os._exit(7)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))",
+        PYTHONWARNINGS="ignore",
+    )
+    assert told == "7"
+
+
+@needs_library
+def test_a_thousand_calls_leave_memory_flat() -> None:
+    told = python(
+        "import resource, torch; from normwise.kernels import cpu; torch.set_num_threads(1)\n"
+        "x = torch.randn(8, 16, 300); w = torch.ones(16)\n"
+        "def step():\n"
+        "    y, stats = cpu.channels_forward(x, None, None, w, w, True, 0.1, 1e-5)\n"
+        "    cpu.channels_backward(y, x, stats, w, w, True)\n"
+        "    y, stats = cpu.groups_forward(x, 4, w, w, 1e-5); cpu.groups_backward(y, x, stats, 4, w, w)\n"
+        "    r = cpu.rows_forward(x, 300, None, None, 1e-5); cpu.rows_backward(r.y, x, r.stats, 300, None, None)\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "[step() for _ in range(100)]; before = peak(); [step() for _ in range(1000)]; print(peak() - before)"
+    )
+    assert int(told) < 2048, f"{told} KiB more"
