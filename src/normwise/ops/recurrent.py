@@ -49,7 +49,7 @@ def recurrence(
     first: int = 0,
 ) -> Result:
     """One layer in one direction, by the chosen backend. See `reference.recurrent.recurrence` for every argument."""
-    choice = choose(Call("recurrence", x, ()))
+    choice = choose(Call(f"{how.norm or 'plain'}_{how.cell}", x, ()))
     run = reference.recurrence if choice.backend == "reference" else recurrent_loop.recurrence
     return run(
         x,
@@ -143,10 +143,13 @@ _ATEN: dict[tuple[str, str], Callable[..., tuple[Tensor, ...]]] = {
 
 
 def is_plain(how: Recurrence, x: Tensor, reset: Tensor | None) -> bool:
-    """Whether torch's own layer does the whole job: no norm, no zoneout, no reset, and no other backend forced."""
+    """Whether torch's own layer does the whole job: no norm, no zoneout, no reset, and no other backend forced.
+
+    Not "plain_...", as one layer in one direction is called, for which a kernel of ours may be chosen one day.
+    """
     # eps and the start of a bias change nothing without a norm.
     same = Recurrence(how.cell, None, eps=how.eps, forget_bias=how.forget_bias, nonlinearity=how.nonlinearity)
-    return reset is None and how == same and choose(Call("recurrence", x, ())).backend == "torch"
+    return reset is None and how == same and choose(Call(f"torch_{how.cell}", x, ())).backend == "torch"
 
 
 def plain(
