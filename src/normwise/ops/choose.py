@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -45,8 +44,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What the choice depends on.
 
     Attributes:
