@@ -18,6 +18,18 @@ from normwise.reference.sequences import reverse_reset, valid_steps
 Running = dict[str, tuple[Tensor, Tensor]]
 
 
+class Step(NamedTuple):
+    """One step as it was computed, differentiable.
+
+    summed: (B, G*H) the summed input that the gates or the nonlinearity saw, norms and biases included; None for a
+        GRU with reset_gate="hidden", whose candidate has no such sum.
+    h: (B, H) the state after it; that of a finished sequence stays what it was.
+    """
+
+    summed: Tensor | None
+    h: Tensor
+
+
 class Result(NamedTuple):
     """What one layer in one direction gives.
 
@@ -46,6 +58,7 @@ def recurrence(
     zoned: Tensor | None = None,
     running: Running | None = None,
     first: int = 0,
+    tape: list[Step] | None = None,
 ) -> Result:
     """One layer in one direction over a whole batch of sequences.
 
@@ -64,6 +77,7 @@ def recurrence(
         zoned: (T, B, H) bool, True where zoneout keeps the previous h; None takes zoneout's expectation.
         running: batch norm's statistics; None takes those of the batch, over the samples whose length exceeds t.
         first: the index of the first step in `running`'s tables.
+        tape: to look inside: each step is appended to it, in the order of processing.
 
     Returns:
         `Result`, in the dtype of `x`.
@@ -106,6 +120,8 @@ def recurrence(
             h = torch.where(running_on, new_h, h)
             c = None if c is None or new_c is None else torch.where(running_on, new_c, c)
             outputs.append(h.masked_fill(~running_on, 0))
+        if tape is not None:
+            tape.append(Step(step.seen, h))
     output = torch.stack(outputs)
     if reverse:
         output = reversed_steps(output, lengths)
@@ -121,6 +137,7 @@ class _Step:
         self.used: dict[str, list[Moments]] = {}
         self.t = 0
         self.valid: Tensor | None = None
+        self.seen: Tensor | None = None  # the summed input of the present step
 
     def begin(self, t: int, valid: Tensor | None) -> None:
         """Go to step `t`, at which `valid` (B, 1) says who is still running."""
@@ -184,9 +201,11 @@ class _Step:
     def summed(self, input_term: Tensor, h: Tensor) -> Tensor:
         """The summed input of the step, biases included."""
         if "sum" not in self.sites:
-            return input_term + self.hidden_term(h)
-        both = plus(input_term + F.linear(h, self.weights.weight_hh), self.weights.bias_inner)
-        return plus(plus(self.normalize("sum", both), self.weights.bias_ih), self.weights.bias_hh)
+            self.seen = input_term + self.hidden_term(h)
+        else:
+            both = plus(input_term + F.linear(h, self.weights.weight_hh), self.weights.bias_inner)
+            self.seen = plus(plus(self.normalize("sum", both), self.weights.bias_ih), self.weights.bias_hh)
+        return self.seen
 
     def normalize(self, site: str, v: Tensor, batch_dims: tuple[int, ...] = (0,), mask: Tensor | None = None) -> Tensor:
         """N_g(v) at `site`. `batch_dims` and `mask` are batch norm's; by default those of the present step."""
