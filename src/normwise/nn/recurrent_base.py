@@ -197,10 +197,7 @@ class Recurrent(RNNBase):
             raise ValueError(
                 "step() has no sequence to take sequence-wise batch statistics of: use eval mode, or statistics='frame'"
             )
-        if how.norm == "batch" and self.max_length > 1 and t is None:
-            raise ValueError("per-step batch statistics need to know which step this is: pass t=0, 1, 2, ...")
-        if t is not None and t < 0:
-            raise ValueError(f"t counts steps from 0, but got {t}")
+        first = parameters.step_index(how, self.max_length, t)
         batched = input.dim() == 2
         x = input.unsqueeze(0) if batched else input.view(1, 1, -1)
         self.check_input(x, None)
@@ -208,7 +205,7 @@ class Recurrent(RNNBase):
         if reset is not None:
             reset = recurrent.checked_reset(reset, (x.shape[1],) if batched else (), "one for each sample")
             reset = reset.reshape(1, -1)
-        output, states = self._run(x, states, None, reset, t or 0)
+        output, states = self._run(x, states, None, reset, first)
         if not batched:
             return output.view(-1), _joined([s.squeeze(1) for s in states])
         return output[0], _joined(states)

@@ -56,10 +56,7 @@ class _Cell(nn.modules.rnn.RNNCellBase):
             raise check.ShapeError(
                 f"input has inconsistent input_size: got {input.shape[-1]} expected {self.input_size}"
             )
-        if how.norm == "batch" and self.max_length > 1 and t is None:
-            raise ValueError("per-step batch statistics need to know which step this is: pass t=0, 1, 2, ...")
-        if t is not None and t < 0:
-            raise ValueError(f"t counts steps from 0, but got {t}")
+        first = parameters.step_index(how, self.max_length, t)
         x = input.reshape(1, -1, self.input_size)
         expected = (*input.shape[:-1], self.hidden_size)
         for n, state in enumerate(states):
@@ -79,10 +76,10 @@ class _Cell(nn.modules.rnn.RNNCellBase):
             how,
             training=self.training,
             running=None if learns else [table],
-            first=t or 0,
+            first=first,
         )
         for site, moments in output.statistics[0].items():
-            recurrent_running.move(*table[site], moments, self.momentum, t or 0)
+            recurrent_running.move(*table[site], moments, self.momentum, first)
         return [s[0].reshape(expected) for s in (output.h, output.c) if s is not None]
 
     def extra_repr(self) -> str:

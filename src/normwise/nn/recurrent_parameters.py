@@ -66,6 +66,15 @@ def positive_rows(max_length: int) -> None:
         )
 
 
+def step_index(how: Recurrence, max_length: int, t: int | None) -> int:
+    """`t`, which per-step batch statistics must be given; 0 where it does not matter."""
+    if how.norm == "batch" and max_length > 1 and t is None:
+        raise ValueError("per-step batch statistics need to know which step this is: pass t=0, 1, 2, ...")
+    if t is not None and t < 0:
+        raise ValueError(f"t counts steps from 0, but got {t}")
+    return t or 0
+
+
 def add_to(
     layer: nn.Module,
     how: Recurrence,

@@ -152,6 +152,7 @@ def is_plain(how: Recurrence, x: Tensor, reset: Tensor | None) -> bool:
     return reset is None and how == same and choose(Call(f"torch_{how.cell}", x, ())).backend == "torch"
 
 
+@torch.compiler.disable
 def plain(
     x: Tensor | PackedSequence,
     h0: Tensor,
@@ -163,7 +164,11 @@ def plain(
     dropout: float = 0.0,
     training: bool = False,
 ) -> tuple[Any, Tensor, Tensor | None]:
-    """(output, h, c) of `stack` by torch's own multi-layer kernel, where `is_plain`; packed in gives packed out."""
+    """(output, h, c) of `stack` by torch's own multi-layer kernel, where `is_plain`; packed in gives packed out.
+
+    A compiled model calls it as it is: torch.compile does the same with torch.nn's layers, and the compiler's own
+    code for them may not even run.
+    """
     flat = [w for layer in weights for w in layer if w is not None]
     tail = (flat, weights[0].bias_ih is not None, len(weights) // (1 + bidirectional), dropout, training, bidirectional)
     run = _ATEN[how.cell, how.nonlinearity]
@@ -179,6 +184,7 @@ def plain(
     return x._replace(data=data), finals[0], None if c0 is None else finals[1]
 
 
+@torch.compiler.disable
 def plain_padded(
     x: Tensor,
     h0: Tensor,
