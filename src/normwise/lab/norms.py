@@ -7,8 +7,9 @@ Gains start at 1 and biases at 0 and no norm draws random numbers: with one seed
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import normwise
 from normwise.lab.errors import UndefinedError, unknown
@@ -20,6 +21,13 @@ NORMS: Mapping[str, str] = {
     "group": "GroupNorm: each sample, over a group of its features or channels and their positions",
     "instance": "InstanceNorm: each sample and channel, over its positions",
     "rms": "RMSNorm: as LayerNorm, by the root mean square and without subtracting the mean",
+    "batch-masked": "BatchNorm over the valid positions alone, so that padding enters no statistics",
+    "batch-per-step": "BatchNorm inside the recurrence, on both terms of the summed input (and the LSTM's cell): each "
+    "time step has running statistics of its own, and later steps than any in training use the last one's "
+    "(Cooijmans et al. 2016)",
+    "batch-time-average": "the same in training; its running statistics are averaged over time, one set for all steps",
+    "batch-input": "BatchNorm on the input-to-hidden term alone, over the batch and all its valid steps (Laurent et "
+    "al. 2015, sequence-wise)",
 }
 
 # What the layers say, after torch, when a statistic would come from a single value.
@@ -73,6 +81,83 @@ def image_norm(name: str, channels: int, height: int, width: int) -> nn.Module:
             "rms": lambda: normwise.RMSNorm((channels, height, width)),
         },
     )
+
+
+def sequence_norm(name: str, features: int) -> nn.Module:
+    """A norm for (N, T, C) whose forward takes ``x, valid``, the latter (N, T) bool, True where a sequence has a step.
+
+    "batch" takes its statistics over all N * T positions, padding included, as a BatchNorm1d that knows of no lengths
+    does; "batch-masked" over the valid ones. The others normalize each position by itself.
+
+    Raises:
+        LabError: an unknown name.
+    """
+    return _build(
+        name,
+        {
+            "none": lambda: EachPosition(nn.Identity()),
+            "batch": lambda: OverPositions(features, masked=False),
+            "batch-masked": lambda: OverPositions(features, masked=True),
+            "layer": lambda: EachPosition(normwise.LayerNorm(features)),
+            "rms": lambda: EachPosition(normwise.RMSNorm(features)),
+        },
+    )
+
+
+class EachPosition(nn.Module):
+    """A norm to which the other positions do not matter."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        y: Tensor = self.norm(x)
+        return y
+
+
+class OverPositions(nn.Module):
+    """BatchNorm over the positions of all sequences, the valid ones alone if ``masked``."""
+
+    def __init__(self, features: int, *, masked: bool) -> None:
+        super().__init__()
+        self.norm = normwise.BatchNorm1d(features)
+        self.masked = masked
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        y: Tensor = self.norm(x.transpose(1, 2), mask=valid if self.masked else None)
+        return y.transpose(1, 2)
+
+
+def recurrent_norm(name: str, longest: int) -> dict[str, Any]:
+    """The arguments by which ``normwise.RNN``, ``GRU`` and ``LSTM`` normalize inside the recurrence.
+
+    "layer" and "rms" are Ba et al. 2016's recurrence. "batch-per-step" and "batch-time-average" are Cooijmans et al.
+    2016's and compute the same in training: every step is normalized by the statistics of its own. They differ in
+    what evaluation uses: running statistics for each step up to ``longest``, or one set averaged over all steps.
+    "batch-input" is Laurent et al. 2015's, with one set over batch and time in training too.
+
+    Args:
+        name: one of the names above, or "none".
+        longest: steps of the longest sequence in training.
+
+    Raises:
+        LabError: an unknown name.
+    """
+    cooijmans = {"norm": "batch", "variant": "cooijmans2016"}
+    options: dict[str, dict[str, Any]] = {
+        "none": {"norm": None},
+        "layer": {"norm": "layer"},
+        "rms": {"norm": "rms"},
+        "batch-per-step": {**cooijmans, "max_length": longest},
+        # All steps of a batch move the one row in turn. At this momentum they move it together as far as 0.1 moves a
+        # row of its own, and each step counts about the same; at 0.1 the last few steps would be all that is left.
+        "batch-time-average": {**cooijmans, "max_length": 1, "momentum": 1 - 0.9 ** (1 / longest)},
+        "batch-input": {"norm": "batch", "variant": "laurent2015", "statistics": "sequence"},
+    }
+    if name not in options:
+        raise unknown("norm", name, options)
+    return options[name]
 
 
 def groups(channels: int) -> int:

@@ -16,7 +16,7 @@ from normwise.lab.spec import Spec
 from normwise.lab.tasks import Task, load_task
 
 GRADIENT_POINTS = 50
-PROBE_POINTS = 8
+PROBE_POINTS = 6
 
 
 @dataclass
@@ -45,6 +45,11 @@ class Result:
             series.steps.append(step)
             series.values.append(value)
 
+    def record_over_time(self, when: str, values: Mapping[str, list[float]]) -> None:
+        """Series whose steps are not those of the training but the time steps of the held-out sequences, from 0."""
+        for name, of_steps in values.items():
+            self.series[f"over-time/{name}/{when}"] = Series(list(range(len(of_steps))), of_steps)
+
 
 def run(spec: Spec) -> Result:
     """Train ``spec``. The same spec gives the same numbers, times apart, for the same number of threads.
@@ -71,6 +76,10 @@ def _train(spec: Spec, task: Task, result: Result) -> None:
     optimizer = task.optimizer(model, spec.learning_rate)
     weights = watch.weights(model)
     probe = watch.Probe(task, spec.batch_size)
+    lengths = task.cases[0].lengths
+    if lengths is not None:
+        result.record(0, {"train/longest": float(lengths.max())})
+        result.record_over_time("start", probe.over_time(model))
     gradients_every = max(1, spec.steps // GRADIENT_POINTS)
     probe_every = max(1, spec.steps // PROBE_POINTS)
     for step, batch in enumerate(task.batches(spec.batch_size, spec.steps, spec.seed)):
@@ -94,4 +103,7 @@ def _train(spec: Spec, task: Task, result: Result) -> None:
         with torch.no_grad():
             right = watch.accuracy(scores, batch.targets)
         result.record(step, {"train/loss": value, "train/accuracy": right, "time/step": seconds})
-    result.record(spec.steps, probe.look(model) | watch.final(model, task))
+    result.record(spec.steps, probe.look(model))
+    if lengths is not None:
+        result.record_over_time("end", probe.over_time(model))
+    result.record(spec.steps, watch.final(model, task))

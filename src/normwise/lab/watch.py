@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,7 +14,8 @@ from normwise.lab.norms import NORM_LAYERS
 from normwise.lab.tasks import Task
 
 PROBE_CASES = 200
-PROBE_BATCHES = 32
+PROBE_BATCHES = 25
+FEWEST_CASES = 8
 PERCENTILES = (15, 50, 85)
 
 
@@ -82,6 +83,22 @@ def accuracy(scores: Tensor, targets: Tensor) -> float:
     return float((scores.argmax(dim=-1) == targets).double().mean())
 
 
+@contextmanager
+def unchanged(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """The model in train or eval mode while open; then its mode, its buffers and the random state are put back."""
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    before = model.training
+    model.train(training)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        model.train(before)
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(kept[name])
+
+
 class Probe:
     """A fixed, shuffled part of the held-out cases, looked at several times a run in both modes.
 
@@ -98,7 +115,7 @@ class Probe:
         size = min(batch_size, len(self.batch))
         starts = range(0, len(self.batch) - size + 1, size)[:PROBE_BATCHES]
         self.parts = [self.batch.select(slice(start, start + size)) for start in starts]
-        self.shared = len(starts) * size  # how many cases are seen in both modes
+        self.shared = self.batch.select(slice(0, len(starts) * size))  # the cases that are seen in both modes
 
     @torch.no_grad()
     def look(self, model: nn.Module) -> dict[str, float]:
@@ -107,18 +124,12 @@ class Probe:
         ``gap`` is half the L1 distance between the two modes' class probabilities (total variation, 0 to 1), averaged
         over the cases seen in both. The accuracies and losses of both modes are over these same cases.
         """
-        kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        task = self.task
-        shared = self.batch.select(slice(0, self.shared))
-        with torch.random.fork_rng(devices=[]):
-            with activity(model, task) as seen:
-                in_training = torch.cat([task.forward(model, part) for part in self.parts])
-            for name, buffer in model.named_buffers():
-                buffer.copy_(kept[name])
-            model.eval()
+        task, shared = self.task, self.shared
+        with unchanged(model, training=True), activity(model, task) as seen:
+            in_training = torch.cat([task.forward(model, part) for part in self.parts])
+        with unchanged(model, training=False):
             in_eval = task.forward(model, shared)
             extra = task.series(model, shared)
-            model.train()
         gap = (in_training.softmax(-1) - in_eval.softmax(-1)).abs().sum(-1).mean() / 2
         return {
             "heldout/train/loss": float(task.loss(in_training, shared)),
@@ -130,11 +141,46 @@ class Probe:
             **extra,
         }
 
+    def over_time(self, model: nn.Module) -> dict[str, list[float]]:
+        """What the task measures at each time step, in both modes: the root of the mean over the cases that have it.
+
+        Train mode sees the cases in batches of the run's own size, eval mode all of them at once.
+        """
+        found = {}
+        for mode, parts in (("train", self.parts), ("eval", [self.shared])):
+            with unchanged(model, training=mode == "train"):
+                seen = [(self.task.over_time(model, part), part.lengths) for part in parts]
+            for name in seen[0][0]:
+                found[f"{name}/{mode}"] = _over_cases([(squares[name], lengths) for squares, lengths in seen])
+        return found
+
+
+def _over_cases(parts: Sequence[tuple[Tensor, Tensor | None]]) -> list[float]:
+    """The root of the mean over the cases, at each time step, of squares (N, T), of which ``lengths`` count.
+
+    It ends where fewer than ``FEWEST_CASES`` go on: what one or two long sequences do is no mean.
+    """
+    longest = max(squares.shape[1] for squares, _ in parts)
+    total, cases = torch.zeros(longest, dtype=torch.float64), torch.zeros(longest, dtype=torch.int64)
+    for squares, lengths in parts:
+        steps = squares.shape[1]
+        ends = torch.full((len(squares),), steps) if lengths is None else lengths
+        valid = torch.arange(steps) < ends[:, None]
+        total[:steps] += torch.where(valid, squares, 0).sum(0)
+        cases[:steps] += valid.sum(0)
+    enough = cases >= min(FEWEST_CASES, int(cases[0]))
+    values: list[float] = (total / cases)[enough].sqrt().tolist()
+    return values
+
 
 @torch.no_grad()
 def final(model: nn.Module, task: Task) -> dict[str, float]:
-    """Loss and accuracy on all held-out cases, in eval mode."""
+    """Loss and accuracy in eval mode, on all held-out cases and on the task's parts of them."""
     _, held_out = task.cases
     model.eval()
-    scores = task.forward(model, held_out)
-    return {"final/loss": float(task.loss(scores, held_out)), "final/accuracy": accuracy(scores, held_out.targets)}
+    found = {}
+    for prefix, cases in {"final": held_out, **{f"final/{name}": part for name, part in task.parts().items()}}.items():
+        scores = task.forward(model, cases)
+        found[f"{prefix}/loss"] = float(task.loss(scores, cases))
+        found[f"{prefix}/accuracy"] = accuracy(scores, cases.targets)
+    return found

@@ -14,15 +14,24 @@ from typing import NamedTuple
 from normwise.lab.errors import LabError, unknown
 from normwise.lab.tasks.base import Batch, Task
 from normwise.lab.tasks.cnn import Cnn
+from normwise.lab.tasks.lstm import Lstm
 from normwise.lab.tasks.mlp import Mlp
+from normwise.lab.tasks.rnn import Rnn
+from normwise.lab.tasks.transformer import Transformer
 
 __all__ = ["TASKS", "Batch", "LoadedTask", "Task", "load_task"]
 
-TASKS: dict[str, Callable[[], Task]] = {"mlp": Mlp, "cnn": Cnn}
+TASKS: dict[str, Callable[[], Task]] = {
+    "mlp": Mlp,
+    "cnn": Cnn,
+    "rnn": Rnn,
+    "lstm": Lstm,
+    "transformer": Transformer,
+}
 
 
 class LoadedTask(NamedTuple):
-    """A task and the sha256 of the file that defines it."""
+    """A task and what stands for the code that defines it: the sha256 of its file, or of its files together."""
 
     task: Task
     source: str
@@ -41,7 +50,7 @@ def load_task(reference: str) -> LoadedTask:
         if reference not in TASKS:
             raise unknown("task", reference, TASKS)
         task = TASKS[reference]()
-        return LoadedTask(task, _sha256(Path(inspect.getfile(type(task)))))
+        return LoadedTask(task, _sha256(*_files(type(task))))
     path, function = _parse(reference)
     task = _call(path, function)
     if task.name in TASKS:
@@ -76,5 +85,11 @@ def _call(path: Path, function: str) -> Task:
     return task
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _files(task: type[Task]) -> list[Path]:
+    """The files of a built-in task's class and of those that it extends, up to ``Task``, each once."""
+    classes = [c for c in task.__mro__ if issubclass(c, Task) and c is not Task]
+    return [Path(file) for file in dict.fromkeys(map(inspect.getfile, classes))]
+
+
+def _sha256(*paths: Path) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()

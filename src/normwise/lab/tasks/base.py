@@ -97,6 +97,17 @@ class Task(ABC):
         """More numbers to record, by name, each time the held-out probe is looked at. ``model`` is in eval mode."""
         return {}
 
+    def parts(self) -> Mapping[str, Batch]:
+        """More held-out cases, by name, whose loss and accuracy at the end are recorded on their own."""
+        return {}
+
+    def over_time(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """For sequences: squared sizes, by name, (N, T) for each case and time step; beyond its length anything.
+
+        Recorded at the start and at the end of the training, with ``model`` in train mode and in eval mode.
+        """
+        return {}
+
     def batches(self, batch_size: int, steps: int, seed: int) -> Iterator[Batch]:
         """``steps`` batches: the training cases in a new order each epoch, its last incomplete batch left out."""
         train, _ = self.cases
