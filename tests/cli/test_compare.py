@@ -141,3 +141,12 @@ def test_ctrl_c_exits_130_keeps_what_is_finished_and_the_next_call_goes_on(tmp_p
     subprocess.run(smaller, check=True, capture_output=True, timeout=120)
     assert stored(tmp_path / "runs.sqlite") >= kept
     assert (tmp_path / "report.html").exists()
+
+
+def test_a_task_on_sequences_has_its_parts_in_the_table(normwise_command, tmp_path):
+    arguments = ("compare", "rnn", "--norms", "none,layer", "--steps", "2", "--seeds", "1", "--lr", "0.01")
+    status, out, _ = normwise_command(*arguments, "--batch-sizes", "32", "--jobs", "1", "--out", str(tmp_path))
+    assert status == 0
+    for heading in ("held-out accuracy, %", "accuracy on longer, %", "accuracy on longer-cut, %", "training loss"):
+        assert heading in out
+    assert max(map(len, out.splitlines()[:-2])) <= 80

@@ -22,12 +22,14 @@ Value = TypeVar("Value")
 
 def compare(
     tasks: Annotated[
-        list[str] | None, typer.Argument(metavar="TASK", help="mlp, cnn. Default: both.", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="TASK", help="mlp, cnn, rnn, lstm, transformer. Default: mlp cnn.", show_default=False),
     ] = None,
     norms: Annotated[
-        str | None, typer.Option(metavar="A,B,..", help="none, batch, layer, group, instance, rms. Default: all.")
+        str | None,
+        typer.Option(metavar="A,B,..", help="As in none,batch,layer; an unknown one lists the task's. Default: all."),
     ] = None,
-    batch_sizes: Annotated[str | None, typer.Option(metavar="N,N,..", help="Default: 64,8,2.")] = None,
+    batch_sizes: Annotated[str | None, typer.Option(metavar="N,N,..", help="Default: the task's own.")] = None,
     seeds: Annotated[int, typer.Option(metavar="N", min=1, help="How many: seeds 0 to N-1.")] = 3,
     steps: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Batches to train on. Default: the task's own.")
@@ -172,9 +174,11 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
 
 
 def _table(task: str, rows: Sequence[Row]) -> Table:
-    """A column a batch size; the norms' accuracies above, their training losses below."""
+    """A column a batch size; the norms' accuracies above, also on parts of the cases, their training losses below."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+
+    from normwise.lab.score import parts_of
 
     sizes = list(dict.fromkeys(row.batch_size for row in rows))
     cells = {(row.norm, row.batch_size): row for row in rows}
@@ -185,6 +189,11 @@ def _table(task: str, rows: Sequence[Row]) -> Table:
         table.add_column(f"batch {size}", justify="right")
     for norm in norms:
         table.add_row(norm, *(_accuracy(cells[norm, size]) for size in sizes))
+    for part in parts_of(rows):
+        table.add_section()
+        table.add_row(f"accuracy on {part}, %")
+        for norm in norms:
+            table.add_row(norm, *(_part(cells[norm, size], part) for size in sizes))
     table.add_section()
     table.add_row("training loss")
     for norm in norms:
@@ -197,6 +206,10 @@ def _accuracy(row: Row) -> str:
         return f"[dim]{row.status}[/dim]  "
     text = f"{_number(row, 'accuracy', '.1f', 100)} {MARKS[row.mark]}"
     return f"[bold]{text}[/bold]" if row.mark else text
+
+
+def _part(row: Row, part: str) -> str:
+    return "" if row.status != "done" else f"{_number(row, f'accuracy/{part}', '.1f', 100)}  "
 
 
 def _loss(row: Row) -> str:

@@ -20,6 +20,10 @@ COLOURS = {
     "group": "#009e73",
     "instance": "#cc79a7",
     "rms": "#e69f00",
+    "batch-masked": "#56b4e9",
+    "batch-per-step": "#0072b2",
+    "batch-time-average": "#56b4e9",
+    "batch-input": "#009e73",
 }
 OTHER_COLOURS = ("#56b4e9", "#000000", "#8c564b", "#7f3c8d")
 INK, FAINT = "#2b2f36", "#e6e8ec"

@@ -11,8 +11,9 @@ from plotly.offline import get_plotlyjs
 
 import normwise
 from normwise.lab.figures import Figure, colour, figures
+from normwise.lab.figures_over_time import over_time
 from normwise.lab.norms import NORMS
-from normwise.lab.score import Row
+from normwise.lab.score import Row, parts_of
 from normwise.lab.tasks import Task
 
 
@@ -27,7 +28,13 @@ class Section:
     sizes: list[int]
     norms: list[str]
     cells: dict[tuple[str, int], Row]
+    parts: list[str]
     figures: list[Figure]
+
+    @property
+    def part_columns(self) -> list[tuple[str, str, int]]:
+        """Of the table of all numbers, those on parts of the held-out cases: name, format, scale."""
+        return [(f"accuracy/{part}", "%.1f%%", 100) for part in self.parts]
 
 
 def write_report(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> Path:
@@ -61,7 +68,8 @@ def section(task: Task, rows: Sequence[Row]) -> Section:
         sizes=sizes,
         norms=list(dict.fromkeys(row.norm for row in rows)),
         cells={(row.norm, row.batch_size): row for row in rows},
-        figures=figures(rows),
+        parts=parts_of(rows),
+        figures=[*figures(rows), *over_time(rows)],
     )
 
 

@@ -26,6 +26,8 @@ from normwise.lab.store import Run
 FINAL_SHARE = 0.1
 """The training loss of a run is the mean over this last share of its steps: one batch's loss says little."""
 
+FINAL_ACCURACY = ["final", "accuracy"]  # with the part's name between them
+
 # Student's t, 97.5%, by degrees of freedom 1, 2, ...; the last holds for more.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
@@ -128,8 +130,19 @@ def _stats(runs: Sequence[Run]) -> dict[str, Stat]:
         "saturated": last("saturated"),
         "first_gradient": [median(run.series[first].values) for run in runs if first in run.series],
         "ms_per_step": [1000 * median(run.series["time/step"].values) for run in runs],
+        **{f"accuracy/{part}": last(f"final/{part}/accuracy") for part in _parts(runs)},
     }
     return {name: Stat(tuple(values)) for name, values in quantities.items() if values}
+
+
+def _parts(runs: Sequence[Run]) -> list[str]:
+    """The parts of the held-out cases that were looked at on their own."""
+    return [names[1] for name in runs[0].series if len(names := name.split("/")) == 3 and names[::2] == FINAL_ACCURACY]
+
+
+def parts_of(rows: Iterable[Row]) -> list[str]:
+    """The parts of which the rows have accuracies, each once."""
+    return list(dict.fromkeys(name.split("/")[1] for row in rows for name in row.stats if "/" in name))
 
 
 def _mark(rows: list[Row]) -> list[Row]:
