@@ -164,6 +164,83 @@ typedef struct nw_channels_backward_args {
 } nw_channels_backward_args;
 int nw_channels_backward(const nw_channels_backward_args* args);
 
+/* ---- recurrent: one recurrent layer in one direction over whole sequences ------------------------------------------
+ *
+ *   Rows are (step, sample) pairs, as in torch's PackedSequence: step s holds the first batch_sizes[s] samples, which
+ *   never grow in number; without batch_sizes every step holds all of them. G gates (4, 3, 1) are stacked in torch's
+ *   order. With p = W_ih x, q = W_hh h and N(v) = (v - mean) * rstd * gain, the summed input of a step is
+ *     NW_PLAIN:     p + b_ih + q + b_hh
+ *     NW_SEPARATE:  N_ih(p) + b_ih + N_hh(q) + b_hh
+ *     NW_SUM:       N_sum(p + q + b_inner) + b_ih + b_hh
+ *   groups: how many neighbouring gates share statistics, four counts, 0 where there is no further group.
+ *   NW_LSTM: c' = s(f) * c + s(i) * tanh(g), h' = s(o) * tanh(c'); NW_CELL_OUTPUT: h' = s(o) * tanh(N_c(c') + b_c);
+ *     NW_CELL_CARRIED: c' = N_c(s(f) * c + s(i) * tanh(g)) + b_c.
+ *   NW_GRU: r = s(r), z = s(z + update_offset); n = tanh(n_input + r * n_hidden), or tanh(r * n) with
+ *     reset_candidate; h' = z * h + (1 - z) * n, or (1 - z) * h + z * n with update_paper.
+ *   NW_RNN_TANH, NW_RNN_RELU: h' = tanh or relu of the summed input.
+ *   Statistics are float; sums of gradients of gains and biases depend on `threads` in their last digits.
+ */
+enum nw_cell { NW_LSTM = 0, NW_GRU = 1, NW_RNN_TANH = 2, NW_RNN_RELU = 3 };
+enum nw_terms { NW_PLAIN = 0, NW_SEPARATE = 1, NW_SUM = 2 };
+enum nw_cell_norm { NW_CELL_NONE = 0, NW_CELL_OUTPUT = 1, NW_CELL_CARRIED = 2 };
+
+typedef struct nw_recurrent {
+  const void* x;              /* T (rows, inputs) */
+  const int64_t* batch_sizes; /* (steps), falling; may be null: `batch` at every step */
+  const uint8_t* reset;       /* (rows), may be null: 1 where the state is zeroed before that row is computed */
+  const void* weight_ih;      /* T (G * units, inputs) */
+  const void* weight_hh;      /* T (G * units, units) */
+  const float* bias_ih;       /* (G * units); these and the following may be null: 0, or 1 for a gain */
+  const float* bias_hh;       /* (G * units) */
+  const float* gain_ih;       /* (G * units) */
+  const float* gain_hh;       /* (G * units); N_sum's gain with NW_SUM */
+  const float* bias_inner;    /* (G * units) */
+  const float* gain_c;        /* (units) */
+  const float* bias_c;        /* (units) */
+  const float* h0;            /* (batch, units) */
+  const float* c0;            /* (batch, units); only NW_LSTM */
+  void* output;               /* T (rows, units): h of each row; filled by the forward */
+  /* What the backward needs, filled by the forward; all null: not wanted. nw_recurrent_saves says which there are. */
+  float* input_terms;  /* (rows, G * units): p */
+  float* hidden_terms; /* (rows, G * units): q, p + q + b_inner, or activated gates */
+  float* cells;        /* (rows, units): c as it is carried */
+  float* stats;        /* (rows, widths[3]): mean and rstd of every group */
+  int64_t steps, batch, rows, inputs, units;
+  double eps, update_offset;
+  int32_t dtype, cell, terms, center, cell_norm, reset_candidate, update_paper;
+  int32_t reverse; /* run from the last step to the first; only without batch_sizes */
+  int32_t groups[4];
+  int32_t threads, reserved;
+} nw_recurrent;
+
+/* Columns of input_terms, hidden_terms, cells and stats for this description; 0: not used, pass null. */
+int nw_recurrent_saves(const nw_recurrent* args, int64_t widths[4]);
+
+typedef struct nw_recurrent_forward_args {
+  nw_recurrent layer;
+  float* h; /* (batch, units): filled with the state after each sample's last step */
+  float* c; /* (batch, units): as h; only NW_LSTM */
+} nw_recurrent_forward_args;
+int nw_recurrent_forward(const nw_recurrent_forward_args* args);
+
+typedef struct nw_recurrent_backward_args {
+  nw_recurrent layer;  /* as the forward left it, which nothing here changes */
+  const void* doutput; /* T (rows, units), may be null: 0 */
+  float* dh;           /* (batch, units): gradient of the final h; becomes that of h0 */
+  float* dc;           /* (batch, units): as dh; only NW_LSTM */
+  void* dx;            /* T (rows, inputs): filled; may be null */
+  float* dweight_ih;   /* all the following: filled; may be null */
+  float* dweight_hh;
+  float* dbias_ih;
+  float* dbias_hh;
+  float* dgain_ih;
+  float* dgain_hh;
+  float* dbias_inner;
+  float* dgain_c;
+  float* dbias_c;
+} nw_recurrent_backward_args;
+int nw_recurrent_backward(const nw_recurrent_backward_args* args);
+
 #ifdef __cplusplus
 }
 #endif

@@ -89,7 +89,8 @@ NW_EXPORT int nw_threads(int threads) {
 NW_EXPORT int64_t nw_struct_size(int which) {
   const int64_t sizes[] = {sizeof(nw_rows_forward_args),   sizeof(nw_rows_backward_args),
                            sizeof(nw_groups_forward_args), sizeof(nw_groups_backward_args),
-                           sizeof(nw_channels_forward_args), sizeof(nw_channels_backward_args)};
+                           sizeof(nw_channels_forward_args), sizeof(nw_channels_backward_args),
+                           sizeof(nw_recurrent_forward_args), sizeof(nw_recurrent_backward_args)};
   return which >= 0 && which < int(sizeof sizes / sizeof *sizes) ? sizes[which] : -1;
 }
 
@@ -99,3 +100,8 @@ NW_EXPORT int nw_groups_forward(const nw_groups_forward_args* a) { return active
 NW_EXPORT int nw_groups_backward(const nw_groups_backward_args* a) { return active->table->groups_backward(a); }
 NW_EXPORT int nw_channels_forward(const nw_channels_forward_args* a) { return active->table->channels_forward(a); }
 NW_EXPORT int nw_channels_backward(const nw_channels_backward_args* a) { return active->table->channels_backward(a); }
+NW_EXPORT int nw_recurrent_saves(const nw_recurrent* a, int64_t widths[4]) {
+  return active->table->recurrent_saves(a, widths);
+}
+NW_EXPORT int nw_recurrent_forward(const nw_recurrent_forward_args* a) { return active->table->recurrent_forward(a); }
+NW_EXPORT int nw_recurrent_backward(const nw_recurrent_backward_args* a) { return active->table->recurrent_backward(a); }

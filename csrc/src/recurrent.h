@@ -176,7 +176,7 @@ class Barrier {
       return;
     }
     for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
-      if (spins > 20000) {
+      if (spins > 500) {
         sched_yield();
       } else {
 #if defined(__x86_64__)
@@ -239,6 +239,50 @@ inline void pack_shared(const float* b, int64_t k_stride, int64_t n_stride, int6
     pack_panel(b, k_stride, n_stride, depth, columns, p, panels);
   }
 }
+
+// W_ih x of some steps, plus b_inner: as one product for all of a thread's rows of a chunk of steps, since then each
+// panel of W_ih comes from far away once. `data` holds all rows, or those of the present chunk.
+struct InputTerms {
+  const nw_recurrent& a;
+  const Rows& rows;
+  int64_t stacked;
+  float *panels, *data;
+  bool whole;
+
+  float* row(int64_t row, int64_t chunk_first) const { return data + (row - (whole ? 0 : chunk_first)) * stacked; }
+
+  // Steps s .. end-1: of the thread's samples, or of its part of all rows.
+  void project(Share share, int64_t s, int64_t end) const {
+    const int64_t first = rows.first(s, end), count = rows.count(s, end), all = panel_count(stacked);
+    if (share.together || share.count == 1) {
+      const int64_t from = count * share.index / share.count, to = count * (share.index + 1) / share.count;
+      project_rows(first + from, 1, to - from, first, 0, all);
+    } else if (!a.batch_sizes && a.batch % share.count == 0) {
+      project_rows(first + share.index, share.count, count / share.count, first, 0, all);
+    } else {
+      for (int64_t panel = 0; panel < all; ++panel) {
+        for (int64_t t = s; t < end; ++t) {
+          project_rows(rows.start(t) + share.index, share.count, share.of(rows.samples(t)), first, panel, panel + 1);
+        }
+      }
+    }
+  }
+
+ private:
+  void project_rows(int64_t from, int64_t stride, int64_t n, int64_t chunk_first, int64_t panel, int64_t last) const {
+    const bool inner = a.terms == NW_SUM && a.bias_inner;
+    float* to = row(from, chunk_first);
+    if (inner) {
+      const int64_t at = panel * panel_width;
+      const int64_t width = (last * panel_width < stacked ? last * panel_width : stacked) - at;
+      for (int64_t i = 0; i < n; ++i) {
+        std::memcpy(to + i * stride * stacked + at, a.bias_inner + at, size_t(width) * sizeof *to);
+      }
+    }
+    multiply(n, static_cast<const float*>(a.x) + from * a.inputs, stride * a.inputs, {panels, a.inputs, stacked},
+             panel, last, to, stride * stacked, inner);
+  }
+};
 
 }  // namespace
 }  // namespace NW_ISA

@@ -23,6 +23,7 @@ int channels_backward(const nw_channels_backward_args* a) {
 }  // namespace
 
 extern const KernelTable table = {rows_forward,    rows_backward,    groups_forward,
-                                  groups_backward, channels_forward, channels_backward};
+                                  groups_backward, channels_forward, channels_backward,
+                                  recurrent_saves, recurrent_forward, recurrent_backward};
 
 }  // namespace NW_ISA

@@ -1,0 +1,249 @@
+// The backward pass of a recurrent layer, a chunk of steps at a time from the last: step by step through the cell and
+// W_hh; then, while the chunk's gradients are in the cache, the products that give dx and the weights' gradients.
+#include "kernels.h"
+#include "recurrent_gradients.h"
+
+namespace NW_ISA {
+namespace {
+
+constexpr int64_t chunk_rows = 512;
+
+struct Backward {
+  const nw_recurrent_backward_args& args;
+  const nw_recurrent& a;
+  const Layer& k;
+  const Rows& rows;
+  BackwardCell cell;
+  int64_t chunk;  // steps
+  bool apart;
+  InputTerms inputs;      // p, where it is computed again
+  float *panels_x, *panels_h;    // W_ih and W_hh
+  float *dp, *dq, *h_before;     // of the chunk's rows
+  float *right_x, *right_h;      // x and h_before of the chunk in panels
+  float *dh[2];           // together: of even and odd steps
+  const float* zeros;     // units
+  float* private_memory;  // for each thread
+  int64_t private_size;
+  double* totals;         // for each thread, sums over chunks
+  Barrier& barrier;
+
+  struct Mine {
+    float *sums, *scratch, *left, *dc, *direct, *dp, *dq;
+  };
+  static int64_t size_of_private(const nw_recurrent& a, const Layer& k, int64_t chunk, bool together) {
+    const int64_t state = a.batch * k.units;
+    const int64_t size = Sums::size(k) + 2 * k.stacked + 2 * k.units + chunk * a.batch * left_width +
+                         (together ? 2 * state + (a.batch + 1) * k.stacked : 0);
+    return (size + 15) / 16 * 16;
+  }
+  Mine mine(Share share) const {
+    Mine m;
+    m.sums = private_memory + share.index * private_size;
+    m.scratch = m.sums + Sums::size(k);
+    m.left = m.scratch + 2 * k.stacked + 2 * k.units;
+    m.dc = m.left + chunk * a.batch * left_width;
+    m.direct = m.dc + a.batch * k.units;
+    m.dp = m.direct + a.batch * k.units;
+    m.dq = m.dp + k.stacked;
+    return m;
+  }
+
+  void run(Share share) const {
+    const Mine m = mine(share);
+    double* total = totals + share.index * Sums::size(k);
+    for (int64_t i = 0; i < Sums::size(k); ++i) total[i] = 0;
+    const int64_t state = a.batch * k.units;
+    if (share.together) {
+      if (share.index == 0) {
+        std::memcpy(dh[0], args.dh, size_t(state) * sizeof(float));
+        std::memcpy(dh[1], args.dh, size_t(state) * sizeof(float));
+      }
+      if (args.dc) std::memcpy(m.dc, args.dc, size_t(state) * sizeof(float));
+    }
+    const int index = share.index, count = share.count;
+    if (args.dx) {
+      pack_shared(static_cast<const float*>(a.weight_ih), a.inputs, 1, k.stacked, a.inputs, panels_x, index, count);
+    }
+    pack_shared(static_cast<const float*>(a.weight_hh), k.units, 1, k.stacked, k.units, panels_h, index, count);
+    if (inputs.panels) {
+      pack_shared(static_cast<const float*>(a.weight_ih), 1, a.inputs, a.inputs, k.stacked, inputs.panels, index,
+                  count);
+    }
+    barrier.wait(count);
+    for (int64_t end = a.steps; end > 0; end -= chunk) {
+      const int64_t s = end > chunk ? end - chunk : 0;
+      if (inputs.panels) {
+        inputs.project(share, s, end);
+        if (share.together) barrier.wait(count);
+      }
+      for (int64_t i = 0; i < Sums::size(k); ++i) m.sums[i] = 0.f;
+      for (int64_t t = end; t-- > s;) step(share, m, t, rows.first(s, end));
+      for (int64_t i = 0; i < Sums::size(k); ++i) total[i] += m.sums[i];
+      barrier.wait(count);
+      products(share, m, s, end);
+      barrier.wait(count);
+    }
+    if (share.together && index == 0) {
+      std::memcpy(args.dh, dh[1], size_t(state) * sizeof(float));
+      if (args.dc) std::memcpy(args.dc, m.dc, size_t(state) * sizeof(float));
+    }
+  }
+
+  // dh of step s lies in dh[s & 1] when threads work together; that of step -1, the gradient of h0, in dh[1].
+  void step(Share share, const Mine& m, int64_t s, int64_t chunk_first) const {
+    const int64_t n = share.of(rows.samples(s)), start = rows.start(s), units = k.units, stacked = k.stacked;
+    const int64_t first = share.first(), stride = share.stride(), past = first + n * stride;
+    const int64_t before = s > 0 ? rows.start(s - 1) : 0;
+    const bool writes = share.writes(), by_step = share.together;
+    float* dh_now = by_step ? dh[s & 1] : args.dh;
+    float* dh_before = by_step ? dh[(s & 1) ^ 1] : args.dh;
+    float* dc = by_step ? m.dc : args.dc;
+    float* dq_first = writes ? dq + (start - chunk_first) * stacked : m.dq;
+    const float* output = static_cast<const float*>(a.output);
+    const float* doutput = static_cast<const float*>(args.doutput);
+    for (int64_t i = first; i < past; i += stride) {
+      const int64_t row = start + i;
+      const bool fresh = a.reset && a.reset[row];
+      const float* h = fresh ? zeros : s > 0 ? output + (before + i) * units : a.h0 + i * units;
+      const float* c = fresh || !a.cells ? zeros : s > 0 ? a.cells + (before + i) * units : a.c0 + i * units;
+      float* dq_row = dq_first + i * stacked;
+      cell(k,
+           {apart ? inputs.row(row, chunk_first) : nullptr, a.hidden_terms ? a.hidden_terms + row * stacked : nullptr,
+            a.stats ? a.stats + row * k.stat_width : nullptr, h, c, output + row * units,
+            a.cells ? a.cells + row * units : nullptr, doutput ? doutput + row * units : nullptr,
+            dh_now + i * units, by_step ? m.direct + i * units : dh_now + i * units, dc ? dc + i * units : nullptr,
+            !apart ? dq_row : writes ? dp + (row - chunk_first) * stacked : m.dp, dq_row, m.scratch},
+           Sums(k, m.sums));
+      if (writes) std::memcpy(h_before + (row - chunk_first) * units, h, size_t(units) * sizeof *h);
+    }
+    const int64_t panels = panel_count(units);
+    const int64_t from = share.panel_begin(panels), last = share.panel_end(panels);
+    const int64_t column = from * panel_width;
+    const int64_t width = (last * panel_width < units ? last * panel_width : units) - column;
+    const bool add = a.cell == NW_GRU;
+    if (add && by_step) {
+      for (int64_t i = 0; i < n; ++i) {
+        std::memcpy(dh_before + i * units + column, m.direct + i * units + column, size_t(width) * sizeof *dc);
+      }
+    }
+    multiply(n, dq_first + first * stacked, stride * stacked, {panels_h, stacked, units}, from, last,
+             dh_before + first * units, stride * units, add);
+    if (a.reset) {
+      for (int64_t i = first; i < past; i += stride) {
+        if (!a.reset[start + i]) continue;
+        std::memset(dh_before + i * units + column, 0, size_t(width) * sizeof *dc);
+        if (dc) std::memset(dc + i * units, 0, size_t(units) * sizeof *dc);
+      }
+    }
+    if (by_step) barrier.wait(share.count);
+  }
+
+  // dx and what the steps s .. end-1 add to the gradients of the weights.
+  void products(Share share, const Mine& m, int64_t s, int64_t end) const {
+    const int64_t first = rows.first(s, end), n = rows.count(s, end);
+    const int index = share.index, count = share.count;
+    const bool add = end < a.steps;
+    const float* x = static_cast<const float*>(a.x) + first * a.inputs;
+    if (args.dweight_ih) pack_shared(x, a.inputs, 1, n, a.inputs, right_x, index, count);
+    if (args.dweight_hh) pack_shared(h_before, k.units, 1, n, k.units, right_h, index, count);
+    barrier.wait(count);
+    const int64_t blocks = (k.stacked + left_width - 1) / left_width;
+    const int64_t from = blocks * index / count * left_width;
+    const int64_t last = blocks * (index + 1) / count * left_width;
+    const int64_t to = last < k.stacked ? last : k.stacked;
+    if (args.dweight_ih) {
+      multiply_transposed(dp, k.stacked, {right_x, n, a.inputs}, from, to, args.dweight_ih, a.inputs, add, m.left);
+    }
+    if (args.dweight_hh) {
+      multiply_transposed(dq, k.stacked, {right_h, n, k.units}, from, to, args.dweight_hh, k.units, add, m.left);
+    }
+    if (args.dx) {
+      const int64_t mine = n * index / count, past = n * (index + 1) / count;
+      constexpr int64_t block = 64;  // rows of dp that stay in the cache while the panels pass
+      for (int64_t row = mine; row < past; row += block) {
+        multiply(past - row < block ? past - row : block, dp + row * k.stacked, k.stacked,
+                 {panels_x, k.stacked, a.inputs}, 0, panel_count(a.inputs),
+                 static_cast<float*>(args.dx) + (first + row) * a.inputs, a.inputs, false);
+      }
+    }
+  }
+};
+
+void fill(float* to, const double* totals, int64_t offset, int64_t n, int64_t each, int threads) {
+  if (!to) return;
+  for (int64_t i = 0; i < n; ++i) {
+    double sum = 0;
+    for (int t = 0; t < threads; ++t) sum += totals[t * each + offset + i];
+    to[i] = float(sum);
+  }
+}
+
+void zero(float* to, int64_t n) {
+  if (to && n > 0) std::memset(to, 0, size_t(n) * sizeof *to);
+}
+
+}  // namespace
+
+int recurrent_backward(const nw_recurrent_backward_args* args) {
+  const nw_recurrent& a = args->layer;
+  if (!well_formed(a)) return NW_BAD_ARGUMENT;
+  int64_t widths[4];
+  saved_widths(a, widths);
+  const bool apart = terms_apart(a);
+  if (a.rows > 0 && ((widths[0] && !a.input_terms) || (widths[1] && !a.hidden_terms) || (widths[2] && !a.cells) ||
+                     (widths[3] && !a.stats))) {
+    return NW_BAD_ARGUMENT;
+  }
+  const int threads = useful_threads(a);
+  const bool together = threads > 1 && work_together(a, threads);
+  const int64_t chunk = chunk_steps(a, chunk_rows), most = chunk * a.batch;
+  Rows rows(a);
+  Memory memory;
+  float* vectors = memory.take(prepared_size(a));
+  if (memory.failed() || !rows) return NW_OUT_OF_MEMORY;
+  const Layer k = prepare(a, vectors);
+  const bool recompute = apart && recomputes_input_terms(a);
+  float* panels_x = args->dx ? memory.take(packed_size(k.stacked, a.inputs)) : nullptr;
+  float* panels_h = memory.take(packed_size(k.stacked, k.units));
+  float* panels_ih = recompute ? memory.take(packed_size(a.inputs, k.stacked)) : nullptr;
+  float* p = recompute ? memory.take(most * k.stacked) : a.input_terms;
+  float* dq = memory.take(most * k.stacked);
+  float* dp = apart ? memory.take(most * k.stacked) : dq;
+  float* h_before = memory.take(most * k.units);
+  float* right_x = memory.take(packed_size(most, a.inputs));
+  float* right_h = memory.take(packed_size(most, k.units));
+  float* dh = together ? memory.take(2 * a.batch * k.units) : nullptr;
+  float* zeros = memory.take(k.units);
+  const int64_t private_size = Backward::size_of_private(a, k, chunk, together);
+  float* private_memory = memory.take(threads * private_size);
+  Scratch<double> totals(threads * Sums::size(k));
+  if (memory.failed() || !totals) return NW_OUT_OF_MEMORY;
+  zero(zeros, k.units);
+  Barrier barrier;
+  const Backward backward{*args, a, k, rows, backward_cell(a), chunk, apart, {a, rows, k.stacked, panels_ih, p, !recompute},
+                          panels_x, panels_h, dp, dq, h_before, right_x, right_h,
+                          {dh, together ? dh + a.batch * k.units : nullptr}, zeros, private_memory, private_size,
+                          totals.get(), barrier};
+  int used = 1;
+  if (a.rows > 0) {
+    in_team(threads, [&](int index, int count) {
+      if (index == 0) used = together && count > 1 ? 1 : count;
+      backward.run({index, count, together && count > 1});
+    });
+  } else {
+    for (int64_t i = 0; i < Sums::size(k); ++i) totals.get()[i] = 0;
+    zero(args->dweight_ih, k.stacked * a.inputs);
+    zero(args->dweight_hh, k.stacked * k.units);
+  }
+  const int64_t each = Sums::size(k), n = k.stacked;
+  fill(args->dbias_ih, totals.get(), 0, n, each, used);
+  fill(args->dbias_hh, totals.get(), k.hidden_apart ? n : 0, n, each, used);
+  fill(args->dgain_ih, totals.get(), 2 * n, n, each, used);
+  fill(args->dgain_hh, totals.get(), 3 * n, n, each, used);
+  fill(args->dbias_inner, totals.get(), 4 * n, n, each, used);
+  fill(args->dgain_c, totals.get(), 5 * n, k.units, each, used);
+  fill(args->dbias_c, totals.get(), 5 * n + k.units, k.units, each, used);
+  return NW_OK;
+}
+
+}  // namespace NW_ISA

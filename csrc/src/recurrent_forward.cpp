@@ -1,0 +1,127 @@
+// The forward pass of a recurrent layer: W_ih x of a chunk of steps as one product, then step by step W_hh h and the
+// cell. Chunks are small enough that a row's W_ih x is still in the cache when its step comes.
+#include "kernels.h"
+#include "recurrent_cells.h"
+
+namespace NW_ISA {
+namespace {
+
+constexpr int64_t chunk_rows = 512;
+
+struct Forward {
+  const nw_recurrent& a;
+  const Layer& k;
+  const Rows& rows;
+  ForwardCell cell;
+  int64_t chunk;         // steps
+  bool apart;            // p and q are kept apart
+  InputTerms inputs;     // p; p + q if not apart
+  float* panels_hh;
+  float* q;              // apart: of all rows if q_whole, else of the samples of an even and of an odd step
+  bool q_whole;
+  float* private_memory; // for each thread
+  int64_t private_size;
+  float *h, *c;
+  Barrier& barrier;
+
+  void run(Share share) const {
+    const int64_t state = a.batch * k.units;
+    float* mine = private_memory + share.index * private_size;
+    float *h_state = h, *c_state = c;
+    if (share.together) {
+      h_state = mine + 2 * k.units;
+      c_state = c ? h_state + state : nullptr;
+    }
+    for (int64_t i = 0, n = share.of(a.batch); i < n; ++i) {
+      const int64_t at = (share.first() + i * share.stride()) * k.units;
+      std::memcpy(h_state + at, a.h0 + at, size_t(k.units) * sizeof *h);
+      if (c) std::memcpy(c_state + at, a.c0 + at, size_t(k.units) * sizeof *c);
+    }
+    pack_shared(static_cast<const float*>(a.weight_ih), 1, a.inputs, a.inputs, k.stacked, inputs.panels, share.index,
+                share.count);
+    pack_shared(static_cast<const float*>(a.weight_hh), 1, k.units, k.units, k.stacked, panels_hh, share.index,
+                share.count);
+    barrier.wait(share.count);
+    for (int64_t s = 0; s < a.steps; s += chunk) {
+      const int64_t end = s + chunk < a.steps ? s + chunk : a.steps;
+      if (share.together && s > 0) barrier.wait(share.count);  // the others may still read the chunk before
+      inputs.project(share, s, end);
+      if (share.together) barrier.wait(share.count);
+      for (int64_t t = s; t < end; ++t) step(share, t, rows.first(s, end), h_state, c_state, mine);
+    }
+    if (share.together && share.index == 0) {
+      std::memcpy(h, h_state, size_t(state) * sizeof *h);
+      if (c) std::memcpy(c, c_state, size_t(state) * sizeof *c);
+    }
+  }
+
+  void step(Share share, int64_t s, int64_t chunk_first, float* h_state, float* c_state, float* scratch) const {
+    const int64_t n = share.of(rows.samples(s)), start = rows.start(s);
+    const int64_t first = share.first(), stride = share.stride();
+    if (a.reset) {
+      for (int64_t i = first; i < first + n * stride; i += stride) {
+        if (!a.reset[start + i]) continue;
+        std::memset(h_state + i * k.units, 0, size_t(k.units) * sizeof *h);
+        if (c) std::memset(c_state + i * k.units, 0, size_t(k.units) * sizeof *c);
+      }
+    }
+    const int64_t panels = panel_count(k.stacked);
+    float* p_first = inputs.row(start, chunk_first);
+    float* q_first = !apart ? p_first : q_whole ? q + start * k.stacked : q + (s & 1) * a.batch * k.stacked;
+    multiply(n, h_state + first * k.units, stride * k.units, {panels_hh, k.units, k.stacked},
+             share.panel_begin(panels), share.panel_end(panels), q_first + first * k.stacked, stride * k.stacked,
+             !apart);
+    if (share.together) barrier.wait(share.count);
+    const bool writes = share.writes();
+    for (int64_t i = first; i < first + n * stride; i += stride) {
+      const int64_t row = start + i;
+      cell(k, {p_first + i * k.stacked, q_first + i * k.stacked, h_state + i * k.units, c_state ? c_state + i * k.units : nullptr,
+               writes ? static_cast<float*>(a.output) + row * k.units : scratch + k.units,
+               writes && a.terms == NW_PLAIN && a.cell == NW_LSTM && a.hidden_terms ? a.hidden_terms + row * k.stacked
+                                                                                    : nullptr,
+               writes && a.cells ? a.cells + row * k.units : nullptr,
+               writes && a.stats ? a.stats + row * k.stat_width : nullptr, scratch});
+    }
+  }
+};
+
+}  // namespace
+
+int recurrent_forward(const nw_recurrent_forward_args* args) {
+  const nw_recurrent& a = args->layer;
+  if (!well_formed(a)) return NW_BAD_ARGUMENT;
+  const int64_t stacked = gates_of(a.cell) * a.units, state = a.batch * a.units;
+  if (a.rows == 0) {
+    if (state) std::memcpy(args->h, a.h0, size_t(state) * sizeof(float));
+    if (state && args->c) std::memcpy(args->c, a.c0, size_t(state) * sizeof(float));
+    return NW_OK;
+  }
+  const int threads = useful_threads(a);
+  const bool together = threads > 1 && work_together(a, threads), apart = terms_apart(a);
+  const int64_t chunk = chunk_steps(a, chunk_rows), whole_chunk = chunk * a.batch * stacked;
+  float* p_saved = apart ? a.input_terms : a.terms == NW_SUM || a.cell == NW_GRU ? a.hidden_terms : nullptr;
+  Rows rows(a);
+  Memory memory;
+  float* vectors = memory.take(prepared_size(a));
+  float* panels_ih = memory.take(packed_size(a.inputs, stacked));
+  float* panels_hh = memory.take(packed_size(a.units, stacked));
+  float* p = p_saved ? p_saved : memory.take(whole_chunk);
+  float* q = !apart ? nullptr : a.hidden_terms ? a.hidden_terms : memory.take(2 * a.batch * stacked);
+  const int64_t private_size = (2 * a.units + (together ? 2 * state : 0) + 15) / 16 * 16;
+  float* private_memory = memory.take(threads * private_size);
+  if (memory.failed() || !rows) return NW_OUT_OF_MEMORY;
+  const Layer k = prepare(a, vectors);
+  Barrier barrier;
+  const Forward forward{a, k, rows, forward_cell(a), chunk, apart, {a, rows, stacked, panels_ih, p, p_saved != nullptr},
+                        panels_hh, q, a.hidden_terms != nullptr, private_memory, private_size, args->h, args->c, barrier};
+  in_team(threads, [&](int index, int count) { forward.run({index, count, together && count > 1}); });
+  return NW_OK;
+}
+
+int recurrent_saves(const nw_recurrent* a, int64_t widths[4]) {
+  if (a->cell < NW_LSTM || a->cell > NW_RNN_RELU) return NW_BAD_ARGUMENT;
+  saved_widths(*a, widths);
+  return NW_OK;
+}
+
+}  // namespace NW_ISA

@@ -1,0 +1,271 @@
+"""The compiled recurrent kernels as functions of tensors: check, allocate, call.
+
+One layer in one direction, all steps in one call; csrc/include/normwise.h has the equations. Rows are (step, sample)
+pairs as in torch's PackedSequence. Nothing here knows of autograd.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normwise.kernels.library import load
+
+_RECURRENT = "19P5q2d14i"
+_FORWARD = struct.Struct("@" + _RECURRENT + "2P")
+_BACKWARD = struct.Struct("@" + _RECURRENT + "13P")
+STRUCTS = (_FORWARD, _BACKWARD)
+
+CELLS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
+TERMS = {"plain": 0, "separate": 1, "sum": 2}
+CELL_NORMS: dict[str | None, int] = {None: 0, "output": 1, "carried": 2}
+_GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+_FAULTS = {1: ValueError("a kernel refused its arguments"), 2: MemoryError("no memory for a kernel's scratch space")}
+
+
+class Layer(NamedTuple):
+    """The recurrence: see the head of the recurrent part of normwise.h, whose words these are."""
+
+    cell: str
+    terms: str = "plain"
+    center: bool = True
+    cell_norm: str | None = None
+    groups: tuple[int, ...] = ()  # () is one group of all gates
+    eps: float = 1e-5
+    reset_candidate: bool = False
+    update_paper: bool = False
+    update_offset: float = 0.0
+
+
+class Weights(NamedTuple):
+    """Parameters, or their gradients. With terms="sum" the norm's gain is `gain_hh`."""
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None = None
+    bias_hh: Tensor | None = None
+    gain_ih: Tensor | None = None
+    gain_hh: Tensor | None = None
+    bias_inner: Tensor | None = None
+    gain_c: Tensor | None = None
+    bias_c: Tensor | None = None
+
+
+class Steps(NamedTuple):
+    """Where the rows lie: `batch_sizes` (steps,) int64, falling, or None for `batch` rows at each of `steps` steps.
+
+    `reset` (rows,): bool, True where the state is zeroed before that row. `reverse`: from the last step to the first.
+    """
+
+    steps: int
+    batch: int
+    batch_sizes: Tensor | None = None
+    reset: Tensor | None = None
+    reverse: bool = False
+
+
+class Saved(NamedTuple):
+    """What the forward keeps for the backward; None where the recurrence does not need it."""
+
+    input_terms: Tensor | None = None
+    hidden_terms: Tensor | None = None
+    cells: Tensor | None = None
+    stats: Tensor | None = None
+
+
+class Result(NamedTuple):
+    output: Tensor  # (rows, units)
+    h: Tensor  # (batch, units)
+    c: Tensor | None
+    saved: Saved
+
+
+class Gradients(NamedTuple):
+    x: Tensor | None
+    h0: Tensor
+    c0: Tensor | None
+    weights: Weights | None
+
+
+def forward(
+    layer: Layer, weights: Weights, x: Tensor, h0: Tensor, c0: Tensor | None, steps: Steps, *, save: bool
+) -> Result:
+    """All steps from x (rows, inputs) and the state (batch, units), float32; keeps what `backward` needs if `save`."""
+    x, h0, c0, weights, steps = _checked(layer, weights, x, h0, c0, steps)
+    rows, units = len(x), weights.weight_hh.shape[1]
+    output = torch.empty((rows, units), dtype=x.dtype)
+    saved = Saved()
+    if save:
+        widths = _saved_widths(layer, x.shape[1], units)
+        saved = Saved(*(torch.empty((rows, width)) if width else None for width in widths))
+    h = torch.empty_like(h0)
+    c = None if c0 is None else torch.empty_like(c0)
+    arguments = _arguments(layer, weights, x, h0, c0, steps, output, saved)
+    _call("nw_recurrent_forward", _FORWARD.pack(*arguments, _at(h), _at(c)))
+    return Result(output, h, c, saved)
+
+
+def backward(
+    layer: Layer,
+    weights: Weights,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    steps: Steps,
+    output: Tensor,
+    saved: Saved,
+    doutput: Tensor | None,
+    dh: Tensor | None,
+    dc: Tensor | None,
+    *,
+    needs_x: bool = True,
+    needs_weights: bool = True,
+) -> Gradients:
+    """Gradients from those of the forward's output, h and c; None stands for zeros."""
+    x, h0, c0, weights, steps = _checked(layer, weights, x, h0, c0, steps)
+    if doutput is not None:
+        doutput = doutput.to(output.dtype).contiguous()
+        _expect("doutput", doutput, output.shape, output.dtype)
+    dh = torch.zeros_like(h0) if dh is None else _fresh(dh)
+    _expect("dh", dh, h0.shape, h0.dtype)
+    if c0 is not None:
+        dc = torch.zeros_like(c0) if dc is None else _fresh(dc)
+        _expect("dc", dc, c0.shape, c0.dtype)
+    else:
+        dc = None
+    dx = torch.empty_like(x) if needs_x else None
+    gradients = Weights(*(None if w is None else torch.empty_like(w) for w in weights)) if needs_weights else None  # type: ignore[arg-type]
+    arguments = _arguments(layer, weights, x, h0, c0, steps, output, saved)
+    at = [0] * len(weights) if gradients is None else [_at(g) for g in gradients]
+    _call("nw_recurrent_backward", _BACKWARD.pack(*arguments, _at(doutput), _at(dh), _at(dc), _at(dx), *at))
+    return Gradients(dx, dh, dc, gradients)
+
+
+def _checked(
+    layer: Layer, weights: Weights, x: Tensor, h0: Tensor, c0: Tensor | None, steps: Steps
+) -> tuple[Tensor, Tensor, Tensor | None, Weights, Steps]:
+    """Everything contiguous, and of the shapes that the kernel will read."""
+    units, inputs = weights.weight_hh.shape[1], x.shape[1]
+    stacked = _GATES[layer.cell] * units
+    shapes: list[tuple[int, ...]] = [(stacked, inputs), (stacked, units), *[(stacked,)] * 5, *[(units,)] * 2]
+    for name, w, shape in zip(Weights._fields, weights, shapes, strict=True):
+        if w is not None:
+            _expect(name, w, shape, torch.float32)
+    state = (steps.batch, units)
+    _expect("h0", h0, state, torch.float32)
+    if (c0 is None) == (layer.cell == "lstm"):
+        raise ValueError("an LSTM, and it alone, has a cell state c0")
+    if c0 is not None:
+        _expect("c0", c0, state, torch.float32)
+        c0 = c0.contiguous()
+    rows = steps.steps * steps.batch
+    if steps.batch_sizes is not None:
+        sizes = steps.batch_sizes
+        _expect("batch_sizes", sizes, (steps.steps,), torch.int64)
+        rows = int(sizes.sum())
+        steps = steps._replace(batch_sizes=sizes.contiguous())
+    _expect("x", x, (rows, inputs), torch.float32)
+    if steps.reset is not None:
+        _expect("reset", steps.reset, (rows,), torch.bool)
+        steps = steps._replace(reset=steps.reset.contiguous())
+    weights = Weights(*(None if w is None else w.contiguous() for w in weights))  # type: ignore[arg-type]
+    return x.contiguous(), h0.contiguous(), c0, weights, steps
+
+
+def _expect(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(t.shape) != tuple(shape) or t.dtype != dtype or t.device.type != "cpu":
+        found = f"{tuple(t.shape)} of {t.dtype} on {t.device}"
+        raise ValueError(f"{name}: expected {tuple(shape)} of {dtype} on the CPU, but got {found}")
+
+
+def _fresh(t: Tensor) -> Tensor:
+    """A copy, since the kernel writes its result over it."""
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def _at(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _arguments(
+    layer: Layer,
+    weights: Weights,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    steps: Steps,
+    output: Tensor,
+    saved: Saved,
+) -> list[int | float]:
+    gates = _GATES[layer.cell]
+    groups = () if layer.terms == "plain" else layer.groups or (gates,)
+    return [
+        x.data_ptr(),
+        _at(steps.batch_sizes),
+        _at(steps.reset),
+        *(_at(w) for w in weights),
+        h0.data_ptr(),
+        _at(c0),
+        output.data_ptr(),
+        *(_at(t) for t in saved),
+        steps.steps,
+        steps.batch,
+        len(x),
+        x.shape[1],
+        weights.weight_hh.shape[1],
+        layer.eps,
+        layer.update_offset,
+        0,  # float32
+        CELLS[layer.cell],
+        TERMS[layer.terms],
+        layer.center,
+        CELL_NORMS[layer.cell_norm],
+        layer.reset_candidate,
+        layer.update_paper,
+        steps.reverse,
+        *groups,
+        *[0] * (4 - len(groups)),
+        torch.get_num_threads(),
+        0,
+    ]
+
+
+@cache
+def _saved_widths(layer: Layer, inputs: int, units: int) -> tuple[int, ...]:
+    nothing = torch.empty(0)
+    shape = Steps(0, 0)
+    weights = Weights(nothing, torch.empty((0, units)))
+    description = _arguments(layer, weights, torch.empty((0, inputs)), nothing, None, shape, nothing, Saved())
+    widths = (ctypes.c_int64 * 4)()
+    function = _library().nw_recurrent_saves
+    function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_void_p], ctypes.c_int
+    status = function(struct.pack("@" + _RECURRENT, *description), widths)
+    if status:
+        raise _FAULTS[status]
+    return tuple(widths)
+
+
+def _library() -> ctypes.CDLL:
+    library, why = load()
+    if library is None:
+        raise RuntimeError(f"the C++ kernels are not available: {why}")
+    return library
+
+
+@cache
+def _function(name: str) -> Callable[[bytes], int]:
+    function = getattr(_library(), name)
+    function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
+    return function  # type: ignore[no-any-return]
+
+
+def _call(name: str, arguments: bytes) -> None:
+    status = _function(name)(arguments)
+    if status:
+        raise _FAULTS[status]
