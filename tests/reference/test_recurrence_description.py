@@ -24,7 +24,12 @@ from normwise.reference.recurrence import PRESETS, Recurrence, Weights, preset
         ({"cell": "rnn", "forget_bias": 1.0}, r"needs a forget gate, which a rnn cell has not"),
         ({"cell": "gru", "terms": "sum"}, r"no hidden term for the reset gate .* reset_gate='candidate'"),
         ({"inner_bias": True}, r"needs terms='sum'"),
-        ({"statistics": "sequence"}, r"only for batch norm on the input term"),
+        ({"norm": None, "cell_norm": "output"}, r"belong to a norm, but norm=None has none"),
+        ({"statistics": "sequence"}, r"only for batch norm on the input term alone"),
+        (
+            {"norm": "batch", "terms": "input", "cell_norm": "output", "statistics": "sequence"},
+            r"on the input term alone",
+        ),
         ({"norm": "batch", "statistics": "sequence"}, r"variant='laurent2015'"),
     ],
 )

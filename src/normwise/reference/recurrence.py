@@ -109,12 +109,15 @@ class Recurrence:
                 "terms='sum' leaves no hidden term for the reset gate to act on: "
                 "use reset_gate='candidate' or terms='separate'"
             )
+        if self.norm is None and (self.cell_norm is not None or self.inner_bias):
+            raise ValueError("cell_norm and inner_bias belong to a norm, but norm=None has none: leave them out")
         if self.inner_bias and self.terms != "sum":
             raise ValueError("inner_bias=True stands inside the norm over the sum: it needs terms='sum'")
-        if self.statistics == "sequence" and not (self.norm == "batch" and self.terms == "input"):
+        input_only = self.norm == "batch" and self.terms == "input" and self.cell_norm is None
+        if self.statistics == "sequence" and not input_only:
             raise ValueError(
                 "statistics='sequence' needs the whole sequence before its first step, so it exists only for batch "
-                "norm on the input term: norm='batch', variant='laurent2015'"
+                "norm on the input term alone: norm='batch', variant='laurent2015'"
             )
 
     @property
