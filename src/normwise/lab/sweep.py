@@ -12,6 +12,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 import torch
@@ -82,6 +83,11 @@ def _in_workers(waiting: dict[str, Spec], workers: int) -> Results:
             futures = {pool.submit(_run, spec): key for key, spec in waiting.items()}
         for future in as_completed(futures):
             yield futures.pop(future), future.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "a worker process died while it trained (killed for memory, or a crash in compiled code). What was "
+            "finished is stored; start again to go on, with --jobs 1 to see where it dies."
+        ) from error
     except BaseException:
         # Not pool.shutdown alone: it would wait for the runs that have begun.
         for process in list(pool._processes.values()):

@@ -48,7 +48,7 @@ class Cnn(Task):
     )
     norms: ClassVar[tuple[str, ...]] = ("none", "batch", "layer", "group", "instance", "rms")
     learning_rates: ClassVar[tuple[float, ...]] = (0.005, 0.03)
-    steps: ClassVar[int] = 120
+    steps: ClassVar[int] = 100
     watched: ClassVar[str] = "block2.relu1"
 
     width: int = 8
