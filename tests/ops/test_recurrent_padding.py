@@ -131,3 +131,21 @@ def test_packed_is_padded(cell, name, norm):
     assert_close(unpacked, padded, kind="composed", scale=1.0)
     for a, e in zip(flat(hx), flat(padded_hx), strict=True):
         assert_close(a, e, kind="composed", scale=1.0)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("norm", ["layer", None])
+def test_packed_with_resets_is_padded_with_resets(norm, batch_first):
+    net = layer("lstm", None, norm, batch_first=batch_first)
+    lengths = [3, 6, 5]
+    sequences = [torch.randn(n, INPUT, dtype=torch.float64) for n in lengths]
+    reset = torch.rand(6, 3) < 0.3
+    reset = reset.T if batch_first else reset
+    packed = torch.nn.utils.rnn.pack_sequence(sequences, enforce_sorted=False)
+    output, hx = net(packed, reset=reset)
+    unpacked, _ = torch.nn.utils.rnn.pad_packed_sequence(output, batch_first=batch_first)
+    padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=batch_first)
+    expected, expected_hx = net(padded, reset=reset, lengths=lengths)
+    assert_close(unpacked, expected, kind="composed", scale=1.0)
+    for a, e in zip(hx, expected_hx, strict=True):
+        assert_close(a, e, kind="composed", scale=1.0)
