@@ -11,7 +11,7 @@ compare: $(STAMP)
 	$(BIN)/normwise compare --out $(OUT)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
