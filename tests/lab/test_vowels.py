@@ -138,7 +138,7 @@ def test_series_of_a_run(name):
             for when in ("start", "end"):
                 found = series[f"over-time/{quantity}/{mode}/{when}"]
                 assert found.steps == list(range(len(found.steps)))
-                assert 20 < len(found.steps) < 29
+                assert 18 < len(found.steps) < 29
                 assert min(found.values) > 0
     assert {n.split("/")[1] for n in series if n.startswith("over-time/")} == set(names)
 

@@ -15,7 +15,8 @@ from normwise.lab.tasks import Task
 
 PROBE_CASES = 200
 PROBE_BATCHES = 25
-FEWEST_CASES = 8
+OVER_TIME_BATCHES = 12
+FEWEST_CASES = 5
 PERCENTILES = (15, 50, 85)
 
 
@@ -144,10 +145,11 @@ class Probe:
     def over_time(self, model: nn.Module) -> dict[str, list[float]]:
         """What the task measures at each time step, in both modes: the root of the mean over the cases that have it.
 
-        Train mode sees the cases in batches of the run's own size, eval mode all of them at once.
+        Train mode sees the cases in batches of the run's own size, ``OVER_TIME_BATCHES`` of them; eval mode all at
+        once.
         """
         found = {}
-        for mode, parts in (("train", self.parts), ("eval", [self.shared])):
+        for mode, parts in (("train", self.parts[:OVER_TIME_BATCHES]), ("eval", [self.shared])):
             with unchanged(model, training=mode == "train"):
                 seen = [(self.task.over_time(model, part), part.lengths) for part in parts]
             for name in seen[0][0]:

@@ -17,5 +17,5 @@ class Rnn(RecurrentTask):
     name: ClassVar[str] = "rnn"
     summary: ClassVar[str] = f"tanh RNN, scores from its last state, {ON_VOWELS}; orthogonal recurrent weights, Adam"
     cell: ClassVar[type[normwise.RNN]] = normwise.RNN
-    learning_rates: ClassVar[tuple[float, ...]] = (0.003, 0.01)
+    learning_rates: ClassVar[tuple[float, ...]] = (0.01, 0.03)
     steps: ClassVar[int] = 150
