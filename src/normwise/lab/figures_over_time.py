@@ -28,8 +28,8 @@ QUANTITIES: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("train",),
         "Root mean square, over the held-out sequences that are still running at a step, of the norm of the gradient "
         "of a sequence's own loss with respect to the hidden state of that step (in the transformer: to the embedded "
-        "frame). Where a curve falls to the left, little of the loss reaches the early steps; a sequence that the net is "
-        "sure of has a small one throughout. Train mode.",
+        "frame). Where a curve falls to the left, little of the loss reaches the early steps; a sequence that the net "
+        "is sure of has a small one throughout. Train mode.",
     ),
 }
 HOW_TO_READ = {
