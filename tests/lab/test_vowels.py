@@ -143,6 +143,12 @@ def test_series_of_a_run(name):
     assert {n.split("/")[1] for n in series if n.startswith("over-time/")} == set(names)
 
 
+@pytest.mark.parametrize("name", [*RECURRENT, "transformer"])
+def test_training_learns(name):
+    result = run(dataclasses.replace(SPEC, task=name, learning_rate=0.01, batch_size=32, steps=50))
+    assert result.series["final/accuracy"].values[-1] > 0.85
+
+
 def test_batch_of_one_is_undefined_for_statistics_over_the_batch_alone():
     alone = dataclasses.replace(SPEC, batch_size=1, steps=1)
     for norm, status in (("batch-per-step", "undefined"), ("layer", "done"), ("batch-input", "done")):
