@@ -80,7 +80,7 @@ template <bool masked, class T> NW_INLINE Moments block_moments(const T* x, cons
     for (int i = 0; i < lanes<C>; ++i) count += double(valid_count[i]);
     if (count == 0) return {};
   }
-  const C mean = C(double(sum_lanes<C>((total[0] + total[1]) + (total[2] + total[3]))) / count);
+  const C mean = C(double(sum_lanes<C>(total)) / count);
 
   vec<C> first[4] = {}, second[4] = {};
   for (int64_t p = 0; p < r.planes; ++p) {
@@ -97,12 +97,13 @@ template <bool masked, class T> NW_INLINE Moments block_moments(const T* x, cons
       second[k] += d * d;
     });
   }
-  double s1 = sum_lanes<C>((first[0] + first[1]) + (first[2] + first[3]));
-  double s2 = sum_lanes<C>((second[0] + second[1]) + (second[2] + second[3]));
+  double s1 = sum_lanes<C>(first);
+  double s2 = sum_lanes<C>(second);
   return {count, double(mean) + s1 / count, s2 - s1 * s1 / count};
 }
 
 template <class T> inline Moments region_moments(const T* x, const Region& r) {
+  if (r.planes == 1 && r.length <= Blocks::target && !r.mask) return block_moments<false>(x, r);
   Blocks blocks(r);
   Moments all;
   for (int64_t i = 0; i < blocks.count; ++i) {

@@ -81,8 +81,8 @@ Sums block_sums(const Gradient<T>& gradient, int64_t start, const Region& r, con
       x[k] += g * distance;
     });
   }
-  return {double(sum_lanes<C>((one[0] + one[1]) + (one[2] + one[3]))),
-          double(sum_lanes<C>((x[0] + x[1]) + (x[2] + x[3])))};
+  return {double(sum_lanes<C>(one)),
+          double(sum_lanes<C>(x))};
 }
 
 template <int act, class T>

@@ -33,7 +33,7 @@ template <class T> NW_INLINE double mean_square(const T* x, int64_t n) {
       vec<C> v = load(x + start + i, part);
       squares[k] += v * v;
     });
-    total += sum_lanes<C>((squares[0] + squares[1]) + (squares[2] + squares[3]));
+    total += sum_lanes<C>(squares);
   }
   return total / double(n);
 }
@@ -44,6 +44,7 @@ template <class T, int act> void forward_row(const nw_rows_forward_args& a, int6
   const T* x = static_cast<const T*>(a.x) + row * n;
   T* y = static_cast<T*>(a.y) + row * n;
   T* sum = a.residual ? static_cast<T*>(a.sum) + row * n : nullptr;
+  const T* next = x + n;
   if (a.mask && !a.mask[row]) {
     fill_zero(y, n);
     if (sum) fill_zero(sum, n);
@@ -72,6 +73,7 @@ template <class T, int act> void forward_row(const nw_rows_forward_args& a, int6
   const Centre<C> centre(mean);
   const C scale = C(rstd);
   sweep<C>(n, [&](int64_t i, auto part) NW_LAMBDA {
+    prefetch(next + i);
     vec<C> z = centre.distance(load(x + i, part)) * scale * weight.at(i, part) + bias.at(i, part);
     store(y + i, act_value<act, C>(z), part);
   });
@@ -84,11 +86,13 @@ template <class T, int act> struct RowGradient {
   T* ds;
   Centre<C> centre;
   C rstd, offset, slope;  // ds = rstd * weight * g - offset - distance * slope
+  int64_t ahead;          // how far ahead the row lies that takes this one's place
 
-  RowGradient(const nw_rows_backward_args& a, int64_t row)
+  RowGradient(const nw_rows_backward_args& a, int64_t row, int64_t ahead)
       : dy(static_cast<const T*>(a.dy) + row * a.cols), s(static_cast<const T*>(a.s) + row * a.cols),
         dsum(a.dsum ? static_cast<const T*>(a.dsum) + row * a.cols : nullptr),
-        ds(static_cast<T*>(a.ds) + row * a.cols), centre(a.mean[row]), rstd(C(a.rstd[row])), offset(0), slope(0) {}
+        ds(static_cast<T*>(a.ds) + row * a.cols), centre(a.mean[row]), rstd(C(a.rstd[row])), offset(0), slope(0),
+        ahead(ahead) {}
 
   template <class Part>
   NW_INLINE vec<C> at(int64_t i, Part part, vec<C> weight, const Columns<C>& bias, vec<C>& distance) const {
@@ -96,6 +100,14 @@ template <class T, int act> struct RowGradient {
     vec<C> g = load(dy + i, part);
     if constexpr (act != NW_IDENTITY) g *= act_slope<act, C>(distance * rstd * weight + bias.at(i, part));
     return g;
+  }
+
+  template <class Part> NW_INLINE void finish(int64_t i, Part part, vec<C> gw, vec<C> distance) const {
+    vec<C> gradient = gw * rstd - offset - distance * slope;
+    if (dsum) gradient += load(dsum + i, part);
+    store(ds + i, gradient, part);
+    prefetch(s + i + ahead);
+    prefetch(dy + i + ahead);
   }
 };
 
@@ -114,8 +126,8 @@ void row_sums(const nw_rows_backward_args& a, int64_t row, RowGradient<T, act>& 
       one[k] += gw;
       x[k] += gw * distance;
     });
-    along_one += sum_lanes<C>((one[0] + one[1]) + (one[2] + one[3]));
-    along_x += sum_lanes<C>((x[0] + x[1]) + (x[2] + x[3]));
+    along_one += sum_lanes<C>(one);
+    along_x += sum_lanes<C>(x);
   }
   const double n = double(a.cols), rstd = a.rstd[row];
   r.offset = a.center ? C(rstd * along_one / n) : C(0);
@@ -127,7 +139,9 @@ template <int R, class T, int act>
 void backward_rows(const nw_rows_backward_args& a, const int64_t* rows, compute_t<T>* dweight, compute_t<T>* dbias) {
   using C = compute_t<T>;
   const Columns<C> weight(a.weight, C(1)), bias(a.bias, C(0));
-  RowGradient<T, act> r0(a, rows[0]), r1(a, rows[R > 1 ? 1 : 0]), r2(a, rows[R > 1 ? 2 : 0]), r3(a, rows[R > 1 ? 3 : 0]);
+  const int64_t ahead = R * a.cols;
+  RowGradient<T, act> r0(a, rows[0], ahead), r1(a, rows[R > 1 ? 1 : 0], ahead), r2(a, rows[R > 1 ? 2 : 0], ahead),
+      r3(a, rows[R > 1 ? 3 : 0], ahead);
   row_sums(a, rows[0], r0, weight, bias);
   if constexpr (R > 1) {
     row_sums(a, rows[1], r1, weight, bias);
@@ -136,24 +150,26 @@ void backward_rows(const nw_rows_backward_args& a, const int64_t* rows, compute_
   }
   sweep<C>(a.cols, [&](int64_t i, auto part) NW_LAMBDA {
     const vec<C> w = weight.at(i, part);
-    vec<C> dw = load(dweight + i, part), db = load(dbias + i, part);
-    auto one = [&](const RowGradient<T, act>& r) NW_LAMBDA {
-      vec<C> distance;
-      vec<C> g = r.at(i, part, w, bias, distance);
-      vec<C> ds = g * w * r.rstd - r.offset - distance * r.slope;
-      if (r.dsum) ds += load(r.dsum + i, part);
-      store(r.ds + i, ds, part);
-      db += g;
-      dw += g * (distance * r.rstd);
-    };
-    one(r0);
+    // All loads come before the first store: where rows lie a multiple of 4 KiB apart, a load would wait for a store
+    // to the same place in another row.
+    vec<C> d0, d1, d2, d3, g0, g1, g2, g3;
+    g0 = r0.at(i, part, w, bias, d0);
+    vec<C> db = g0, dw = g0 * (d0 * r0.rstd);
     if constexpr (R > 1) {
-      one(r1);
-      one(r2);
-      one(r3);
+      g1 = r1.at(i, part, w, bias, d1);
+      g2 = r2.at(i, part, w, bias, d2);
+      g3 = r3.at(i, part, w, bias, d3);
+      db = (db + g1) + (g2 + g3);
+      dw = (dw + g1 * (d1 * r1.rstd)) + (g2 * (d2 * r2.rstd) + g3 * (d3 * r3.rstd));
     }
-    store(dweight + i, dw, part);
-    store(dbias + i, db, part);
+    store(dweight + i, load(dweight + i, part) + dw, part);
+    store(dbias + i, load(dbias + i, part) + db, part);
+    r0.finish(i, part, g0 * w, d0);
+    if constexpr (R > 1) {
+      r1.finish(i, part, g1 * w, d1);
+      r2.finish(i, part, g2 * w, d2);
+      r3.finish(i, part, g3 * w, d3);
+    }
   });
 }
 

@@ -61,8 +61,10 @@ struct Head {
 template <class C> NW_INLINE vec<C> splat(C value) { return vec<C>{} + value; }
 
 template <class C> NW_INLINE vmask<C> iota() {
+  using Lane = decltype(vmask<C>{}[0] + 0);
+  alignas(64) static constexpr Lane numbers[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   vmask<C> v;
-  for (int i = 0; i < lanes<C>; ++i) v[i] = i;
+  std::memcpy(&v, numbers, sizeof v);
   return v;
 }
 
@@ -146,12 +148,21 @@ template <class C> NW_INLINE vmask<C> load_valid(const uint8_t* p, Head head) {
   return __builtin_convertvector(raw_load<typename Bytes<C>::type>(p, head), vmask<C>) != 0;
 }
 
-template <class C> NW_INLINE C sum_lanes(vec<C> v) {
-  for (int half = lanes<C> / 2; half > 0; half /= 2) {
-    v += __builtin_shuffle(v, iota<C>() ^ half);
+// Adds the upper half of the lanes to the lower one until one is left.
+template <int half, class C> NW_INLINE vec<C> fold(vec<C> v) {
+  v += __builtin_shuffle(v, iota<C>() ^ half);
+  if constexpr (half > 1) {
+    return fold<half / 2, C>(v);
+  } else {
+    return v;
   }
-  return v[0];
 }
+template <class C> NW_INLINE C sum_lanes(vec<C> v) { return fold<lanes<C> / 2, C>(v)[0]; }
+template <class C> NW_INLINE C sum_lanes(const vec<C> (&v)[4]) { return sum_lanes<C>((v[0] + v[1]) + (v[2] + v[3])); }
+
+// Asks for memory that the next row will want; an address past the end of an array does no harm. The processor fetches
+// ahead by itself within a row, but while it computes it does not start on the next one.
+template <class T> NW_INLINE void prefetch(const T* p) { __builtin_prefetch(static_cast<const void*>(p)); }
 
 // Calls body(i, part) for a run of n elements, a vector at a time.
 template <class C, class Body> NW_INLINE void sweep(int64_t n, Body body) {
