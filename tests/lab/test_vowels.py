@@ -168,6 +168,13 @@ def test_looking_over_time_leaves_the_model_and_the_random_state_as_they_were(na
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("norm", ["none", "layer"])
+def test_norms_that_do_not_look_at_the_batch_are_the_same_over_time_in_both_modes(task, norm):
+    found = watch.Probe(task, 4).over_time(task.model(norm, 0).train())
+    for name in ("summed", "unnormalized", "gradient"):
+        assert found[f"{name}/train"] == pytest.approx(found[f"{name}/eval"], rel=1e-4)
+
+
 def test_over_cases_takes_the_root_of_the_mean_over_those_still_running(monkeypatch):
     nan = float("nan")
     parts = [

@@ -145,11 +145,13 @@ class Probe:
     def over_time(self, model: nn.Module) -> dict[str, list[float]]:
         """What the task measures at each time step, in both modes: the root of the mean over the cases that have it.
 
-        Train mode sees the cases in batches of the run's own size, ``OVER_TIME_BATCHES`` of them; eval mode all at
-        once.
+        Train mode sees the cases in batches of the run's own size, ``OVER_TIME_BATCHES`` of them; eval mode sees the
+        same cases all at once.
         """
         found = {}
-        for mode, parts in (("train", self.parts[:OVER_TIME_BATCHES]), ("eval", [self.shared])):
+        batches = self.parts[:OVER_TIME_BATCHES]
+        together = self.batch.select(slice(0, sum(map(len, batches))))
+        for mode, parts in (("train", batches), ("eval", [together])):
             with unchanged(model, training=mode == "train"):
                 seen = [(self.task.over_time(model, part), part.lengths) for part in parts]
             for name in seen[0][0]:
