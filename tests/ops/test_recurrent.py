@@ -133,7 +133,7 @@ def test_a_forced_reference_runs_the_reference(monkeypatch):
 
 def test_a_backend_that_cannot_run_it_says_so():
     how, w, x, h0, c0, _, _ = sample("lstm", "ba2016", "layer")
-    with normwise.backend("triton"), pytest.raises(normwise.BackendError, match="cannot run layer_lstm"):
+    with normwise.backend("triton"), pytest.raises(normwise.BackendError, match="cannot run recurrence"):
         recurrent.recurrence(x, h0, c0, w, how)
 
 

@@ -158,7 +158,7 @@ class Recurrent(RNNBase):
     def _forward_packed(self, packed: PackedSequence, hx: Any, reset: Tensor | None) -> Any:
         self.check_input(packed.data, packed.batch_sizes)
         states = self._states(hx, packed.data, int(packed.batch_sizes[0]), True)
-        if recurrent.is_plain(self.recurrence, packed.data, reset):
+        if recurrent.is_plain(self.recurrence, reset):
             output, states = self._run(packed, states, None, None)
             return output, _joined(states)
         x, lengths = recurrent.unpack(packed)
@@ -227,7 +227,7 @@ class Recurrent(RNNBase):
             "dropout": self.dropout,
             "training": self.training,
         }
-        if isinstance(x, PackedSequence) or recurrent.is_plain(how, x, reset):
+        if isinstance(x, PackedSequence) or recurrent.is_plain(how, reset):
             if lengths is None:
                 output, h, c = recurrent.plain(x, *inputs, **shared)
             else:

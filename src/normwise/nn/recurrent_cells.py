@@ -117,7 +117,7 @@ class RNNCell(_Cell, nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None, *, t: int | None = None) -> Tensor:
         """(B, I), (B, H) -> (B, H), or without a batch; see `normwise.RNN`."""
-        if recurrent.is_plain(self.recurrence, input, None):
+        if recurrent.is_plain(self.recurrence, None):
             return nn.RNNCell.forward(self, input, hx)
         return self._step(input, [hx], t)[0]
 
@@ -151,7 +151,7 @@ class GRUCell(_Cell, nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None, *, t: int | None = None) -> Tensor:
         """(B, I), (B, H) -> (B, H), or without a batch; see `normwise.GRU`."""
-        if recurrent.is_plain(self.recurrence, input, None):
+        if recurrent.is_plain(self.recurrence, None):
             return nn.GRUCell.forward(self, input, hx)
         return self._step(input, [hx], t)[0]
 
@@ -188,7 +188,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, t: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """(B, I), ((B, H), (B, H)) -> ((B, H), (B, H)), or without a batch; see `normwise.LSTM`."""
-        if recurrent.is_plain(self.recurrence, input, None):
+        if recurrent.is_plain(self.recurrence, None):
             return nn.LSTMCell.forward(self, input, hx)
         if hx is not None and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
             raise TypeError(f"LSTMCell: expected hx to be a pair (h, c), but got {type(hx).__name__}")

@@ -57,6 +57,7 @@ class Call(NamedTuple):
         averages: the running mean and variance that are used or moved.
         batch_statistics: statistics are taken from `x` (training), not given.
         fixed_momentum: the running averages, if any, move by a plain number (ATen takes no tensor).
+        uncompiled: what keeps the op's C++ kernel from this call, where only the op itself can tell.
     """
 
     op: str
@@ -68,6 +69,7 @@ class Call(NamedTuple):
     averages: tuple[Tensor, Tensor] | None = None
     batch_statistics: bool = True
     fixed_momentum: bool = True
+    uncompiled: str | None = None
 
 
 class _Forced:
@@ -162,6 +164,8 @@ def _cpu_obstacle(call: Call) -> str | None:
         return f"the C++ kernels take plain tensors, not {type(x).__name__}"
     if call.op not in _COMPILED:
         return f"there is no C++ kernel for {call.op}"
+    if call.uncompiled is not None:
+        return call.uncompiled
     if transforming():
         return "a torch.func transform does not reach into a C++ kernel"
     if call.residual is not None and call.residual.dtype != x.dtype:
@@ -223,7 +227,7 @@ _OBSTACLES = {
     "reference": lambda call: None,
 }
 
-_COMPILED = ("batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm")
+_COMPILED = ("batch_norm", "group_norm", "instance_norm", "layer_norm", "recurrence", "rms_norm")
 
 try:
     force(os.environ.get("NORMWISE_BACKEND") or None)

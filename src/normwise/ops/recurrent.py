@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from normwise.ops import check, recurrent_loop
-from normwise.ops.choose import Call, choose, values_visible
+from normwise.ops import check, recurrent_cpu, recurrent_loop
+from normwise.ops.choose import Call, choose, forced, transforming, values_visible
 from normwise.reference import recurrent as reference
 from normwise.reference.moments import Moments
 from normwise.reference.recurrence import Recurrence, Weights
@@ -49,8 +49,11 @@ def recurrence(
     first: int = 0,
 ) -> Result:
     """One layer in one direction, by the chosen backend. See `reference.recurrent.recurrence` for every argument."""
-    choice = choose(Call(f"{how.norm or 'plain'}_{how.cell}", x, ()))
-    run = reference.recurrence if choice.backend == "reference" else recurrent_loop.recurrence
+    uncompiled = recurrent_cpu.obstacle(x, weights, how, zoned)
+    backend = choose(Call("recurrence", x, (), uncompiled=uncompiled)).backend
+    if backend == "cpu":
+        return recurrent_cpu.recurrence(x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse)
+    run = reference.recurrence if backend == "reference" else recurrent_loop.recurrence
     return run(
         x,
         h0,
@@ -142,14 +145,11 @@ _ATEN: dict[tuple[str, str], Callable[..., tuple[Tensor, ...]]] = {
 }
 
 
-def is_plain(how: Recurrence, x: Tensor, reset: Tensor | None) -> bool:
-    """Whether torch's own layer does the whole job: no norm, no zoneout, no reset, and no other backend forced.
-
-    Not "plain_...", as one layer in one direction is called, for which a kernel of ours may be chosen one day.
-    """
+def is_plain(how: Recurrence, reset: Tensor | None) -> bool:
+    """Whether torch's own layer does the whole job: no norm, no zoneout, no reset, and no other backend forced."""
     # eps and the start of a bias change nothing without a norm.
     same = Recurrence(how.cell, None, eps=how.eps, forget_bias=how.forget_bias, nonlinearity=how.nonlinearity)
-    return reset is None and how == same and choose(Call(f"torch_{how.cell}", x, ())).backend == "torch"
+    return reset is None and how == same and forced() in (None, "torch") and not transforming()
 
 
 @torch.compiler.disable

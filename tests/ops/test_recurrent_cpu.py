@@ -1,0 +1,154 @@
+"""The compiled recurrent kernels as layers use them, against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import normwise
+from normwise.kernels import cpu
+from normwise.ops import recurrent, recurrent_cpu
+from normwise.ops.choose import Call, choose
+from normwise.reference import recurrent as reference
+from normwise.reference.recurrence import PRESETS, Recurrence, Weights, preset
+from recurrences import random_weights
+from tolerances import assert_close
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no compiled library: {cpu.why_not()}")
+
+T, B, INPUT, HIDDEN = 6, 5, 3, 4
+CASES = [
+    (cell, name, norm)
+    for cell, presets in PRESETS.items()
+    for name, how in presets.items()
+    for norm in ("layer", "rms")
+    if how.norm != "batch"
+] + [(cell, None, None) for cell in PRESETS]
+
+
+def sample(cell, name, norm):
+    how = preset(cell, norm, name)
+    weights = {key: value.float() for key, value in random_weights(how.shapes(INPUT, HIDDEN)).items()}
+    x = torch.randn(T, B, INPUT)
+    states = [torch.randn(B, HIDDEN) for _ in range(2 if cell == "lstm" else 1)]
+    return how, Weights(**weights), x, states[0], states[1] if cell == "lstm" else None
+
+
+def wide(t):
+    return None if t is None else t.detach().double().requires_grad_()
+
+
+def present(tensors):
+    return [t for t in tensors if t is not None]
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("lengths", [None, [6, 2, 4, 3, 5], [5, 0, 4, 0, 5]], ids=["full", "ragged", "some empty"])
+@pytest.mark.parametrize(("cell", "name", "norm"), CASES)
+def test_the_kernels_are_the_reference(cell, name, norm, lengths, backwards):
+    how, w, x, h0, c0 = sample(cell, name, norm)
+    for b, n in enumerate(lengths or []):
+        x[n:, b] = float("nan")
+    exact = [wide(t) for t in (x, h0, c0, *w)]
+    leaves = [None if t is None else t.requires_grad_() for t in (x, h0, c0, *w)]
+    options = {
+        "lengths": None if lengths is None else torch.tensor(lengths),
+        "reset": torch.rand(T, B) < 0.3,
+        "reverse": backwards,
+    }
+    true = reference.recurrence(*exact[:3], Weights(*exact[3:]), how, **options)
+    with normwise.backend("cpu"):
+        fast = recurrent.recurrence(x, h0, c0, w, how, **options)
+    for a, e in zip(present(fast[:3]), present(true[:3]), strict=True):
+        assert_close(a, e, kind="composed", count=T, scale=1.0)
+    upstream = [torch.randn_like(t) for t in present(fast[:3])]
+    got = torch.autograd.grad(present(fast[:3]), present(leaves), upstream)
+    want = torch.autograd.grad(present(true[:3]), present(exact), [u.double() for u in upstream])
+    for a, e in zip(got, want, strict=True):
+        assert_close(a, e, kind="composed", count=T * B, scale=max(1.0, e.abs().max().item()))
+
+
+@pytest.mark.parametrize("wanted", ["x", "h0", "c0", "weight_hh", "bias_c"])
+@pytest.mark.parametrize("seen", ["output", "h", "c"])
+def test_only_the_gradients_that_are_asked_for(wanted, seen):
+    how, w, x, h0, c0 = sample("lstm", "ba2016", "layer")
+    named = {"x": x, "h0": h0, "c0": c0, **w._asdict()}
+    named[wanted].requires_grad_()
+    result = recurrent_cpu.recurrence(x, h0, c0, w, how, lengths=torch.tensor([6, 2, 4, 3, 5]))
+    exact = {key: None if t is None else t.detach().double() for key, t in named.items()}
+    exact[wanted].requires_grad_()
+    tensors = list(exact.values())
+    true = reference.recurrence(*tensors[:3], Weights(*tensors[3:]), how, lengths=torch.tensor([6, 2, 4, 3, 5]))
+    upstream = torch.randn_like(getattr(result, seen))
+    (got,) = torch.autograd.grad(getattr(result, seen), [named[wanted]], upstream)
+    (want,) = torch.autograd.grad(getattr(true, seen), [exact[wanted]], upstream.double())
+    assert_close(got, want, kind="composed", count=T * B, scale=max(1.0, want.abs().max().item()))
+
+
+@pytest.mark.parametrize(("cell", "name", "norm"), [("lstm", "ba2016", "layer"), ("gru", "dreamer", "rms")])
+def test_a_second_derivative_is_the_references(cell, name, norm):
+    how, w, x, h0, c0 = sample(cell, name, norm)
+    exact = [wide(t) for t in (x, h0, c0, *w)]
+    leaves = [None if t is None else t.requires_grad_() for t in (x, h0, c0, *w)]
+    options = {"lengths": torch.tensor([6, 0, 4, 3, 5]), "reverse": True}
+    upstream = torch.randn(T, B, HIDDEN)
+    direction = torch.randn_like(x)
+    seconds = []
+    for run, tensors in ((recurrent_cpu, leaves), (reference, exact)):
+        output = run.recurrence(*tensors[:3], Weights(*tensors[3:]), how, **options).output
+        (dx,) = torch.autograd.grad(output, [tensors[0]], upstream.to(output.dtype), create_graph=True)
+        seconds.append(torch.autograd.grad((dx * direction).sum(), present(tensors), allow_unused=True))
+    for a, e in zip(*seconds, strict=True):
+        assert (a is None) == (e is None)
+        if a is not None:
+            assert_close(a, e, kind="composed", count=T * B, scale=max(1.0, e.abs().max().item()))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("steps", "batch", "hidden"), [(1, 1, 1), (70, 1, 33), (9, 17, 20), (3, 0, 4)])
+def test_layers_of_odd_sizes_are_as_exact_as_atens_loop(steps, batch, hidden, threads):
+    """Norms of small deviations magnify roundings over many steps, so the loop in float32 is the measure."""
+    torch.set_num_threads(threads)
+    layer = normwise.LSTM(INPUT, hidden, 2, bidirectional=True)
+    exact = normwise.LSTM(INPUT, hidden, 2, bidirectional=True, dtype=torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    x, upstream = torch.randn(steps, batch, INPUT), torch.randn(steps, batch, 2 * hidden)
+
+    def run(net, backend):
+        given = x.to(net.weight_ih_l0.dtype).requires_grad_()
+        with normwise.backend(backend):
+            output, states = net(given)
+        grads = torch.autograd.grad(output, [given, *net.parameters()], upstream.to(output.dtype))
+        return [output, *states, *grads]
+
+    for fast, loop, truth in zip(run(layer, "cpu"), run(layer, "torch"), run(exact, None), strict=True):
+        assert fast.shape == truth.shape
+        if not truth.numel():
+            continue
+        scale = max(1.0, truth.abs().max().item())
+        allowed = 4 * (loop - truth).abs().max().item() + 64 * torch.finfo(torch.float32).eps * scale
+        assert (fast - truth).abs().max().item() <= allowed
+
+
+@pytest.mark.parametrize(
+    ("how", "options", "message"),
+    [
+        (Recurrence("lstm", "batch"), {}, "no batch statistics inside a recurrence"),
+        (Recurrence("lstm", "layer", "input"), {}, "no norm on the input term alone"),
+        (Recurrence("lstm"), {"proj_size": 2}, "no projection"),
+        (Recurrence("lstm", zoneout=0.1), {}, "no zoneout"),
+        (Recurrence("lstm"), {"dtype": torch.float64}, "take float32, not torch.float64"),
+    ],
+)
+def test_what_the_kernels_cannot_do_is_said(how, options, message):
+    dtype, proj_size = options.get("dtype", torch.float32), options.get("proj_size", 0)
+    w = Weights(**{k: v.to(dtype) for k, v in random_weights(how.shapes(INPUT, HIDDEN, proj_size=proj_size)).items()})
+    x, h0 = torch.randn(T, B, INPUT, dtype=dtype), torch.zeros(B, proj_size or HIDDEN, dtype=dtype)
+    c0 = torch.zeros(B, HIDDEN, dtype=dtype)
+    with normwise.backend("cpu"), pytest.raises(normwise.BackendError, match=message):
+        recurrent.recurrence(x, h0, c0, w, how)
+    assert recurrent.recurrence(x, h0, c0, w, how).output.shape == (T, B, proj_size or HIDDEN)
+
+
+def test_float32_layers_take_the_kernels_unasked():
+    assert choose(Call("recurrence", torch.randn(T, B, INPUT), ())).backend == "cpu"
