@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= normwise-out
 STAMP := $(VENV)/.installed
 
-.PHONY: compare test lint format clean
+.PHONY: compare test lint format bench clean
 
 compare: $(STAMP)
 	$(BIN)/normwise compare --out $(OUT)
@@ -17,6 +17,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks --json bench.json
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,1 @@
+"""Measures time and memory; `python -m benchmarks SUITE`. Says nothing about a case whose results are wrong."""
