@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -152,7 +153,25 @@ def is_plain(how: Recurrence, reset: Tensor | None) -> bool:
     return reset is None and how == same and forced() in (None, "torch") and not transforming()
 
 
-@torch.compiler.disable
+def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which torch.compile calls without looking inside: torch.compiler.disable at the first call.
+
+    Not earlier, because torch.compiler.disable loads the compiler, which costs a second.
+    """
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return call
+
+
+@_as_it_is
 def plain(
     x: Tensor | PackedSequence,
     h0: Tensor,
@@ -184,7 +203,7 @@ def plain(
     return x._replace(data=data), finals[0], None if c0 is None else finals[1]
 
 
-@torch.compiler.disable
+@_as_it_is
 def plain_padded(
     x: Tensor,
     h0: Tensor,
