@@ -18,9 +18,11 @@ template <class Args> int threads_for(const Args& a) {
 
 inline bool channel_each(int64_t channels, int threads) { return threads == 1 || channels >= 4 * threads; }
 
-template <class T, int act> void normalize_block(const nw_channels_forward_args& a, int64_t at, const Region& r, int64_t c) {
+template <class T, int act>
+void normalize_block(const nw_channels_forward_args& a, int64_t at, const Region& r, int64_t c, int64_t ahead) {
   const T* residual = a.residual ? static_cast<const T*>(a.residual) + at : nullptr;
-  normalize<act>(static_cast<const T*>(a.x) + at, residual, static_cast<T*>(a.y) + at, r, line_of<compute_t<T>>(a, c));
+  normalize<act>(static_cast<const T*>(a.x) + at, residual, static_cast<T*>(a.y) + at, r, line_of<compute_t<T>>(a, c),
+                 ahead);
 }
 
 template <class T, int act> int forward(const nw_channels_forward_args& a) {
@@ -41,7 +43,7 @@ template <class T, int act> int forward(const nw_channels_forward_args& a) {
       for (int64_t i = blocks.count - 1; i >= 0; --i) {
         int64_t offset;
         Region block = blocks.at(all, i, offset);
-        normalize_block<T, act>(a, start + offset, block, c);
+        normalize_block<T, act>(a, start + offset, block, c, a.positions);
       }
     });
     return NW_OK;
@@ -69,7 +71,7 @@ template <class T, int act> int forward(const nw_channels_forward_args& a) {
   parallel_for(tasks, threads, [&](int64_t task) {
     int64_t offset, c = task / blocks.count;
     Region block = blocks.at(all, task % blocks.count, offset);
-    normalize_block<T, act>(a, c * a.positions + offset, block, c);
+    normalize_block<T, act>(a, c * a.positions + offset, block, c, 0);
   });
   return NW_OK;
 }
@@ -87,7 +89,8 @@ template <class T, int act> int backward(const nw_channels_backward_args& a) {
     parallel_for(a.channels, threads, [&](int64_t c) {
       const Line<C> line = line_of<C>(a, c);
       const Backward<C> b(a, c, region_sums<act>(gradient, c * a.positions, all, line), count);
-      input_gradient<act>(gradient, c * a.positions, all, line, b.gain, b.offset, b.slope, dx, dresidual);
+      input_gradient<act>(gradient, c * a.positions, all, line, b.gain, b.offset, b.slope, dx, dresidual,
+                          a.positions);
     });
     return NW_OK;
   }
@@ -110,7 +113,7 @@ template <class T, int act> int backward(const nw_channels_backward_args& a) {
       int64_t offset;
       Region block = blocks.at(all, i, offset);
       input_gradient<act>(gradient, c * a.positions + offset, block, line_of<C>(a, c), b.gain, b.offset, b.slope, dx,
-                          dresidual);
+                          dresidual, 0);
     });
   }
   return NW_OK;

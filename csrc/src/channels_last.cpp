@@ -1,6 +1,6 @@
 // BatchNorm on (batch * positions, channels): statistics down the columns. Rows are taken four at a time, so that a
-// column's sums move once for four rows, and in blocks whose second look comes out of cache; the second pass runs from
-// the last row to the first, since the last ones are still there.
+// column's sums move once for four rows; the second pass runs from the last row to the first, since the last ones are
+// still in cache.
 #include "channels.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -8,12 +8,7 @@
 namespace NW_ISA {
 namespace {
 
-constexpr int64_t most_rows = 256, block_elements = 16384;
-
-inline int64_t rows_per_block(int64_t channels) {
-  int64_t rows = block_elements / channels / 4 * 4;
-  return rows < 16 ? 16 : (rows > most_rows ? most_rows : rows);
-}
+constexpr int64_t block_rows = 256;  // float sums over so many rows keep their digits
 
 inline Chunks chunks_of(int64_t rows) { return Chunks(rows, 256, 64); }
 
@@ -42,53 +37,91 @@ NW_INLINE void by_fours(const int64_t* rows, int64_t count, int64_t channels, Fo
 
 template <class C> void clear(C* p, int64_t n) { std::memset(static_cast<void*>(p), 0, size_t(n) * sizeof(C)); }
 
-// Moments of a chunk of rows for every column, block by block, each block centred twice (see block_moments).
-template <class T>
-double chunk_moments(const T* x, const uint8_t* mask, int64_t channels, int64_t begin, int64_t end, double* mean,
-                     double* m2, compute_t<T>* work) {
-  using C = compute_t<T>;
-  C *centre = work, *first = work + channels, *second = work + 2 * channels;
-  clear(mean, channels);
-  clear(m2, channels);
-  double seen = 0;
-  int64_t rows[most_rows];
-  while (const int64_t count = gather(mask, begin, end, rows_per_block(channels), rows)) {
-    clear(work, 3 * channels);
-    by_fours<C>(
-        rows, count, channels,
-        [&](int64_t i, auto part, int64_t a, int64_t b, int64_t c, int64_t d) NW_LAMBDA {
-          vec<C> four = (load(x + a, part) + load(x + b, part)) + (load(x + c, part) + load(x + d, part));
-          store(centre + i, load(centre + i, part) + four, part);
-        },
-        [&](int64_t i, auto part, int64_t a) NW_LAMBDA {
-          store(centre + i, load(centre + i, part) + load(x + a, part), part);
-        });
-    const double n = double(count);
-    for (int64_t i = 0; i < channels; ++i) centre[i] = C(double(centre[i]) / n);
-    by_fours<C>(
-        rows, count, channels,
-        [&](int64_t i, auto part, int64_t a, int64_t b, int64_t c, int64_t d) NW_LAMBDA {
-          const vec<C> m = load(centre + i, part);
-          vec<C> da = load(x + a, part) - m, db = load(x + b, part) - m, dc = load(x + c, part) - m,
-                 dd = load(x + d, part) - m;
-          store(first + i, load(first + i, part) + ((da + db) + (dc + dd)), part);
-          store(second + i, load(second + i, part) + ((da * da + db * db) + (dc * dc + dd * dd)), part);
-        },
-        [&](int64_t i, auto part, int64_t a) NW_LAMBDA {
-          vec<C> da = load(x + a, part) - load(centre + i, part);
-          store(first + i, load(first + i, part) + da, part);
-          store(second + i, load(second + i, part) + da * da, part);
-        });
-    const double share = n / (seen + n), weight = seen * share;
+// Moments of every column over the same number of rows.
+struct ColumnMoments {
+  double *mean, *m2;
+  double count = 0;
+  ColumnMoments(double* p, int64_t channels) : mean(p), m2(p + channels) {}
+
+  void merge(const ColumnMoments& other, int64_t channels) {
+    if (other.count == 0) return;
+    const double share = other.count / (count + other.count), weight = count * share;
+#pragma omp simd
     for (int64_t i = 0; i < channels; ++i) {
-      const double s1 = double(first[i]), block_mean = double(centre[i]) + s1 / n;
-      const double delta = block_mean - mean[i];
+      const double delta = other.mean[i] - mean[i];
       mean[i] += delta * share;
-      m2[i] += (double(second[i]) - s1 * s1 / n) + delta * delta * weight;
+      m2[i] += other.m2[i] + delta * delta * weight;
     }
-    seen += n;
+    count += other.count;
   }
-  return seen;
+};
+
+// Sums over the rows listed of x - pivot and its square, for every column.
+template <class T>
+void sums_about(const T* x, const int64_t* rows, int64_t count, int64_t channels, const compute_t<T>* pivot,
+                compute_t<T>* first, compute_t<T>* second) {
+  using C = compute_t<T>;
+  clear(first, channels);
+  clear(second, channels);
+  by_fours<C>(
+      rows, count, channels,
+      [&](int64_t i, auto part, int64_t a, int64_t b, int64_t c, int64_t d) NW_LAMBDA {
+        const vec<C> m = load(pivot + i, part);
+        vec<C> da = load(x + a, part) - m, db = load(x + b, part) - m, dc = load(x + c, part) - m,
+               dd = load(x + d, part) - m;
+        store(first + i, load(first + i, part) + ((da + db) + (dc + dd)), part);
+        store(second + i, load(second + i, part) + ((da * da + db * db) + (dc * dc + dd * dd)), part);
+      },
+      [&](int64_t i, auto part, int64_t a) NW_LAMBDA {
+        vec<C> da = load(x + a, part) - load(pivot + i, part);
+        store(first + i, load(first + i, part) + da, part);
+        store(second + i, load(second + i, part) + da * da, part);
+      });
+}
+
+// Whether any column's mean lies so far from the pivot that s2 - s1^2/n would cancel more than four bits.
+template <class C> bool pivot_is_far(const C* first, const C* second, int64_t channels, double n) {
+  const C limit = C(n * 15 / 16);
+  int far = 0;
+#pragma omp simd reduction(+ : far)
+  for (int64_t i = 0; i < channels; ++i) far += first[i] * first[i] > second[i] * limit;
+  return far != 0;
+}
+
+// Moments of a chunk of rows for every column, a block of rows at a time. Sums are taken about the mean of the rows
+// before, which costs one look at the data; only where that mean is far from the block's (always at first) does a
+// second look follow, about the block's own.
+template <class T>
+void chunk_moments(const T* x, const uint8_t* mask, int64_t channels, int64_t begin, int64_t end, ColumnMoments& all,
+                   double* block_numbers, compute_t<T>* work) {
+  using C = compute_t<T>;
+  C *pivot = work, *first = work + channels, *second = work + 2 * channels;
+  ColumnMoments block(block_numbers, channels);
+  clear(all.mean, channels);
+  clear(all.m2, channels);
+  clear(pivot, channels);
+  int64_t rows[block_rows];
+  // The first block is short: it is looked at twice, out of cache.
+  int64_t limit = 16384 / channels < 16 ? 16 : (16384 / channels > block_rows ? block_rows : 16384 / channels);
+  while (const int64_t count = gather(mask, begin, end, limit, rows)) {
+    limit = block_rows;
+    block.count = double(count);
+    const double each = 1 / block.count;
+    sums_about(x, rows, count, channels, pivot, first, second);
+    if (pivot_is_far(first, second, channels, block.count)) {
+      for (int64_t i = 0; i < channels; ++i) pivot[i] = C(double(pivot[i]) + double(first[i]) * each);
+      sums_about(x, rows, count, channels, pivot, first, second);
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < channels; ++i) {
+      const double s1 = double(first[i]);
+      block.mean[i] = double(pivot[i]) + s1 * each;
+      block.m2[i] = double(second[i]) - s1 * s1 * each;
+    }
+    all.merge(block, channels);
+#pragma omp simd
+    for (int64_t i = 0; i < channels; ++i) pivot[i] = C(all.mean[i]);
+  }
 }
 
 // The columns' numbers as arrays of the compute type, so that a row reads them a vector at a time.
@@ -155,23 +188,26 @@ template <class T, int act> int forward(const nw_channels_forward_args& a) {
   Columns<C> col(numbers.get(), channels);
 
   if (a.training) {
-    const int64_t stride = 2 * channels;
-    Scratch<double> partial(chunks.count * stride), seen(chunks.count);
+    const int64_t stride = 4 * channels;  // a chunk's moments and those of its current block
+    Scratch<double> partial((chunks.count + 1) * stride), counts(chunks.count);
     Scratch<C> work(chunks.count * 3 * channels);
-    if (!partial || !seen || !work) return NW_OUT_OF_MEMORY;
+    if (!partial || !counts || !work) return NW_OUT_OF_MEMORY;
     parallel_for(chunks.count, threads, [&](int64_t k) {
       double* mine = partial.get() + k * stride;
-      seen.get()[k] = chunk_moments(static_cast<const T*>(a.x), a.mask, channels, chunks.begin(k), chunks.end(k), mine,
-                                    mine + channels, work.get() + k * 3 * channels);
+      ColumnMoments chunk(mine, channels);
+      chunk_moments(static_cast<const T*>(a.x), a.mask, channels, chunks.begin(k), chunks.end(k), chunk,
+                    mine + 2 * channels, work.get() + k * 3 * channels);
+      counts.get()[k] = chunk.count;
     });
-    for (int64_t c = 0; c < channels; ++c) {
-      Moments m;
-      for (int64_t k = 0; k < chunks.count; ++k) {
-        const double* at = partial.get() + k * stride + c;
-        m.merge(Moments{seen.get()[k], at[0], at[channels]});
-      }
-      settle<C>(a, c, m);
+    ColumnMoments all(partial.get() + chunks.count * stride, channels);
+    clear(all.mean, channels);
+    clear(all.m2, channels);
+    for (int64_t k = 0; k < chunks.count; ++k) {
+      ColumnMoments chunk(partial.get() + k * stride, channels);
+      chunk.count = counts.get()[k];
+      all.merge(chunk, channels);
     }
+    for (int64_t c = 0; c < channels; ++c) settle<C>(a, c, Moments{all.count, all.mean[c], all.m2[c]});
   } else {
     for (int64_t c = 0; c < channels; ++c) recall<C>(a, c);
   }
@@ -208,8 +244,8 @@ void chunk_sums(const nw_channels_backward_args& a, const Columns<compute_t<T>>&
   C *one = work, *other = work + channels;
   clear(sum_g, channels);
   clear(sum_gx, channels);
-  int64_t rows[most_rows];
-  while (const int64_t count = gather(a.mask, begin, end, rows_per_block(channels), rows)) {
+  int64_t rows[block_rows];
+  while (const int64_t count = gather(a.mask, begin, end, block_rows, rows)) {
     clear(work, 2 * channels);
     by_fours<C>(
         rows, count, channels,
@@ -227,6 +263,7 @@ void chunk_sums(const nw_channels_backward_args& a, const Columns<compute_t<T>>&
           store(one + i, load(one + i, part) + g, part);
           store(other + i, load(other + i, part) + g * d, part);
         });
+#pragma omp simd
     for (int64_t i = 0; i < channels; ++i) {
       sum_g[i] += double(one[i]);
       sum_gx[i] += double(other[i]);
@@ -290,13 +327,14 @@ template <class T, int act> int backward(const nw_channels_backward_args& a) {
     double* mine = partial.get() + k * stride;
     chunk_sums<T, act>(a, col, chunks.begin(k), chunks.end(k), mine, mine + channels, sums + k * 2 * channels);
   });
+  double* all = partial.get();
+  for (int64_t k = 1; k < chunks.count; ++k) {
+#pragma omp simd
+    for (int64_t i = 0; i < stride; ++i) all[i] += partial.get()[k * stride + i];
+  }
   const double count = count_valid(a.mask, rows);
   for (int64_t c = 0; c < channels; ++c) {
-    Sums s;
-    for (int64_t k = 0; k < chunks.count; ++k) {
-      s.g += partial.get()[k * stride + c];
-      s.gx += partial.get()[k * stride + channels + c];
-    }
+    const Sums s = chunks.count > 0 ? Sums{all[c], all[channels + c]} : Sums{};
     col.set(c, Backward<C>(a, c, s, count));
   }
   parallel_for(chunks.count, threads, [&](int64_t k) { gradient_rows<T, act>(a, col, chunks.begin(k), chunks.end(k)); });

@@ -41,7 +41,8 @@ template <class T, int act> void forward_group(const nw_groups_forward_args& a, 
     const Line<C> line(m.mean, rstd, parameter<C>(a.weight, group.first_channel + c, 1),
                        parameter<C>(a.bias, group.first_channel + c, 0));
     const int64_t at = c * a.positions;
-    normalize<act>(x + at, residual ? residual + at : nullptr, y + at, group.channel(a), line);
+    normalize<act>(x + at, residual ? residual + at : nullptr, y + at, group.channel(a), line,
+                   group.channels * a.positions);
   }
 }
 
@@ -73,7 +74,7 @@ template <class T, int act> void backward_group(const nw_groups_backward_args& a
   const C slope = C(valid > 0 ? rstd * rstd * rstd * all.gx / valid : 0);
   for (int64_t c = group.channels - 1; c >= 0; --c) {
     input_gradient<act>(gradient, group.start + c * a.positions, plane, line(c), C(rstd * gain(c)), offset, slope,
-                        static_cast<T*>(a.dx), static_cast<T*>(a.dresidual));
+                        static_cast<T*>(a.dx), static_cast<T*>(a.dresidual), group.channels * a.positions);
   }
 }
 

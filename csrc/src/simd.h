@@ -139,13 +139,29 @@ NW_INLINE void store(bf16* p, vec<float> v, Head h) {
 }
 #endif
 
-// Which lanes the mask bytes at p call valid; lanes past the head are not.
-template <class C> struct Bytes { typedef uint8_t type __attribute__((vector_size(lanes<C>))); };
+// Which lanes the mask bytes at p call valid; lanes past the head are not. Bytes are widened by their sign, since a
+// compiler takes a conversion of so many lanes apart.
+template <class C> struct Bytes { typedef int8_t type __attribute__((vector_size(lanes<C>))); };
+template <class C> NW_INLINE vmask<C> widen_bytes(typename Bytes<C>::type b) {
+#if defined(__AVX2__)
+  __m128i raw = {};
+  std::memcpy(&raw, &b, sizeof b);
+#if defined(NW_AVX512)
+  if constexpr (sizeof(C) == 4) return (vmask<C>)_mm512_maskz_cvtepi8_epi32(0xffff, raw);
+  if constexpr (sizeof(C) == 8) return (vmask<C>)_mm512_maskz_cvtepi8_epi64(0xff, raw);
+#else
+  if constexpr (sizeof(C) == 4) return (vmask<C>)_mm256_cvtepi8_epi32(raw);
+  if constexpr (sizeof(C) == 8) return (vmask<C>)_mm256_cvtepi8_epi64(raw);
+#endif
+#else
+  return __builtin_convertvector(b, vmask<C>);
+#endif
+}
 template <class C> NW_INLINE vmask<C> load_valid(const uint8_t* p, Full) {
-  return __builtin_convertvector(raw_load<typename Bytes<C>::type>(p), vmask<C>) != 0;
+  return widen_bytes<C>(raw_load<typename Bytes<C>::type>(p)) != 0;
 }
 template <class C> NW_INLINE vmask<C> load_valid(const uint8_t* p, Head head) {
-  return __builtin_convertvector(raw_load<typename Bytes<C>::type>(p, head), vmask<C>) != 0;
+  return widen_bytes<C>(raw_load<typename Bytes<C>::type>(p, head)) != 0;
 }
 
 // Adds the upper half of the lanes to the lower one until one is left.
@@ -160,9 +176,11 @@ template <int half, class C> NW_INLINE vec<C> fold(vec<C> v) {
 template <class C> NW_INLINE C sum_lanes(vec<C> v) { return fold<lanes<C> / 2, C>(v)[0]; }
 template <class C> NW_INLINE C sum_lanes(const vec<C> (&v)[4]) { return sum_lanes<C>((v[0] + v[1]) + (v[2] + v[3])); }
 
-// Asks for memory that the next row will want; an address past the end of an array does no harm. The processor fetches
-// ahead by itself within a row, but while it computes it does not start on the next one.
+// Asks for memory that the next row or channel will want; an address past the end of an array does no harm. The
+// processor fetches ahead by itself within a run, but while it computes it does not start on the next one.
 template <class T> NW_INLINE void prefetch(const T* p) { __builtin_prefetch(static_cast<const void*>(p)); }
+// The same into L2, for what is not needed at once.
+template <class T> NW_INLINE void prefetch_l2(const T* p) { __builtin_prefetch(static_cast<const void*>(p), 0, 2); }
 
 // Calls body(i, part) for a run of n elements, a vector at a time.
 template <class C, class Body> NW_INLINE void sweep(int64_t n, Body body) {
