@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import zlib
 from collections.abc import Iterator
@@ -16,6 +17,11 @@ from devices import devices
 # may compile or load a library, so a deadline per example would fail by chance.
 hypothesis.settings.register_profile("normwise", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("normwise")
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One worker a core already: two threads each would make them wait for one another at every barrier.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import re
 import subprocess
 import sys
 from importlib.metadata import requires
@@ -84,7 +85,8 @@ def test_a_missing_package_that_the_extra_does_not_bring_is_a_bug():
 
 
 def test_the_packages_of_the_extra_are_those_in_pyproject():
-    extra = [line.split(">")[0] for line in requires("normwise") or [] if "extra == 'lab'" in line]
+    # The metadata's quotes are the build backend's choice.
+    extra = [line.split(">")[0] for line in requires("normwise") or [] if re.search("extra == .lab.", line)]
     assert sorted(LAB_PACKAGES) == sorted(extra)
 
 
