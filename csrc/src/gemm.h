@@ -16,17 +16,17 @@ constexpr int tile_rows = 4;
 #endif
 constexpr int panel_vectors = 3;
 constexpr int panel_width = panel_vectors * lanes<float>;
-// Rows of the left-hand matrix that `pack_left` interleaves: a cache line of floats.
-constexpr int left_width = 16;
+// A transposed left-hand matrix is packed `left_width` of its columns (a cache line) side by side, `left_block` at once.
+constexpr int left_width = 16, left_block = 64;
 
 inline int64_t panel_count(int64_t columns) { return (columns + panel_width - 1) / panel_width; }
 inline int64_t packed_size(int64_t depth, int64_t columns) { return panel_count(columns) * panel_width * depth; }
 
 // c[r][0..n) (+)= sum over k of a(r, k) * b[k][0..n), r < R, n at most V vectors. a(r, k) is a[r * stride + k], or
-// a[k * left_width + r] where the left-hand matrix is packed.
-template <int R, int V, bool packed, bool add>
+// a[k * stride + r] where the left-hand matrix is transposed. Meanwhile a cache line from `ahead` on is fetched for each k.
+template <int R, int V, bool transposed, bool add>
 NW_INLINE void tile(int64_t depth, const float* a, int64_t stride, const float* b, float* c, int64_t c_stride,
-                    int64_t n) {
+                    int64_t n, const float* ahead) {
   vec<float> sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -35,11 +35,12 @@ NW_INLINE void tile(int64_t depth, const float* a, int64_t stride, const float* 
   }
   for (int64_t k = 0; k < depth; ++k) {
     vec<float> right[V];
+    __builtin_prefetch(ahead + k * left_width, 0, 2);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) right[v] = load(b + k * panel_width + v * lanes<float>);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const float left = packed ? a[k * left_width + r] : a[r * stride + k];
+      const float left = transposed ? a[k * stride + r] : a[r * stride + k];
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) sum[r][v] += left * right[v];
     }
@@ -60,36 +61,36 @@ NW_INLINE void tile(int64_t depth, const float* a, int64_t stride, const float* 
   }
 }
 
-template <int V, bool packed, bool add>
+template <int V, bool transposed, bool add>
 void tile_of(int rows, int64_t depth, const float* a, int64_t stride, const float* b, float* c, int64_t c_stride,
-             int64_t n) {
+             int64_t n, const float* ahead) {
   switch (rows) {
-    case 1: return tile<1, V, packed, add>(depth, a, stride, b, c, c_stride, n);
-    case 2: return tile<2, V, packed, add>(depth, a, stride, b, c, c_stride, n);
-    case 3: return tile<3, V, packed, add>(depth, a, stride, b, c, c_stride, n);
-    case 4: return tile<4, V, packed, add>(depth, a, stride, b, c, c_stride, n);
+    case 1: return tile<1, V, transposed, add>(depth, a, stride, b, c, c_stride, n, ahead);
+    case 2: return tile<2, V, transposed, add>(depth, a, stride, b, c, c_stride, n, ahead);
+    case 3: return tile<3, V, transposed, add>(depth, a, stride, b, c, c_stride, n, ahead);
+    case 4: return tile<4, V, transposed, add>(depth, a, stride, b, c, c_stride, n, ahead);
 #if defined(NW_AVX512)
-    case 5: return tile<5, V, packed, add>(depth, a, stride, b, c, c_stride, n);
-    case 6: return tile<6, V, packed, add>(depth, a, stride, b, c, c_stride, n);
-    case 7: return tile<7, V, packed, add>(depth, a, stride, b, c, c_stride, n);
-    case 8: return tile<8, V, packed, add>(depth, a, stride, b, c, c_stride, n);
+    case 5: return tile<5, V, transposed, add>(depth, a, stride, b, c, c_stride, n, ahead);
+    case 6: return tile<6, V, transposed, add>(depth, a, stride, b, c, c_stride, n, ahead);
+    case 7: return tile<7, V, transposed, add>(depth, a, stride, b, c, c_stride, n, ahead);
+    case 8: return tile<8, V, transposed, add>(depth, a, stride, b, c, c_stride, n, ahead);
 #endif
   }
 }
 
 // One tile against one panel; columns past the matrix are neither computed, where whole vectors of them are, nor stored.
-template <bool packed>
+template <bool transposed>
 NW_INLINE void tile_by_panel(int rows, int64_t depth, const float* a, int64_t stride, const float* b, float* c,
-                             int64_t c_stride, int64_t n, bool add) {
+                             int64_t c_stride, int64_t n, bool add, const float* ahead) {
   if (n > 2 * lanes<float>) {
-    add ? tile_of<3, packed, true>(rows, depth, a, stride, b, c, c_stride, n)
-        : tile_of<3, packed, false>(rows, depth, a, stride, b, c, c_stride, n);
+    add ? tile_of<3, transposed, true>(rows, depth, a, stride, b, c, c_stride, n, ahead)
+        : tile_of<3, transposed, false>(rows, depth, a, stride, b, c, c_stride, n, ahead);
   } else if (n > lanes<float>) {
-    add ? tile_of<2, packed, true>(rows, depth, a, stride, b, c, c_stride, n)
-        : tile_of<2, packed, false>(rows, depth, a, stride, b, c, c_stride, n);
+    add ? tile_of<2, transposed, true>(rows, depth, a, stride, b, c, c_stride, n, ahead)
+        : tile_of<2, transposed, false>(rows, depth, a, stride, b, c, c_stride, n, ahead);
   } else {
-    add ? tile_of<1, packed, true>(rows, depth, a, stride, b, c, c_stride, n)
-        : tile_of<1, packed, false>(rows, depth, a, stride, b, c, c_stride, n);
+    add ? tile_of<1, transposed, true>(rows, depth, a, stride, b, c, c_stride, n, ahead)
+        : tile_of<1, transposed, false>(rows, depth, a, stride, b, c, c_stride, n, ahead);
   }
 }
 
@@ -131,30 +132,69 @@ inline void multiply(int64_t rows, const float* a, int64_t stride, const Panels&
                      float* c, int64_t c_stride, bool add) {
   for (int64_t p = first; p < last; ++p) {
     const int64_t at = p * panel_width;
+    // Matrices that do not fit in the second-level cache come from the third one, which answers too late unless asked
+    // early: each tile asks for its share of the next panel.
+    const float* ahead = b.at(p + 1 < last ? p + 1 : first);
     each_tile(rows, [&](int64_t row, int height) NW_LAMBDA {
       tile_by_panel<false>(height, b.depth, a + row * stride, stride, b.at(p), c + row * c_stride + at, c_stride,
-                           b.columns - at, add);
+                           b.columns - at, add, ahead);
+      ahead += b.depth * left_width;
     });
   }
 }
 
-// c (+)= a^T * b for rows first .. last-1 of c, `first` a multiple of left_width. a is (b.depth, rows of c);
-// `packed` holds left_width * b.depth elements.
+// c (+)= a^T * b for rows first .. last-1 of c. a is (b.depth, rows of c); `packed` holds left_block * b.depth elements.
 inline void multiply_transposed(const float* a, int64_t a_stride, const Panels& b, int64_t first, int64_t last,
                                 float* c, int64_t c_stride, bool add, float* packed) {
-  for (int64_t row = first; row < last; row += left_width) {
-    const int64_t height = last - row < left_width ? last - row : left_width;
+  const int64_t piece = left_width * b.depth;
+  for (int64_t row = first; row < last; row += left_block) {
+    const int64_t height = last - row < left_block ? last - row : left_block;
     for (int64_t k = 0; k < b.depth; ++k) {
-      std::memcpy(packed + k * left_width, a + k * a_stride + row, size_t(height) * sizeof *packed);
+      const float* from = a + k * a_stride + row;
+      if (k + 8 < b.depth) {  // rows are a page apart: the processor does not foresee them
+        for (int64_t r = 0; r < height; r += left_width) __builtin_prefetch(from + 8 * a_stride + r);
+      }
+      sweep<float>(height, [&](int64_t r, auto part) NW_LAMBDA {
+        store(packed + r / left_width * piece + k * left_width + r % left_width, load(from + r, part), part);
+      });
     }
     for (int64_t p = 0; p < panel_count(b.columns); ++p) {
       const int64_t at = p * panel_width;
       for (int64_t r = 0; r < height; r += tile_rows) {
-        tile_by_panel<true>(int(height - r < tile_rows ? height - r : tile_rows), b.depth, packed + r, 0, b.at(p),
-                            c + (row + r) * c_stride + at, c_stride, b.columns - at, add);
+        tile_by_panel<true>(int(height - r < tile_rows ? height - r : tile_rows), b.depth,
+                            packed + r / left_width * piece + r % left_width, left_width, b.at(p),
+                            c + (row + r) * c_stride + at, c_stride, b.columns - at, add,
+                            b.at(p + 1) + r / tile_rows * b.depth * left_width);
       }
     }
   }
+}
+
+// The same for so few columns of b (row-major, not in panels) that a vector along them would be mostly empty; the result
+// is transposed: sum[i][first .. last-1] (+)= sum over k of b[k][i] * a[k][first .. last-1], i < columns.
+inline void multiply_thin(const float* a, int64_t a_stride, const float* b, int64_t depth, int64_t columns,
+                          int64_t first, int64_t last, float* sum, bool add) {
+  for (int64_t i = 0; i < columns; ++i) {
+    float* to = sum + i * a_stride + first;
+    sweep<float>(last - first, [&](int64_t j, auto part) NW_LAMBDA {
+      vec<float> even{}, odd{};
+      const float* from = a + first + j;
+      int64_t k = 0;
+      for (; k + 1 < depth; k += 2) {
+        even += b[k * columns + i] * load(from + k * a_stride, part);
+        odd += b[(k + 1) * columns + i] * load(from + (k + 1) * a_stride, part);
+      }
+      if (k < depth) even += b[k * columns + i] * load(from + k * a_stride, part);
+      even += odd;
+      store(to + j, add ? load(to + j, part) + even : even, part);
+    });
+  }
+}
+
+inline float dot(const float* a, const float* b, int64_t n) {
+  vec<float> sum[4] = {};
+  sweep_sums<float>(n, [&](int64_t i, auto part, int k) NW_LAMBDA { sum[k] += load(a + i, part) * load(b + i, part); });
+  return sum_lanes<float>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 }  // namespace

@@ -89,14 +89,14 @@ inline bool terms_apart(const nw_recurrent& a) {
   return a.terms == NW_SEPARATE || (a.cell == NW_GRU && !a.reset_candidate);
 }
 
-// With so few inputs p is cheaper to compute again than to read.
-inline bool recomputes_input_terms(const nw_recurrent& a) { return a.inputs <= 4; }
+// With so few inputs p is cheaper to compute again than to read, and their products are sums of a few rows.
+inline bool few_inputs(const nw_recurrent& a) { return a.inputs <= 4; }
 
 inline void saved_widths(const nw_recurrent& a, int64_t widths[4]) {
   const int64_t stacked = gates_of(a.cell) * a.units;
   int groups = 0;
   while (groups < 4 && a.groups[groups] > 0) ++groups;
-  widths[0] = terms_apart(a) && !recomputes_input_terms(a) ? stacked : 0;
+  widths[0] = terms_apart(a) && !few_inputs(a) ? stacked : 0;
   // An RNN without a norm needs nothing but its output.
   widths[1] = a.terms == NW_PLAIN && a.cell >= NW_RNN_TANH ? 0 : stacked;
   widths[2] = a.cell == NW_LSTM ? a.units : 0;

@@ -17,9 +17,9 @@ struct Backward {
   int64_t chunk;  // steps
   bool apart;
   InputTerms inputs;      // p, where it is computed again
-  float *panels_x, *panels_h;    // W_ih and W_hh
+  float *panels_x, *panels_h;    // W_ih and W_hh; with few inputs W_ih transposed
   float *dp, *dq, *h_before;     // of the chunk's rows
-  float *right_x, *right_h;      // x and h_before of the chunk in panels
+  float *right_x, *right_h;      // x and h_before of the chunk in panels; with few inputs dW_ih transposed
   float *dh[2];           // together: of even and odd steps
   const float* zeros;     // units
   float* private_memory;  // for each thread
@@ -32,7 +32,7 @@ struct Backward {
   };
   static int64_t size_of_private(const nw_recurrent& a, const Layer& k, int64_t chunk, bool together) {
     const int64_t state = a.batch * k.units;
-    const int64_t size = Sums::size(k) + 2 * k.stacked + 2 * k.units + chunk * a.batch * left_width +
+    const int64_t size = Sums::size(k) + 2 * k.stacked + 2 * k.units + chunk * a.batch * left_block +
                          (together ? 2 * state + (a.batch + 1) * k.stacked : 0);
     return (size + 15) / 16 * 16;
   }
@@ -41,7 +41,7 @@ struct Backward {
     m.sums = private_memory + share.index * private_size;
     m.scratch = m.sums + Sums::size(k);
     m.left = m.scratch + 2 * k.stacked + 2 * k.units;
-    m.dc = m.left + chunk * a.batch * left_width;
+    m.dc = m.left + chunk * a.batch * left_block;
     m.direct = m.dc + a.batch * k.units;
     m.dp = m.direct + a.batch * k.units;
     m.dq = m.dp + k.stacked;
@@ -61,7 +61,13 @@ struct Backward {
       if (args.dc) std::memcpy(m.dc, args.dc, size_t(state) * sizeof(float));
     }
     const int index = share.index, count = share.count;
-    if (args.dx) {
+    const bool few = few_inputs(a);
+    if (args.dx && few) {
+      const float* w = static_cast<const float*>(a.weight_ih);
+      for (int64_t i = index; i < a.inputs; i += count) {
+        for (int64_t j = 0; j < k.stacked; ++j) panels_x[i * k.stacked + j] = w[j * a.inputs + i];
+      }
+    } else if (args.dx) {
       pack_shared(static_cast<const float*>(a.weight_ih), a.inputs, 1, k.stacked, a.inputs, panels_x, index, count);
     }
     pack_shared(static_cast<const float*>(a.weight_hh), k.units, 1, k.stacked, k.units, panels_h, index, count);
@@ -82,6 +88,11 @@ struct Backward {
       barrier.wait(count);
       products(share, m, s, end);
       barrier.wait(count);
+    }
+    if (few && args.dweight_ih && index == 0) {
+      for (int64_t j = 0; j < k.stacked; ++j) {
+        for (int64_t i = 0; i < a.inputs; ++i) args.dweight_ih[j * a.inputs + i] = right_x[i * k.stacked + j];
+      }
     }
     if (share.together && index == 0) {
       std::memcpy(args.dh, dh[1], size_t(state) * sizeof(float));
@@ -112,7 +123,8 @@ struct Backward {
             a.stats ? a.stats + row * k.stat_width : nullptr, h, c, output + row * units,
             a.cells ? a.cells + row * units : nullptr, doutput ? doutput + row * units : nullptr,
             dh_now + i * units, by_step ? m.direct + i * units : dh_now + i * units, dc ? dc + i * units : nullptr,
-            !apart ? dq_row : writes ? dp + (row - chunk_first) * stacked : m.dp, dq_row, m.scratch},
+            !apart ? dq_row : writes ? dp + (row - chunk_first) * stacked : m.dp, dq_row, m.scratch,
+            (i + stride < past ? stride : s > 0 ? before + first - row : 0) * stacked},
            Sums(k, m.sums));
       if (writes) std::memcpy(h_before + (row - chunk_first) * units, h, size_t(units) * sizeof *h);
     }
@@ -144,14 +156,17 @@ struct Backward {
     const int index = share.index, count = share.count;
     const bool add = end < a.steps;
     const float* x = static_cast<const float*>(a.x) + first * a.inputs;
-    if (args.dweight_ih) pack_shared(x, a.inputs, 1, n, a.inputs, right_x, index, count);
+    const bool few = few_inputs(a);
+    if (args.dweight_ih && !few) pack_shared(x, a.inputs, 1, n, a.inputs, right_x, index, count);
     if (args.dweight_hh) pack_shared(h_before, k.units, 1, n, k.units, right_h, index, count);
     barrier.wait(count);
-    const int64_t blocks = (k.stacked + left_width - 1) / left_width;
-    const int64_t from = blocks * index / count * left_width;
-    const int64_t last = blocks * (index + 1) / count * left_width;
+    const int64_t blocks = (k.stacked + left_block - 1) / left_block;
+    const int64_t from = blocks * index / count * left_block;
+    const int64_t last = blocks * (index + 1) / count * left_block;
     const int64_t to = last < k.stacked ? last : k.stacked;
-    if (args.dweight_ih) {
+    if (args.dweight_ih && few) {
+      if (from < to) multiply_thin(dp, k.stacked, x, n, a.inputs, from, to, right_x, add);
+    } else if (args.dweight_ih) {
       multiply_transposed(dp, k.stacked, {right_x, n, a.inputs}, from, to, args.dweight_ih, a.inputs, add, m.left);
     }
     if (args.dweight_hh) {
@@ -159,11 +174,17 @@ struct Backward {
     }
     if (args.dx) {
       const int64_t mine = n * index / count, past = n * (index + 1) / count;
+      float* dx = static_cast<float*>(args.dx) + first * a.inputs;
+      for (int64_t row = mine; few && row < past; ++row) {
+        for (int64_t i = 0; i < a.inputs; ++i) {
+          dx[row * a.inputs + i] = dot(dp + row * k.stacked, panels_x + i * k.stacked, k.stacked);
+        }
+      }
       constexpr int64_t block = 64;  // rows of dp that stay in the cache while the panels pass
-      for (int64_t row = mine; row < past; row += block) {
+      for (int64_t row = mine; !few && row < past; row += block) {
         multiply(past - row < block ? past - row : block, dp + row * k.stacked, k.stacked,
                  {panels_x, k.stacked, a.inputs}, 0, panel_count(a.inputs),
-                 static_cast<float*>(args.dx) + (first + row) * a.inputs, a.inputs, false);
+                 dx + row * a.inputs, a.inputs, false);
       }
     }
   }
@@ -202,15 +223,15 @@ int recurrent_backward(const nw_recurrent_backward_args* args) {
   float* vectors = memory.take(prepared_size(a));
   if (memory.failed() || !rows) return NW_OUT_OF_MEMORY;
   const Layer k = prepare(a, vectors);
-  const bool recompute = apart && recomputes_input_terms(a);
-  float* panels_x = args->dx ? memory.take(packed_size(k.stacked, a.inputs)) : nullptr;
+  const bool recompute = apart && few_inputs(a);
+  float* panels_x = args->dx ? memory.take(few_inputs(a) ? k.stacked * a.inputs : packed_size(k.stacked, a.inputs)) : nullptr;
   float* panels_h = memory.take(packed_size(k.stacked, k.units));
   float* panels_ih = recompute ? memory.take(packed_size(a.inputs, k.stacked)) : nullptr;
   float* p = recompute ? memory.take(most * k.stacked) : a.input_terms;
   float* dq = memory.take(most * k.stacked);
   float* dp = apart ? memory.take(most * k.stacked) : dq;
   float* h_before = memory.take(most * k.units);
-  float* right_x = memory.take(packed_size(most, a.inputs));
+  float* right_x = memory.take(few_inputs(a) ? k.stacked * a.inputs : packed_size(most, a.inputs));
   float* right_h = memory.take(packed_size(most, k.units));
   float* dh = together ? memory.take(2 * a.batch * k.units) : nullptr;
   float* zeros = memory.take(k.units);

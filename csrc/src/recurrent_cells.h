@@ -7,23 +7,48 @@
 namespace NW_ISA {
 namespace {
 
-// tanh by expm1: e = exp(2|x|) - 1 keeps its digits near 0, tanh|x| = e / (e + 2). Beyond 10 it is 1 in float.
-NW_INLINE vec<float> tanh(vec<float> x) {
-  vec<float> a = x < 0.f ? -x : x;
-  a = a > 10.f ? vec<float>{} + 10.f : a;
+// 1 / x for 1 <= x <= 2^127, within a unit in the last place; a division has several times the latency.
+NW_INLINE vec<float> reciprocal(vec<float> x) {
+#if defined(NW_AVX512)
+  const vec<float> r = (vec<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+  return r + r * (1.f - x * r);
+#else
+  return 1.f / x;
+#endif
+}
+
+// exp(x) = scale * (1 + p), p = exp(r) - 1 by Taylor to r^7, |r| <= ln(2)/2: relative error below 1.5e-7.
+// ln(2) is split in two so that r keeps its digits; |x| <= 87.
+NW_INLINE vec<float> exp_minus_one(vec<float> x, vec<float>& scale) {
   const float to_integer = 12582912.f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  vec<float> k = (a * 2.88539008f + to_integer) - to_integer;
-  vec<float> r = (2.f * a - k * 0.693359375f) + k * 2.12194440e-4f;
+  const vec<float> k = (x * 1.44269504f + to_integer) - to_integer;
+  const vec<float> r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
   vec<float> p = vec<float>{} + 1.f / 5040;
   p = p * r + 1.f / 720;
   p = p * r + 1.f / 120;
   p = p * r + 1.f / 24;
   p = p * r + 1.f / 6;
   p = p * r + 0.5f;
-  p = p * r * r + r;  // exp(r) - 1
-  vec<float> scale = (vec<float>)((__builtin_convertvector(k, vmask<float>) + 127) << 23);
-  vec<float> e = p * scale + (scale - 1.f);
-  vec<float> y = e / (e + 2.f);
+  scale = (vec<float>)((__builtin_convertvector(k, vmask<float>) + 127) << 23);
+  return p * (r * r) + r;
+}
+
+NW_INLINE vec<float> gate(vec<float> z) {
+  vec<float> x = z < -87.f ? vec<float>{} - 87.f : z;
+  x = x > 87.f ? vec<float>{} + 87.f : x;
+  vec<float> scale;
+  const vec<float> p = exp_minus_one(-x, scale);
+  return reciprocal(p * scale + (scale + 1.f));
+}
+
+// With e = exp(2|x|) - 1, which keeps its digits near 0, tanh|x| = e / (e + 2). Beyond 10 it is 1 in float.
+NW_INLINE vec<float> tanh(vec<float> x) {
+  vec<float> a = x < 0.f ? -x : x;
+  a = a > 10.f ? vec<float>{} + 10.f : a;
+  vec<float> scale;
+  const vec<float> p = exp_minus_one(2.f * a, scale);
+  const vec<float> e = p * scale + (scale - 1.f);
+  const vec<float> y = e * reciprocal(e + 2.f);
   return x < 0.f ? -y : y;
 }
 
@@ -135,10 +160,10 @@ template <int terms, bool normalized> void lstm_forward(const Layer& k, const Fo
   const RowStats s = measure_row<terms>(k, r.p, r.q, r.stats);
   const int64_t n = k.units;
   sweep<float>(n, [&](int64_t j, auto part) NW_LAMBDA {
-    const vec<float> i = sigmoid<float>(summed<terms>(k, s, r.p, r.q, 0, j, part));
-    const vec<float> f = sigmoid<float>(summed<terms>(k, s, r.p, r.q, 1, j, part));
+    const vec<float> i = gate(summed<terms>(k, s, r.p, r.q, 0, j, part));
+    const vec<float> f = gate(summed<terms>(k, s, r.p, r.q, 1, j, part));
     const vec<float> g = tanh(summed<terms>(k, s, r.p, r.q, 2, j, part));
-    const vec<float> o = sigmoid<float>(summed<terms>(k, s, r.p, r.q, 3, j, part));
+    const vec<float> o = gate(summed<terms>(k, s, r.p, r.q, 3, j, part));
     const vec<float> c = f * load(r.c + j, part) + i * g;
     store(r.c + j, c, part);
     if constexpr (normalized) {
@@ -178,16 +203,16 @@ template <int terms> void gru_forward(const Layer& k, const ForwardRow& r) {
   sweep<float>(k.units, [&](int64_t j, auto part) NW_LAMBDA {
     vec<float> candidate, z;
     if (k.hidden_apart) {
-      const vec<float> reset = sigmoid<float>(input_term<terms>(k, s, r.p, 0, j, part) +
+      const vec<float> reset = gate(input_term<terms>(k, s, r.p, 0, j, part) +
                                               hidden_term<terms>(k, s, r.q, 0, j, part));
       z = input_term<terms>(k, s, r.p, 1, j, part) + hidden_term<terms>(k, s, r.q, 1, j, part);
       candidate = tanh(input_term<terms>(k, s, r.p, 2, j, part) + reset * hidden_term<terms>(k, s, r.q, 2, j, part));
     } else {
-      const vec<float> reset = sigmoid<float>(summed<terms>(k, s, r.p, r.q, 0, j, part));
+      const vec<float> reset = gate(summed<terms>(k, s, r.p, r.q, 0, j, part));
       z = summed<terms>(k, s, r.p, r.q, 1, j, part);
       candidate = tanh(reset * summed<terms>(k, s, r.p, r.q, 2, j, part));
     }
-    const vec<float> old = keeps(k, sigmoid<float>(z + k.update_offset));
+    const vec<float> old = keeps(k, gate(z + k.update_offset));
     give(r, j, old * load(r.h + j, part) + (1.f - old) * candidate, part);
   });
 }

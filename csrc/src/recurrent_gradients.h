@@ -32,12 +32,21 @@ struct BackwardRow {
   float* dp;             // stacked: filled; the same as dq unless p and q are apart
   float* dq;             // stacked: filled
   float* scratch;        // 2 * stacked + 2 * units
+  int64_t ahead;         // from p and q to those of the row that comes next
 };
 using BackwardCell = void (*)(const Layer&, const BackwardRow&, const Sums&);
 
 template <class Part> NW_INLINE vec<float> dh_of(const BackwardRow& r, int64_t j, Part part) {
   const vec<float> dh = load(r.dh + j, part);
   return r.doutput ? dh + load(r.doutput + j, part) : dh;
+}
+
+// What the forward kept lies in memory row by row in an order that the processor does not foresee.
+template <int terms> NW_INLINE void fetch_next(const Layer& k, const BackwardRow& r, int64_t j) {
+  for (int g = 0; g < k.gates; ++g) {
+    __builtin_prefetch(r.q + r.ahead + g * k.units + j);
+    if (terms == NW_SEPARATE || k.hidden_apart) __builtin_prefetch(r.p + r.ahead + g * k.units + j);
+  }
 }
 
 NW_INLINE void add_row(float* sum, const float* v, int64_t n) {
@@ -101,15 +110,16 @@ template <int terms, bool normalized> void lstm_backward(const Layer& k, const B
     store(r.dc + j, dc * f, part);
   };
   sweep<float>(n, [&](int64_t j, auto part) NW_LAMBDA {
+    fetch_next<terms>(k, r, j);
     vec<float> i, f, g, o;
     if constexpr (terms == NW_PLAIN) {
       i = load(r.q + j, part), f = load(r.q + n + j, part);
       g = load(r.q + 2 * n + j, part), o = load(r.q + 3 * n + j, part);
     } else {
-      i = sigmoid<float>(summed<terms>(k, s, r.p, r.q, 0, j, part));
-      f = sigmoid<float>(summed<terms>(k, s, r.p, r.q, 1, j, part));
+      i = gate(summed<terms>(k, s, r.p, r.q, 0, j, part));
+      f = gate(summed<terms>(k, s, r.p, r.q, 1, j, part));
       g = tanh(summed<terms>(k, s, r.p, r.q, 2, j, part));
-      o = sigmoid<float>(summed<terms>(k, s, r.p, r.q, 3, j, part));
+      o = gate(summed<terms>(k, s, r.p, r.q, 3, j, part));
     }
     const vec<float> dh = dh_of(r, j, part);
     if constexpr (normalized) {
@@ -152,19 +162,20 @@ template <int terms> void gru_backward(const Layer& k, const BackwardRow& r, con
   float* dz_ih = terms == NW_PLAIN && k.hidden_apart ? r.dp : gradient_row<terms>(r);
   float* dz_hh = terms == NW_PLAIN ? r.dq : r.scratch + k.stacked;
   sweep<float>(n, [&](int64_t j, auto part) NW_LAMBDA {
+    fetch_next<terms>(k, r, j);
     vec<float> reset, z, hidden, candidate;
     if (k.hidden_apart) {
-      reset = sigmoid<float>(input_term<terms>(k, s, r.p, 0, j, part) + hidden_term<terms>(k, s, r.q, 0, j, part));
+      reset = gate(input_term<terms>(k, s, r.p, 0, j, part) + hidden_term<terms>(k, s, r.q, 0, j, part));
       z = input_term<terms>(k, s, r.p, 1, j, part) + hidden_term<terms>(k, s, r.q, 1, j, part);
       hidden = hidden_term<terms>(k, s, r.q, 2, j, part);
       candidate = tanh(input_term<terms>(k, s, r.p, 2, j, part) + reset * hidden);
     } else {
-      reset = sigmoid<float>(summed<terms>(k, s, r.p, r.q, 0, j, part));
+      reset = gate(summed<terms>(k, s, r.p, r.q, 0, j, part));
       z = summed<terms>(k, s, r.p, r.q, 1, j, part);
       hidden = summed<terms>(k, s, r.p, r.q, 2, j, part);
       candidate = tanh(reset * hidden);
     }
-    z = sigmoid<float>(z + k.update_offset);
+    z = gate(z + k.update_offset);
     const vec<float> old = keeps(k, z), dh = dh_of(r, j, part);
     vec<float> dz = dh * (load(r.h_before + j, part) - candidate) * (z * (1.f - z));
     if (k.update_paper) dz = -dz;
