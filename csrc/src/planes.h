@@ -28,7 +28,10 @@ void normalize(const T* x, const T* residual, T* y, const Region& r, const Line<
     const uint8_t* mask = r.mask ? r.mask + p * r.mask_stride : nullptr;
     sweep<C>(r.length, [&](int64_t i, auto part) NW_LAMBDA {
       vec<C> z = line.centre.distance(load(x + at + i, part)) * line.scale + line.shift;
-      if (ahead) prefetch_l2(x + at + i + ahead);
+      if (ahead) {
+        prefetch_l2(x + at + i + ahead);
+        prefetch_l2(y + at + i + ahead);
+      }
       if (residual) z += load(residual + at + i, part);
       z = act_value<act, C>(z);
       if (mask) z = load_valid<C>(mask + i, part) ? z : vec<C>{};
@@ -116,6 +119,7 @@ void input_gradient(const Gradient<T>& gradient, int64_t start, const Region& r,
       if (ahead) {
         prefetch_l2(gradient.x + at + i + ahead);
         prefetch_l2(gradient.dy + at + i + ahead);
+        prefetch_l2(dx + at + i + ahead);
       }
       if (mask) d = load_valid<C>(mask + i, part) ? d : vec<C>{};
       store(dx + at + i, d, part);
