@@ -101,20 +101,29 @@ struct Panels {
   const float* at(int64_t panel) const { return data + panel * panel_width * depth; }
 };
 
-// Panel `p` of the matrix b[k * k_stride + n * n_stride]; what is past its columns becomes 0.
+// Panel `p` of the matrix b[k * k_stride + n * n_stride], one of the strides being 1; what is past its columns becomes 0.
 inline void pack_panel(const float* b, int64_t k_stride, int64_t n_stride, int64_t depth, int64_t columns, int64_t p,
                        float* panels) {
   const int64_t from = p * panel_width;
   const int64_t width = columns - from < panel_width ? columns - from : panel_width;
   float* to = panels + from * depth;
   const float* source = b + from * n_stride;
-  for (int64_t k = 0; k < depth; ++k, to += panel_width, source += k_stride) {
-    if (n_stride == 1) {
-      std::memcpy(to, source, size_t(width) * sizeof *to);
-    } else {
-      for (int64_t n = 0; n < width; ++n) to[n] = source[n * n_stride];
+  if (width < panel_width) std::memset(to, 0, size_t(depth * panel_width) * sizeof *to);
+  if (n_stride == 1) {
+    for (int64_t k = 0; k < depth; ++k) {
+      std::memcpy(to + k * panel_width, source + k * k_stride, size_t(width) * sizeof *to);
     }
-    for (int64_t n = width; n < panel_width; ++n) to[n] = 0.f;
+    return;
+  }
+  constexpr int64_t line = 16;  // floats: each line of the source is read once
+  int64_t k = 0;
+  for (; k + line <= depth; k += line) {
+    for (int64_t n = 0; n < width; ++n) {
+      for (int64_t i = 0; i < line; ++i) to[(k + i) * panel_width + n] = source[n * n_stride + k + i];
+    }
+  }
+  for (; k < depth; ++k) {
+    for (int64_t n = 0; n < width; ++n) to[k * panel_width + n] = source[n * n_stride + k];
   }
 }
 

@@ -59,21 +59,23 @@ NW_INLINE void norm_gradient(const Layer& k, const float* dz, const float* v, co
   for (int g = 0; g < k.group_count; ++g) {
     const int64_t from = k.group_from[g] * k.units, n = k.group_from[g + 1] * k.units - from;
     const Stat s = by_gate[k.group_from[g]];
-    vec<float> one[4] = {}, hat[4] = {};
+    vec<float> one[4] = {}, along[4] = {};
     sweep_sums<float>(n, [&](int64_t j, auto part, int at) NW_LAMBDA {
       const int64_t i = from + j;
-      const vec<float> d = load(dz + i, part), h = (load(v + i, part) - s.mean) * s.rstd;
-      store(dgain + i, load(dgain + i, part) + d * h, part);
+      const vec<float> d = load(dz + i, part), centred = load(v + i, part) - s.mean;
+      store(dgain + i, load(dgain + i, part) + (d * s.rstd) * centred, part);
       const vec<float> w = d * load(gain + i, part);
       one[at] += w;
-      hat[at] += w * h;
+      along[at] += w * centred;
     });
-    const float all = k.center ? sum_lanes<float>((one[0] + one[1]) + (one[2] + one[3])) / float(n) : 0.f;
-    const float along = sum_lanes<float>((hat[0] + hat[1]) + (hat[2] + hat[3])) / float(n);
+    // dv = rstd * (w - avg(w) - hat * avg(w * hat)) with hat = centred * rstd
+    const float scale = -s.rstd / float(n);
+    const float shift = k.center ? scale * sum_lanes<float>((one[0] + one[1]) + (one[2] + one[3])) : 0.f;
+    const float tilt = scale * s.rstd * s.rstd * sum_lanes<float>((along[0] + along[1]) + (along[2] + along[3]));
     sweep<float>(n, [&](int64_t j, auto part) NW_LAMBDA {
       const int64_t i = from + j;
-      const vec<float> h = (load(v + i, part) - s.mean) * s.rstd;
-      store(dv + i, s.rstd * (load(dz + i, part) * load(gain + i, part) - all - h * along), part);
+      const vec<float> rest = (load(v + i, part) - s.mean) * tilt + shift;
+      store(dv + i, load(dz + i, part) * (s.rstd * load(gain + i, part)) + rest, part);
     });
   }
 }
