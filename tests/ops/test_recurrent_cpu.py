@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 
@@ -107,27 +109,37 @@ def test_a_second_derivative_is_the_references(cell, name, norm):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(("steps", "batch", "hidden"), [(1, 1, 1), (70, 1, 33), (9, 17, 20), (3, 0, 4)])
 def test_layers_of_odd_sizes_are_as_exact_as_atens_loop(steps, batch, hidden, threads):
-    """Norms of small deviations magnify roundings over many steps, so the loop in float32 is the measure."""
+    """Norms of small deviations magnify roundings over many steps, so ATen's loop in float32 is the measure.
+
+    Of one draw either may be several times the luckier: the median over draws and tensors is held to 1.5 times the
+    loop's error, and each single error to what no wrong formula would keep to.
+    """
     torch.set_num_threads(threads)
-    layer = normwise.LSTM(INPUT, hidden, 2, bidirectional=True)
-    exact = normwise.LSTM(INPUT, hidden, 2, bidirectional=True, dtype=torch.float64)
-    exact.load_state_dict(layer.state_dict())
-    x, upstream = torch.randn(steps, batch, INPUT), torch.randn(steps, batch, 2 * hidden)
+    ratios = []
+    for _ in range(4):
+        layer = normwise.LSTM(INPUT, hidden, 2, bidirectional=True)
+        exact = normwise.LSTM(INPUT, hidden, 2, bidirectional=True, dtype=torch.float64)
+        exact.load_state_dict(layer.state_dict())
+        x, upstream = torch.randn(steps, batch, INPUT), torch.randn(steps, batch, 2 * hidden)
+        results = [differentiated(net, backend, x, upstream) for net, backend in ((layer, "cpu"), (layer, "torch"))]
+        for fast, loop, truth in zip(*results, differentiated(exact, None, x, upstream), strict=True):
+            assert fast.shape == truth.shape
+            if not truth.numel():
+                continue
+            rounding = 64 * torch.finfo(torch.float32).eps * max(1.0, truth.abs().max().item())
+            error, loops_error = ((t - truth).abs().max().item() for t in (fast, loop))
+            assert error <= 16 * loops_error + rounding
+            ratios.append(max(error, rounding) / max(loops_error, rounding))
+    assert not ratios or statistics.median(ratios) <= 1.5
 
-    def run(net, backend):
-        given = x.to(net.weight_ih_l0.dtype).requires_grad_()
-        with normwise.backend(backend):
-            output, states = net(given)
-        grads = torch.autograd.grad(output, [given, *net.parameters()], upstream.to(output.dtype))
-        return [output, *states, *grads]
 
-    for fast, loop, truth in zip(run(layer, "cpu"), run(layer, "torch"), run(exact, None), strict=True):
-        assert fast.shape == truth.shape
-        if not truth.numel():
-            continue
-        scale = max(1.0, truth.abs().max().item())
-        allowed = 4 * (loop - truth).abs().max().item() + 64 * torch.finfo(torch.float32).eps * scale
-        assert (fast - truth).abs().max().item() <= allowed
+def differentiated(layer, backend, x, upstream):
+    """Output, final states and all gradients."""
+    given = x.to(layer.weight_ih_l0.dtype).requires_grad_()
+    with normwise.backend(backend):
+        output, states = layer(given)
+    grads = torch.autograd.grad(output, [given, *layer.parameters()], upstream.to(output.dtype))
+    return [output, *states, *grads]
 
 
 @pytest.mark.parametrize(
