@@ -114,15 +114,17 @@ def test_layers_of_odd_sizes_are_as_exact_as_atens_loop(steps, batch, hidden, th
     Of one draw either may be several times the luckier: the median over draws and tensors is held to 1.5 times the
     loop's error, and each single error to what no wrong formula would keep to.
     """
-    torch.set_num_threads(threads)
     ratios = []
     for _ in range(4):
         layer = normwise.LSTM(INPUT, hidden, 2, bidirectional=True)
         exact = normwise.LSTM(INPUT, hidden, 2, bidirectional=True, dtype=torch.float64)
         exact.load_state_dict(layer.state_dict())
         x, upstream = torch.randn(steps, batch, INPUT), torch.randn(steps, batch, 2 * hidden)
-        results = [differentiated(net, backend, x, upstream) for net, backend in ((layer, "cpu"), (layer, "torch"))]
-        for fast, loop, truth in zip(*results, differentiated(exact, None, x, upstream), strict=True):
+        torch.set_num_threads(threads)
+        compiled = differentiated(layer, "cpu", x, upstream)
+        torch.set_num_threads(1)
+        by_loop, exactly = differentiated(layer, "torch", x, upstream), differentiated(exact, None, x, upstream)
+        for fast, loop, truth in zip(compiled, by_loop, exactly, strict=True):
             assert fast.shape == truth.shape
             if not truth.numel():
                 continue
