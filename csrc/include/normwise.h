@@ -40,6 +40,8 @@ const char* nw_isa(void);
 int nw_use_isa(const char* name);
 /* How many OpenMP threads a parallel region asked for `threads` really gets (1 in a build without OpenMP). */
 int nw_threads(int threads);
+/* 1 if |mean[i] * rstd[i]| > limit for any of n elements, else 0: whether x * a + b would cancel digits there. */
+int nw_mean_exceeds(const float* mean, const float* rstd, int64_t n, double limit);
 /* sizeof() of the argument structs in the order of this file, so that a binding can check its own layout. */
 int64_t nw_struct_size(int which);
 

@@ -86,6 +86,15 @@ NW_EXPORT int nw_threads(int threads) {
   return got;
 }
 
+NW_EXPORT int nw_mean_exceeds(const float* mean, const float* rstd, int64_t n, double limit) {
+  int found = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double ratio = double(mean[i]) * double(rstd[i]);
+    found |= ratio > limit || ratio < -limit;
+  }
+  return found;
+}
+
 NW_EXPORT int64_t nw_struct_size(int which) {
   const int64_t sizes[] = {sizeof(nw_rows_forward_args),   sizeof(nw_rows_backward_args),
                            sizeof(nw_groups_forward_args), sizeof(nw_groups_backward_args),

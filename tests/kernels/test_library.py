@@ -183,3 +183,11 @@ def test_a_thousand_calls_leave_memory_flat() -> None:
         "[step() for _ in range(100)]; before = peak(); [step() for _ in range(1000)]; print(peak() - before)"
     )
     assert int(told) < 2048, f"{told} KiB more"
+
+
+@needs_library
+def test_where_a_mean_dwarfs_the_deviation() -> None:
+    mean, rstd = torch.tensor([1.0, -70.0, 2.0]), torch.tensor([1.0, 0.5, 3.0])
+    assert cpu.mean_exceeds(mean, rstd, 34.9)
+    assert not cpu.mean_exceeds(mean, rstd, 35.1)
+    assert not cpu.mean_exceeds(mean[:0], rstd[:0], 1.0)

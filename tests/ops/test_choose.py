@@ -139,3 +139,15 @@ def test_every_backend_is_accounted_for() -> None:
     assert set(states) == set(BACKENDS)
     assert states["torch"] is None
     assert states["reference"] is None
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4])
+def test_small_inputs_take_atens_call_unless_it_loses_digits(shift: float) -> None:
+    small = torch.randn(8, 16) + shift
+    exact = torch.nn.functional.layer_norm(small.double(), (16,))
+    assert (normwise.functional.layer_norm(small, (16,)) - exact).abs().max() < 1e-5
+    averages = torch.zeros(16), torch.ones(16)
+    y = normwise.functional.batch_norm(small, *averages, training=True, momentum=1.0)
+    assert (y - torch.nn.functional.batch_norm(small.double(), None, None, training=True)).abs().max() < 1e-5
+    torch.testing.assert_close(averages[0], small.mean(0))
+    torch.testing.assert_close(averages[1].double(), small.double().var(0), rtol=1e-5, atol=0)

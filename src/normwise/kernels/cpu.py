@@ -75,6 +75,11 @@ def obstacle(x: Tensor) -> str | None:
     return why_not()
 
 
+def mean_exceeds(mean: Tensor, rstd: Tensor, limit: float) -> bool:
+    """Whether any |mean * rstd| is above `limit`; both float32, contiguous and on the CPU."""
+    return bool(_library().nw_mean_exceeds(mean.data_ptr(), rstd.data_ptr(), mean.numel(), limit))
+
+
 # --- rows ----------------------------------------------------------------------------------------------------------
 
 
@@ -161,8 +166,8 @@ def rows_backward(
         dsum = _like(dsum, s)
     mask = _bytes(mask, rows)
     ds = torch.empty_like(s)
-    dweight = None if weight is None else torch.empty(cols, dtype=wide)
-    dbias = None if bias is None else torch.empty(cols, dtype=wide)
+    dweight = None if weight is None else torch.empty_like(weight)
+    dbias = None if bias is None else torch.empty_like(bias)
     at = stats.data_ptr()
     _rows_backward(
         _ROWS_BACKWARD.pack(
@@ -263,8 +268,8 @@ def groups_backward(
     if residual is not None:
         residual = _like(residual, x)
         dresidual = dy if act is None and mask is None else torch.empty_like(x)
-    dweight = None if weight is None else torch.empty(channels, dtype=wide)
-    dbias = None if bias is None else torch.empty(channels, dtype=wide)
+    dweight = None if weight is None else torch.empty_like(weight)
+    dbias = None if bias is None else torch.empty_like(bias)
     at = stats.data_ptr()
     _groups_backward(
         _GROUPS_BACKWARD.pack(
@@ -377,8 +382,8 @@ def channels_backward(
     if residual is not None:
         residual = _like(residual, x)
         dresidual = dy if act is None and mask is None else torch.empty_like(x)
-    dweight = None if weight is None else torch.empty(channels, dtype=wide)
-    dbias = None if bias is None else torch.empty(channels, dtype=wide)
+    dweight = None if weight is None else torch.empty_like(weight)
+    dbias = None if bias is None else torch.empty_like(bias)
     at = stats.data_ptr()
     _channels_backward(
         _CHANNELS_BACKWARD.pack(
@@ -456,7 +461,7 @@ def _vector(t: Tensor | None, dtype: torch.dtype, size: int) -> Tensor | None:
         return None
     if t.numel() != size:
         raise ValueError(f"expected a vector of {size} elements, but got one of shape {tuple(t.shape)}")
-    return t.to(dtype).contiguous()
+    return t if t.dtype == dtype and t.is_contiguous() else t.to(dtype).contiguous()
 
 
 def _check_running(t: Tensor | None, dtype: torch.dtype, size: int) -> None:

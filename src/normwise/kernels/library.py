@@ -41,6 +41,7 @@ def load() -> Loaded:
     library.nw_isa.restype = ctypes.c_char_p
     library.nw_use_isa.argtypes = [ctypes.c_char_p]
     library.nw_struct_size.restype = ctypes.c_int64
+    library.nw_mean_exceeds.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_double]
     found = library.nw_abi()
     if found != ABI:
         return Loaded(None, f"{path} was built for another version of normwise (ABI {found}, not {ABI}): reinstall it")

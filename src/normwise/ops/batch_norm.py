@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.ops import check, compiled, ragged, running
-from normwise.ops.choose import Call, choose, loses_digits, values_visible, watches_digits
+from normwise.ops.choose import Call, choose, loses_digits, small, values_visible, watches_digits
 from normwise.ops.norm import norm
 from normwise.reference import activation, count_valid
 
@@ -73,6 +73,10 @@ def batch_norm(
         return ragged.by_rows(rows, input, mask=mask, lengths=lengths, residual=residual)  # type: ignore[no-any-return]
     assert isinstance(input, Tensor)
     x = input
+    if training and mask is None and lengths is None and act is None and residual is None and small(x):
+        by_aten = _small(x, running_mean, running_var, weight, bias, momentum, eps)
+        if by_aten is not None:
+            return by_aten
     check.floating("batch_norm", x)
     check.positive_eps(eps)
     if not isinstance(momentum, Tensor):
@@ -185,6 +189,38 @@ def _compiled(call: Call, bias: Tensor | None, momentum: float | Tensor, eps: fl
         eps,
         act,
     )
+
+
+def _small(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+) -> Tensor | None:
+    """ATen's result in training without further ado; None, and nothing moved, where it takes more to say what is
+    right, or wrong."""
+    if x.dim() < 2 or x.numel() == x.shape[1] or type(momentum) is not float or not 0 <= momentum <= 1 or not eps > 0:
+        return None
+    if running_mean is None or running_var is None:
+        return None
+    per_channel = (x.shape[1],)
+    if any(t is not None and t.shape != per_channel for t in (running_mean, running_var, weight, bias)):
+        return None  # this form of ATen's op does not look
+    before = running_mean.clone(), running_var.clone()
+    # `.data`: see `_aten`.
+    moved = running_mean.data, running_var.data
+    try:
+        y, mean, rstd = torch.native_batch_norm(x, weight, bias, *moved, True, momentum, eps)
+    except RuntimeError:
+        return None  # the full path says what does not fit
+    if loses_digits(mean, rstd):
+        for average, old in zip(moved, before, strict=True):
+            average.copy_(old)
+        return None
+    return y
 
 
 def _aten(

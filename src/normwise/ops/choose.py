@@ -32,6 +32,9 @@ MEAN_TO_DEVIATION_LIMIT = 32.0
 # thread; up to this many elements the error of that sum stays within a few float32 roundings.
 RUNNING_SUM_LIMIT = 1 << 14
 
+# Elements up to which ATen's own call and gradient take less time than an autograd function written in Python.
+SMALL = 1 << 14
+
 
 class BackendError(RuntimeError):
     """A forced backend cannot run the call."""
@@ -142,8 +145,25 @@ def watches_digits(x: Tensor) -> bool:
     return _Forced.name is None and x.device.type == "cpu" and x.numel() > 0 and values_visible(x)
 
 
+def small(x: Tensor) -> bool:
+    """Whether a call with nothing but an input and parameters is so small that calling ATen costs less than anything
+    that Python does: where no backend is forced and no compiler or transform looks on."""
+    return (
+        type(x) is Tensor
+        and x.dtype is torch.float32
+        and 0 < x.numel() <= SMALL
+        and x.is_cpu
+        and not x.is_nested
+        and _Forced.name is None
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
 def loses_digits(mean: Tensor, rstd: Tensor) -> bool:
     """Whether ATen lost digits to cancellation with these statistics."""
+    if mean.dtype is torch.float32 and mean.is_cpu and cpu.available():
+        return cpu.mean_exceeds(mean.contiguous(), rstd.contiguous(), MEAN_TO_DEVIATION_LIMIT)
     return bool((mean.abs() * rstd).amax() > MEAN_TO_DEVIATION_LIMIT)
 
 

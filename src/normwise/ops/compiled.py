@@ -233,4 +233,8 @@ def _through(act: Callable[[Tensor], Tensor], z: Tensor, dy: Tensor) -> Tensor:
 
 def _as(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
     """A gain's or bias's gradient in its own dtype and shape."""
-    return None if grad is None or parameter is None else grad.to(parameter.dtype).view(parameter.shape)
+    if grad is None or parameter is None:
+        return None
+    if grad.dtype == parameter.dtype and grad.shape == parameter.shape:
+        return grad
+    return grad.to(parameter.dtype).view(parameter.shape)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops.choose import loses_digits, watches_digits
+from normwise.ops.choose import loses_digits, small, watches_digits
 from normwise.ops.features import feature_norm
 
 
@@ -50,6 +50,10 @@ def layer_norm(
 
     Source: Ba, Kiros & Hinton 2016, eq. 3 and 4.
     """
+    if dim is None and mask is None and lengths is None and act is None and residual is None and eps > 0:
+        y = _small(input, normalized_shape, weight, bias, eps)
+        if y is not None:
+            return y
     return feature_norm(  # type: ignore[no-any-return]
         "layer_norm",
         _aten,
@@ -65,6 +69,19 @@ def layer_norm(
         act=act,
         residual=residual,
     )
+
+
+def _small(
+    x: Tensor | PackedSequence, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor | None:
+    """ATen's result without further ado; None where it takes more to say what is right, or wrong."""
+    if not isinstance(x, Tensor) or not small(x):
+        return None
+    try:
+        y, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
+    except (RuntimeError, TypeError):
+        return None  # the full path says what does not fit
+    return None if loses_digits(mean, rstd) else y
 
 
 def _aten(
