@@ -1,0 +1,166 @@
+"""The recurrent kernels against the reference in float64, over sizes that fill tiles, panels and vectors and that do
+not, every number of threads, every instruction set, and memory full of NaN."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from normwise.kernels import recurrent as kernels
+from normwise.kernels.library import load
+from normwise.ops.recurrent_cpu import _kernel_weights, _layer
+from normwise.reference.recurrence import PRESETS, Recurrence, Weights, preset
+from normwise.reference.recurrent import recurrence
+from recurrences import random_weights
+
+# (T, B, I, H): one of everything; partial vectors; whole panels and a rest; few samples and many units, which threads
+# share; more rows than a chunk; no sample.
+SIZES = [
+    (1, 1, 1, 1),
+    (2, 3, 7, 7),
+    (5, 7, 3, 3),
+    (33, 2, 3, 31),
+    (3, 9, 63, 63),
+    (4, 1, 7, 160),
+    (3, 4, 63, 130),
+    (24, 33, 2, 17),
+]
+EMPTY = (3, 0, 5, 6)
+
+HOWS: dict[str, Recurrence] = {f"{cell} plain": Recurrence(cell, None) for cell in PRESETS} | {
+    f"{cell} {name}": how for cell, presets in PRESETS.items() for name, how in presets.items() if how.norm != "batch"
+}
+HOWS["lstm rms"] = preset("lstm", "rms")
+HOWS["gru paper"] = replace(PRESETS["gru"]["ba2016"], update_gate="paper")
+HOWS["gru plain candidate"] = Recurrence("gru", None, reset_gate="candidate")
+HOWS["gru candidate"] = replace(PRESETS["gru"]["haste"], reset_gate="candidate")
+HOWS["rnn relu"] = Recurrence("rnn", None, nonlinearity="relu")
+
+
+class Sample:
+    """Inputs of one call, its gradients from above, and what comes of them: exactly, and by a loop in float32."""
+
+    def __init__(self, how: Recurrence, size: tuple[int, int, int, int], *, reverse: bool = False) -> None:
+        self.how, (self.steps, self.batch, self.inputs, self.units) = how, size
+        shapes = how.shapes(self.inputs, self.units)
+        # Half the size, or long recurrences are chaotic and no two orders of summation agree.
+        self.weights = Weights(**{name: w.float() / 2 for name, w in random_weights(shapes).items()})
+        self.x = torch.randn(self.steps, self.batch, self.inputs)
+        self.h0 = torch.randn(self.batch, self.units)
+        self.c0 = torch.randn(self.batch, self.units) if how.cell == "lstm" else None
+        self.order = kernels.Steps(self.steps, self.batch, reverse=reverse)
+        self.upstream = [torch.randn(self.steps, self.batch, self.units)]
+        self.upstream += [torch.randn_like(t) for t in (self.h0, self.c0) if t is not None]
+        self.truth, self.eager = self.by_loop(torch.float64), self.by_loop(torch.float32)
+
+    def by_loop(self, dtype: torch.dtype) -> list[Tensor]:
+        """Output, final state and all gradients by the reference."""
+        tensors = (self.x, self.h0, self.c0, *self.weights)
+        at = [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
+        found = recurrence(*at[:3], Weights(*at[3:]), self.how, reverse=self.order.reverse)
+        outputs = [t for t in (found.output, found.h, found.c) if t is not None]
+        leaves, upstream = [t for t in at if t is not None], [g.to(dtype) for g in self.upstream]
+        return [t.detach() for t in outputs] + list(torch.autograd.grad(outputs, leaves, upstream))
+
+    def by_kernel(self, threads: int) -> list[Tensor]:
+        """The same by the kernels."""
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            given = _layer(self.how), _kernel_weights(self.weights), self.x.flatten(0, 1), self.h0, self.c0, self.order
+            found = kernels.forward(*given, save=True)
+            again = kernels.forward(*given, save=False)
+            assert torch.equal(found.output, again.output)  # keeping values changes none
+            doutput, *dstate = self.upstream
+            dstate += [None] * (2 - len(dstate))
+            back = kernels.backward(*given, found.output, found.saved, doutput.flatten(0, 1), *dstate)
+        finally:
+            torch.set_num_threads(before)
+        of = dict(back.weights._asdict(), gain_sum=back.weights.gain_hh)
+        weights = [of[name] for name, w in self.weights._asdict().items() if w is not None]
+        found_first = found.output.view_as(self.upstream[0]), found.h, found.c, back.x.view_as(self.x), back.h0, back.c0
+        return [t for t in found_first if t is not None] + weights
+
+    def check(self, threads: int) -> None:
+        """As exact as the loop in float32, up to the luck of rounding: errors are shares of the largest element."""
+        scale = max((float(t.abs().max()) for t in self.truth if t.numel()), default=1.0)
+        for got, eager, true in zip(self.by_kernel(threads), self.eager, self.truth, strict=True):
+            assert got.shape == true.shape
+            if true.numel():
+                size = max(float(true.abs().max()), 1e-3 * scale, 1e-30)
+                error, allowed = (float((t.double() - true).abs().max()) / size for t in (got, eager))
+                assert error <= 3e-5 + 5 * allowed  # fails for NaN too
+
+
+@pytest.mark.parametrize("size", [*SIZES, EMPTY], ids=str)
+@pytest.mark.parametrize("name", HOWS)
+def test_the_kernels_are_the_reference(name: str, size: tuple[int, int, int, int]) -> None:
+    if size[3] == 1 and HOWS[name].norm == "layer":
+        pytest.skip("the layer norm of one number is 0, and its gradient in float the rounding error of 0")
+    sample = Sample(HOWS[name], size)
+    for threads in (1, 2):
+        sample.check(threads)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 4])
+@pytest.mark.parametrize("name", ["lstm ba2016", "lstm plain", "gru ba2016", "gru plain", "rnn ba2016"])
+def test_every_instruction_set_and_number_of_threads(name: str, threads: int, isa: str) -> None:
+    for size in [(3, 9, 63, 63), (3, 4, 63, 130), (24, 33, 2, 17)]:
+        sample = Sample(HOWS[name], size, reverse=True)
+        sample.check(threads)
+
+
+def test_outputs_do_not_depend_on_the_number_of_threads() -> None:
+    sample = Sample(HOWS["lstm ba2016"], (12, 9, 40, 200))
+    one = sample.by_kernel(1)[:3]
+    for threads in (2, 3, 4):
+        assert all(torch.equal(a, b) for a, b in zip(one, sample.by_kernel(threads)[:3], strict=True))
+
+
+def test_long_sequences_are_as_exact_as_an_eager_loop() -> None:
+    sample = Sample(HOWS["lstm ba2016"], (1000, 2, 8, 24))
+
+    def error(found: list[Tensor]) -> float:
+        return max(float((f.double() - t).norm() / t.norm()) for f, t in zip(found, sample.truth, strict=True))
+
+    assert error(sample.by_kernel(2)) <= 1.5 * error(sample.eager)
+
+
+def test_memory_stays_flat() -> None:
+    sample = Sample(HOWS["lstm ba2016"], (2, 3, 7, 33))
+
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1])
+
+    try:
+        resident()
+    except OSError:
+        pytest.skip("no /proc to read the memory's size from")
+    for _ in range(200):
+        sample.by_kernel(1)
+    before = resident()
+    for _ in range(1000):
+        sample.by_kernel(1)
+    assert resident() - before < 512  # pages of 4 KiB: what Python itself may take
+
+
+def test_what_is_refused() -> None:
+    sample = Sample(HOWS["lstm plain"], (2, 3, 4, 5))
+    given = [_layer(sample.how), _kernel_weights(sample.weights), sample.x.flatten(0, 1), sample.h0, sample.c0]
+    with pytest.raises(ValueError, match=r"x: expected \(6, 4\) of torch.float32 on the CPU, but got \(5, 4\)"):
+        kernels.forward(given[0], given[1], given[2][:5], *given[3:], sample.order, save=False)
+    grown = kernels.Steps(2, 3, torch.tensor([2, 3]))  # samples cannot come back
+    with pytest.raises(ValueError, match="a kernel refused its arguments"):
+        kernels.forward(given[0], given[1], given[2][:5], *given[3:], grown, save=False)
+    with pytest.raises(ValueError, match="an LSTM, and it alone, has a cell state c0"):
+        kernels.forward(*given[:4], None, sample.order, save=False)
+
+
+def test_argument_structs_have_the_size_that_the_header_gives_them() -> None:
+    library = load().library
+    assert library is not None
+    assert [s.size for s in kernels.STRUCTS] == [library.nw_struct_size(6 + n) for n in range(len(kernels.STRUCTS))]
