@@ -202,7 +202,14 @@ def _small(
 ) -> Tensor | None:
     """ATen's result in training without further ado; None, and nothing moved, where it takes more to say what is
     right, or wrong."""
-    if x.dim() < 2 or x.numel() == x.shape[1] or type(momentum) is not float or not 0 <= momentum <= 1 or not eps > 0:
+    # Of few values a channel some mean nearly always dwarfs its deviation: ATen's result would be thrown away.
+    if (
+        x.dim() < 2
+        or x.numel() < 16 * x.shape[1]
+        or type(momentum) is not float
+        or not 0 <= momentum <= 1
+        or not eps > 0
+    ):
         return None
     if running_mean is None or running_var is None:
         return None
