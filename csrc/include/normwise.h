@@ -24,7 +24,7 @@
 extern "C" {
 #endif
 
-#define NW_ABI 1 /* raised whenever a struct below changes */
+#define NW_ABI 2 /* raised whenever a struct or function below changes or is added */
 
 enum nw_status { NW_OK = 0, NW_BAD_ARGUMENT = 1, NW_OUT_OF_MEMORY = 2 };
 enum nw_dtype { NW_FLOAT32 = 0, NW_BFLOAT16 = 1, NW_FLOAT64 = 2 };

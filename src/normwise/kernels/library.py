@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch  # noqa: F401  # before the library, see above
 
-ABI = 1
+ABI = 2
 NAME = {"Darwin": "libnormwise.dylib"}.get(platform.system(), "libnormwise.so")
 ISA_LEVELS = ("avx512", "avx2", "baseline")
 CURE = "install a C++ compiler (g++ or clang++) and reinstall normwise with pip install --force-reinstall --no-deps"
@@ -41,10 +41,10 @@ def load() -> Loaded:
     library.nw_isa.restype = ctypes.c_char_p
     library.nw_use_isa.argtypes = [ctypes.c_char_p]
     library.nw_struct_size.restype = ctypes.c_int64
-    library.nw_mean_exceeds.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_double]
     found = library.nw_abi()
     if found != ABI:
         return Loaded(None, f"{path} was built for another version of normwise (ABI {found}, not {ABI}): reinstall it")
+    library.nw_mean_exceeds.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_double]
     wanted = os.environ.get("NORMWISE_ISA")
     if wanted and library.nw_use_isa(wanted.encode()) != 0:
         usable = [level for level in ISA_LEVELS if library.nw_use_isa(level.encode()) == 0]
