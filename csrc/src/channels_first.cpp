@@ -22,7 +22,7 @@ template <class T, int act>
 void normalize_block(const nw_channels_forward_args& a, int64_t at, const Region& r, int64_t c, int64_t ahead) {
   const T* residual = a.residual ? static_cast<const T*>(a.residual) + at : nullptr;
   normalize<act>(static_cast<const T*>(a.x) + at, residual, static_cast<T*>(a.y) + at, r, line_of<compute_t<T>>(a, c),
-                 ahead);
+                 ahead, goes_past_cache(static_cast<T*>(a.y), a.batch * a.channels * a.positions, a.positions));
 }
 
 template <class T, int act> int forward(const nw_channels_forward_args& a) {
@@ -84,13 +84,14 @@ template <class T, int act> int backward(const nw_channels_backward_args& a) {
   const Gradient<T> gradient(a.dy, a.x, a.residual);
   const Blocks blocks(all);
   T *dx = static_cast<T*>(a.dx), *dresidual = static_cast<T*>(a.dresidual);
+  const bool past_cache = goes_past_cache(dx, a.batch * a.channels * a.positions, a.positions);
 
   if (channel_each(a.channels, threads)) {
     parallel_for(a.channels, threads, [&](int64_t c) {
       const Line<C> line = line_of<C>(a, c);
       const Backward<C> b(a, c, region_sums<act>(gradient, c * a.positions, all, line), count);
       input_gradient<act>(gradient, c * a.positions, all, line, b.gain, b.offset, b.slope, dx, dresidual,
-                          a.positions);
+                          a.positions, past_cache);
     });
     return NW_OK;
   }
@@ -113,7 +114,7 @@ template <class T, int act> int backward(const nw_channels_backward_args& a) {
       int64_t offset;
       Region block = blocks.at(all, i, offset);
       input_gradient<act>(gradient, c * a.positions + offset, block, line_of<C>(a, c), b.gain, b.offset, b.slope, dx,
-                          dresidual, 0);
+                          dresidual, 0, past_cache);
     });
   }
   return NW_OK;

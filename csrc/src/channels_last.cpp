@@ -166,10 +166,11 @@ void normalize_rows(const nw_channels_forward_args& a, const Columns<compute_t<T
   const int64_t channels = a.channels;
   const T *x = static_cast<const T*>(a.x), *residual = static_cast<const T*>(a.residual);
   T* y = static_cast<T*>(a.y);
+  const bool past_cache = goes_past_cache(y, a.batch * a.positions * channels, channels);
   auto one = [&](auto part, int64_t at, vec<C> high, vec<C> low, vec<C> scale, vec<C> shift) NW_LAMBDA {
     vec<C> z = ((load(x + at, part) - high) - low) * scale + shift;
     if (residual) z += load(residual + at, part);
-    store(y + at, act_value<act, C>(z), part);
+    store_output(y + at, act_value<act, C>(z), part, past_cache);
   };
   auto block = [&](const int64_t* rows, int64_t count) {
     by_fours<C>(
@@ -290,11 +291,12 @@ void gradient_rows(const nw_channels_backward_args& a, const Columns<compute_t<T
   const RowGradient<T, act> gradient{static_cast<const T*>(a.dy), static_cast<const T*>(a.x),
                                      static_cast<const T*>(a.residual), col};
   T *dx = static_cast<T*>(a.dx), *dresidual = static_cast<T*>(a.dresidual);
+  const bool past_cache = goes_past_cache(dx, a.batch * a.positions * channels, channels);
   auto one = [&](auto part, int64_t at, int64_t i, vec<C> high, vec<C> low, vec<C> gain, vec<C> offset,
                  vec<C> slope) NW_LAMBDA {
     vec<C> distance;
     vec<C> g = gradient.at(at, part, high, low, i, distance);
-    store(dx + at, g * gain - offset - distance * slope, part);
+    store_output(dx + at, g * gain - offset - distance * slope, part, past_cache);
     if (dresidual) store(dresidual + at, g, part);
   };
   auto block = [&](const int64_t* rows, int64_t count) {

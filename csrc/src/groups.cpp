@@ -42,7 +42,8 @@ template <class T, int act> void forward_group(const nw_groups_forward_args& a, 
                        parameter<C>(a.bias, group.first_channel + c, 0));
     const int64_t at = c * a.positions;
     normalize<act>(x + at, residual ? residual + at : nullptr, y + at, group.channel(a), line,
-                   group.channels * a.positions);
+                   group.channels * a.positions,
+                   goes_past_cache(static_cast<T*>(a.y), a.batch * a.channels * a.positions, a.positions));
   }
 }
 
@@ -74,7 +75,8 @@ template <class T, int act> void backward_group(const nw_groups_backward_args& a
   const C slope = C(valid > 0 ? rstd * rstd * rstd * all.gx / valid : 0);
   for (int64_t c = group.channels - 1; c >= 0; --c) {
     input_gradient<act>(gradient, group.start + c * a.positions, plane, line(c), C(rstd * gain(c)), offset, slope,
-                        static_cast<T*>(a.dx), static_cast<T*>(a.dresidual), group.channels * a.positions);
+                        static_cast<T*>(a.dx), static_cast<T*>(a.dresidual), group.channels * a.positions,
+                        goes_past_cache(static_cast<T*>(a.dx), a.batch * a.channels * a.positions, a.positions));
   }
 }
 

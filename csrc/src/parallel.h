@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstdlib>
 
+#include "simd.h"
+
 namespace NW_ISA {
 namespace {
 
@@ -16,13 +18,18 @@ inline int worth_threads(int64_t elements, int threads) { return elements < seri
 template <class F> inline void parallel_for(int64_t n, int threads, F f) {
 #ifdef _OPENMP
   if (threads > 1 && n > 1) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < n; ++i) f(i);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static) nowait
+      for (int64_t i = 0; i < n; ++i) f(i);
+      finish_output();
+    }
     return;
   }
 #endif
   (void)threads;
   for (int64_t i = 0; i < n; ++i) f(i);
+  finish_output();
 }
 
 // Rows cut into chunks by the shape alone; each has its own partial sums, added up in order afterwards.

@@ -21,21 +21,20 @@ template <class C> NW_INLINE double parameter(const void* p, int64_t i, double o
 
 // `ahead`: how far off the run lies that is read next, 0 if none is; it is fetched while this one is written.
 template <int act, class T>
-void normalize(const T* x, const T* residual, T* y, const Region& r, const Line<compute_t<T>>& line, int64_t ahead) {
+void normalize(const T* x, const T* residual, T* y, const Region& r, const Line<compute_t<T>>& line, int64_t ahead,
+               bool past_cache) {
   using C = compute_t<T>;
   for (int64_t p = 0; p < r.planes; ++p) {
     const int64_t at = p * r.stride;
     const uint8_t* mask = r.mask ? r.mask + p * r.mask_stride : nullptr;
     sweep<C>(r.length, [&](int64_t i, auto part) NW_LAMBDA {
       vec<C> z = line.centre.distance(load(x + at + i, part)) * line.scale + line.shift;
-      if (ahead) {
-        prefetch_l2(x + at + i + ahead);
-        prefetch_l2(y + at + i + ahead);
-      }
+      if (ahead) prefetch_l2(x + at + i + ahead);
+      if (ahead && !past_cache) prefetch_l2(y + at + i + ahead);
       if (residual) z += load(residual + at + i, part);
       z = act_value<act, C>(z);
       if (mask) z = load_valid<C>(mask + i, part) ? z : vec<C>{};
-      store(y + at + i, z, part);
+      store_output(y + at + i, z, part, past_cache);
     });
   }
 }
@@ -107,7 +106,8 @@ Sums region_sums(const Gradient<T>& gradient, int64_t start, const Region& r, co
 // dx = g * gain - offset - distance * slope, from the last plane to the first: the last ones are still in cache.
 template <int act, class T>
 void input_gradient(const Gradient<T>& gradient, int64_t start, const Region& r, const Line<compute_t<T>>& line,
-                    compute_t<T> gain, compute_t<T> offset, compute_t<T> slope, T* dx, T* dresidual, int64_t ahead) {
+                    compute_t<T> gain, compute_t<T> offset, compute_t<T> slope, T* dx, T* dresidual, int64_t ahead,
+                    bool past_cache) {
   using C = compute_t<T>;
   for (int64_t p = r.planes - 1; p >= 0; --p) {
     const int64_t at = start + p * r.stride;
@@ -119,10 +119,10 @@ void input_gradient(const Gradient<T>& gradient, int64_t start, const Region& r,
       if (ahead) {
         prefetch_l2(gradient.x + at + i + ahead);
         prefetch_l2(gradient.dy + at + i + ahead);
-        prefetch_l2(dx + at + i + ahead);
+        if (!past_cache) prefetch_l2(dx + at + i + ahead);
       }
       if (mask) d = load_valid<C>(mask + i, part) ? d : vec<C>{};
-      store(dx + at + i, d, part);
+      store_output(dx + at + i, d, part, past_cache);
       if (dresidual) store(dresidual + at + i, g, part);
     });
   }

@@ -38,7 +38,7 @@ template <class T> NW_INLINE double mean_square(const T* x, int64_t n) {
   return total / double(n);
 }
 
-template <class T, int act> void forward_row(const nw_rows_forward_args& a, int64_t row) {
+template <class T, int act> void forward_row(const nw_rows_forward_args& a, int64_t row, bool past_cache) {
   using C = compute_t<T>;
   const int64_t n = a.cols;
   const T* x = static_cast<const T*>(a.x) + row * n;
@@ -75,7 +75,7 @@ template <class T, int act> void forward_row(const nw_rows_forward_args& a, int6
   sweep<C>(n, [&](int64_t i, auto part) NW_LAMBDA {
     prefetch(next + i);
     vec<C> z = centre.distance(load(x + i, part)) * scale * weight.at(i, part) + bias.at(i, part);
-    store(y + i, act_value<act, C>(z), part);
+    store_output(y + i, act_value<act, C>(z), part, past_cache);
   });
 }
 
@@ -87,12 +87,13 @@ template <class T, int act> struct RowGradient {
   Centre<C> centre;
   C rstd, offset, slope;  // ds = rstd * weight * g - offset - distance * slope
   int64_t ahead;          // how far ahead the row lies that takes this one's place
+  bool past_cache;
 
   RowGradient(const nw_rows_backward_args& a, int64_t row, int64_t ahead)
       : dy(static_cast<const T*>(a.dy) + row * a.cols), s(static_cast<const T*>(a.s) + row * a.cols),
         dsum(a.dsum ? static_cast<const T*>(a.dsum) + row * a.cols : nullptr),
         ds(static_cast<T*>(a.ds) + row * a.cols), centre(a.mean[row]), rstd(C(a.rstd[row])), offset(0), slope(0),
-        ahead(ahead) {}
+        ahead(ahead), past_cache(goes_past_cache(static_cast<T*>(a.ds), a.rows * a.cols, a.cols)) {}
 
   template <class Part>
   NW_INLINE vec<C> at(int64_t i, Part part, vec<C> weight, const Columns<C>& bias, vec<C>& distance) const {
@@ -105,7 +106,7 @@ template <class T, int act> struct RowGradient {
   template <class Part> NW_INLINE void finish(int64_t i, Part part, vec<C> gw, vec<C> distance) const {
     vec<C> gradient = gw * rstd - offset - distance * slope;
     if (dsum) gradient += load(dsum + i, part);
-    store(ds + i, gradient, part);
+    store_output(ds + i, gradient, part, past_cache);
     prefetch(s + i + ahead);
     prefetch(dy + i + ahead);
   }
@@ -231,7 +232,9 @@ int rows_forward(const nw_rows_forward_args* args) {
     using T = typename decltype(element)::type;
     with_act(a.act, [&](auto which) {
       constexpr int act = decltype(which)::act;
-      parallel_for(a.rows, worth_threads(a.rows * a.cols, a.threads), [&](int64_t row) { forward_row<T, act>(a, row); });
+      const bool past_cache = goes_past_cache(static_cast<T*>(a.y), a.rows * a.cols, a.cols);
+      parallel_for(a.rows, worth_threads(a.rows * a.cols, a.threads),
+                   [&](int64_t row) { forward_row<T, act>(a, row, past_cache); });
       status = NW_OK;
     });
   });

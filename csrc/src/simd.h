@@ -8,6 +8,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #ifndef NW_ISA
@@ -138,6 +140,60 @@ NW_INLINE void store(bf16* p, vec<float> v, Head h) {
   std::memcpy(p, &half, size_t(h.n) * sizeof *p);
 }
 #endif
+
+// --- large outputs go past the caches: what is written there would be gone before anyone reads it, and a store into a
+// cache fetches the line first, which is a third of a norm's traffic.
+
+constexpr int64_t past_cache_bytes = 4 << 20;  // about the L2 of a few cores
+template <class T> constexpr int64_t store_bytes = lanes<compute_t<T>> * int64_t(sizeof(T));
+
+// Whether an output of `elements` in runs of `run` neighbours is written so: large, and each of its vectors aligned.
+template <class T> inline bool goes_past_cache(const T* out, int64_t elements, int64_t run) {
+#if defined(__SSE2__)
+  return elements * int64_t(sizeof(T)) >= past_cache_bytes && uintptr_t(out) % store_bytes<T> == 0 &&
+         run * int64_t(sizeof(T)) % store_bytes<T> == 0;
+#else
+  return false;
+#endif
+}
+
+template <int bytes> NW_INLINE void stream_bytes(void* p, const void* v) {
+#if defined(NW_AVX512)
+  if constexpr (bytes == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), _mm512_loadu_si512(v));
+#endif
+#if defined(__AVX2__)
+  if constexpr (bytes == 32) {
+    return _mm256_stream_si256(static_cast<__m256i*>(p), _mm256_loadu_si256(static_cast<const __m256i*>(v)));
+  }
+#endif
+#if defined(__SSE2__)
+  if constexpr (bytes == 16) {
+    return _mm_stream_si128(static_cast<__m128i*>(p), _mm_loadu_si128(static_cast<const __m128i*>(v)));
+  }
+#endif
+  std::memcpy(p, v, bytes);
+}
+NW_INLINE void stream(float* p, vec<float> v) { stream_bytes<sizeof v>(p, &v); }
+NW_INLINE void stream(double* p, vec<double> v) { stream_bytes<sizeof v>(p, &v); }
+NW_INLINE void stream(bf16* p, vec<float> v) {
+  half_vector h = narrow(v);
+  stream_bytes<sizeof h>(p, &h);
+}
+template <class T, class V> NW_INLINE void store_output(T* p, V v, Full full, bool past_cache) {
+  if (past_cache) {
+    stream(p, v);
+  } else {
+    store(p, v, full);
+  }
+}
+template <class T, class V> NW_INLINE void store_output(T* p, V v, Head head, bool) { store(p, v, head); }
+
+// Before another thread may read what went past the caches.
+NW_INLINE void finish_output() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 // Which lanes the mask bytes at p call valid; lanes past the head are not. Bytes are widened by their sign, since a
 // compiler takes a conversion of so many lanes apart.
