@@ -33,6 +33,7 @@ NW_INLINE void tile(int64_t depth, const float* a, int64_t stride, const float* 
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sum[r][v] = vec<float>{};
   }
+#pragma GCC unroll 2
   for (int64_t k = 0; k < depth; ++k) {
     vec<float> right[V];
     __builtin_prefetch(ahead + k * left_width, 0, 2);
