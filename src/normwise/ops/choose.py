@@ -33,7 +33,7 @@ MEAN_TO_DEVIATION_LIMIT = 32.0
 RUNNING_SUM_LIMIT = 1 << 14
 
 # Elements up to which ATen's own call and gradient take less time than an autograd function written in Python.
-SMALL = 1 << 14
+SMALL = 1 << 15
 
 
 class BackendError(RuntimeError):
