@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import normwise
 from normwise.kernels import cpu
+from normwise.ops import choose
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,9 @@ def run(layer: nn.Module, x: Tensor, upstream: Tensor, **kwargs: Any) -> dict[st
     }
 
 
-# "chosen": whatever is best here, the compiled kernels if they are built; "uncompiled": what is chosen without them.
-BACKENDS = ["chosen", "uncompiled", "torch", "reference"]
+# "chosen": whatever is best here; "compiled": the compiled kernels, if they are built, for small inputs too, which
+# otherwise take ATen's call; "uncompiled": what is chosen without them.
+BACKENDS = ["chosen", "compiled", "uncompiled", "torch", "reference"]
 
 
 @contextmanager
@@ -108,6 +110,9 @@ def using(backend: str) -> Iterator[None]:
     """The norms run by `backend`, one of BACKENDS."""
     if backend == "chosen":
         yield
+    elif backend == "compiled":
+        with mock.patch.object(choose, "SMALL", 0):
+            yield
     elif backend == "uncompiled":
         with mock.patch.object(cpu, "obstacle", return_value="as if there were no compiled library"):
             yield

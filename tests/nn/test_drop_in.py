@@ -68,7 +68,7 @@ def test_equals_torch(case: Case, backend: str, training: bool, dtype: torch.dty
 
 
 @each_case
-@pytest.mark.parametrize("backend", ["chosen", "uncompiled", "reference"])
+@pytest.mark.parametrize("backend", ["chosen", "compiled", "uncompiled", "reference"])
 def test_strided_and_channels_last(case: Case, backend: str, device: torch.device) -> None:
     ours, theirs = pair(case, torch.float32, device)
     x = torch.randn(*case.shape[:-1], 2 * case.shape[-1], device=device)[..., ::2]
@@ -108,7 +108,7 @@ BATCHED = [c for c in CASES if not (c.name == "InstanceNorm1d" and len(c.shape) 
 
 
 @pytest.mark.parametrize("case", BATCHED, ids=str)
-@pytest.mark.parametrize("backend", ["chosen", "uncompiled", "reference"])
+@pytest.mark.parametrize("backend", ["chosen", "compiled", "uncompiled", "reference"])
 def test_empty_batch(case: Case, backend: str, device: torch.device) -> None:
     ours, theirs = pair(case, torch.float32, device)
     before = {name: b.clone() for name, b in ours.named_buffers()}

@@ -14,12 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normwise.kernels.library import ISA_LEVELS, load
+from normwise.kernels.library import ISA_LEVELS, fault, load
 
 ACTS: dict[str | None, int] = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "gelu": 4}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 _FIRST, _LAST = 0, 1
-_FAULTS = {1: ValueError("a kernel refused its arguments"), 2: MemoryError("no memory for a kernel's scratch space")}
 
 # The argument structs of normwise.h, in its order: pointers, int64, double, int32, padding.
 _ROWS_FORWARD = struct.Struct("@9P2qd4i")
@@ -434,7 +433,7 @@ def _kernel(name: str) -> Callable[[bytes], None]:
             function = found
         status = function(arguments)
         if status:
-            raise _FAULTS[status]
+            raise fault(status)
 
     return call
 

@@ -52,6 +52,13 @@ def load() -> Loaded:
     return Loaded(library, None)
 
 
+def fault(status: int) -> Exception:
+    """What a kernel that returned `status`, other than NW_OK, has to say; it has written nothing."""
+    if status == 2:
+        return MemoryError("no memory for a kernel's scratch space")
+    return ValueError("a kernel refused its arguments")
+
+
 def _find() -> Path | None:
     """Beside this file, where both kinds of install put it."""
     path = Path(__file__).parent / NAME

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normwise.kernels.library import load
+from normwise.kernels.library import fault, load
 
 _RECURRENT = "19P5q2d14i"
 _FORWARD = struct.Struct("@" + _RECURRENT + "2P")
@@ -26,7 +26,6 @@ CELLS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
 TERMS = {"plain": 0, "separate": 1, "sum": 2}
 CELL_NORMS: dict[str | None, int] = {None: 0, "output": 1, "carried": 2}
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-_FAULTS = {1: ValueError("a kernel refused its arguments"), 2: MemoryError("no memory for a kernel's scratch space")}
 
 
 class Layer(NamedTuple):
@@ -247,7 +246,7 @@ def _saved_widths(layer: Layer, inputs: int, units: int) -> tuple[int, ...]:
     function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_void_p], ctypes.c_int
     status = function(struct.pack("@" + _RECURRENT, *description), widths)
     if status:
-        raise _FAULTS[status]
+        raise fault(status)
     return tuple(widths)
 
 
@@ -268,4 +267,4 @@ def _function(name: str) -> Callable[[bytes], int]:
 def _call(name: str, arguments: bytes) -> None:
     status = _function(name)(arguments)
     if status:
-        raise _FAULTS[status]
+        raise fault(status)

@@ -14,11 +14,11 @@ def move(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: 
     Args:
         running_mean, running_var: (C,).
         moments: of one batch, with one element a channel once the kept axes are dropped.
-        momentum: weight of the new batch; a tensor must have the running averages' dtype.
+        momentum: weight of the new batch.
     """
     with torch.no_grad():
         for running, new in ((running_mean, moments.mean), (running_var, unbiased_var(moments))):
-            running.lerp_(new.reshape(running.shape).to(running.dtype), momentum)
+            running.copy_(_towards(running, new.reshape(running.shape), momentum))
 
 
 def move_over_samples(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float | Tensor) -> None:
@@ -35,7 +35,14 @@ def move_over_samples(running_mean: Tensor, running_var: Tensor, moments: Moment
             usable = (moments.count >= needed).to(new.dtype).expand_as(new)
             samples = usable.sum(0).reshape(running.shape)
             average = (new * usable).sum(0).reshape(running.shape) / samples.clamp(min=1)
-            running.lerp_(torch.where(samples > 0, average.to(running.dtype), running), momentum)
+            running.copy_(torch.where(samples > 0, _towards(running, average, momentum), running))
+
+
+def _towards(running: Tensor, new: Tensor, momentum: float | Tensor) -> Tensor:
+    """The next running average in the wider dtype, so that one of half precision is rounded once, when stored."""
+    wide = torch.promote_types(running.dtype, new.dtype)
+    weight = momentum.to(wide) if isinstance(momentum, Tensor) else momentum
+    return torch.lerp(running.to(wide), new.to(wide), weight)
 
 
 def unbiased_var(moments: Moments) -> Tensor:
