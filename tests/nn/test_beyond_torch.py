@@ -179,3 +179,26 @@ def test_functional_is_what_the_layers_do() -> None:
     for name, (layer, args) in layers.items():
         torch.testing.assert_close(getattr(f, name)(x, *args), layer(x))
         torch.testing.assert_close(getattr(f, name)(x, *args), getattr(F, name)(x, *args))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("act", [None, "silu", "gelu"])
+@pytest.mark.parametrize("norm", [normwise.LayerNorm, normwise.RMSNorm, normwise.BatchNorm1d])
+def test_second_derivatives_with_a_residual(norm: type[nn.Module], act: str | None, masked: bool) -> None:
+    layer = randomize(norm(4, act=act, dtype=torch.float64))
+    x, r = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = torch.tensor([True, False, True]) if masked else None
+
+    def f(x: torch.Tensor, r: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return layer(x, residual=r, mask=mask)
+
+    assert torch.autograd.gradcheck(f, (x, r))
+    assert torch.autograd.gradgradcheck(f, (x, r))
+    # gradgradcheck trusts the gradient that it differentiates: that one must be the plain one.
+    y = f(x, r)
+    outputs = y if isinstance(y, tuple) else (y,)
+    upstream = [torch.randn_like(t) for t in outputs]
+    leaves = [x, r, *layer.parameters()]
+    plain = torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
+    for got, expected in zip(torch.autograd.grad(outputs, leaves, upstream, create_graph=True), plain, strict=True):
+        assert_close(got, expected, kind="grad")
