@@ -22,7 +22,7 @@ from normwise.nn import (
     RNNCell,
 )
 from normwise.ops.check import ShapeError
-from normwise.ops.choose import BackendError, backend
+from normwise.ops.choose import BackendError, KernelWarning, backend
 from normwise.reference.recurrence import Recurrence
 
 __version__ = "0.1.0"
@@ -40,6 +40,7 @@ __all__ = [
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
+    "KernelWarning",
     "LSTMCell",
     "LayerNorm",
     "RMSNorm",

@@ -6,14 +6,17 @@
 - `reference`: plain PyTorch operations; always works.
 
 `with normwise.backend("reference"):` or the environment variable NORMWISE_BACKEND forces one for the whole process;
-a forced backend never falls back but raises `BackendError` with the reason.
+a forced backend never falls back but raises `BackendError` with the reason. Where only a missing library keeps the C++
+kernels from a call, `KernelWarning` says so once; NORMWISE_KERNEL_WARNING=off silences it.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -38,6 +41,10 @@ SMALL = 1 << 15
 
 class BackendError(RuntimeError):
     """A forced backend cannot run the call."""
+
+
+class KernelWarning(UserWarning):
+    """The compiled kernels would have run a call, but cannot be loaded: slower operations did."""
 
 
 class Choice(NamedTuple):
@@ -116,12 +123,26 @@ def choose(call: Call) -> Choice:
         return Choice(_Forced.name, "forced")
     if transforming():
         return Choice("reference", "inside a torch.func transform")
-    if _cpu_obstacle(call) is None:
+    uncompiled = _cpu_obstacle(call)
+    if uncompiled is None:
         return Choice("cpu", "the compiled kernel")
+    if not torch.compiler.is_compiling() and uncompiled is cpu.why_not():
+        _tell_once(uncompiled)
     obstacle = _torch_obstacle(call) or _torch_weakness(call)
     if obstacle is None:
         return Choice("torch", "ATen's kernel does the same job")
     return Choice("reference", obstacle)
+
+
+@cache
+def _tell_once(why_not: str) -> None:
+    """The library is the only thing that is missing: whoever waits for a slow model should know."""
+    if os.environ.get("NORMWISE_KERNEL_WARNING") != "off":
+        warnings.warn(
+            f"normwise runs without its compiled CPU kernels, by slower operations of PyTorch: {why_not}. "
+            "NORMWISE_KERNEL_WARNING=off in the environment silences this warning, which comes once.",
+            KernelWarning,
+        )
 
 
 def transforming() -> bool:
