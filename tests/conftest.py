@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 import torch
 
+from browser import browser, open_page  # noqa: F401 (fixtures)
 from devices import devices
 
 # Examples come from a fixed seed, so that a red run is red again on the next machine; the first call of an op
