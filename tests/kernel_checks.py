@@ -7,7 +7,9 @@ from math import prod
 import torch
 
 import kernel_truth as truth
-from normwise.kernels import cpu
+from normwise.kernels.channels import channels_backward, channels_forward
+from normwise.kernels.groups import groups_backward, groups_forward
+from normwise.kernels.rows import rows_backward, rows_forward
 from tolerances import assert_close
 
 EPS, MOMENTUM = 1e-5, 0.3
@@ -44,8 +46,8 @@ def check_rows(
         x[~mask] = float("nan")
         dy[~mask] = float("inf")
 
-    out = cpu.rows_forward(x, cols, weight, bias, EPS, center=center, act=act, residual=r, mask=mask)
-    got = cpu.rows_backward(dy, out.sum, out.stats, cols, weight, bias, center=center, act=act, mask=mask, dsum=ds)
+    out = rows_forward(x, cols, weight, bias, EPS, center=center, act=act, residual=r, mask=mask)
+    got = rows_backward(dy, out.sum, out.stats, cols, weight, bias, center=center, act=act, mask=mask, dsum=ds)
 
     added = (
         x if r is None else (x.double() + r.double()).to(torch.float32 if dtype == torch.bfloat16 else dtype).to(dtype)
@@ -106,8 +108,8 @@ def check_groups(
         x, dy = torch.where(valid, x, float("nan")), torch.where(valid, dy, float("inf"))
 
     settings = {"act": act, "residual": r, "mask": mask}
-    y, stats = cpu.groups_forward(x, groups, weight, bias, EPS, **settings)
-    got = cpu.groups_backward(dy, x, stats, groups, weight, bias, **settings)
+    y, stats = groups_forward(x, groups, weight, bias, EPS, **settings)
+    got = groups_backward(dy, x, stats, groups, weight, bias, **settings)
 
     s, w, b, rd = (truth.leaf(t) for t in (x, weight, bias, r))
     by_group = (batch, groups, channels // groups, positions)
@@ -168,8 +170,8 @@ def check_channels(
         x, dy = torch.where(valid, x, float("nan")), torch.where(valid, dy, float("inf"))
 
     settings = {"act": act, "residual": r, "mask": mask}
-    y, stats = cpu.channels_forward(x, running_mean, running_var, weight, bias, training, MOMENTUM, EPS, **settings)
-    got = cpu.channels_backward(dy, x, stats, weight, bias, training, **settings)
+    y, stats = channels_forward(x, running_mean, running_var, weight, bias, training, MOMENTUM, EPS, **settings)
+    got = channels_backward(dy, x, stats, weight, bias, training, **settings)
 
     dims = [0, *range(2, len(shape))]
     view = (1, channels, *(1,) * (len(shape) - 2))

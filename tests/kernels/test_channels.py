@@ -7,7 +7,7 @@ import torch
 
 import kernel_truth as truth
 from kernel_checks import EPS, MOMENTUM, check_channels
-from normwise.kernels import cpu
+from normwise.kernels.channels import channels_backward, channels_forward
 from tolerances import assert_close
 
 SHAPES = [(4, 6, 5, 7), (2, 3, 1023), (3, 5, 63), (1, 1, 7), (5, 17, 16), (64, 7), (2, 130), (300, 3), (2, 1, 9000)]
@@ -62,7 +62,7 @@ def test_threads(threads: int, shape: tuple[int, ...], channels_last: bool, mask
 @pytest.mark.parametrize("shape", [(2, 4, 500_000), (1_000_000, 4)], ids=str)
 def test_a_million_elements_around_1e4(isa: str, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape) + 1e4
-    y, stats = cpu.channels_forward(x, None, None, None, None, True, MOMENTUM, EPS)
+    y, stats = channels_forward(x, None, None, None, None, True, MOMENTUM, EPS)
     dims = [0, *range(2, len(shape))]
     z, mean, rstd = truth.standardize(x.double(), dims, None, EPS)
     assert_close(y, z, count=1)
@@ -76,7 +76,7 @@ def test_sorted_input_does_not_cancel(isa: str, shape: tuple[int, ...]) -> None:
     x = torch.linspace(0, 1e4, 40_000).repeat_interleave(4).view(40_000, 4)
     if len(shape) > 2:
         x = x.view(4, 10_000, 4).movedim(-1, 1).contiguous()
-    _, stats = cpu.channels_forward(x, None, None, None, None, True, MOMENTUM, EPS)
+    _, stats = channels_forward(x, None, None, None, None, True, MOMENTUM, EPS)
     _, mean, rstd = truth.standardize(x.double(), [0, *range(2, len(shape))], None, EPS)
     assert_close(stats[0], mean.reshape(-1), dtype=torch.float32, count=1)
     assert_close(stats[1], rstd.reshape(-1), dtype=torch.float32, count=1)
@@ -86,8 +86,8 @@ def test_sorted_input_does_not_cancel(isa: str, shape: tuple[int, ...]) -> None:
 def test_empty_batch_leaves_running_averages(isa: str, shape: tuple[int, ...]) -> None:
     running_mean, running_var = torch.ones(3), torch.full((3,), 2.0)
     x = torch.randn(shape)
-    y, stats = cpu.channels_forward(x, running_mean, running_var, None, None, True, MOMENTUM, EPS)
-    dx, *_ = cpu.channels_backward(x, x, stats, None, None, True)
+    y, stats = channels_forward(x, running_mean, running_var, None, None, True, MOMENTUM, EPS)
+    dx, *_ = channels_backward(x, x, stats, None, None, True)
     assert y.shape == dx.shape == shape
     assert torch.equal(running_mean, torch.ones(3))
     assert torch.equal(running_var, torch.full((3,), 2.0))
@@ -95,10 +95,10 @@ def test_empty_batch_leaves_running_averages(isa: str, shape: tuple[int, ...]) -
 
 def test_strided_input_is_copied() -> None:
     x = torch.randn(6, 8, 10)[:, ::2]
-    y, _ = cpu.channels_forward(x, None, None, None, None, True, MOMENTUM, EPS)
+    y, _ = channels_forward(x, None, None, None, None, True, MOMENTUM, EPS)
     assert_close(y, truth.standardize(x.double(), [0, 2], None, EPS)[0], count=60)
 
 
 def test_running_averages_of_another_dtype_are_refused() -> None:
     with pytest.raises(ValueError, match="updated in place"):
-        cpu.channels_forward(torch.randn(4, 3), torch.zeros(3).half(), None, None, None, True, MOMENTUM, EPS)
+        channels_forward(torch.randn(4, 3), torch.zeros(3).half(), None, None, None, True, MOMENTUM, EPS)

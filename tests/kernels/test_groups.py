@@ -7,7 +7,7 @@ import torch
 
 import kernel_truth as truth
 from kernel_checks import EPS, check_groups
-from normwise.kernels import cpu
+from normwise.kernels.groups import groups_backward, groups_forward
 from tolerances import assert_close
 
 
@@ -45,14 +45,14 @@ def test_unaligned_storage(isa: str, offset: int) -> None:
 @pytest.mark.parametrize("shape", [(0, 6, 5), (2, 6, 0)], ids=str)
 def test_empty(isa: str, shape: tuple[int, ...]) -> None:
     x, weight = torch.randn(shape), torch.ones(6)
-    y, stats = cpu.groups_forward(x, 2, weight, None, EPS)
-    dx, dweight, *_ = cpu.groups_backward(x, x, stats, 2, weight, None)
+    y, stats = groups_forward(x, 2, weight, None, EPS)
+    dx, dweight, *_ = groups_backward(x, x, stats, 2, weight, None)
     assert y.shape == dx.shape == shape
     assert torch.equal(dweight, torch.zeros(6))
 
 
 def test_a_mean_of_1e4_costs_no_digits(isa: str) -> None:
     x = torch.randn(4, 8, 1024) + 1e4
-    y, _ = cpu.groups_forward(x, 2, None, None, EPS)
+    y, _ = groups_forward(x, 2, None, None, EPS)
     z, *_ = truth.standardize(x.double().view(4, 2, 4, 1024), [2, 3], None, EPS)
     assert_close(y, z.view(x.shape), count=1)

@@ -11,7 +11,10 @@ import threading
 import pytest
 import torch
 
-from normwise.kernels import cpu, library
+from normwise.kernels import channels, cpu, groups, library, rows
+from normwise.kernels.channels import channels_backward, channels_forward
+from normwise.kernels.groups import groups_backward, groups_forward
+from normwise.kernels.rows import rows_backward, rows_forward
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
 
@@ -29,7 +32,8 @@ def python(code: str, **environment: str) -> str:
 def test_argument_structs_have_the_size_that_the_header_gives_them() -> None:
     handle = library.load().library
     assert handle is not None
-    assert [s.size for s in cpu.STRUCTS] == [handle.nw_struct_size(i) for i in range(len(cpu.STRUCTS))]
+    structs = [*rows.STRUCTS, *groups.STRUCTS, *channels.STRUCTS]
+    assert [s.size for s in structs] == [handle.nw_struct_size(i) for i in range(len(structs))]
     assert handle.nw_struct_size(99) == -1
 
 
@@ -37,7 +41,7 @@ def test_argument_structs_have_the_size_that_the_header_gives_them() -> None:
 def test_unknown_codes_are_refused_before_anything_is_written() -> None:
     handle = library.load().library
     assert handle is not None
-    arguments = cpu.STRUCTS[0].pack(*(0,) * 9, 1, 1, 1e-5, 9, 1, 0, 1)
+    arguments = rows.STRUCTS[0].pack(*(0,) * 9, 1, 1, 1e-5, 9, 1, 0, 1)
     assert handle.nw_rows_forward(arguments) == 1
 
 
@@ -119,12 +123,12 @@ def test_results_do_not_depend_on_threads() -> None:
         for layout in (x, x.to(memory_format=torch.channels_last), x[:, :3].contiguous()):
             c = layout.shape[1]
             grad = dy[:, :c].contiguous() if layout.is_contiguous() else dy.to(memory_format=torch.channels_last)
-            y, stats = cpu.channels_forward(layout, None, None, weight[:c], bias[:c], True, 0.1, 1e-5)
-            found += [y, stats, *cpu.channels_backward(grad, layout, stats, weight[:c], bias[:c], True)[:3]]
-        y, stats = cpu.groups_forward(x, 4, weight, bias, 1e-5)
-        found += [y, stats, *cpu.groups_backward(dy, x, stats, 4, weight, bias)[:3]]
-        rows = cpu.rows_forward(x, 41, None, None, 1e-5)
-        found += [rows.y, *cpu.rows_backward(dy, x, rows.stats, 41, torch.ones(41), torch.zeros(41))]
+            y, stats = channels_forward(layout, None, None, weight[:c], bias[:c], True, 0.1, 1e-5)
+            found += [y, stats, *channels_backward(grad, layout, stats, weight[:c], bias[:c], True)[:3]]
+        y, stats = groups_forward(x, 4, weight, bias, 1e-5)
+        found += [y, stats, *groups_backward(dy, x, stats, 4, weight, bias)[:3]]
+        by_rows = rows_forward(x, 41, None, None, 1e-5)
+        found += [by_rows.y, *rows_backward(dy, x, by_rows.stats, 41, torch.ones(41), torch.zeros(41))]
         return found
 
     torch.set_num_threads(1)
@@ -138,11 +142,11 @@ def test_results_do_not_depend_on_threads() -> None:
 @needs_library
 def test_calls_from_several_python_threads() -> None:
     x = [torch.randn(64, 700) for _ in range(4)]
-    alone = [cpu.rows_forward(t, 700, None, None, 1e-5).y for t in x]
+    alone = [rows_forward(t, 700, None, None, 1e-5).y for t in x]
     wrong: list[int] = []
 
     def work(i: int) -> None:
-        again = [cpu.rows_forward(x[i], 700, None, None, 1e-5).y for _ in range(50)]
+        again = [rows_forward(x[i], 700, None, None, 1e-5).y for _ in range(50)]
         wrong.extend(i for y in again if not torch.equal(y, alone[i]))
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
@@ -158,11 +162,11 @@ def test_calls_from_several_python_threads() -> None:
 def test_after_fork_with_one_thread() -> None:
     """As torch: a forked child, such as a DataLoader's worker, may go on with one thread."""
     told = python(
-        "import os, torch; from normwise.kernels import cpu; x = torch.randn(512, 512)\n"
-        "cpu.rows_forward(x, 512, None, None, 1e-5)\n"
+        "import os, torch; from normwise.kernels.rows import rows_forward; x = torch.randn(512, 512)\n"
+        "rows_forward(x, 512, None, None, 1e-5)\n"
         "child = os.fork()\n"
         "if child == 0:\n"
-        "    torch.set_num_threads(1); cpu.rows_forward(x, 512, None, None, 1e-5); os._exit(7)\n"
+        "    torch.set_num_threads(1); rows_forward(x, 512, None, None, 1e-5); os._exit(7)\n"
         "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))",
         PYTHONWARNINGS="ignore",
     )
@@ -172,13 +176,16 @@ def test_after_fork_with_one_thread() -> None:
 @needs_library
 def test_a_thousand_calls_leave_memory_flat() -> None:
     told = python(
-        "import resource, torch; from normwise.kernels import cpu; torch.set_num_threads(1)\n"
+        "import resource, torch; torch.set_num_threads(1)\n"
+        "from normwise.kernels.channels import channels_backward, channels_forward\n"
+        "from normwise.kernels.groups import groups_backward, groups_forward\n"
+        "from normwise.kernels.rows import rows_backward, rows_forward\n"
         "x = torch.randn(8, 16, 300); w = torch.ones(16)\n"
         "def step():\n"
-        "    y, stats = cpu.channels_forward(x, None, None, w, w, True, 0.1, 1e-5)\n"
-        "    cpu.channels_backward(y, x, stats, w, w, True)\n"
-        "    y, stats = cpu.groups_forward(x, 4, w, w, 1e-5); cpu.groups_backward(y, x, stats, 4, w, w)\n"
-        "    r = cpu.rows_forward(x, 300, None, None, 1e-5); cpu.rows_backward(r.y, x, r.stats, 300, None, None)\n"
+        "    y, stats = channels_forward(x, None, None, w, w, True, 0.1, 1e-5)\n"
+        "    channels_backward(y, x, stats, w, w, True)\n"
+        "    y, stats = groups_forward(x, 4, w, w, 1e-5); groups_backward(y, x, stats, 4, w, w)\n"
+        "    r = rows_forward(x, 300, None, None, 1e-5); rows_backward(r.y, x, r.stats, 300, None, None)\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "[step() for _ in range(100)]; before = peak(); [step() for _ in range(1000)]; print(peak() - before)"
     )

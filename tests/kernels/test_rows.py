@@ -8,7 +8,7 @@ from torch import Tensor
 
 import kernel_truth as truth
 from kernel_checks import EPS, check_rows
-from normwise.kernels import cpu
+from normwise.kernels.rows import rows_backward, rows_forward
 from tolerances import assert_close
 
 
@@ -52,8 +52,8 @@ def test_threads(threads: int) -> None:
 def test_strided_input_and_expanded_gradient() -> None:
     x = torch.randn(6, 40)[:, ::2]
     dy = torch.randn(6, 1).expand(6, 20)
-    out = cpu.rows_forward(x, 20, None, None, EPS)
-    ds, *_ = cpu.rows_backward(dy, x, out.stats, 20, None, None)
+    out = rows_forward(x, 20, None, None, EPS)
+    ds, *_ = rows_backward(dy, x, out.stats, 20, None, None)
     s = truth.leaf(x)
     z, *_ = truth.standardize(s, [1], None, EPS)
     assert_close(out.y, z, count=20)
@@ -63,27 +63,27 @@ def test_strided_input_and_expanded_gradient() -> None:
 def test_a_mean_of_1e4_costs_no_digits(isa: str) -> None:
     """float32 can hold a mean near 1e4 to 5e-4 only; the kernel keeps the rest of it apart."""
     x = torch.randn(16, 768) + 1e4
-    out = cpu.rows_forward(x, 768, None, None, EPS)
+    out = rows_forward(x, 768, None, None, EPS)
     s = truth.leaf(x)
     z, *_ = truth.standardize(s, [1], None, EPS)
     assert_close(out.y, z, count=1)
     dy = torch.randn(16, 768)
-    ds, *_ = cpu.rows_backward(dy, x, out.stats, 768, None, None)
+    ds, *_ = rows_backward(dy, x, out.stats, 768, None, None)
     assert_close(ds, torch.autograd.grad(z, s, dy.double())[0], kind="grad", count=1)
 
 
 def test_long_sums_keep_their_digits(isa: str) -> None:
     """Gain and bias gradients over 1e5 rows: a running float32 sum would lose three digits."""
     x, dy = torch.randn(100_000, 8), torch.rand(100_000, 8) + 1
-    out = cpu.rows_forward(x, 8, torch.ones(8), torch.zeros(8), EPS)
-    _, _, dbias = cpu.rows_backward(dy, x, out.stats, 8, torch.ones(8), torch.zeros(8))
+    out = rows_forward(x, 8, torch.ones(8), torch.zeros(8), EPS)
+    _, _, dbias = rows_backward(dy, x, out.stats, 8, torch.ones(8), torch.zeros(8))
     assert_close(dbias, dy.double().sum(0), kind="grad", count=1)
 
 
 def test_nan_stays_in_its_row(isa: str) -> None:
     x = torch.randn(4, 33)
     x[1, 5] = float("nan")
-    y = cpu.rows_forward(x, 33, None, None, EPS).y
+    y = rows_forward(x, 33, None, None, EPS).y
     assert y[1].isnan().all()
     assert not y[[0, 2, 3]].isnan().any()
 
@@ -92,20 +92,20 @@ def test_bfloat16_rounds_to_nearest_even_and_keeps_nan(isa: str) -> None:
     x = torch.randn(64, 31).to(torch.bfloat16)
     x[3, 3] = float("nan")
     zero = torch.zeros_like(x)
-    s = cpu.rows_forward(x, 31, None, None, EPS, residual=zero).sum
+    s = rows_forward(x, 31, None, None, EPS, residual=zero).sum
     assert torch.equal(s.view(torch.int16)[:3], x.view(torch.int16)[:3])
     assert s[3, 3].isnan()
     third: Tensor = torch.full_like(x, 1 / 3)
-    summed = cpu.rows_forward(x, 31, None, None, EPS, residual=third).sum
+    summed = rows_forward(x, 31, None, None, EPS, residual=third).sum
     assert torch.equal(summed[:3], (x + third)[:3])
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: cpu.rows_forward(x, 6, torch.ones(5), None, EPS), "6 elements"),
-        (lambda x: cpu.rows_forward(x, 6, None, None, EPS, residual=x.double()), "like the input"),
-        (lambda x: cpu.rows_forward(x, 6, None, None, EPS, mask=torch.ones(4)), "bool mask of 4"),
+        (lambda x: rows_forward(x, 6, torch.ones(5), None, EPS), "6 elements"),
+        (lambda x: rows_forward(x, 6, None, None, EPS, residual=x.double()), "like the input"),
+        (lambda x: rows_forward(x, 6, None, None, EPS, mask=torch.ones(4)), "bool mask of 4"),
     ],
 )
 def test_wrong_arguments_are_named(call, message: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -35,21 +36,21 @@ def load() -> Loaded:
     if path is None:
         return Loaded(None, f"normwise was installed without its compiled library {NAME}; to get it, {CURE}")
     try:
-        library = ctypes.CDLL(str(path))
+        handle = ctypes.CDLL(str(path))
     except OSError as error:
         return Loaded(None, f"the compiled library {path} does not load here ({error}); to rebuild it, {CURE}")
-    library.nw_isa.restype = ctypes.c_char_p
-    library.nw_use_isa.argtypes = [ctypes.c_char_p]
-    library.nw_struct_size.restype = ctypes.c_int64
-    found = library.nw_abi()
+    handle.nw_isa.restype = ctypes.c_char_p
+    handle.nw_use_isa.argtypes = [ctypes.c_char_p]
+    handle.nw_struct_size.restype = ctypes.c_int64
+    found = handle.nw_abi()
     if found != ABI:
         return Loaded(None, f"{path} was built for another version of normwise (ABI {found}, not {ABI}): reinstall it")
-    library.nw_mean_exceeds.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_double]
+    handle.nw_mean_exceeds.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_double]
     wanted = os.environ.get("NORMWISE_ISA")
-    if wanted and library.nw_use_isa(wanted.encode()) != 0:
-        usable = [level for level in ISA_LEVELS if library.nw_use_isa(level.encode()) == 0]
+    if wanted and handle.nw_use_isa(wanted.encode()) != 0:
+        usable = [level for level in ISA_LEVELS if handle.nw_use_isa(level.encode()) == 0]
         return Loaded(None, f"NORMWISE_ISA={wanted} cannot run here: set it to one of {', '.join(usable)}, or unset it")
-    return Loaded(library, None)
+    return Loaded(handle, None)
 
 
 def fault(status: int) -> Exception:
@@ -57,6 +58,31 @@ def fault(status: int) -> Exception:
     if status == 2:
         return MemoryError("no memory for a kernel's scratch space")
     return ValueError("a kernel refused its arguments")
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library. RuntimeError with the reason if there is none."""
+    handle, why = load()
+    if handle is None:
+        raise RuntimeError(f"the C++ kernels are not available: {why}")
+    return handle
+
+
+def kernel(name: str) -> Callable[[bytes], None]:
+    """The C function `name`, which takes its packed argument struct; looked up at the first call."""
+    function = None
+
+    def call(arguments: bytes) -> None:
+        nonlocal function
+        if function is None:
+            found = getattr(library(), name)
+            found.argtypes, found.restype = [ctypes.c_char_p], ctypes.c_int
+            function = found
+        status = function(arguments)
+        if status:
+            raise fault(status)
+
+    return call
 
 
 def _find() -> Path | None:

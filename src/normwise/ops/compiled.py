@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from normwise import reference
-from normwise.kernels import cpu
+from normwise.kernels.channels import channels_backward, channels_forward
+from normwise.kernels.groups import groups_backward, groups_forward
+from normwise.kernels.rows import rows_backward, rows_forward
 
 
 def rows(
@@ -32,7 +34,7 @@ def rows(
     `weight` and `bias` have `cols` elements, `mask` (bool, True = valid) one a run.
     """
     if not _differentiates(x, residual, weight, bias):
-        y, s, _ = cpu.rows_forward(x, cols, weight, bias, eps, center=center, act=act, residual=residual, mask=mask)
+        y, s, _ = rows_forward(x, cols, weight, bias, eps, center=center, act=act, residual=residual, mask=mask)
         return y, s
     if residual is None:
         return _Rows.apply(x, None, weight, bias, mask, cols, eps, center, act), x
@@ -44,7 +46,7 @@ def groups(
 ) -> Tensor:
     """GroupNorm of a contiguous (N, C, ...); `mask` (N, positions)."""
     if not _differentiates(x, weight, bias):
-        return cpu.groups_forward(x, groups, weight, bias, eps, mask=mask)[0]
+        return groups_forward(x, groups, weight, bias, eps, mask=mask)[0]
     return _Groups.apply(x, weight, bias, mask, groups, eps)  # type: ignore[no-any-return]
 
 
@@ -63,7 +65,7 @@ def channels(
     """act(BatchNorm of (N, C, ...) + residual), contiguous or channels-last; running averages moved in training."""
     if not _differentiates(x, residual, weight, bias):
         mean, var = averages or (None, None)
-        return cpu.channels_forward(
+        return channels_forward(
             x, mean, var, weight, bias, batch_statistics, momentum, eps, act=act, residual=residual, mask=mask
         )[0]
     return _Channels.apply(  # type: ignore[no-any-return]
@@ -89,7 +91,7 @@ class _Rows(torch.autograd.Function):
         center: bool,
         act: str | None,
     ) -> Any:
-        y, s, stats = cpu.rows_forward(x, cols, weight, bias, eps, center=center, act=act, residual=residual, mask=mask)
+        y, s, stats = rows_forward(x, cols, weight, bias, eps, center=center, act=act, residual=residual, mask=mask)
         ctx.save_for_backward(s, weight, bias, mask, stats)
         ctx.settings = cols, eps, center, act
         ctx.set_materialize_grads(False)
@@ -112,7 +114,7 @@ class _Rows(torch.autograd.Function):
             if dsum is not None:
                 ds = ds + (dsum if valid is None else dsum.reshape(wide.shape).masked_fill(~valid, 0).view_as(s))
         else:
-            ds, dweight, dbias = cpu.rows_backward(
+            ds, dweight, dbias = rows_backward(
                 dy, s, stats, cols, weight, bias, center=center, act=act, mask=mask, dsum=dsum
             )
         dresidual = ds if ctx.needs_input_grad[1] else None
@@ -130,7 +132,7 @@ class _Groups(torch.autograd.Function):
         groups: int,
         eps: float,
     ) -> Tensor:
-        y, stats = cpu.groups_forward(x, groups, weight, bias, eps, mask=mask)
+        y, stats = groups_forward(x, groups, weight, bias, eps, mask=mask)
         ctx.save_for_backward(x, weight, bias, mask, stats)
         ctx.settings = groups, eps
         return y
@@ -150,7 +152,7 @@ class _Groups(torch.autograd.Function):
             )
             dx = dx.view_as(x)
         else:
-            dx, dweight, dbias, _ = cpu.groups_backward(dy, x, stats, groups, weight, bias, mask=mask)
+            dx, dweight, dbias, _ = groups_backward(dy, x, stats, groups, weight, bias, mask=mask)
         return dx, _as(dweight, weight), _as(dbias, bias), None, None, None
 
 
@@ -170,7 +172,7 @@ class _Channels(torch.autograd.Function):
         act: str | None,
     ) -> Tensor:
         mean, var = averages or (None, None)
-        y, stats = cpu.channels_forward(
+        y, stats = channels_forward(
             x, mean, var, weight, bias, batch_statistics, momentum, eps, act=act, residual=residual, mask=mask
         )
         # The residual is needed again only to know where the activation was flat.
@@ -194,7 +196,7 @@ class _Channels(torch.autograd.Function):
             dims = (0, *range(2, x.dim()))
             dx, dweight, dbias, dz = _differentiable(dy, x, dims, gain, shift, options, act, residual)
             return dx, dz if wants_residual else None, _as(dweight, weight), _as(dbias, bias), *(None,) * 6
-        dx, dweight, dbias, dresidual = cpu.channels_backward(
+        dx, dweight, dbias, dresidual = channels_backward(
             dy, x, stats, weight, bias, batch_statistics, act=act, residual=residual, mask=mask
         )
         if residual is None and wants_residual:  # no activation between: the gradient passes as it is

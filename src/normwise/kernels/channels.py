@@ -1,0 +1,134 @@
+"""BatchNorm by the compiled CPU kernels: statistics of a channel over batch and positions.
+
+Tensors in, tensors out: check, allocate, call. csrc/include/normwise.h is the contract.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from normwise.kernels.arguments import ACTS, DTYPES, at, check_running, dense, like, mask_bytes, sizes, vector, wide
+from normwise.kernels.library import kernel
+
+# The argument structs of normwise.h: pointers, int64, double, int32, padding.
+_FORWARD = struct.Struct("@10P3q2d5i4x")
+_BACKWARD = struct.Struct("@12P3q5i4x")
+STRUCTS = (_FORWARD, _BACKWARD)
+
+_forward = kernel("nw_channels_forward")
+_backward = kernel("nw_channels_backward")
+
+
+def channels_forward(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    *,
+    act: str | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """BatchNorm of (N, C, ...): (y, stats), stats (2, C): mean and rstd used. Moves the running averages in training.
+
+    y = act((x - mean) * rstd * weight + bias + residual), in x's memory layout. `mask` (N, positions): bool, True =
+    valid. Running averages are float32 (float64 for float64 inputs) and contiguous.
+    """
+    x, layout = dense(x)
+    batch, channels, positions = sizes(x)
+    dtype = wide(x)
+    weight, bias = vector(weight, dtype, channels), vector(bias, dtype, channels)
+    check_running(running_mean, dtype, channels)
+    check_running(running_var, dtype, channels)
+    if residual is not None:
+        residual = like(residual, x)
+    mask = mask_bytes(mask, batch * positions)
+    y = torch.empty_like(x)
+    stats = torch.empty((2, channels), dtype=torch.float64)
+    mean = stats.data_ptr()
+    _forward(
+        _FORWARD.pack(
+            x.data_ptr(),
+            at(residual),
+            at(mask),
+            at(weight),
+            at(bias),
+            at(running_mean),
+            at(running_var),
+            y.data_ptr(),
+            mean,
+            mean + 8 * channels,
+            batch,
+            channels,
+            positions,
+            eps,
+            momentum,
+            DTYPES[x.dtype],
+            layout,
+            training,
+            ACTS[act],
+            torch.get_num_threads(),
+        )
+    )
+    return y, stats
+
+
+def channels_backward(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    *,
+    act: str | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias, dresidual)."""
+    x, layout = dense(x)
+    batch, channels, positions = sizes(x)
+    dtype = wide(x)
+    weight, bias = vector(weight, dtype, channels), vector(bias, dtype, channels)
+    dy = like(dy, x)
+    mask = mask_bytes(mask, batch * positions)
+    dx = torch.empty_like(x)
+    dresidual = None
+    if residual is not None:
+        residual = like(residual, x)
+        dresidual = dy if act is None and mask is None else torch.empty_like(x)
+    dweight = None if weight is None else torch.empty_like(weight)
+    dbias = None if bias is None else torch.empty_like(bias)
+    mean = stats.data_ptr()
+    _backward(
+        _BACKWARD.pack(
+            dy.data_ptr(),
+            x.data_ptr(),
+            at(residual),
+            at(mask),
+            at(weight),
+            at(bias),
+            mean,
+            mean + 8 * channels,
+            dx.data_ptr(),
+            0 if dresidual is dy else at(dresidual),
+            at(dweight),
+            at(dbias),
+            batch,
+            channels,
+            positions,
+            DTYPES[x.dtype],
+            layout,
+            training,
+            ACTS[act],
+            torch.get_num_threads(),
+        )
+    )
+    return dx, dweight, dbias, dresidual

@@ -1,0 +1,133 @@
+"""LayerNorm and RMSNorm by the compiled CPU kernels: statistics of runs of neighbours in memory.
+
+Tensors in, tensors out: check, allocate, call. csrc/include/normwise.h is the contract.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normwise.kernels.arguments import ACTS, DTYPES, at, like, mask_bytes, vector, wide
+from normwise.kernels.library import kernel
+
+# The argument structs of normwise.h: pointers, int64, double, int32, padding.
+_FORWARD = struct.Struct("@9P2qd4i")
+_BACKWARD = struct.Struct("@11P2q4i")
+STRUCTS = (_FORWARD, _BACKWARD)
+
+_forward = kernel("nw_rows_forward")
+_backward = kernel("nw_rows_backward")
+
+
+class Rows(NamedTuple):
+    """What `rows_forward` returns."""
+
+    y: Tensor
+    sum: Tensor  # x + residual; x itself where there was none
+    stats: Tensor  # (2, rows): mean and rstd
+
+
+def rows_forward(
+    x: Tensor,
+    cols: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    center: bool = True,
+    act: str | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Rows:
+    """LayerNorm, or RMSNorm if not `center`, of every run of `cols` neighbours in contiguous order.
+
+    y = act((s - mean) * rstd * weight + bias) with s = x + residual. `weight` and `bias` have `cols` elements, `mask`
+    (bool, True = valid) one for each row: the others come out 0.
+    """
+    x = x.contiguous()
+    rows = x.numel() // cols
+    dtype = wide(x)
+    weight, bias = vector(weight, dtype, cols), vector(bias, dtype, cols)
+    y = torch.empty_like(x)
+    stats = torch.empty((2, rows), dtype=torch.float64)
+    s = x
+    if residual is not None:
+        residual = like(residual, x)
+        s = torch.empty_like(x)
+    mask = mask_bytes(mask, rows)
+    mean = stats.data_ptr()
+    _forward(
+        _FORWARD.pack(
+            x.data_ptr(),
+            at(residual),
+            at(mask),
+            at(weight),
+            at(bias),
+            s.data_ptr(),
+            y.data_ptr(),
+            mean,
+            mean + 8 * rows,
+            rows,
+            cols,
+            eps,
+            DTYPES[x.dtype],
+            center,
+            ACTS[act],
+            torch.get_num_threads(),
+        )
+    )
+    return Rows(y, s, stats)
+
+
+def rows_backward(
+    dy: Tensor,
+    s: Tensor,
+    stats: Tensor,
+    cols: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    center: bool = True,
+    act: str | None = None,
+    mask: Tensor | None = None,
+    dsum: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(ds, dweight, dbias); `ds` is the gradient of x and of residual. `dsum`: what reaches s by other ways."""
+    s = s.contiguous()
+    rows = s.numel() // cols
+    dtype = wide(s)
+    weight, bias = vector(weight, dtype, cols), vector(bias, dtype, cols)
+    dy = like(dy, s)
+    if dsum is not None:
+        dsum = like(dsum, s)
+    mask = mask_bytes(mask, rows)
+    ds = torch.empty_like(s)
+    dweight = None if weight is None else torch.empty_like(weight)
+    dbias = None if bias is None else torch.empty_like(bias)
+    mean = stats.data_ptr()
+    _backward(
+        _BACKWARD.pack(
+            dy.data_ptr(),
+            at(dsum),
+            s.data_ptr(),
+            at(mask),
+            at(weight),
+            at(bias),
+            mean,
+            mean + 8 * rows,
+            ds.data_ptr(),
+            at(dweight),
+            at(dbias),
+            rows,
+            cols,
+            DTYPES[s.dtype],
+            center,
+            ACTS[act],
+            torch.get_num_threads(),
+        )
+    )
+    return ds, dweight, dbias
