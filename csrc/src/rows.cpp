@@ -79,6 +79,57 @@ template <class T, int act> void forward_row(const nw_rows_forward_args& a, int6
   });
 }
 
+// Rows up to this long are taken several at once: what a short row costs is the wait for its own few sums.
+constexpr int64_t short_row = 512;
+
+// R neighbouring rows without a mask or a residual. One sum a row whatever R is, so that a row's result does not depend
+// on its neighbours.
+template <int R, class T, int act> void forward_short_rows(const nw_rows_forward_args& a, int64_t row, bool past_cache) {
+  using C = compute_t<T>;
+  const int64_t n = a.cols;
+  const T* x = static_cast<const T*>(a.x) + row * n;
+  T* y = static_cast<T*>(a.y) + row * n;
+  double mean[R] = {};
+  C near[R] = {};  // the mean rounded: what the sums about it leave over mends the rounding
+  if (a.center) {
+    vec<C> total[R] = {};
+    sweep<C>(n, [&](int64_t i, auto part) NW_LAMBDA {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) total[r] += load(x + r * n + i, part);
+    });
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) near[r] = C(double(sum_lanes<C>(total[r])) / double(n));
+  }
+  vec<C> first[R] = {}, second[R] = {};
+  sweep<C>(n, [&](int64_t i, auto part) NW_LAMBDA {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      vec<C> d = keep<C>(load(x + r * n + i, part) - near[r], part);
+      first[r] += d;
+      second[r] += d * d;
+    }
+  });
+  double rstd[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    double s1 = a.center ? double(sum_lanes<C>(first[r])) : 0.0, s2 = double(sum_lanes<C>(second[r]));
+    mean[r] = double(near[r]) + s1 / double(n);
+    rstd[r] = 1.0 / std::sqrt((s2 - s1 * s1 / double(n)) / double(n) + a.eps);
+    a.mean[row + r] = mean[r];
+    a.rstd[row + r] = rstd[r];
+  }
+  const Columns<C> weight(a.weight, C(1)), bias(a.bias, C(0));
+  sweep<C>(n, [&](int64_t i, auto part) NW_LAMBDA {
+    const vec<C> w = weight.at(i, part), b = bias.at(i, part);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      prefetch(x + (r + R) * n + i);
+      vec<C> z = Centre<C>(mean[r]).distance(load(x + r * n + i, part)) * C(rstd[r]) * w + b;
+      store_output(y + r * n + i, act_value<act, C>(z), part, past_cache);
+    }
+  });
+}
+
 // The gradient that arrives at z, and the distance from the mean, for one vector of one row.
 template <class T, int act> struct RowGradient {
   using C = compute_t<T>;
@@ -197,10 +248,16 @@ void backward_chunk(const nw_rows_backward_args& a, int64_t begin, int64_t end, 
 
 template <class C> void add_up(const C* partial, int64_t chunks, int64_t stride, int64_t begin, int64_t end, void* out) {
   if (!out) return;
-  for (int64_t i = begin; i < end; ++i) {
-    double total = 0;
-    for (int64_t k = 0; k < chunks; ++k) total += double(partial[k * stride + i]);
-    static_cast<C*>(out)[i] = C(total);
+  constexpr int64_t most = 64;
+  for (int64_t first = begin; first < end; first += most) {
+    const int64_t n = end - first < most ? end - first : most;
+    double total[most] = {};
+    for (int64_t k = 0; k < chunks; ++k) {
+      const C* from = partial + k * stride + first;
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) total[i] += double(from[i]);
+    }
+    for (int64_t i = 0; i < n; ++i) static_cast<C*>(out)[first + i] = C(total[i]);
   }
 }
 
@@ -208,6 +265,11 @@ template <class T, int act> int backward(const nw_rows_backward_args& a) {
   using C = compute_t<T>;
   const int threads = worth_threads(a.rows * a.cols, a.threads);
   const Chunks chunks(a.rows, 32, 32);
+  if (chunks.count == 1 && a.dweight && a.dbias) {
+    backward_chunk<T, act>(a, 0, a.rows, static_cast<C*>(a.dweight), static_cast<C*>(a.dbias));
+    finish_output();
+    return NW_OK;
+  }
   Scratch<C> partial(chunks.count * 2 * a.cols);
   if (!partial) return NW_OUT_OF_MEMORY;
   parallel_for(chunks.count, threads, [&](int64_t k) {
@@ -233,8 +295,16 @@ int rows_forward(const nw_rows_forward_args* args) {
     with_act(a.act, [&](auto which) {
       constexpr int act = decltype(which)::act;
       const bool past_cache = goes_past_cache(static_cast<T*>(a.y), a.rows * a.cols, a.cols);
-      parallel_for(a.rows, worth_threads(a.rows * a.cols, a.threads),
-                   [&](int64_t row) { forward_row<T, act>(a, row, past_cache); });
+      const int threads = worth_threads(a.rows * a.cols, a.threads);
+      if (a.cols > short_row || a.mask || a.residual) {
+        parallel_for(a.rows, threads, [&](int64_t row) { forward_row<T, act>(a, row, past_cache); });
+      } else {
+        parallel_for((a.rows + 3) / 4, threads, [&](int64_t four) {
+          const int64_t row = 4 * four, end = row + 4 < a.rows ? row + 4 : a.rows;
+          if (end - row == 4) return forward_short_rows<4, T, act>(a, row, past_cache);
+          for (int64_t one = row; one < end; ++one) forward_short_rows<1, T, act>(a, one, past_cache);
+        });
+      }
       status = NW_OK;
     });
   });
