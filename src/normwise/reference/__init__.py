@@ -5,7 +5,16 @@ Kernels are tested against it and never the other way round.
 """
 
 from normwise.reference.activations import ACTIVATIONS, activation
-from normwise.reference.moments import Moments, accumulation_dtype, centre, count_valid, moments
+from normwise.reference.moments import (
+    Moments,
+    accumulation_dtype,
+    centre,
+    centre_in_two,
+    combined,
+    count_valid,
+    mean_square,
+    moments,
+)
 from normwise.reference.norm import norm, norm_backward
 
 __all__ = [
@@ -14,7 +23,10 @@ __all__ = [
     "accumulation_dtype",
     "activation",
     "centre",
+    "centre_in_two",
+    "combined",
     "count_valid",
+    "mean_square",
     "moments",
     "norm",
     "norm_backward",

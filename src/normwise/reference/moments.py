@@ -28,9 +28,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def centre(x: Tensor, dims: Sequence[int], mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Subtract from `x` its mean over the valid elements of `dims`; invalid elements become 0.
 
-    The mean is subtracted twice, first a rough one and then the mean of what is left: near 1e4 two neighbouring
-    float32 numbers lie 1e-3 apart, so a mean rounded to float32 would leave an error of that size in every element.
-
     Args:
         x: floating tensor of any shape.
         dims: axes that share one mean.
@@ -38,6 +35,16 @@ def centre(x: Tensor, dims: Sequence[int], mask: Tensor | None = None) -> tuple[
 
     Returns:
         (centred, mean, count): `centred` like `x` in `accumulation_dtype(x.dtype)`, the others with `dims` kept as 1.
+    """
+    centred, rough, rest, count = centre_in_two(x, dims, mask)
+    return centred, rough + rest, count
+
+
+def centre_in_two(x: Tensor, dims: Sequence[int], mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`centre` as (centred, rough, rest, count), where the mean is rough + rest.
+
+    The mean is subtracted twice, first a rough one and then the mean of what is left: near 1e4 two neighbouring
+    float32 numbers lie 1e-3 apart, so a mean rounded to float32 would leave an error of that size in every element.
     """
     dims = list(dims)
     x = x.to(accumulation_dtype(x.dtype))
@@ -54,13 +61,28 @@ def centre(x: Tensor, dims: Sequence[int], mask: Tensor | None = None) -> tuple[
     centred = centred - rest
     if mask is not None:
         centred = centred.masked_fill(~mask, 0)
-    return centred, rough + rest, count
+    return centred, rough, rest, count
 
 
 def moments(x: Tensor, dims: Sequence[int], mask: Tensor | None = None) -> Moments:
     """Mean and biased variance of the valid elements of `x` over `dims` (two passes, in at least float32)."""
     centred, mean, count = centre(x, dims, mask)
     return Moments(mean, mean_square(centred, dims, count), count)
+
+
+def combined(parts: Moments) -> Moments:
+    """The moments of all elements together, from those of disjoint parts that are stacked along axis 0.
+
+    With N = sum(count): mean = sum(count * mean) / N, var = sum(count * (var + (mean_part - mean)^2)) / N. Parts
+    without an element do not count. No sum of squares of uncentred numbers occurs, so no digits are lost.
+
+    Source: Chan, Golub & LeVeque 1979, eq. 2.1.
+    """
+    count = parts.count.sum(0)
+    share = parts.count / count.clamp(min=1)
+    mean = (share * parts.mean).sum(0)
+    var = (share * (parts.var + (parts.mean - mean).square())).sum(0)
+    return Moments(mean, var, count)
 
 
 def mean_square(x: Tensor, dims: Sequence[int], count: Tensor) -> Tensor:
