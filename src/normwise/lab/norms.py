@@ -21,6 +21,7 @@ NORMS: Mapping[str, str] = {
     "group": "GroupNorm: each sample, over a group of its features or channels and their positions",
     "instance": "InstanceNorm: each sample and channel, over its positions",
     "rms": "RMSNorm: as LayerNorm, by the root mean square and without subtracting the mean",
+    "layer-plain": "LayerNorm without gain and bias",
     "batch-masked": "BatchNorm over the valid positions alone, so that padding enters no statistics",
     "batch-per-step": "BatchNorm inside the recurrence, on both terms of the summed input (and the LSTM's cell): each "
     "time step has running statistics of its own, and later steps than any in training use the last one's "
@@ -55,6 +56,7 @@ def feature_norm(name: str, features: int) -> nn.Module:
             "none": nn.Identity,
             "batch": lambda: normwise.BatchNorm1d(features),
             "layer": lambda: normwise.LayerNorm(features),
+            "layer-plain": lambda: normwise.LayerNorm(features, elementwise_affine=False),
             "group": lambda: normwise.GroupNorm(groups(features), features),
             "rms": lambda: normwise.RMSNorm(features),
         },
@@ -76,6 +78,7 @@ def image_norm(name: str, channels: int, height: int, width: int) -> nn.Module:
             "none": nn.Identity,
             "batch": lambda: normwise.BatchNorm2d(channels),
             "layer": lambda: normwise.LayerNorm((channels, height, width)),
+            "layer-plain": lambda: normwise.LayerNorm((channels, height, width), elementwise_affine=False),
             "group": lambda: normwise.GroupNorm(groups(channels), channels),
             "instance": lambda: normwise.InstanceNorm2d(channels, affine=True),
             "rms": lambda: normwise.RMSNorm((channels, height, width)),
@@ -99,6 +102,7 @@ def sequence_norm(name: str, features: int) -> nn.Module:
             "batch": lambda: OverPositions(features, masked=False),
             "batch-masked": lambda: OverPositions(features, masked=True),
             "layer": lambda: EachPosition(normwise.LayerNorm(features)),
+            "layer-plain": lambda: EachPosition(normwise.LayerNorm(features, elementwise_affine=False)),
             "rms": lambda: EachPosition(normwise.RMSNorm(features)),
         },
     )

@@ -15,7 +15,7 @@ import normwise
 from normwise.lab.errors import LabError, unknown
 from normwise.lab.tasks import load_task
 
-LAB_REVISION = 1
+LAB_REVISION = 2
 """Raised with every change to the lab that changes what a run records; runs of other revisions are not reused."""
 
 
@@ -76,8 +76,9 @@ def expand(
     learning_rates = defaults.learning_rates if learning_rates is None else learning_rates
     steps = defaults.steps if steps is None else steps
     for norm in norms:
-        if norm not in defaults.norms:
-            raise unknown(f"norm for task {defaults.name!r}", norm, defaults.norms)
+        known = (*defaults.norms, *defaults.more_norms)
+        if norm not in known:
+            raise unknown(f"norm for task {defaults.name!r}", norm, known)
     cases = len(defaults.cases[0])
     for batch_size in batch_sizes:
         if not 1 <= batch_size <= cases:

@@ -16,6 +16,7 @@ from normwise.lab.tasks.base import Batch, Task
 from normwise.lab.tasks.cnn import Cnn
 from normwise.lab.tasks.lstm import Lstm
 from normwise.lab.tasks.mlp import Mlp
+from normwise.lab.tasks.mlp_bad_start import MlpBadStart
 from normwise.lab.tasks.rnn import Rnn
 from normwise.lab.tasks.transformer import Transformer
 
@@ -23,6 +24,7 @@ __all__ = ["TASKS", "Batch", "LoadedTask", "Task", "load_task"]
 
 TASKS: dict[str, Callable[[], Task]] = {
     "mlp": Mlp,
+    "mlp-bad-start": MlpBadStart,
     "cnn": Cnn,
     "rnn": Rnn,
     "lstm": Lstm,

@@ -55,10 +55,18 @@ class Task(ABC):
     summary: ClassVar[str]
     """One sentence for the report: network, data, optimiser."""
     norms: ClassVar[tuple[str, ...]] = ("none", "batch", "layer", "group", "rms")
+    more_norms: ClassVar[tuple[str, ...]] = ()
+    """Norms that can be asked for by name and are no default."""
     batch_sizes: ClassVar[tuple[int, ...]] = (64, 8, 2)
     learning_rates: ClassVar[tuple[float, ...]] = (0.01, 0.05)
     """The grid that every norm is offered; which one counts is decided by the training loss (``lab/score.py``)."""
     steps: ClassVar[int] = 200
+    clip: ClassVar[float | None] = None
+    """The largest norm that the gradient of all parameters together may have; larger ones are scaled down to it."""
+    looks: ClassVar[int] = 6
+    """How often the held-out probe is looked at, beside the look after the last step."""
+    probe_cases: ClassVar[int] = 200
+    """How many held-out cases are in that probe."""
     watched: ClassVar[str | None] = None
     """Dotted name of the module whose input's percentiles are recorded; None records none."""
     saturated: ClassVar[Mapping[type[nn.Module], Callable[[Tensor], Tensor]]] = SATURATED

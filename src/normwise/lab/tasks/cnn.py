@@ -47,6 +47,7 @@ class Cnn(Task):
         "He's initial weights, SGD with momentum 0.9"
     )
     norms: ClassVar[tuple[str, ...]] = ("none", "batch", "layer", "group", "instance", "rms")
+    more_norms: ClassVar[tuple[str, ...]] = ("layer-plain",)
     learning_rates: ClassVar[tuple[float, ...]] = (0.005, 0.03)
     steps: ClassVar[int] = 100
     watched: ClassVar[str] = "block2.relu1"

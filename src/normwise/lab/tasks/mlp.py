@@ -23,6 +23,7 @@ class Mlp(Task):
         "small Gaussian weights, SGD with momentum 0.9"
     )
     norms: ClassVar[tuple[str, ...]] = ("none", "batch", "layer", "group", "instance", "rms")
+    more_norms: ClassVar[tuple[str, ...]] = ("layer-plain",)
     learning_rates: ClassVar[tuple[float, ...]] = (0.01, 0.1)
     steps: ClassVar[int] = 400
     watched: ClassVar[str] = "sigmoid3"

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from normwise.lab.run import run
+from normwise.lab.shift import Shift, distance
+from normwise.lab.spec import Spec
+from normwise.lab.tasks import load_task
+
+
+def one_update(norm="batch", rate=0.1):
+    """A net of the task mlp, before its first update, with the batch's gradients."""
+    task = load_task("mlp").task
+    model = task.model(norm, 0).train()
+    batch = next(task.batches(32, 1, 0))
+    task.loss(task.forward(model, batch), batch).backward()
+    return task, model, batch, torch.optim.SGD(model.parameters(), lr=rate)
+
+
+def test_the_gradient_s_change_is_that_of_a_net_of_which_the_first_layers_alone_are_updated():
+    task, model, batch, optimizer = one_update()
+    old = {name: value.clone() for name, value in model.state_dict().items()}
+    gradient = model.linear3.weight.grad.clone()
+    shift = Shift(model, task, batch)
+    optimizer.step()
+    new = {name: value.clone() for name, value in model.state_dict().items()}
+    found = shift.after_update()
+
+    twin = task.model("batch", 0).train()
+    first = ("linear1", "norm1", "linear2", "norm2")
+    twin.load_state_dict({name: (new if name.startswith(first) else old)[name] for name in old})
+    task.loss(task.forward(twin, batch), batch).backward()
+    moved = twin.linear3.weight.grad
+    assert found["shift/gradient/linear3.weight"] == pytest.approx(
+        float((moved - gradient).norm() / gradient.norm()), rel=1e-4
+    )
+    cosine = nn.functional.cosine_similarity(moved.flatten(), gradient.flatten(), dim=0)
+    assert found["shift/cosine/linear3.weight"] == pytest.approx(float(cosine), rel=1e-4)
+
+
+def test_looking_changes_nothing():
+    task, model, batch, optimizer = one_update()
+    shift = Shift(model, task, batch)
+    optimizer.step()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    state = torch.get_rng_state()
+    shift.after_update()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_update_of_nothing_shifts_nothing():
+    task, model, batch, optimizer = one_update(rate=0.0)
+    shift = Shift(model, task, batch)
+    optimizer.step()
+    found = shift.after_update()
+    assert {name: value for name, value in found.items() if "cosine" not in name} == {
+        f"shift/{what}/linear{layer}.weight": 0.0 for what in ("gradient", "inputs") for layer in (2, 3, 4)
+    }
+
+
+def test_distance_of_a_moved_and_a_stretched_distribution():
+    values = torch.randn(3, 4000)
+    assert distance(values, values + 2 * values.std(dim=1, correction=0, keepdim=True)) == pytest.approx(2, rel=1e-5)
+    # E|X| of a standard normal is sqrt(2 / pi): stretched by 1.5, every quantile moves by half of itself
+    assert distance(values, 1.5 * values) == pytest.approx(0.5 * math.sqrt(2 / math.pi), rel=0.05)
+    assert distance(torch.ones(2, 5), torch.zeros(2, 5)) == 0  # constant features have no scale
+
+
+@pytest.mark.parametrize("task", ["cnn", "rnn", "transformer"])
+def test_every_task_records_it(task):
+    result = run(Spec(task, "layer", 8, 0.01, 0, 2))
+    names = {name.split("/")[1] for name in result.series if name.startswith("shift/")}
+    assert names == {"gradient", "cosine", "inputs"}
+    assert all(math.isfinite(v) for name, s in result.series.items() if name.startswith("shift/") for v in s.values)
