@@ -2,14 +2,16 @@
 
     cli -> lab, diagnosis, surgery -> nn -> ops -> kernels, reference
 
-Rooms on one level do not know each other. The package's own modules (`normwise/__init__.py`, `functional.py`) stand
-between nn and the rooms above it. Every import statement counts, wherever it stands: at the top, inside a function,
-under TYPE_CHECKING, relative, or as a string given to `import_module`.
+Rooms on one level do not know each other. The package's own modules (`functional.py`) stand between nn and the rooms
+above it; only its front, `normwise/__init__.py`, which names what users call, imports surgery. Every import statement
+counts, wherever it stands: at the top, inside a function, under TYPE_CHECKING, relative, or as a string given to
+`import_module`.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -22,12 +24,13 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "normwise"
 PACKAGE = "normwise"
 
+FRONT = f"{PACKAGE}/__init__.py"
 LEVEL = {"cli": 5, "lab": 4, "diagnosis": 4, "surgery": 4, PACKAGE: 3, "nn": 2, "ops": 1, "kernels": 0, "reference": 0}
 
 # Besides torch and the standard library. Outside cli, lab and diagnosis nothing else may be needed.
 OUTSIDE = {
     "cli": {"typer", "rich"},
-    "lab": {"numpy", "rich", "plotly", "jinja2"},
+    "lab": {"numpy", "rich", "plotly", "jinja2", "joblib", "distributed", "pyarrow"},
     "diagnosis": {"numpy", "rich", "plotly", "jinja2"},
     "kernels": {"triton"},
 }
@@ -42,7 +45,7 @@ def violations(source: Path) -> list[str]:
         graph[module] = set()
         for line, imported in imports(file, module):
             graph[module].add(imported)
-            fault = forbidden(room(module, source), imported, source)
+            fault = forbidden(FRONT if module == PACKAGE else room(module, source), imported, source)
             if fault:
                 found.append(f"{file.relative_to(source)}:{line}: {fault}")
     return found + scoring_that_trains(graph, source)
@@ -56,6 +59,10 @@ def forbidden(importer: str, imported: str, source: Path) -> str | None:
             return None
         return f"{importer} may not import {imported}: it is neither torch nor the standard library"
     target = room(imported, source)
+    if importer == FRONT:
+        importer = PACKAGE
+        if target == "surgery":
+            return None
     if importer == target or LEVEL[target] < LEVEL[importer]:
         return None
     return f"{importer} may not import {imported}: {target} is not below it"
@@ -135,6 +142,8 @@ def test_imports_point_downwards():
         ("reference/planted.py", "import numpy as np", "numpy"),
         ("reference/planted.py", "import_module('normwise.ops')", "normwise.ops"),
         ("reference/planted.py", "importlib.import_module('normwise.ops')", "normwise.ops"),
+        ("__init__.py", "from normwise.lab import run", "normwise.lab"),
+        ("functional.py", "from normwise.surgery import convert", "normwise.surgery"),
         ("functional.py", "from normwise.lab import data", "normwise.lab"),
         ("functional.py", "import triton", "triton"),
         ("lab/planted.py", "from normwise.cli.main import main", "normwise.cli"),
@@ -183,8 +192,8 @@ def test_what_the_design_allows_passes(tmp_path):
 
 
 def test_what_is_imported_from_outside_is_declared():
-    """Everything that OUTSIDE allows is in the extra `lab` (triton comes with torch's GPU wheels)."""
+    """Everything that OUTSIDE allows is in an extra (triton comes with torch's GPU wheels)."""
     needed = [requirement.partition(";") for requirement in requires(PACKAGE) or []]
     assert [name.split(">")[0] for name, _, condition in needed if not condition] == ["torch"]
-    extra = {name.split(">")[0] for name, _, condition in needed if "lab" in condition}
-    assert set().union(*OUTSIDE.values()) - {"triton"} == extra
+    used = {name.split(">")[0] for name, _, condition in needed if re.search("extra == .(lab|cluster|parquet)", condition)}
+    assert set().union(*OUTSIDE.values()) - {"triton"} == used - {"normwise[lab]"}

@@ -11,7 +11,7 @@ import pytest
 
 import normwise
 from normwise.cli import app as application
-from normwise.cli.main import LAB_PACKAGES
+from normwise.cli.main import EXTRAS
 
 COMMANDS = [command.name or command.callback.__name__ for command in application.app.registered_commands]
 
@@ -84,10 +84,12 @@ def test_a_missing_package_that_the_extra_does_not_bring_is_a_bug():
     assert "Traceback" in ran.stderr
 
 
-def test_the_packages_of_the_extra_are_those_in_pyproject():
+@pytest.mark.parametrize("extra", ["lab", "cluster", "parquet"])
+def test_the_packages_of_the_extras_are_those_in_pyproject(extra):
     # The metadata's quotes are the build backend's choice.
-    extra = [line.split(">")[0] for line in requires("normwise") or [] if re.search("extra == .lab.", line)]
-    assert sorted(LAB_PACKAGES) == sorted(extra)
+    declared = [line.split(">")[0] for line in requires("normwise") or [] if re.search(f"extra == .{extra}.", line)]
+    named = [package for package, brought_by in EXTRAS.items() if brought_by == extra]
+    assert sorted(named) == sorted(name for name in declared if not name.startswith("normwise[lab]"))
 
 
 def test_the_installed_script_runs_without_loading_what_only_the_lab_needs():

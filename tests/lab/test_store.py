@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import os
+import re
+import shutil
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 
@@ -35,6 +38,19 @@ def test_what_is_added_comes_back(path):
     low, infinite, third = second.series["train/loss"].values
     assert (low, third) == (2.5, pytest.approx(1 / 3, rel=1e-5))
     assert math.isnan(infinite)
+
+
+def test_the_index_has_the_last_value_of_every_series_and_what_made_the_run(path):
+    with Store(path) as store:
+        store.add("b", {"seed": 0}, RESULT, machine="elsewhere")
+        store.add("a", {"seed": 1}, Result("undefined", "one value"))
+        first, second = store.index()
+        assert (store.has("b"), store.has("c")) == (True, False)
+    assert (first.key, first.identity, first.machine) == ("b", {"seed": 0}, "elsewhere")
+    assert list(first.series) == ["train/loss", "final/accuracy"]
+    assert (first.series["train/loss"].steps, first.series["train/loss"].values) == ([2], [0.333333])
+    assert (second.key, second.status, second.series, second.machine) == ("a", "undefined", {}, module.this_machine())
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", second.finished)
 
 
 def test_a_stored_run_stays_as_it_is(path):
@@ -136,3 +152,64 @@ def test_another_program_s_database_is_left_alone(path):
         connection.execute("CREATE TABLE runs (x)")
     connection.close()
     refused(path, "an SQLite file, but no store of normwise")
+
+
+def test_a_full_disk_is_named_and_loses_nothing_that_was_stored(full):
+    with Store(full) as store:
+        (pages,) = store._connection.execute("PRAGMA page_count").fetchone()
+        store._connection.execute(f"PRAGMA max_page_count = {pages}")
+        with pytest.raises(StoreError, match=r"database or disk is full. Free some space and start again: what was"):
+            store.add("large", {"filler": "x" * 100_000}, RESULT)
+    with Store(full) as store:
+        assert len(store.keys()) == 50
+        store.add("large", {}, RESULT)
+        assert len(store.keys()) == 51
+
+
+def test_a_store_that_another_process_holds_is_named(path, monkeypatch):
+    monkeypatch.setattr(module, "BUSY_SECONDS", 0.1)
+    with Store(path) as store:
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreError, match=r"database is locked. Another process has been writing"):
+            store.add("a", {}, RESULT)
+        other.close()
+    with Store(path) as store:
+        assert store.keys() == set()
+
+
+def test_a_store_to_read_is_not_made(path):
+    with pytest.raises(StoreError, match=r"no such store; `normwise compare --out .*` makes one"):
+        Store(path, make=False)
+    assert not path.parent.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match=r"file cannot be made .*give another --out"):
+        Store(tmp_path / "file" / "runs.sqlite")
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not bind this user")
+def test_a_folder_without_permission_is_named(path):
+    path.parent.mkdir(mode=0o500)
+    with pytest.raises(StoreError, match="You have no permission to make it there"):
+        Store(path)
+
+
+def test_a_process_killed_as_it_made_the_file_is_undone(path):
+    """Its journal is there, and some of its pages are in the file."""
+    path.parent.mkdir()
+    begun = path.with_name("begun")
+    connection = sqlite3.connect(begun, isolation_level=None)
+    connection.execute("PRAGMA cache_size = 1")
+    connection.execute("BEGIN")
+    connection.execute("CREATE TABLE runs (x)")
+    connection.executemany("INSERT INTO runs VALUES (?)", [("y" * 3000,)] * 200)
+    shutil.copy(begun, path)
+    shutil.copy(f"{begun}-journal", f"{path}-journal")
+    connection.close()
+    assert path.stat().st_size > 0
+    with Store(path) as store:
+        store.add("a", {}, RESULT)
+        assert store.keys() == {"a"}

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from normwise.lab import sweep as module
+from normwise.lab.cluster import Ran
 from normwise.lab.errors import LabError
+from normwise.lab.run import Result, Series
 from normwise.lab.spec import expand
 from normwise.lab.store import Store
 from normwise.lab.sweep import cores, sweep
@@ -65,7 +70,7 @@ def test_whole_seeds_come_first_and_the_order_is_fixed():
 
 
 def test_a_file_that_changes_meanwhile_stops_the_sweep(store, monkeypatch):
-    monkeypatch.setattr(module, "_run", lambda spec: ("another key", None))
+    monkeypatch.setattr(module, "_run", lambda key, *_: Ran(key, "another key", Result("done"), "here"))
     with pytest.raises(LabError, match="mlp: the file changed while the sweep ran"):
         sweep(SPECS, store, jobs=1, finished=lambda *_: None)
     assert store.keys() == set()
@@ -73,3 +78,69 @@ def test_a_file_that_changes_meanwhile_stops_the_sweep(store, monkeypatch):
 
 def test_cores_is_what_this_process_may_use():
     assert cores() >= 1
+
+
+def test_what_another_sweep_stores_meanwhile_is_not_trained(store, tmp_path):
+    ran = []
+
+    def finished(spec, result):
+        ran.append((spec, result is not None))
+        with Store(tmp_path / "runs.sqlite") as other:
+            for theirs in SPECS:
+                other.add(theirs.key(), theirs.identity(), Result("done", "", {"x": Series([0], [1.0])}))
+
+    sweep(SPECS, store, jobs=1, finished=finished)
+    assert [spec for spec, trained in ran if trained] == [ran[0][0]]
+    assert sorted((spec for spec, _ in ran), key=SPECS.index) == SPECS  # each is reported once
+    assert "train/loss" in store.runs([ran[0][0].key()])[0].series
+
+
+def test_two_sweeps_at_once_do_each_run_about_once(tmp_path):
+    program = """
+import sys
+from pathlib import Path
+from normwise.lab import sweep
+from normwise.lab.spec import expand
+from normwise.lab.store import Store
+specs = expand("mlp", seeds=4, norms=["batch", "layer", "rms"], batch_sizes=[8], learning_rates=[0.1], steps=40)
+with Store(Path(sys.argv[1])) as store:
+    ran = []
+    sweep.sweep(specs, store, jobs=1, finished=lambda spec, result: ran.append(result is not None))
+    print(len(ran), sum(ran), len(store.keys()))
+"""
+    path = tmp_path / "shared.sqlite"
+    both = [subprocess.Popen([sys.executable, "-c", program, path], stdout=subprocess.PIPE, text=True) for _ in "12"]
+    printed = [list(map(int, process.communicate(timeout=120)[0].split())) for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert max(stored for *_, stored in printed) == 12
+    # Whichever came first may have done them all; both together did few twice: at most the two that run at once.
+    assert 12 <= sum(trained for _, trained, _ in printed) <= 20
+
+
+def test_a_worker_that_dies_is_an_error_and_what_was_finished_is_kept(tmp_path):
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    specs = expand(
+        f"{tmp_path}/deadly.py:make", seeds=6, norms=["none"], batch_sizes=[4], learning_rates=[0.1], steps=2
+    )
+    with Store(tmp_path / "runs.sqlite") as store:
+        with pytest.raises(RuntimeError, match="a worker process died while it trained"):
+            sweep(specs, store, jobs=2, finished=lambda *_: None)
+        assert store.keys() < {spec.key() for spec in specs}
+
+
+DEADLY = """
+import os
+import torch
+from normwise.lab.tasks import Batch, Task
+
+class Deadly(Task):
+    name, summary, norms = "deadly", "", ("none",)
+    def data(self):
+        return Batch(torch.randn(8, 3), torch.zeros(8).long()), Batch(torch.randn(8, 3), torch.zeros(8).long())
+    def model(self, norm, seed):
+        if seed == 3:
+            os.kill(os.getpid(), 9)
+        return torch.nn.Linear(3, 2)
+
+make = Deadly
+"""

@@ -51,6 +51,10 @@ def compare(
     jobs: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Processes. Default: one a core.", show_default=False)
     ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Train on the workers of this Dask scheduler: tcp://host:8786."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the table as JSON, for programs.")] = False,
 ) -> None:
     """Train the same network with different norms, batch sizes and seeds on real data, and show which to use.
@@ -81,7 +85,7 @@ def compare(
     ]
     loaded = [load_task(name).task for name in names]
     with Store(out / "runs.sqlite") as store:
-        _train(specs, store, jobs or cores())
+        train(specs, store, jobs=jobs or cores(), scheduler=scheduler)
         rows = score(store.runs(spec.key() for spec in specs))
     report = write_report(rows, loaded, out / "report.html")
     if json:
@@ -100,7 +104,9 @@ def _list(text: str | None, kind: Callable[[str], Value], option: str) -> list[V
         raise typer.BadParameter(f"{text!r} is not a list of {wanted} separated by commas", param_hint=option) from None
 
 
-def _train(specs: Sequence[Spec], store: Store, jobs: int) -> None:
+def train(
+    specs: Sequence[Spec], store: Store, *, jobs: int, scheduler: str | None = None, checkpoints: Path | None = None
+) -> None:
     """The sweep under a progress bar on stderr; Ctrl-C leaves with status 130."""
     from rich.console import Console
     from rich.progress import (
@@ -129,7 +135,14 @@ def _train(specs: Sequence[Spec], store: Store, jobs: int) -> None:
     try:
         with Progress(*columns, console=console, speed_estimate_period=600) as progress:
             bar = progress.add_task("training", total=len(specs), completed=before)
-            sweep(specs, store, jobs=jobs, finished=lambda *_: progress.advance(bar))
+            sweep(
+                specs,
+                store,
+                jobs=jobs,
+                finished=lambda *_: progress.advance(bar),
+                scheduler=scheduler,
+                checkpoints=checkpoints,
+            )
     except KeyboardInterrupt:
         done = len(store.keys().intersection(keys))
         console.print(

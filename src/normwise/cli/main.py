@@ -10,8 +10,12 @@ from typing import NoReturn
 
 from normwise.lab.errors import LabError, StoreError
 
-# What the extra `lab` installs; a test keeps the list equal to pyproject.toml.
-LAB_PACKAGES = ("numpy", "typer", "rich", "plotly", "jinja2")
+# Which extra installs a package; a test keeps it equal to pyproject.toml.
+EXTRAS = {
+    **dict.fromkeys(("numpy", "typer", "rich", "plotly", "jinja2", "joblib"), "lab"),
+    "distributed": "cluster",
+    "pyarrow": "parquet",
+}
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -25,9 +29,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         _fail(str(error))
     except ModuleNotFoundError as missing:
         package = (missing.name or "").partition(".")[0]
-        if package not in LAB_PACKAGES:
+        if package not in EXTRAS:
             raise
-        _fail(f"the package {package!r} is not installed; run: pip install 'normwise[lab]'")
+        _fail(f"the package {package!r} is not installed; run: pip install 'normwise[{EXTRAS[package]}]'")
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)

@@ -6,17 +6,22 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from statistics import fmean
 
 import torch
 
-from normwise.lab import watch
+from normwise.lab import checkpoint, watch
 from normwise.lab.errors import UndefinedError
 from normwise.lab.norms import UNDEFINED_WORDS
+from normwise.lab.shift import Shift
 from normwise.lab.spec import Spec
 from normwise.lab.tasks import Task, load_task
 
+TRAIN_POINTS = 5000
+"""Of more steps than these, each value of a series of all steps is a mean over as many as keep it this short."""
 GRADIENT_POINTS = 50
-PROBE_POINTS = 6
 
 
 @dataclass
@@ -51,16 +56,21 @@ class Result:
             self.series[f"over-time/{name}/{when}"] = Series(list(range(len(of_steps))), of_steps)
 
 
-def run(spec: Spec) -> Result:
+def run(spec: Spec, kept: Path | None = None) -> Result:
     """Train ``spec``. The same spec gives the same numbers, times apart, for the same number of threads.
 
+    Args:
+        spec: the run.
+        kept: a file in which the run keeps how far it is (``checkpoint.py``). If it is there, the run goes on from
+            it, to the numbers of a run that was never stopped.
+
     Raises:
-        LabError: the spec asks for something that does not exist.
+        LabError: the spec asks for something that does not exist, or ``kept`` is damaged or cannot be written.
     """
     result = Result("done")
     # A layer has the last word on what it can normalize; any other ValueError is a fault and passes on.
     try:
-        _train(spec, load_task(spec.task).task, result)
+        _train(spec, load_task(spec.task).task, result, kept)
     except UndefinedError as error:
         return Result("undefined", str(error))
     except ValueError as error:
@@ -70,20 +80,31 @@ def run(spec: Spec) -> Result:
     return result
 
 
-def _train(spec: Spec, task: Task, result: Result) -> None:
+def _train(spec: Spec, task: Task, result: Result, kept: Path | None) -> None:
     torch.manual_seed(spec.seed)
     model = task.model(spec.norm, spec.seed).train()
     optimizer = task.optimizer(model, spec.learning_rate)
     weights = watch.weights(model)
     probe = watch.Probe(task, spec.batch_size)
     lengths = task.cases[0].lengths
-    if lengths is not None:
+    batches = task.batches(spec.batch_size, spec.steps, spec.seed)
+    first = 0
+    if kept is not None and kept.exists():
+        first, random_state = checkpoint.load(kept, model, optimizer, result)
+        for _ in islice(batches, first):
+            pass
+        torch.set_rng_state(random_state)
+    elif lengths is not None:
         result.record(0, {"train/longest": float(lengths.max())})
         result.record_over_time("start", probe.over_time(model))
     gradients_every = max(1, spec.steps // GRADIENT_POINTS)
-    probe_every = max(1, spec.steps // PROBE_POINTS)
-    for step, batch in enumerate(task.batches(spec.batch_size, spec.steps, spec.seed)):
-        if step % probe_every == 0 and step + probe_every <= spec.steps:
+    probe_every = max(1, spec.steps // task.looks)
+    record_every = math.ceil(spec.steps / TRAIN_POINTS)
+    window: list[tuple[float, float, float]] = []
+    kept_last = time.monotonic()
+    for step, batch in enumerate(batches, first):
+        looking = step % probe_every == 0 and step + probe_every <= spec.steps
+        if looking:
             result.record(step, probe.look(model))
         start = time.perf_counter()
         optimizer.zero_grad()
@@ -97,12 +118,24 @@ def _train(spec: Spec, task: Task, result: Result) -> None:
             return
         if step % gradients_every == 0:
             result.record(step, watch.gradient_norms(weights))
+        shift = Shift(model, task, batch) if looking else None
         start = time.perf_counter()
+        if task.clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip)
         optimizer.step()
         seconds = forward_backward + time.perf_counter() - start
+        if shift is not None:
+            result.record(step, shift.after_update())
         with torch.no_grad():
             right = watch.accuracy(scores, batch.targets)
-        result.record(step, {"train/loss": value, "train/accuracy": right, "time/step": seconds})
+        window.append((value, right, seconds))
+        if len(window) == record_every or step + 1 == spec.steps:
+            names = ("train/loss", "train/accuracy", "time/step")
+            result.record(step, dict(zip(names, map(fmean, zip(*window, strict=True)), strict=True)))
+            window.clear()
+            if kept is not None and time.monotonic() - kept_last >= checkpoint.SECONDS:
+                checkpoint.save(kept, step + 1, model, optimizer, result)
+                kept_last = time.monotonic()
     result.record(spec.steps, probe.look(model))
     if lengths is not None:
         result.record_over_time("end", probe.over_time(model))

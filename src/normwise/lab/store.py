@@ -12,7 +12,7 @@ import platform
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from normwise.lab.errors import StoreError
 
 SCHEMA_VERSION = 1
+BUSY_SECONDS = 30
 APPLICATION_ID = 0x6E776C62  # "nwlb", so that another program's database is not taken for a store
 
 SCHEMA = """
@@ -78,24 +79,38 @@ class Run:
     reason: str
     machine: str
     series: dict[str, Curve] = field(default_factory=dict)
+    finished: str = ""
+    """When it was stored: UTC, as in 2026-01-31 17:05:09."""
 
 
 class Store:
     """The file ``path``, made if it is not there. Use as a context manager.
 
+    Any number of processes may read and write it at once: SQLite's log of writes (WAL) lets them, and a writer waits
+    up to ``BUSY_SECONDS`` for another.
+
+    Args:
+        path: the file.
+        make: False for a store that must be there already, as for reading.
+
     Raises:
-        StoreError: the file is damaged, newer than this normwise or no store at all; it is left as it is.
+        StoreError: the file is damaged, newer than this normwise or no store at all; it is left as it is. Or it
+            cannot be made or written: no such folder, no permission, no space.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, make: bool = True) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not path.exists() or path.stat().st_size == 0
-        if not fresh:
+        if not make and not path.is_file():
+            raise StoreError(f"{path}: no such store; `normwise compare --out {path.parent}` makes one")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{path.parent} cannot be made ({error.strerror}): give another --out") from error
+        if not self._empty():
             self._check()
-        self._connection = sqlite3.connect(path, timeout=30, isolation_level=None)
         with self._named():
-            if fresh:
+            self._connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+            if self._empty():
                 self._create()
             self._use_wal()
             self._connection.execute("PRAGMA synchronous = NORMAL")
@@ -107,20 +122,25 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self._connection.close()
 
+    def _empty(self) -> bool:
+        return not self.path.exists() or self.path.stat().st_size == 0
+
     def _check(self) -> None:
         """Look at the file without writing, not even a file beside it: first its header, then all of its pages."""
-        with self.path.open("rb") as file:
-            header = file.read(100)
-        if header[:16] != b"SQLite format 3\x00":
-            raise StoreError(f"{self.path} is damaged or no store of normwise (it is no SQLite file). {_CURE}")
         before = self._traces()
+        _, _, wal, journal = before
+        with self.path.open("rb") as file:
+            header = file.read(16)
+        if header != b"SQLite format 3\x00" and not journal:
+            raise StoreError(f"{self.path} is damaged or no store of normwise (it is no SQLite file). {_CURE}")
         try:
-            self._check_pages(alone=not any(before[2:]))
+            # A journal is left where a process was killed as it made the file: to undo that, SQLite has to write.
+            self._check_pages("mode=rw" if journal else "mode=ro" if wal else "immutable=1")
         except StoreError:
             # Another process may have written while we read without a lock: then look again, with one.
             if self._traces() == before:
                 raise
-            self._check_pages(alone=False)
+            self._check_pages("mode=ro")
 
     def _traces(self) -> tuple[int, int, bool, bool]:
         """What tells that another process writes: size, time of change, and the two files that SQLite keeps beside."""
@@ -128,11 +148,10 @@ class Store:
         wal, journal = (self.path.with_name(self.path.name + suffix).exists() for suffix in ("-wal", "-journal"))
         return status.st_size, status.st_mtime_ns, wal, journal
 
-    def _check_pages(self, alone: bool) -> None:
-        """``alone``: no other process has the file open, so it can be read without SQLite's files for locking."""
-        mode = "immutable=1" if alone else "mode=ro"
+    def _check_pages(self, mode: str) -> None:
+        """``mode`` is SQLite's: a file that is called immutable is read without the files for locking beside it."""
         try:
-            connection = sqlite3.connect(f"{self.path.absolute().as_uri()}?{mode}", uri=True, timeout=30)
+            connection = sqlite3.connect(f"{self.path.absolute().as_uri()}?{mode}", uri=True, timeout=BUSY_SECONDS)
             try:
                 (application,) = connection.execute("PRAGMA application_id").fetchone()
                 (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -141,6 +160,8 @@ class Store:
                 connection.close()
         except sqlite3.DatabaseError as error:
             raise StoreError(f"{self.path} is damaged ({error}). {_CURE}") from error
+        if self._empty():  # what a killed process had begun to make is undone
+            return
         if application != APPLICATION_ID:
             raise StoreError(f"{self.path} is an SQLite file, but no store of normwise. {_CURE}")
         if version > SCHEMA_VERSION:
@@ -156,8 +177,10 @@ class Store:
         try:
             yield
         except sqlite3.DatabaseError as error:
-            self._connection.close()
-            raise StoreError(f"{self.path}: {error}. {_CURE}") from error
+            if hasattr(self, "_connection"):
+                self._connection.close()
+            cure = next((cure for words, cure in _CURES.items() if words in str(error)), _CURE)
+            raise StoreError(f"{self.path}: {error}. {cure}") from error
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -165,7 +188,8 @@ class Store:
         try:
             yield
         except BaseException:
-            self._connection.execute("ROLLBACK")
+            if self._connection.in_transaction:  # a full disk has ended it already
+                self._connection.execute("ROLLBACK")
             raise
         self._connection.execute("COMMIT")
 
@@ -191,9 +215,9 @@ class Store:
                 time.sleep(0.1)
         raise StoreError(f"{self.path} has been locked by another process for 10 s: let it finish, then start again")
 
-    def add(self, key: str, identity: Mapping[str, Any], result: ResultLike) -> None:
-        """Write a finished run; a run that is there already stays as it is."""
-        row = (key, json.dumps(identity, sort_keys=True), result.status, result.reason, this_machine())
+    def add(self, key: str, identity: Mapping[str, Any], result: ResultLike, *, machine: str | None = None) -> None:
+        """Write a finished run, made by ``machine`` (default: this one). A run that is there stays as it is."""
+        row = (key, json.dumps(identity, sort_keys=True), result.status, result.reason, machine or this_machine())
         with self._named(), self._transaction():
             cursor = self._connection.execute(
                 "INSERT OR IGNORE INTO runs (key, identity, status, reason, machine) VALUES (?, ?, ?, ?, ?)", row
@@ -213,14 +237,17 @@ class Store:
         with self._named():
             return {key for (key,) in self._connection.execute("SELECT key FROM runs")}
 
+    def has(self, key: str) -> bool:
+        """Whether a run is stored. Any thread may ask, which is why this connection is its own."""
+        with self._named(), closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS)) as connection:
+            return connection.execute("SELECT 1 FROM runs WHERE key = ?", (key,)).fetchone() is not None
+
     def runs(self, keys: Iterable[str]) -> list[Run]:
         """The stored runs among ``keys``, in that order, with their series."""
         found = []
         with self._named():
             for key in keys:
-                row = self._connection.execute(
-                    "SELECT identity, status, reason, machine FROM runs WHERE key = ?", (key,)
-                ).fetchone()
+                row = self._connection.execute(f"SELECT {_COLUMNS} FROM runs WHERE key = ?", (key,)).fetchone()
                 if row is None:
                     continue
                 series = {
@@ -229,12 +256,38 @@ class Store:
                         "SELECT name, steps, vals FROM series WHERE run = ? ORDER BY position", (key,)
                     )
                 }
-                identity, status, reason, machine = row
-                found.append(Run(key, json.loads(identity), status, reason, machine, series))
+                found.append(_run(row, series))
         return found
+
+    def index(self) -> list[Run]:
+        """All runs in the order in which they were stored, each series cut down to its last value."""
+        with self._named():
+            last: dict[str, dict[str, Curve]] = {}
+            for key, name, step, value in self._connection.execute(
+                "SELECT run, name, json_extract(steps, '$[#-1]'), json_extract(vals, '$[#-1]') FROM series "
+                "ORDER BY run, position"
+            ):
+                last.setdefault(key, {})[name] = Curve([step], [math.nan if value is None else value])
+            rows = self._connection.execute(f"SELECT {_COLUMNS} FROM runs ORDER BY rowid").fetchall()
+        return [_run(row, last.get(row[0], {})) for row in rows]
+
+
+_COLUMNS = "key, identity, status, reason, machine, finished"
+
+
+def _run(row: tuple[str, ...], series: dict[str, Curve]) -> Run:
+    key, identity, status, reason, machine, finished = row
+    return Run(key, json.loads(identity), status, reason, machine, series, finished)
 
 
 _CURE = "It is left as it is: move it away, or give another --out."
+_CURES = {
+    "disk is full": "Free some space and start again: what was stored before is kept.",
+    "disk I/O error": "See whether its disk is full, limited or gone, and start again: what was stored before is kept.",
+    "readonly": "You have no permission to write it: change that, or give another --out.",
+    "unable to open": "You have no permission to make it there: change that, or give another --out.",
+    "locked": f"Another process has been writing for {BUSY_SECONDS} s: let it finish, then start again.",
+}
 
 
 def this_machine() -> str:

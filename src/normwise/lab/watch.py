@@ -13,7 +13,6 @@ from normwise.lab.errors import LabError
 from normwise.lab.norms import NORM_LAYERS
 from normwise.lab.tasks import Task
 
-PROBE_CASES = 200
 PROBE_BATCHES = 25
 OVER_TIME_BATCHES = 12
 FEWEST_CASES = 5
@@ -112,7 +111,7 @@ class Probe:
         self.task = task
         _, held_out = task.cases
         shuffled = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))
-        self.batch = held_out.select(shuffled[:PROBE_CASES])
+        self.batch = held_out.select(shuffled[: task.probe_cases])
         size = min(batch_size, len(self.batch))
         starts = range(0, len(self.batch) - size + 1, size)[:PROBE_BATCHES]
         self.parts = [self.batch.select(slice(start, start + size)) for start in starts]
