@@ -40,3 +40,8 @@ def test_each_step_follows_from_the_summed_input_and_the_state(cell, name):
         assert bool((tape[0].h.abs() <= torch.sigmoid(tape[0].summed[:, 3 * HIDDEN :])).all())  # h = s(o) * tanh(...)
     else:
         assert (tape[0].summed is None) == (how.reset_gate == "hidden")
+        _, z, n = tape[0].gates
+        z = torch.sigmoid(z if how.update_gate == "torch" else -z)
+        assert_close(z * h0 + (1 - z) * torch.tanh(n), tape[0].h)
+    if cell != "gru":
+        assert torch.equal(torch.cat(tape[0].gates, -1), tape[0].summed)

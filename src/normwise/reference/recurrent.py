@@ -24,10 +24,12 @@ class Step(NamedTuple):
     summed: (B, G*H) the summed input that the gates or the nonlinearity saw, norms and biases included; None for a
         GRU with reset_gate="hidden", whose candidate has no such sum.
     h: (B, H) the state after it; that of a finished sequence stays what it was.
+    gates: (B, H) each, what went into the sigmoid or tanh of every gate, in the order of `GATES`.
     """
 
     summed: Tensor | None
     h: Tensor
+    gates: tuple[Tensor, ...]
 
 
 class Result(NamedTuple):
@@ -121,7 +123,7 @@ def recurrence(
             c = None if c is None or new_c is None else torch.where(running_on, new_c, c)
             outputs.append(h.masked_fill(~running_on, 0))
         if tape is not None:
-            tape.append(Step(step.seen, h))
+            tape.append(Step(step.seen, h, step.gates))
     output = torch.stack(outputs)
     if reverse:
         output = reversed_steps(output, lengths)
@@ -138,6 +140,7 @@ class _Step:
         self.t = 0
         self.valid: Tensor | None = None
         self.seen: Tensor | None = None  # the summed input of the present step
+        self.gates: tuple[Tensor, ...] = ()
 
     def begin(self, t: int, valid: Tensor | None) -> None:
         """Go to step `t`, at which `valid` (B, 1) says who is still running."""
@@ -145,7 +148,7 @@ class _Step:
 
     def lstm(self, input_term: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert c is not None
-        i, f, g, o = self.summed(input_term, h).chunk(4, -1)
+        self.gates = i, f, g, o = self.summed(input_term, h).chunk(4, -1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         shown = c
         if self.how.cell_norm is not None:
@@ -160,19 +163,21 @@ class _Step:
     def gru(self, input_term: Tensor, h: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if self.how.reset_gate == "candidate":
             r, z, n = self.summed(input_term, h).chunk(3, -1)
-            candidate = torch.tanh(torch.sigmoid(r) * n)
+            n = torch.sigmoid(r) * n
         else:
             input_r, input_z, input_n = input_term.chunk(3, -1)
             hidden_r, hidden_z, hidden_n = self.hidden_term(h).chunk(3, -1)
-            candidate = torch.tanh(input_n + torch.sigmoid(input_r + hidden_r) * hidden_n)
-            z = input_z + hidden_z
-        z = torch.sigmoid(z + self.how.update_offset)
+            r, z = input_r + hidden_r, input_z + hidden_z
+            n = input_n + torch.sigmoid(r) * hidden_n
+        self.gates = r, z + self.how.update_offset, n
+        z, candidate = torch.sigmoid(self.gates[1]), torch.tanh(n)
         if self.how.update_gate == "paper":
             z = 1 - z
         return z * h + (1 - z) * candidate, None
 
     def rnn(self, input_term: Tensor, h: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor | None]:
         summed = self.summed(input_term, h)
+        self.gates = (summed,)
         return (torch.tanh(summed) if self.how.nonlinearity == "tanh" else torch.relu(summed)), None
 
     def input_terms(self, projected: Tensor, valid: Tensor | None) -> Tensor:

@@ -1,0 +1,7 @@
+"""Looks at a user's model: collect, then findings, then a report. What is collected: see `records`."""
+
+from normwise.diagnosis.errors import DiagnosisError
+from normwise.diagnosis.records import Diagnosis, Finding
+from normwise.diagnosis.run import diagnose
+
+__all__ = ["Diagnosis", "DiagnosisError", "Finding", "diagnose"]

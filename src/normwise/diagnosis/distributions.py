@@ -1,0 +1,200 @@
+"""Distributions, gathered batch by batch: exact moments of everything, percentiles of an evenly spaced part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from normwise.diagnosis.records import PERCENTILES, Activations, Distribution, Histogram, OverTime, Spread
+
+BINS = 40
+PART = 8192  # values a batch that percentiles are taken of
+PARTS = 65536  # and in all
+LONGEST = 1024  # time steps that are followed
+
+
+class Layout(NamedTuple):
+    """Which axis of a tensor holds what; None where there is no such axis."""
+
+    feature: int | None = None
+    sample: int | None = None
+    time: int | None = None
+
+
+def distribution(values: Tensor | Sequence[float]) -> Distribution:
+    """Of all the values, in float64."""
+    x = torch.as_tensor(values, dtype=torch.float64).detach().flatten().cpu()
+    gathered = Gathered()
+    gathered.add(x)
+    return gathered.distribution()
+
+
+class Gathered:
+    """The distribution of values that come in batches."""
+
+    def __init__(self) -> None:
+        self.moments = Moments()
+        self.nonfinite = 0
+        self.minimum, self.maximum = math.inf, -math.inf
+        self.parts: list[Tensor] = []
+        self.kept = 0
+
+    @torch.no_grad()
+    def add(self, values: Tensor) -> None:
+        x = values.detach().reshape(-1)
+        if not x.is_floating_point():
+            x = x.to(torch.float32)
+        finite = torch.isfinite(x)
+        if not bool(finite.all()):
+            self.nonfinite += int((~finite).sum())
+            x = x[finite]
+        if not x.numel():
+            return
+        low, high = torch.aminmax(x)
+        self.minimum, self.maximum = min(self.minimum, float(low)), max(self.maximum, float(high))
+        var, mean = torch.var_mean(x if x.dtype == torch.float64 else x.float(), correction=0)
+        self.moments.add(torch.tensor(x.numel()), mean.double().cpu(), var.double().cpu())
+        if self.kept < PARTS:
+            part = x[:: max(1, math.ceil(x.numel() / PART))].double().cpu()
+            self.parts.append(part)
+            self.kept += len(part)
+
+    def distribution(self) -> Distribution:
+        if not self.parts:
+            nan = math.nan
+            empty = Histogram(nan, nan, [0] * BINS)
+            return Distribution(0, self.nonfinite, nan, nan, nan, nan, [nan] * len(PERCENTILES), empty)
+        values = torch.cat(self.parts)
+        quantiles = torch.tensor([p / 100 for p in (0.5, *PERCENTILES, 99.5)], dtype=torch.float64)
+        low, *percentiles, high = torch.quantile(values, quantiles).tolist()
+        return Distribution(
+            int(self.moments.count),
+            self.nonfinite,
+            float(self.moments.mean),
+            float(self.moments.std),
+            self.minimum,
+            self.maximum,
+            percentiles,
+            _histogram(values, low, high),
+        )
+
+
+def _histogram(values: Tensor, low: float, high: float) -> Histogram:
+    if not high > low:
+        return Histogram(low, high, [len(values)] + [0] * (BINS - 1))
+    counts = torch.histc(values.clamp(low, high), BINS, low, high)
+    return Histogram(low, high, [int(count) for count in counts.tolist()])
+
+
+class Moments:
+    """Mean and biased variance of parts that come one after another (Chan, Golub & LeVeque 1979), in float64."""
+
+    def __init__(self) -> None:
+        self.count = torch.tensor(0.0, dtype=torch.float64)
+        self.mean = torch.tensor(0.0, dtype=torch.float64)
+        self.square = torch.tensor(0.0, dtype=torch.float64)  # sum of squared deviations
+
+    def add(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
+        """`count` values of mean `mean` and biased variance `var`, elementwise."""
+        count = count.double()
+        total = self.count + count
+        share = count / total.clamp(min=1)
+        delta = mean - self.mean
+        self.square = self.square + var * count + delta.square() * self.count * share
+        self.mean = self.mean + delta * share
+        self.count = total
+
+    @property
+    def var(self) -> Tensor:
+        return self.square / self.count.clamp(min=1)
+
+    @property
+    def std(self) -> Tensor:
+        return self.var.sqrt()
+
+
+class Watched:
+    """A layer's input or output over several calls."""
+
+    def __init__(self) -> None:
+        self.all = Gathered()
+        self.features: Moments | None = None
+        self.sample_means: list[Tensor] = []
+        self.sample_stds: list[Tensor] = []
+        self.time: Moments | None = None
+        self.time_parts: list[Tensor] = []
+        self.shape: list[int] = []
+        self.dtype = ""
+
+    @torch.no_grad()
+    def add(self, x: Tensor, layout: Layout) -> None:
+        x = x.detach()
+        if not self.shape:
+            self.shape, self.dtype = list(x.shape), str(x.dtype).removeprefix("torch.")
+        self.all.add(x)
+        if not x.numel() or not x.is_floating_point():
+            return
+        if layout.feature is not None:
+            rows = by_axis(x, layout.feature)
+            self.features = self.features if self.features and self.features.mean.shape == (len(rows),) else Moments()
+            add_rows(self.features, rows)
+        if layout.sample is not None and sum(map(len, self.sample_means)) < PARTS:
+            std, mean = torch.std_mean(by_axis(x, layout.sample), dim=1, correction=0)
+            self.sample_means.append(mean.double().cpu())
+            self.sample_stds.append(std.double().cpu())
+        if layout.time is not None and x.shape[layout.time] > 1:
+            self._add_time(by_axis(x, layout.time)[:LONGEST])
+
+    def _add_time(self, rows: Tensor) -> None:
+        if self.time is None or len(rows) > len(self.time.mean):
+            longer = Moments()
+            longer.count, longer.mean, longer.square = (torch.zeros(len(rows)).double() for _ in range(3))
+            if self.time is not None:
+                steps = len(self.time.mean)
+                for name in ("count", "mean", "square"):
+                    getattr(longer, name)[:steps] = getattr(self.time, name)
+            self.time = longer
+        padded = [torch.zeros(len(self.time.mean)).double() for _ in range(3)]
+        var, mean = torch.var_mean(rows, dim=1, correction=0)
+        for into, of in zip(padded, (torch.full((len(rows),), rows.shape[1]), mean, var), strict=True):
+            into[: len(rows)] = of
+        self.time.add(*padded)
+        if len(self.time_parts) < 8:
+            self.time_parts.append(rows[:, :: max(1, rows.shape[1] // 256)].double().cpu())
+
+    def activations(self) -> Activations:
+        features = self.features
+        return Activations(
+            self.shape,
+            self.dtype,
+            self.all.distribution(),
+            None if features is None else Spread(distribution(features.mean), distribution(features.std)),
+            Spread(distribution(torch.cat(self.sample_means)), distribution(torch.cat(self.sample_stds)))
+            if self.sample_means
+            else None,
+            None if self.time is None else self._over_time(self.time),
+        )
+
+    def _over_time(self, moments: Moments) -> OverTime:
+        quantiles = torch.tensor([p / 100 for p in PERCENTILES], dtype=torch.float64)
+        rows = []
+        for t in range(len(moments.mean)):
+            values = torch.cat([part[t] for part in self.time_parts if t < len(part)] or [moments.mean[t : t + 1]])
+            rows.append(torch.nanquantile(values, quantiles))
+        return OverTime(moments.mean.tolist(), moments.std.tolist(), torch.stack(rows).T.tolist())
+
+
+def by_axis(x: Tensor, axis: int) -> Tensor:
+    """(size of the axis, everything else), in at least float32."""
+    x = x if x.dtype == torch.float64 else x.float()
+    return x.movedim(axis, 0).reshape(x.shape[axis], -1)
+
+
+def add_rows(moments: Moments, rows: Tensor) -> None:
+    """One more batch of each row's values."""
+    var, mean = torch.var_mean(rows, dim=1, correction=0)
+    moments.add(torch.tensor(rows.shape[1]), mean.double().cpu(), var.double().cpu())

@@ -1,0 +1,181 @@
+"""Which modules of a model are its layers, what each does, and which axes of their tensors mean what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import activation, batchnorm, dropout, instancenorm, rnn
+
+from normwise.diagnosis.distributions import Layout
+from normwise.diagnosis.errors import DiagnosisError
+from normwise.diagnosis.records import Role
+
+# torch's classes and, since this library's layers are subclasses of them, this library's too.
+NORMS: dict[str, tuple[type[nn.Module], ...]] = {
+    "instance": (instancenorm._InstanceNorm,),
+    "batch": (batchnorm._NormBase,),
+    "layer": (nn.LayerNorm,),
+    "rms": (nn.RMSNorm,),
+    "group": (nn.GroupNorm,),
+}
+CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+RECURRENT = (rnn.RNNBase,)
+CELLS = (rnn.RNNCellBase,)
+NONLINEARITIES = tuple(
+    getattr(activation, name) for name in activation.__all__ if name not in ("MultiheadAttention", "RReLU")
+)
+# Threshold beyond which a unit passes (almost) no gradient: see `records.Units`.
+THRESHOLDS: dict[type[nn.Module], tuple[str, float]] = {
+    nn.Sigmoid: ("sigmoid", 6.0),
+    nn.Tanh: ("tanh", 3.0),
+    nn.ReLU: ("relu", 0.0),
+    nn.ReLU6: ("relu", 0.0),
+}
+
+
+class Named(NamedTuple):
+    """A layer of the model before anything is known of it."""
+
+    name: str
+    module: nn.Module
+    role: Role
+
+
+def layers_of(model: nn.Module) -> list[Named]:
+    """Modules that compute something themselves: known layers, those with own parameters, and the childless."""
+    found: list[Named] = []
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        role = role_of(module)
+        children = [child for child_name, child in module.named_children() if child_name != "parametrizations"]
+        if role != "other":
+            # What is inside a known layer is a part of it: a parametrization, an attention's output projection.
+            inside |= {id(part) for part in module.modules()}
+            found.append(Named(name, module, role))
+        elif not children or module._parameters:
+            found.append(Named(name, module, role))
+    return found
+
+
+def role_of(module: nn.Module) -> Role:
+    if norm_kind(module) is not None:
+        return "norm"
+    kinds: list[tuple[Role, tuple[type[nn.Module], ...]]] = [
+        ("recurrent", (*RECURRENT, *CELLS)),
+        ("conv", CONVOLUTIONS),
+        ("linear", (nn.Linear, nn.Bilinear)),
+        ("attention", (nn.MultiheadAttention,)),
+        ("embedding", (nn.Embedding, nn.EmbeddingBag)),
+        ("dropout", (dropout._DropoutNd, nn.RReLU)),
+        ("nonlinearity", NONLINEARITIES),
+    ]
+    return next((role for role, classes in kinds if isinstance(module, classes)), "other")
+
+
+def norm_kind(module: nn.Module) -> str | None:
+    """ "batch", "instance", "layer", "rms", "group", or None for what is no norm layer."""
+    return next((kind for kind, classes in NORMS.items() if isinstance(module, classes)), None)
+
+
+def units_of(module: nn.Module) -> tuple[str, float] | None:
+    """(nonlinearity, threshold) where saturation is defined."""
+    return next((found for kind, found in THRESHOLDS.items() if isinstance(module, kind)), None)
+
+
+def is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "normwise"
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, str | None]:
+    """The eager model inside what compiles or spreads it, and the class of the outermost that spreads it.
+
+    Raises:
+        DiagnosisError: no module, or one that cannot be looked into as it is.
+    """
+    if not isinstance(model, nn.Module):
+        raise DiagnosisError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
+    wrapper: str | None = None
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            inner = None
+            if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+                inner, wrapper = model.module, wrapper or type(model).__name__
+        if inner is None:
+            break
+        model = inner
+    for name, module in model.named_modules():
+        what = f"layer {name!r}" if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise DiagnosisError(f"{what} is a ScriptModule, whose inside hooks cannot reach: give the eager model")
+        if type(module).__name__ in ("FullyShardedDataParallel", "FSDPModule"):
+            raise DiagnosisError(f"{what} is sharded by FSDP: diagnose the model before it is wrapped")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise DiagnosisError(
+                f"parameter {name!r} is not initialized yet (a lazy module): run model(inputs) on one batch first, "
+                "then diagnose"
+            )
+        if tensor.is_meta:
+            raise DiagnosisError(
+                f"parameter {name!r} is on the meta device and holds no numbers: load the weights first "
+                "(model.to_empty(device='cpu'), then load_state_dict)"
+            )
+    return model, wrapper
+
+
+class Layouts:
+    """Says which axis of a tensor holds features, samples, time: by the layer, else by where the tensor came from."""
+
+    def __init__(self, samples: int, steps: int | None) -> None:
+        self.samples = samples
+        self.steps = steps
+        self.known: dict[tuple[int, ...], Layout] = {}
+
+    def of(self, module: nn.Module, role: Role, x: Tensor) -> Layout:
+        """Of a layer's input or output `x`; what an elementwise layer gets was the last of its shape."""
+        shape, rank = tuple(x.shape), x.dim()
+        if rank == 0:
+            return Layout()
+        if role == "norm":
+            feature = 1 if norm_kind(module) in ("batch", "instance", "group") and rank > 1 else rank - 1
+            dim = getattr(module, "dim", None)
+            feature = dim % rank if isinstance(dim, int) else feature
+        elif role == "conv":
+            feature = max(0, rank - 1 - len(module.kernel_size))  # type: ignore[arg-type]
+        elif role in ("linear", "recurrent", "attention", "embedding"):
+            feature = rank - 1
+        elif shape in self.known:
+            return self.known[shape]
+        else:
+            feature = 1 if rank >= 4 or rank == 2 else rank - 1
+        layout = self._complete(module, feature, shape)
+        self.known[shape] = layout
+        return layout
+
+    def _complete(self, module: nn.Module, feature: int, shape: tuple[int, ...]) -> Layout:
+        others = [axis for axis in range(len(shape)) if axis != feature]
+        if len(others) != 2:
+            return Layout(feature, others[0] if others else None)
+        first, second = others
+        batch_first = getattr(module, "batch_first", None)
+        if batch_first is None:
+            # A layer that does not say takes the axis of the batch's size; samples come first where both have it.
+            before = [known for size, known in self.known.items() if len(size) == 3 and known.sample is not None]
+            turned = shape[first] != self.samples and shape[second] == self.samples
+            if shape[first] == shape[second] == self.samples and before:
+                turned = before[-1].sample == before[-1].feature or (before[-1].sample or 0) > (before[-1].time or 0)
+            batch_first = not turned
+        return Layout(feature, first, second) if batch_first else Layout(feature, second, first)
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """The floating tensors among a hook's arguments, one level deep."""
+    for item in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(item, Tensor) and item.is_floating_point():
+            yield item

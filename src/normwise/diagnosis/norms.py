@@ -1,0 +1,212 @@
+"""What is seen of a norm layer: where its statistics come from, how good they are, what gain and bias do."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from normwise.diagnosis.distributions import Moments, add_rows, by_axis, distribution
+from normwise.diagnosis.layers import norm_kind
+from normwise.diagnosis.padding import Valid
+from normwise.diagnosis.records import Norm, Running
+
+# A gain this small beside the layer's median one passes nothing on.
+DEAD_GAIN = 1e-3
+
+
+class NormWatch:
+    """One norm layer over all batches, in train mode."""
+
+    def __init__(self, module: nn.Module, was_training: bool) -> None:
+        self.module, self.was_training = module, was_training
+        self.kind = norm_kind(module) or ""
+        self.mean: Tensor | None = getattr(module, "running_mean", None)
+        self.var: Tensor | None = getattr(module, "running_var", None)
+        self.before = None if self.mean is None or self.var is None else (self.mean.clone(), self.var.clone())
+        tracked = getattr(module, "num_batches_tracked", None)
+        self.tracked = None if tracked is None else int(tracked)
+        self.moments = Moments()
+        self.values: int | None = None
+        self.samples: int | None = None
+        self.total_samples = 0
+        self.masked: list[bool] = []
+        self.padding: list[float] = []
+        self.padding_shift: list[float] = []
+        self.noise = self.needed_eps = 0.0
+        self.fed_by: list[str | None] = []
+        self.moves = self.inside_recurrence = self.used_batch = False
+
+    @torch.no_grad()
+    def add(self, x: Tensor, kwargs: dict[str, Any], args: Any, samples: int, valid: Valid | None) -> None:
+        """One call with first input `x`, of a batch of `samples` samples."""
+        x = x.detach()
+        over_batch = self.kind in ("batch", "instance")
+        uses_batch = over_batch and (self.module.training or self.mean is None)
+        self.used_batch = self.used_batch or uses_batch
+        given = kwargs.get("mask") is not None or kwargs.get("lengths") is not None
+        ragged = x.is_nested or any(isinstance(a, PackedSequence) for a in args)
+        self.masked.append(given or ragged)
+        if x.is_nested or not x.numel() or x.dim() < 2:
+            return
+        mask = _given_mask(kwargs, x) if given else None
+        if over_batch:
+            rows = by_axis(x, 1)
+            if mask is not None:
+                rows = rows[:, mask.reshape(-1)]
+            if rows.shape[1] and not (given and mask is None):
+                self._count(rows.shape[1] if self.kind == "batch" else x[0, 0].numel(), min(len(x), samples))
+                if not self.moments.count.dim() or len(self.moments.mean) == len(rows):
+                    add_rows(self.moments, rows)
+                    self.total_samples += min(len(x), samples)
+        if not given and not ragged and self.kind in ("batch", "instance", "group") and valid is not None:
+            self._look_for_padding(x, valid)
+        self._look_at_rounding(x)
+
+    def _count(self, values: int, samples: int) -> None:
+        self.values = values if self.values is None else min(values, self.values)
+        self.samples = samples if self.samples is None else min(samples, self.samples)
+
+    def _look_for_padding(self, x: Tensor, valid: Valid) -> None:
+        if not valid.padding:
+            return
+        mask = _positions(x, valid)
+        if mask is None:
+            return
+        rows = by_axis(x, 1)
+        inside = rows[:, mask.reshape(-1).to(x.device)]
+        if not inside.shape[1]:
+            return
+        std, mean = torch.std_mean(inside, dim=1, correction=0)
+        moved = ((rows.mean(1) - mean).abs() / (std + math.sqrt(self.eps))).median()
+        self.padding.append(1 - float(mask.double().mean()))
+        self.padding_shift.append(float(moved))
+
+    def _look_at_rounding(self, x: Tensor) -> None:
+        """Statistics whose variance is not more than the rounding of the input: what they scale up is noise."""
+        rows = self._sharing(x)
+        if rows is None or not rows.numel():
+            return
+        rows = rows.double()
+        var, mean = torch.var_mean(rows, dim=1, correction=0)
+        size = (var + mean.square()).sqrt()
+        rounding = torch.finfo(x.dtype).eps * size
+        only_rounding = (var <= rounding.square()) & (var > (1e-12 * size).square())
+        if bool(only_rounding.any()):
+            noise = (rounding / (var + self.eps).sqrt())[only_rounding]
+            if float(noise.max()) > self.noise:
+                self.noise = float(noise.max())
+                self.needed_eps = float((100 * rounding[only_rounding]).square().max())
+
+    def _sharing(self, x: Tensor) -> Tensor | None:
+        """`x` with one row for each statistic; None where that is not plain from the layer."""
+        if self.kind == "batch":
+            return by_axis(x, 1)
+        if self.kind == "instance":
+            return x.flatten(0, 1).flatten(1) if x.dim() > 2 else None
+        if self.kind == "group":
+            return x.reshape(x.shape[0] * self.module.num_groups, -1)  # type: ignore[arg-type,operator]
+        axes = len(self.module.normalized_shape)  # type: ignore[arg-type]
+        return x.flatten(-axes).flatten(0, -2) if getattr(self.module, "dim", None) is None and x.dim() > axes else None
+
+    @property
+    def eps(self) -> float:
+        eps = getattr(self.module, "eps", None)
+        return float(eps) if isinstance(eps, (int, float)) else 0.0
+
+    def finish(self) -> None:
+        """After the passes in train mode, before anything is put back."""
+        if self.before is not None:
+            self.moves = not all(
+                torch.equal(now, then) or bool(then.isnan().any())
+                for now, then in zip((self.mean, self.var), self.before, strict=True)
+                if now is not None
+            )
+
+    def record(self, gain_gradient: float | None) -> Norm:
+        module = self.module
+        gain, bias = (getattr(module, name, None) for name in ("weight", "bias"))
+        feeding = set(self.fed_by)
+        affine = [p for p in (gain, bias) if isinstance(p, nn.Parameter)]
+        momentum = getattr(module, "momentum", None)
+        return Norm(
+            kind=self.kind,
+            synchronized="SyncBatchNorm" in (c.__name__ for c in type(module).__mro__),
+            batch_statistics=self.used_batch,
+            was_training=self.was_training,
+            trainable=any(p.requires_grad for p in affine) if affine else None,
+            values=self.values,
+            samples=self.samples,
+            masked=bool(self.masked) and all(self.masked),
+            padding=max(self.padding) if self.padding else None,
+            padding_shift=max(self.padding_shift) if self.padding_shift else None,
+            eps=self.eps,
+            momentum=float(momentum) if isinstance(momentum, (int, float)) else None,
+            noise=self.noise,
+            needed_eps=self.needed_eps,
+            gain=None if gain is None else distribution(gain),
+            bias=None if bias is None else distribution(bias),
+            gain_gradient=gain_gradient,
+            dead_gains=dead_gains(gain),
+            removes_bias_of=feeding.pop() if len(feeding) == 1 else None,
+            inside_recurrence=self.inside_recurrence,
+            running=self._running(),
+        )
+
+    def _running(self) -> Running | None:
+        if self.before is None:
+            return None
+        mean, var = (t.detach().double().cpu() for t in self.before)
+        bad = ~torch.isfinite(mean) | ~torch.isfinite(var) | (var < 0)
+        distances, ratios = torch.zeros(0), torch.zeros(0)
+        if self.moments.count.dim() or self.moments.mean.dim():
+            batch_var = self.moments.var
+            distances = (mean - self.moments.mean).abs() / (batch_var + self.eps).sqrt()
+            ratios = torch.log2((var.clamp(min=0) + self.eps) / (batch_var + self.eps))
+        return Running(
+            tracked=self.tracked,
+            initial=bool((mean == 0).all()) and bool((var == 1).all()),
+            nonfinite=int(bad.sum()),
+            distance=distribution(distances),
+            log_ratio=distribution(ratios),
+            noise=1 / math.sqrt(max(1, self.total_samples)),
+            moves=self.moves,
+        )
+
+
+def dead_gains(gain: Tensor | None) -> list[int]:
+    """Indices of gains next to nothing beside the median one. All zero they are a start (Goyal et al. 2017)."""
+    if gain is None or not gain.numel() or not bool((gain != 0).any()):
+        return []
+    size = gain.detach().abs().flatten()
+    reference = size.median() if bool(size.median() > 0) else size.max()
+    return torch.nonzero(size <= DEAD_GAIN * reference).flatten().tolist()[:256]
+
+
+def _given_mask(kwargs: dict[str, Any], x: Tensor) -> Tensor | None:
+    """The mask that a call of this library's layer was given, with the shape of `x` without its channels."""
+    shape = (x.shape[0], *x.shape[2:])
+    mask, lengths = kwargs.get("mask"), kwargs.get("lengths")
+    if lengths is not None and x.dim() == 3:
+        return torch.arange(x.shape[2], device=x.device) < torch.as_tensor(lengths, device=x.device)[:, None]
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dim() == x.dim():
+        mask = mask.select(1, 0)
+    return mask.expand(shape) if mask.dim() == len(shape) else None
+
+
+def _positions(x: Tensor, valid: Valid) -> Tensor | None:
+    """`valid` for the positions of a norm's input (N, C, L) or (N * T, C), in the order of `by_axis(x, 1)`."""
+    samples, steps = valid.mask.shape
+    if x.dim() == 3 and len(x) == samples:
+        length = x.shape[2]
+        stride = round(steps / length)
+        if stride >= 1 and math.ceil(steps / stride) == length:
+            return valid.mask[:, ::stride]
+    if x.dim() == 2 and len(x) == samples * steps and steps > 1:
+        return valid.mask if valid.samples_first else valid.mask.T
+    return None

@@ -1,0 +1,271 @@
+"""The inside of recurrent layers: gates, summed inputs and gradients at each time step, recomputed step by step."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.rnn import RNNBase
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from normwise.diagnosis import records
+from normwise.diagnosis.units import saturated
+from normwise.nn.recurrent_parameters import running_of, weights_of
+from normwise.ops.recurrent import unpack
+from normwise.reference.recurrence import GATES, Recurrence, Weights
+from normwise.reference.recurrent import Step, recurrence
+from normwise.reference.sequences import valid_steps
+
+# What one or two long sequences do is no mean.
+FEWEST_SEQUENCES = 5
+SIGMOID, TANH = 6.0, 3.0
+
+
+@dataclass
+class PerStep:
+    """Sums and weights at each step, over batches of different lengths."""
+
+    total: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    weight: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+
+    def add(self, values: Tensor, weights: Tensor) -> None:
+        steps = max(len(self.total), len(values))
+        self.total, self.weight = (
+            nn.functional.pad(a, (0, steps - len(a)))
+            + nn.functional.pad(b.detach().double().cpu(), (0, steps - len(b)))
+            for a, b in ((self.total, values), (self.weight, weights))
+        )
+
+    def mean(self) -> Tensor:
+        return self.total / self.weight.clamp(min=1e-300)
+
+
+class PlaceWatch:
+    """One layer in one direction: sums over the batches."""
+
+    def __init__(self, how: Recurrence) -> None:
+        self.how = how
+        self.gates = [PerStep() for _ in GATES[how.cell]]
+        self.summed, self.state, self.gradient = PerStep(), PerStep(), PerStep()
+        self.running_on = PerStep()
+        self.error = 0.0
+
+    def add(self, tape: list[Step], valid: Tensor, gradients: list[Tensor | None]) -> None:
+        """One batch; `valid` (T, B) in the order of processing."""
+        counts = valid.sum(1).double()
+        for gate, watch, (_, threshold) in zip(range(len(self.gates)), self.gates, self.kinds(), strict=True):
+            values = torch.stack([step.gates[gate].detach() for step in tape])
+            flat = saturated(values, self.nonlinearity(gate), threshold) & valid[..., None]
+            watch.add(flat.double().sum((1, 2)), counts * values.shape[-1])
+        sums = torch.stack(
+            [torch.cat(step.gates, -1).detach() if step.summed is None else step.summed.detach() for step in tape]
+        )
+        states = torch.stack([step.h.detach() for step in tape])
+        for watch, values in ((self.summed, sums), (self.state, states)):
+            squares = values.double().square() * valid[..., None]
+            watch.add(squares.sum((1, 2)), counts * values.shape[-1])
+        if any(g is not None for g in gradients):
+            squares = torch.stack(
+                [torch.zeros(()) if g is None else g.double().square().sum().cpu() for g in gradients]
+            )
+            self.gradient.add(squares, torch.ones(len(squares)))
+        self.running_on.add(counts, torch.ones(len(counts)))
+
+    def nonlinearity(self, gate: int) -> str:
+        name = GATES[self.how.cell][gate]
+        if self.how.cell == "rnn":
+            return self.how.nonlinearity
+        return "tanh" if name in ("g", "n") else "sigmoid"
+
+    def kinds(self) -> list[tuple[str, float]]:
+        """(name, threshold) of each gate."""
+        thresholds = {"sigmoid": SIGMOID, "tanh": TANH, "relu": 0.0}
+        return [(name, thresholds[self.nonlinearity(k)]) for k, name in enumerate(GATES[self.how.cell])]
+
+    def record(self, place: str, shared: bool, exact: bool) -> records.Recurrence:
+        alive = self.running_on.mean()
+        enough = int((alive >= min(FEWEST_SEQUENCES, float(alive[0]) if len(alive) else 0)).sum())
+        gates = []
+        for (name, threshold), watch in zip(self.kinds(), self.gates, strict=True):
+            share = float(watch.total.sum() / watch.weight.sum().clamp(min=1))
+            gates.append(records.Gate(name, threshold, share, watch.mean()[:enough].tolist()))
+        return records.Recurrence(
+            place,
+            self.how.cell,
+            self.how.norm,
+            shared,
+            gates,
+            self.summed.mean().sqrt()[:enough].tolist(),
+            self.state.mean().sqrt()[:enough].tolist(),
+            self.gradient.mean().sqrt()[:enough].tolist(),
+            self.error if exact else None,
+        )
+
+
+class RecurrentWatch:
+    """A recurrent module (torch's, or this library's) over the batches."""
+
+    def __init__(self, module: RNNBase) -> None:
+        self.module = module
+        self.how = description(module)
+        self.places = [
+            f"l{layer}{end}"
+            for layer in range(module.num_layers)
+            for end in (("", "_reverse") if module.bidirectional else ("",))
+        ]
+        self.watches = {place: PlaceWatch(self.how) for place in self.places}
+        self.calls: list[Call] = []
+
+    def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """One call of the present pass, whose gradients arrive later."""
+        if self.how is not None and isinstance(result, tuple) and len(result) == 2:
+            self.calls.append(Call(args, kwargs, result))
+
+    def look(self) -> None:
+        """After the backward pass: recompute its calls step by step, and forget them."""
+        calls, self.calls = self.calls, []
+        for call in calls:
+            self._look_at(call)
+
+    def _look_at(self, call: Call) -> None:
+        module, how = self.module, self.how
+        x, lengths = call.padded(module.batch_first)
+        steps, batch = x.shape[:2]
+        valid = torch.ones(steps, batch, dtype=torch.bool, device=x.device)
+        if lengths is not None:
+            valid = valid_steps(steps, lengths)
+        states = call.states(module, x)
+        directions = 2 if module.bidirectional else 1
+        running = (
+            None if module.training or how.norm != "batch" else [running_of(module, how, f"_{p}") for p in self.places]
+        )
+        tapes: list[list[Step]] = []
+        finals: list[list[Tensor]] = []
+        x = x.detach()
+        with torch.enable_grad():
+            for k in range(0, len(self.places), directions):
+                outputs = []
+                for n in range(k, k + directions):
+                    tape: list[Step] = []
+                    weights = weights_of(module, f"_{self.places[n]}")
+                    result = recurrence(
+                        x,
+                        states[0][n],
+                        states[1][n] if len(states) > 1 else None,
+                        Weights(*(None if w is None else w.detach().requires_grad_() for w in weights)),  # type: ignore[arg-type]
+                        how,
+                        lengths=lengths,
+                        reset=call.reset(module.batch_first, steps),
+                        reverse=n > k,
+                        running=None if running is None else running[n],
+                        tape=tape,
+                    )
+                    tapes.append(tape)
+                    finals.append([result.h] if result.c is None else [result.h, result.c])
+                    outputs.append(result.output)
+                x = torch.cat(outputs, -1)
+            upstream = call.upstream(module, x, [torch.stack(column) for column in zip(*finals, strict=True)])
+            hidden = [step.h for tape in tapes for step in tape]
+            found: list[Tensor | None] = [None] * len(hidden)
+            if upstream is not None:
+                found = list(torch.autograd.grad(upstream, hidden, allow_unused=True))
+        own = call.output(module.batch_first)
+        size = float(own.abs().max()) if own.numel() else 0.0
+        error = float(((own - x.detach()) * valid[..., None]).abs().max()) / size if size else 0.0
+        for place, tape in zip(self.places, tapes, strict=True):
+            self.watches[place].add(tape, valid, found[: len(tape)])
+            self.watches[place].error = max(self.watches[place].error, error)
+            found = found[len(tape) :]
+
+    def record(self) -> list[records.Recurrence]:
+        # Dropout and zoneout draw at random, which the second computation leaves out.
+        exact = not (self.module.dropout and self.module.num_layers > 1) and not self.how.zoneout
+        shared = (
+            self.how.norm == "batch" and self.how.statistics == "frame" and getattr(self.module, "max_length", 0) == 1
+        )
+        return [w.record(place, shared, exact) for place, w in self.watches.items() if len(w.running_on.total)]
+
+
+def description(module: RNNBase) -> Recurrence:
+    """What a recurrent module computes."""
+    own = getattr(module, "recurrence", None)
+    if isinstance(own, Recurrence):
+        return own
+    if module.mode.startswith("RNN_"):
+        return Recurrence("rnn", None, nonlinearity="tanh" if module.mode == "RNN_TANH" else "relu")
+    return Recurrence("lstm" if module.mode == "LSTM" else "gru", None)
+
+
+class Call:
+    """One call of a recurrent module: what went in, what came out, and the gradients that arrived there."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: tuple[Any, Any]) -> None:
+        self.input = args[0] if args else kwargs["input"]
+        self.hx = args[1] if len(args) > 1 else kwargs.get("hx")
+        self.kwargs = kwargs
+        output, state = result
+        self.result = output
+        self.parts = [output.data if isinstance(output, PackedSequence) else output]
+        self.parts += list(state) if isinstance(state, tuple) else [state]
+        self.gradients: list[Tensor | None] = [None] * len(self.parts)
+        for k, part in enumerate(self.parts):
+            if part.requires_grad:
+                part.register_hook(functools.partial(self._arrived, k))
+
+    def _arrived(self, k: int, gradient: Tensor | None) -> None:
+        if gradient is None:  # an output that the loss does not use
+            return
+        before = self.gradients[k]
+        self.gradients[k] = gradient.detach() if before is None else before + gradient.detach()
+
+    def padded(self, batch_first: bool) -> tuple[Tensor, Tensor | None]:
+        """The input as (T, B, I), and the lengths (B,) if there are any."""
+        if isinstance(self.input, PackedSequence):
+            return unpack(self.input)
+        lengths = self.kwargs.get("lengths")
+        x = self._steps_first(self.input, batch_first)
+        return x, None if lengths is None else torch.as_tensor(lengths, device=x.device).reshape(-1).long()
+
+    def _steps_first(self, x: Tensor, batch_first: bool) -> Tensor:
+        if x.dim() == 2:
+            return x.unsqueeze(1)
+        return x.transpose(0, 1) if batch_first else x
+
+    def states(self, module: RNNBase, x: Tensor) -> list[Tensor]:
+        count = module.num_layers * (1 + module.bidirectional)
+        if self.hx is not None:
+            given = list(self.hx) if isinstance(self.hx, (tuple, list)) else [self.hx]
+            return [(s if s.dim() == 3 else s.unsqueeze(1)).detach() for s in given]
+        sizes = [module.proj_size or module.hidden_size] + [module.hidden_size] * (module.mode == "LSTM")
+        return [x.new_zeros(count, x.shape[1], size) for size in sizes]
+
+    def reset(self, batch_first: bool, steps: int) -> Tensor | None:
+        reset: Tensor | None = self.kwargs.get("reset")
+        if reset is None or reset.dim() == 1:
+            return None if reset is None else reset.unsqueeze(1)
+        return reset.transpose(0, 1) if batch_first and not isinstance(self.input, PackedSequence) else reset
+
+    def output(self, batch_first: bool) -> Tensor:
+        """The layer's own output, (T, B, H)."""
+        return self._like_output(self.parts[0].detach(), batch_first)
+
+    def _like_output(self, data: Tensor, batch_first: bool) -> Tensor:
+        if isinstance(self.result, PackedSequence):
+            return pad_packed_sequence(self.result._replace(data=data))[0]
+        return self._steps_first(data, batch_first)
+
+    def upstream(self, module: RNNBase, output: Tensor, finals: list[Tensor]) -> Tensor | None:
+        """Sum of <gradient that arrived, value> over output and final states: its gradient is the loss's."""
+        terms = []
+        for k, (gradient, value) in enumerate(zip(self.gradients, [output, *finals], strict=False)):
+            if gradient is None:
+                continue
+            if k == 0:
+                gradient = self._like_output(gradient, module.batch_first)
+            elif gradient.dim() == 2:
+                gradient = gradient.unsqueeze(1)
+            terms.append((gradient.to(value.dtype) * value).sum())
+        return torch.stack(terms).sum() if terms else None

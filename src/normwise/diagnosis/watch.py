@@ -1,0 +1,218 @@
+"""Hooks on every layer of a model, and what they gather over its passes in train mode."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.rnn import RNNBase
+
+from normwise.diagnosis.batches import Batch, Loss, scalar
+from normwise.diagnosis.distributions import Layout, Watched
+from normwise.diagnosis.errors import DiagnosisError
+from normwise.diagnosis.layers import Layouts, Named, layers_of, role_of, tensors_in, units_of
+from normwise.diagnosis.norms import NormWatch
+from normwise.diagnosis.padding import Valid, valid_positions
+from normwise.diagnosis.recurrent import RecurrentWatch
+from normwise.diagnosis.units import UnitWatch
+
+
+class Seen:
+    """One layer over all batches."""
+
+    def __init__(self, named: Named, was_training: bool) -> None:
+        self.name, self.module, self.role = named
+        self.order: int | None = None
+        self.calls = self.most_calls = 0
+        self.input, self.output = Watched(), Watched()
+        units = units_of(self.module)
+        self.units = None if units is None else UnitWatch(*units)
+        self.norm = NormWatch(self.module, was_training) if self.role == "norm" else None
+        self.recurrent = RecurrentWatch(self.module) if isinstance(self.module, RNNBase) else None
+        self.output_gradient: list[float] = []
+        self.weight_gradients: dict[str, list[float]] = {}
+        self.bias_sum: Tensor | None = None
+        self.bias_size: Tensor | None = None
+        # The output of the first and the input of the last call of a pass: see `inside_recurrence`.
+        self.first_output: Tensor | None = None
+        self.last_input: Tensor | None = None
+        self.squares = 0.0  # of the gradients that arrive in the present pass
+        self.arrived = False
+
+
+class Produced(NamedTuple):
+    """An output of a layer with a bias, as it was when it came out."""
+
+    tensor: Tensor
+    layer: str
+    version: int
+
+
+class Watch:
+    """Gathers while open, `with Watch(model, modes) as watch: watch.train_pass(batch, loss)`; no hook stays behind."""
+
+    def __init__(self, model: nn.Module, was_training: dict[str, bool]) -> None:
+        self.model = model
+        self.layers = {named.name: Seen(named, was_training[named.name]) for named in layers_of(model)}
+        self.handles: list[Any] = []
+        self.recording = self.backward = False
+        self.produced: dict[int, Produced] = {}
+        self.layouts = Layouts(1, None)
+        self.samples = 1
+        self.valid: Valid | None = None
+        self.next = 0
+        self.steps: list[int] = []
+
+    def __enter__(self) -> Watch:
+        for seen in self.layers.values():
+            before = functools.partial(self._before, seen)
+            after = functools.partial(self._after, seen)
+            self.handles.append(seen.module.register_forward_pre_hook(before, with_kwargs=True))
+            self.handles.append(seen.module.register_forward_hook(after, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def train_pass(self, batch: Batch, loss: Loss) -> tuple[Any, float, dict[str, Tensor]]:
+        """One batch forward and backward: (output, loss, gradient of each parameter by name). `grad` is left alone.
+
+        Raises:
+            DiagnosisError: from whatever the model or the loss raises.
+        """
+        self._begin(batch)
+        self.recording = True
+        try:
+            output = batch.call(self.model)
+        finally:
+            self.recording = False
+        value = scalar(loss, output, batch.target)
+        self._find_recurrences()
+        gradients = self._gradients(value)
+        self._end(gradients)
+        return output, float(value.detach()), gradients
+
+    def _begin(self, batch: Batch) -> None:
+        self.samples = batch.samples
+        self.valid = valid_positions(batch, self.model)
+        self.layouts.samples = batch.samples
+        self.produced.clear()
+        for seen in self.layers.values():
+            seen.calls, seen.squares, seen.arrived = 0, 0.0, False
+
+    def _gradients(self, value: Tensor) -> dict[str, Tensor]:
+        wanted = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        if not wanted or not value.requires_grad:
+            if wanted:
+                raise DiagnosisError(
+                    "loss does not depend on the model's parameters: it returned a tensor without a gradient. Leave "
+                    "out .detach() and torch.no_grad(), and compute it from the output"
+                )
+            return {}
+        self.backward = True
+        try:
+            found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
+        except RuntimeError as error:
+            if "heckpoint" in str(error):
+                raise DiagnosisError(f"{error}\nCure: checkpoint(..., use_reentrant=False)") from error
+            raise
+        finally:
+            self.backward = False
+        return {name: g.detach() for name, g in zip(wanted, found, strict=True) if g is not None}
+
+    def _end(self, gradients: dict[str, Tensor]) -> None:
+        for seen in self.layers.values():
+            if seen.arrived:
+                seen.output_gradient.append(seen.squares)
+            for name, _ in own_parameters(seen.module):
+                gradient = gradients.get(f"{seen.name}.{name}" if seen.name else name)
+                if gradient is not None:
+                    seen.weight_gradients.setdefault(name, []).append(float(gradient.double().square().sum()))
+            seen.most_calls = max(seen.most_calls, seen.calls)
+            seen.first_output = seen.last_input = None
+            if seen.recurrent is not None:
+                seen.recurrent.look()
+        self.produced.clear()
+
+    def _before(self, seen: Seen, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.recording:
+            return
+        if seen.order is None:
+            seen.order, self.next = self.next, self.next + 1
+        seen.calls += 1
+        x = next(tensors_in((*args, *kwargs.values())), None)
+        if x is None:
+            return
+        layout = self._layout(seen, x)
+        if not x.is_nested:
+            seen.input.add(x, layout)
+        if seen.units is not None:
+            seen.units.add(x, layout)
+        if seen.norm is not None:
+            seen.norm.add(x, kwargs, args, self.samples, self.valid)
+            seen.norm.fed_by.append(self._producer(seen, x))
+            seen.last_input = x if seen.calls > 1 else None
+
+    def _after(self, seen: Seen, module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        if not self.recording:
+            return
+        if seen.recurrent is not None:
+            seen.recurrent.add(args, kwargs, result)
+        y = next(tensors_in(result), None)
+        if y is None:
+            return
+        if not y.is_nested:
+            seen.output.add(y, self._layout(seen, y))
+        if seen.norm is not None and seen.calls == 1:
+            seen.first_output = y
+        if y.requires_grad and y.grad_fn is not None:
+            y.register_hook(functools.partial(self._arrived, seen, self._layout(seen, y)))
+        if seen.role in ("linear", "conv") and getattr(module, "bias", None) is not None:
+            self.produced[y.untyped_storage().data_ptr()] = Produced(y, seen.name, y._version)
+
+    def _layout(self, seen: Seen, x: Tensor) -> Layout:
+        return self.layouts.of(seen.module, seen.role, x)
+
+    def _producer(self, seen: Seen, x: Tensor) -> str | None:
+        """The layer with a bias whose whole output `x` is, untouched, with features where the norm has them."""
+        if x.is_nested:
+            return None
+        made = self.produced.get(x.untyped_storage().data_ptr())
+        if made is None or made.version != x._version or made.tensor.numel() != x.numel():
+            return None
+        source = self.layers[made.layer]
+        features = made.tensor.shape[self._layout(source, made.tensor).feature or 0]
+        return made.layer if x.shape[self._layout(seen, x).feature or 0] == features else None
+
+    @torch.no_grad()
+    def _arrived(self, seen: Seen, layout: Layout, gradient: Tensor | None) -> None:
+        if not self.backward or gradient is None:
+            return
+        seen.arrived = True
+        seen.squares += float(gradient.double().square().sum())
+        if (
+            seen.role in ("linear", "conv")
+            and getattr(seen.module, "bias", None) is not None
+            and layout.feature is not None
+        ):
+            rows = gradient.movedim(layout.feature, 0).reshape(gradient.shape[layout.feature], -1).double()
+            total, size = rows.sum(1), rows.abs().sum(1)
+            seen.bias_sum = total.abs() if seen.bias_sum is None else seen.bias_sum + total.abs()
+            seen.bias_size = size if seen.bias_size is None else seen.bias_size + size
+
+    def _find_recurrences(self) -> None:
+        """Norms with several calls a pass: does the last one's input depend on the first one's output?"""
+        for seen in self.layers.values():
+            first, last = seen.first_output, seen.last_input
+            if seen.norm is None or first is None or last is None or not (first.requires_grad and last.requires_grad):
+                continue
+            (path,) = torch.autograd.grad(last.sum(), first, retain_graph=True, allow_unused=True)
+            seen.norm.inside_recurrence = seen.norm.inside_recurrence or path is not None
+
+
+def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """A layer's parameters, with those of the parts inside it: a parametrization, an attention's output projection."""
+    return list(module.named_parameters(recurse=role_of(module) != "other"))

@@ -1,0 +1,76 @@
+"""A diagnosis is data: it survives JSON, and names what it does not have."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from normwise.diagnosis import Diagnosis, diagnose
+from normwise.diagnosis.distributions import Gathered, Moments, distribution
+from normwise.diagnosis.records import PERCENTILES
+
+
+@pytest.fixture
+def found() -> Diagnosis:
+    net = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Sigmoid(), nn.Linear(5, 3))
+    with torch.no_grad():
+        net[1].running_mean[2] = math.inf
+    batches = [(torch.randn(20, 6), torch.randint(3, (20,))) for _ in range(2)]
+    return diagnose(net, batches, loss=nn.functional.cross_entropy)
+
+
+def test_survives_json(found):
+    text = found.to_json()
+    json.loads(text, parse_constant=pytest.fail)  # strict JSON: no NaN, no Infinity
+    again = Diagnosis.from_json(text)
+    assert again.to_json() == text
+    assert again.layer("1").norm.running.distance.nonfinite == 1
+    plain = Diagnosis.from_dict(found.to_dict())
+    assert plain.to_json() == text
+    assert type(plain.layers[0].output.all) is type(found.layers[0].output.all)
+
+
+def test_another_version_is_refused(found):
+    with pytest.raises(ValueError, match=r"format version 999.*diagnose the model again"):
+        Diagnosis.from_dict(found.to_dict() | {"version": 999})
+
+
+def test_an_unknown_layer_is_named_with_those_there_are(found):
+    assert found.layer("2").kind == "Sigmoid"
+    with pytest.raises(KeyError, match="no layer 'conv': the layers are '0', '1', '2', '3'"):
+        found.layer("conv")
+
+
+def test_distribution_of_everything_in_parts():
+    x = torch.randn(3, 4000, dtype=torch.float64) * 3 + torch.tensor([[0.0], [50.0], [-7.0]], dtype=torch.float64)
+    gathered = Gathered()
+    for part in x:
+        gathered.add(part)
+    found = gathered.distribution()
+    assert found.count == 12000
+    assert found.mean == pytest.approx(float(x.mean()), rel=1e-12)
+    assert found.std == pytest.approx(float(x.std(correction=0)), rel=1e-12)
+    assert (found.minimum, found.maximum) == (float(x.min()), float(x.max()))
+    expected = torch.quantile(x.flatten(), torch.tensor(PERCENTILES, dtype=torch.float64) / 100)
+    assert found.percentiles == pytest.approx(expected.tolist())
+    assert found.percentile(50) == pytest.approx(float(x.median()), abs=0.01)
+    assert sum(found.histogram.counts) == 12000
+
+
+def test_non_finite_values_are_counted_and_left_out():
+    found = distribution([1.0, math.nan, 3.0, math.inf])
+    assert (found.count, found.nonfinite, found.mean, found.std) == (2, 2, 2.0, 1.0)
+    assert math.isnan(distribution([]).mean)
+
+
+def test_moments_of_parts_far_from_zero():
+    """A difference of large sums would lose every digit."""
+    x = torch.randn(5, 100, dtype=torch.float64) + 1e9
+    moments = Moments()
+    for part in x:
+        moments.add(torch.tensor(100), part.mean(), part.var(correction=0))
+    assert float(moments.var) == pytest.approx(float(x.var(correction=0)), rel=1e-6)
