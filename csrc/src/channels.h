@@ -14,19 +14,10 @@ int channels_last_backward(const nw_channels_backward_args& a);
 
 namespace {
 
-template <class C> void update(void* running, int64_t c, double momentum, double now) {
-  if (!running) return;
-  C& value = static_cast<C*>(running)[c];
-  value = C((1 - momentum) * double(value) + momentum * now);
-}
-
-// Training: writes the saved statistics of channel c and moves the running ones.
-template <class C> void settle(const nw_channels_forward_args& a, int64_t c, const Moments& m) {
+// Training: writes the saved statistics of channel c.
+inline void settle(const nw_channels_forward_args& a, int64_t c, const Moments& m) {
   a.mean[c] = m.mean;
   a.rstd[c] = m.rstd(a.eps);
-  if (m.count == 0) return;
-  update<C>(a.running_mean, c, a.momentum, m.mean);
-  update<C>(a.running_var, c, a.momentum, m.count > 1 ? m.m2 / (m.count - 1) : m.m2);
 }
 
 // Eval: the running statistics, in the form that the backward pass wants.
@@ -59,6 +50,35 @@ inline double count_valid(const uint8_t* mask, int64_t n) {
   int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) count += mask[i] != 0;
   return double(count);
+}
+
+// Training, once all channels are settled: moves the running averages, all of them or, where one would become NaN or
+// infinite, none.
+template <class C> int move_averages(const nw_channels_forward_args& a) {
+  const double count = count_valid(a.mask, a.batch * a.positions), unbiased = count > 1 ? count / (count - 1) : 0;
+  if (count == 0 || !a.running_mean || !a.running_var) return NW_OK;
+  C *means = static_cast<C*>(a.running_mean), *vars = static_cast<C*>(a.running_var);
+  const auto towards = [&](C old, double now) { return C((1 - a.momentum) * double(old) + a.momentum * now); };
+  const auto next = [&](int64_t c, C& mean, C& var) {
+    const double biased = 1 / (a.rstd[c] * a.rstd[c]) - a.eps;
+    mean = towards(means[c], a.mean[c]);
+    // One value has no deviation: it says nothing about the variance.
+    var = count > 1 ? towards(vars[c], (biased < 0 ? 0 : biased) * unbiased) : vars[c];
+  };
+  C spoilt = 0;  // 0 * NaN and 0 * inf are NaN
+  for (int64_t c = 0; c < a.channels; ++c) {
+    C mean, var;
+    next(c, mean, var);
+    spoilt += 0 * mean + 0 * var;
+  }
+  if (spoilt != 0) return NW_NOT_MOVED;
+  for (int64_t c = 0; c < a.channels; ++c) {
+    C mean, var;
+    next(c, mean, var);
+    means[c] = mean;
+    vars[c] = var;
+  }
+  return NW_OK;
 }
 
 }  // namespace

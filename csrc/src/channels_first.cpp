@@ -36,7 +36,7 @@ template <class T, int act> int forward(const nw_channels_forward_args& a) {
     parallel_for(a.channels, threads, [&](int64_t c) {
       const int64_t start = c * a.positions;
       if (a.training) {
-        settle<C>(a, c, region_moments(x + start, all));
+        settle(a, c, region_moments(x + start, all));
       } else {
         recall<C>(a, c);
       }
@@ -66,7 +66,7 @@ template <class T, int act> int forward(const nw_channels_forward_args& a) {
     }
     Moments m;
     for (int64_t i = 0; i < blocks.count; ++i) m.merge(partial.get()[c * blocks.count + i]);
-    settle<C>(a, c, m);
+    settle(a, c, m);
   }
   parallel_for(tasks, threads, [&](int64_t task) {
     int64_t offset, c = task / blocks.count;

@@ -220,7 +220,7 @@ template <class T, int act> int forward(const nw_channels_forward_args& a) {
       chunk.count = counts.get()[k];
       all.merge(chunk, channels);
     }
-    for (int64_t c = 0; c < channels; ++c) settle<C>(a, c, Moments{all.count, all.mean[c], all.m2[c]});
+    for (int64_t c = 0; c < channels; ++c) settle(a, c, Moments{all.count, all.mean[c], all.m2[c]});
   } else {
     for (int64_t c = 0; c < channels; ++c) recall<C>(a, c);
   }

@@ -58,12 +58,7 @@ template <class T, int act> void backward_group(const nw_groups_backward_args& a
     return Line<C>(mean, rstd, gain(c), parameter<C>(a.bias, group.first_channel + c, 0));
   };
 
-  double valid = double(group.channels) * double(a.positions);
-  if (a.mask) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < a.positions; ++i) count += plane.mask[i] != 0;
-    valid = double(group.channels) * double(count);
-  }
+  const double valid = double(count_valid(group.region));
   Sums all;
   for (int64_t c = 0; c < group.channels; ++c) {
     Sums s = region_sums<act>(gradient, group.start + c * a.positions, plane, line(c));

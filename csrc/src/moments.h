@@ -27,6 +27,7 @@ struct Region {
   int64_t planes, stride, length;
   const uint8_t* mask = nullptr;
   int64_t mask_stride = 0;
+  const int64_t* counts = nullptr;  // how many elements of each of its blocks count, where that is known
 };
 
 // Cuts a region into blocks of about 4096 elements: they fit in L1, float sums over them keep their digits, and the
@@ -50,35 +51,38 @@ struct Blocks {
     block.planes = r.planes - plane < planes_each ? r.planes - plane : planes_each;
     block.length = r.length - start < length ? r.length - start : length;
     offset = plane * r.stride + start;
-    if (r.mask) block.mask = r.mask + plane * r.mask_stride + start;
+    block.counts = r.counts ? r.counts + i : nullptr;
+    const bool all = block.counts && *block.counts == block.planes * block.length;
+    block.mask = r.mask && !all ? r.mask + plane * r.mask_stride + start : nullptr;
     return block;
   }
 };
 
-// Moments of one block, centred twice: the first mean is rounded to float, the sums about it are small and give back
-// what the rounding took.
-template <bool masked, class T> NW_INLINE Moments block_moments(const T* x, const Region& r) {
+// How many elements of a block count.
+inline int64_t count_valid(const Region& r) {
+  if (!r.mask) return r.planes * r.length;
+  if (r.counts) return *r.counts;
+  if (r.mask_stride == 0) return r.planes * count_valid(r.mask, r.length);
+  int64_t count = 0;
+  for (int64_t p = 0; p < r.planes; ++p) count += count_valid(r.mask + p * r.mask_stride, r.length);
+  return count;
+}
+
+// Moments of `count` elements of one block, centred twice: the first mean is rounded to float, the sums about it are
+// small and give back what the rounding took.
+template <bool masked, class T> NW_INLINE Moments block_moments(const T* x, const Region& r, double count) {
   using C = compute_t<T>;
   vec<C> total[4] = {};
-  vmask<C> valid_count = {};
   for (int64_t p = 0; p < r.planes; ++p) {
     const T* run = x + p * r.stride;
     const uint8_t* mask = r.mask + p * r.mask_stride;
     sweep_sums<C>(r.length, [&](int64_t i, auto part, int k) NW_LAMBDA {
-      vec<C> v = load(run + i, part);
       if constexpr (masked) {
-        vmask<C> valid = load_valid<C>(mask + i, part);
-        v = valid ? v : vec<C>{};
-        valid_count -= valid;
+        total[k] += load(run + i, part, load_valid<C>(mask + i, part));
+      } else {
+        total[k] += load(run + i, part);
       }
-      total[k] += v;
     });
-  }
-  double count = double(r.planes) * double(r.length);
-  if constexpr (masked) {
-    count = 0;
-    for (int i = 0; i < lanes<C>; ++i) count += double(valid_count[i]);
-    if (count == 0) return {};
   }
   const C mean = C(double(sum_lanes<C>(total)) / count);
 
@@ -89,7 +93,7 @@ template <bool masked, class T> NW_INLINE Moments block_moments(const T* x, cons
     sweep_sums<C>(r.length, [&](int64_t i, auto part, int k) NW_LAMBDA {
       vec<C> d = load(run + i, part) - mean;
       if constexpr (masked) {
-        d = load_valid<C>(mask + i, part) ? d : vec<C>{};
+        d = pick(d, load_valid<C>(mask + i, part));
       } else {
         d = keep<C>(d, part);
       }
@@ -102,14 +106,28 @@ template <bool masked, class T> NW_INLINE Moments block_moments(const T* x, cons
   return {count, double(mean) + s1 / count, s2 - s1 * s1 / count};
 }
 
+template <class T> NW_INLINE Moments block_moments(const T* x, const Region& r) {
+  const int64_t count = count_valid(r);
+  if (count == 0) return {};
+  return count < r.planes * r.length ? block_moments<true>(x, r, double(count)) : block_moments<false>(x, r, double(count));
+}
+
+// Counts for a region whose mask many channels share.
+inline void count_blocks(const Region& r, const Blocks& blocks, int64_t* counts) {
+  for (int64_t i = 0; i < blocks.count; ++i) {
+    int64_t offset;
+    counts[i] = count_valid(blocks.at(r, i, offset));
+  }
+}
+
 template <class T> inline Moments region_moments(const T* x, const Region& r) {
-  if (r.planes == 1 && r.length <= Blocks::target && !r.mask) return block_moments<false>(x, r);
+  if (r.planes == 1 && r.length <= Blocks::target && !r.mask) return block_moments<false>(x, r, double(r.length));
   Blocks blocks(r);
   Moments all;
   for (int64_t i = 0; i < blocks.count; ++i) {
     int64_t offset;
     Region block = blocks.at(r, i, offset);
-    all.merge(r.mask ? block_moments<true>(x + offset, block) : block_moments<false>(x + offset, block));
+    all.merge(block_moments(x + offset, block));
   }
   return all;
 }

@@ -33,7 +33,7 @@ void normalize(const T* x, const T* residual, T* y, const Region& r, const Line<
       if (ahead && !past_cache) prefetch_l2(y + at + i + ahead);
       if (residual) z += load(residual + at + i, part);
       z = act_value<act, C>(z);
-      if (mask) z = load_valid<C>(mask + i, part) ? z : vec<C>{};
+      if (mask) z = pick(z, load_valid<C>(mask + i, part));
       store_output(y + at + i, z, part, past_cache);
     });
   }
@@ -46,24 +46,20 @@ template <class T> struct Gradient {
   Gradient(const void* dy, const void* x, const void* residual)
       : dy(static_cast<const T*>(dy)), x(static_cast<const T*>(x)), residual(static_cast<const T*>(residual)) {}
 
-  // The gradient that arrives at z, 0 in padding, and x's distance from the mean, 0 in padding.
+  // The gradient that arrives at z, 0 in padding, and x's distance from the mean, there that of an x of 0.
   template <int act, class Part>
   NW_INLINE vec<C> at(int64_t i, Part part, const Line<C>& line, const uint8_t* mask, vec<C>& distance) const {
-    distance = line.centre.distance(load(x + i, part));
-    vec<C> g = load(dy + i, part);
+    const auto read = [&](const T* p) NW_LAMBDA {
+      return mask ? load(p + i, part, load_valid<C>(mask, part)) : load(p + i, part);
+    };
+    distance = line.centre.distance(read(x));
+    vec<C> g = read(dy);
     if constexpr (act != NW_IDENTITY) {
       vec<C> z = distance * line.scale + line.shift;
-      if (residual) z += load(residual + i, part);
+      if (residual) z += read(residual);
       g *= act_slope<act, C>(z);
     }
-    if (mask) {
-      vmask<C> valid = load_valid<C>(mask, part);
-      g = valid ? g : vec<C>{};
-      distance = valid ? distance : vec<C>{};
-    } else {
-      g = keep<C>(g, part);
-    }
-    return g;
+    return keep<C>(g, part);
   }
 };
 
@@ -121,7 +117,7 @@ void input_gradient(const Gradient<T>& gradient, int64_t start, const Region& r,
         prefetch_l2(gradient.dy + at + i + ahead);
         if (!past_cache) prefetch_l2(dx + at + i + ahead);
       }
-      if (mask) d = load_valid<C>(mask + i, part) ? d : vec<C>{};
+      if (mask) d = pick(d, load_valid<C>(mask + i, part));
       store_output(dx + at + i, d, part, past_cache);
       if (dresidual) store(dresidual + at + i, g, part);
     });

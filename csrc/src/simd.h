@@ -75,7 +75,7 @@ template <class C> NW_INLINE vec<C> keep(vec<C> v, Head head) { return iota<C>()
 
 // --- loads: memory of type T into a vector of compute_t<T>; lanes past the head are 0 and their memory is not touched.
 
-template <class V, class T> NW_INLINE V raw_load(const T* p) {
+template <class V, class T> NW_INLINE V raw_load(const T* p, Full = {}) {
   V v;
   std::memcpy(&v, p, sizeof v);
   return v;
@@ -195,29 +195,65 @@ NW_INLINE void finish_output() {
 #endif
 }
 
-// Which lanes the mask bytes at p call valid; lanes past the head are not. Bytes are widened by their sign, since a
-// compiler takes a conversion of so many lanes apart.
+// Which lanes the mask bytes at p call valid; lanes past the head are not. load(p, part, valid) reads 0 in the others,
+// whatever stands there, and pick(v, valid) puts 0 there.
+#if defined(NW_AVX512)
+template <class C> using Valid = __mmask16;
+NW_INLINE __mmask16 nonzero(__m128i bytes) { return _mm_test_epi8_mask(bytes, bytes); }
+template <class C> NW_INLINE Valid<C> load_valid(const uint8_t* p, Full) {
+  if constexpr (sizeof(C) == 8) return nonzero(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return nonzero(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+template <class C> NW_INLINE Valid<C> load_valid(const uint8_t* p, Head head) {
+  return nonzero(_mm_maskz_loadu_epi8(first(head), p));
+}
+NW_INLINE vec<float> pick(vec<float> v, __mmask16 valid) { return (vec<float>)_mm512_maskz_mov_ps(valid, (__m512)v); }
+NW_INLINE vec<double> pick(vec<double> v, __mmask16 valid) {
+  return (vec<double>)_mm512_maskz_mov_pd(__mmask8(valid), (__m512d)v);
+}
+template <class Part> NW_INLINE vec<float> load(const float* p, Part, __mmask16 valid) {
+  return (vec<float>)_mm512_maskz_loadu_ps(valid, p);
+}
+template <class Part> NW_INLINE vec<double> load(const double* p, Part, __mmask16 valid) {
+  return (vec<double>)_mm512_maskz_loadu_pd(__mmask8(valid), p);
+}
+template <class Part> NW_INLINE vec<float> load(const bf16* p, Part, __mmask16 valid) {
+  return widen((half_vector)_mm256_maskz_loadu_epi16(valid, p));
+}
+#else
+template <class C> using Valid = vmask<C>;
+// Bytes are widened by their sign, since a compiler takes a conversion of so many lanes apart.
 template <class C> struct Bytes { typedef int8_t type __attribute__((vector_size(lanes<C>))); };
 template <class C> NW_INLINE vmask<C> widen_bytes(typename Bytes<C>::type b) {
 #if defined(__AVX2__)
   __m128i raw = {};
   std::memcpy(&raw, &b, sizeof b);
-#if defined(NW_AVX512)
-  if constexpr (sizeof(C) == 4) return (vmask<C>)_mm512_maskz_cvtepi8_epi32(0xffff, raw);
-  if constexpr (sizeof(C) == 8) return (vmask<C>)_mm512_maskz_cvtepi8_epi64(0xff, raw);
-#else
   if constexpr (sizeof(C) == 4) return (vmask<C>)_mm256_cvtepi8_epi32(raw);
   if constexpr (sizeof(C) == 8) return (vmask<C>)_mm256_cvtepi8_epi64(raw);
-#endif
 #else
   return __builtin_convertvector(b, vmask<C>);
 #endif
 }
-template <class C> NW_INLINE vmask<C> load_valid(const uint8_t* p, Full) {
-  return widen_bytes<C>(raw_load<typename Bytes<C>::type>(p)) != 0;
+template <class C, class Part> NW_INLINE Valid<C> load_valid(const uint8_t* p, Part part) {
+  return widen_bytes<C>(raw_load<typename Bytes<C>::type>(p, part)) != 0;
 }
-template <class C> NW_INLINE vmask<C> load_valid(const uint8_t* p, Head head) {
-  return widen_bytes<C>(raw_load<typename Bytes<C>::type>(p, head)) != 0;
+NW_INLINE vec<float> pick(vec<float> v, vmask<float> valid) { return valid ? v : vec<float>{}; }
+NW_INLINE vec<double> pick(vec<double> v, vmask<double> valid) { return valid ? v : vec<double>{}; }
+template <class T, class Part> NW_INLINE vec<compute_t<T>> load(const T* p, Part part, Valid<compute_t<T>> valid) {
+  return pick(load(p, part), valid);
+}
+#endif
+
+// How many of n mask bytes say valid. Sums of single bytes, so that the compiler takes a whole vector of them at once.
+inline int64_t count_valid(const uint8_t* mask, int64_t n) {
+  int64_t count = 0, i = 0;
+  for (; i + 128 <= n; i += 128) {
+    uint8_t some = 0;
+    for (int64_t k = 0; k < 128; ++k) some = uint8_t(some + (mask[i + k] != 0));
+    count += some;
+  }
+  for (; i < n; ++i) count += mask[i] != 0;
+  return count;
 }
 
 // Adds the upper half of the lanes to the lower one until one is left.
