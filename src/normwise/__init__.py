@@ -11,6 +11,9 @@ from normwise.nn import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
+    FrozenBatchNorm1d,
+    FrozenBatchNorm2d,
+    FrozenBatchNorm3d,
     GroupNorm,
     GRUCell,
     InstanceNorm1d,
@@ -20,10 +23,12 @@ from normwise.nn import (
     LSTMCell,
     RMSNorm,
     RNNCell,
+    SyncBatchNorm,
 )
 from normwise.ops.check import ShapeError
 from normwise.ops.choose import BackendError, KernelWarning, backend
 from normwise.reference.recurrence import Recurrence
+from normwise.surgery import convert, freeze, frozen, unfreeze
 
 __version__ = "0.1.0"
 
@@ -35,6 +40,9 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "FrozenBatchNorm1d",
+    "FrozenBatchNorm2d",
+    "FrozenBatchNorm3d",
     "GRUCell",
     "GroupNorm",
     "InstanceNorm1d",
@@ -47,7 +55,12 @@ __all__ = [
     "RNNCell",
     "Recurrence",
     "ShapeError",
+    "SyncBatchNorm",
     "__version__",
     "backend",
+    "convert",
+    "freeze",
+    "frozen",
     "functional",
+    "unfreeze",
 ]

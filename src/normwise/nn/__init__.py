@@ -1,11 +1,13 @@
 """Layers: parameters, running state and initialisation; each forward is one call into `normwise.ops`."""
 
 from normwise.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from normwise.nn.frozen_batch_norm import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from normwise.nn.group_norm import GroupNorm
 from normwise.nn.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from normwise.nn.layer_norm import LayerNorm, RMSNorm
 from normwise.nn.recurrent import GRU, LSTM, RNN
 from normwise.nn.recurrent_cells import GRUCell, LSTMCell, RNNCell
+from normwise.nn.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
     "GRU",
@@ -14,6 +16,9 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "FrozenBatchNorm1d",
+    "FrozenBatchNorm2d",
+    "FrozenBatchNorm3d",
     "GRUCell",
     "GroupNorm",
     "InstanceNorm1d",
@@ -23,4 +28,5 @@ __all__ = [
     "LayerNorm",
     "RMSNorm",
     "RNNCell",
+    "SyncBatchNorm",
 ]

@@ -1,0 +1,7 @@
+"""Changing a user's model: other norms in it, norms folded away, statistics taken anew or frozen."""
+
+from normwise.surgery.convert import convert
+from normwise.surgery.freeze import freeze, frozen, unfreeze
+from normwise.surgery.report import Report
+
+__all__ = ["Report", "convert", "freeze", "frozen", "unfreeze"]

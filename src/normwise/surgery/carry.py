@@ -1,0 +1,121 @@
+"""Building a layer in the place of another: its arguments, tensors, hooks, mode and all that a user may hold on to."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from normwise.surgery.freeze import is_frozen, keep_frozen
+from normwise.surgery.report import Refusal
+from normwise.surgery.select import class_of
+
+# Constructor arguments that no attribute of the same name holds.
+_SPECIAL = ("self", "device", "dtype", "bias")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def rebuild(old: nn.Module, cls: type[nn.Module], names: Iterable[str] | None = None, **given: Any) -> nn.Module:
+    """A `cls` with the arguments `given`, and for the others what `old` has under the same name, if anything.
+
+    Args:
+        names: these others; None: all that the constructor takes.
+
+    Its tensors are its own and freshly started, on the device and in the dtype of those of `old`; the global random
+    state stays as it was.
+    """
+    accepted = inspect.signature(cls.__init__).parameters
+    names = [name for name in accepted if name not in _SPECIAL and hasattr(old, name)] if names is None else names
+    arguments = {name: getattr(old, name) for name in names}
+    if "bias" in accepted and "bias" not in given:
+        bias = getattr(old, "bias", None)
+        arguments["bias"] = bias if isinstance(bias, bool) else getattr(old, "weight", None) is None or bias is not None
+    tensors = [*old.parameters(), *(b for b in old.buffers() if b.is_floating_point())]
+    if tensors:
+        arguments["device"], arguments["dtype"] = tensors[0].device, tensors[0].dtype
+    devices = [tensors[0].device] if tensors and tensors[0].is_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        new = cls(**{**arguments, **given})
+    if "bias" not in accepted and "bias" not in given and getattr(old, "bias", None) is None:
+        new.register_parameter("bias", None)  # torch before 2.13 knows no `bias=`
+    return new
+
+
+def carry_tensors(old: nn.Module, new: nn.Module, *, statistics: bool = True, but: Sequence[str] = ()) -> list[str]:
+    """Give `new` the very tensors that `old` has under the same names: parameters stay the same objects, so that an
+    optimizer that holds them goes on, and layers that share one still do.
+
+    A parametrized tensor keeps its parametrization. What is a parameter here and a buffer there is copied.
+
+    Args:
+        statistics: carry buffers too.
+        but: names of those to be left out.
+
+    Returns:
+        The names of the buffers that were left behind.
+
+    Raises:
+        Refusal: `old` has a parameter that `new` has no place for.
+    """
+    left = []
+    for name in _tensor_names(old):
+        value = getattr(old, name)
+        if value is None or name in but:
+            continue
+        buffer = name in old._buffers
+        place = getattr(new, name, None)
+        if place is None or place.shape != value.shape or (buffer and not statistics):
+            if not buffer or isinstance(place, nn.Parameter):
+                raise Refusal(f"its {name} of shape {tuple(value.shape)} has no place in a {type(new).__name__}")
+            left.append(name)
+        elif name in new._buffers:
+            new._buffers[name] = value if buffer else value.detach().clone()
+        elif parametrize.is_parametrized(old, name):
+            parametrize.register_parametrization(new, name, nn.Identity(), unsafe=True)
+            new.parametrizations[name] = old.parametrizations[name]  # type: ignore[operator,index]
+        else:
+            setattr(new, name, nn.Parameter(value.clone()) if buffer else value)
+    return left
+
+
+def _tensor_names(layer: nn.Module) -> list[str]:
+    parametrized = list(layer.parametrizations) if parametrize.is_parametrized(layer) else []  # type: ignore[arg-type]
+    return [*layer._parameters, *layer._buffers, *parametrized]
+
+
+def carry_rest(old: nn.Module, new: nn.Module) -> str:
+    """Give `new` the mode, hooks and frozenness of `old`; returns what did not carry over, "" if all did."""
+    new.train(old.training)
+    new._is_full_backward_hook = old._is_full_backward_hook
+    for name in _HOOKS:
+        hooks, own = getattr(old, name), getattr(new, name)
+        bound = {key: hook for key, hook in hooks.items() if getattr(hook, "with_module", False)}
+        if own or bound:
+            # Such a hook knows its module by a weak reference.
+            rebound = {key: type(hook)(hook.hook, new) for key, hook in bound.items()}
+            own.update({**hooks, **rebound})
+        elif hooks:
+            # The very dictionary, so that the handles that users hold still remove their hooks.
+            setattr(new, name, hooks)
+    return keep_frozen(old, new) if is_frozen(old) else ""
+
+
+def overrides_forward(layer: nn.Module, base: type[nn.Module]) -> bool:
+    """Whether the layer's class computes something else than `base`, from which it is derived."""
+    return class_of(layer).forward is not base.forward

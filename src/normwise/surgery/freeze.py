@@ -1,0 +1,143 @@
+"""Freezing normalization layers: statistics that no batch moves, through every `model.train()`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from normwise.nn.frozen_batch_norm import FrozenBatchNorm
+from normwise.surgery.report import Change, Report, Skip
+from normwise.surgery.select import BATCH, INSTANCE, RECURRENT, Where, chosen, has_norm, layers
+
+
+class _StaysInEval:
+    """A frozen layer's own `train`: whatever the model is told, the layer stays in evaluation.
+
+    An attribute of the instance, which copies and pickles with the layer, and which a compiler sees as the constant
+    `training=False`.
+    """
+
+    def __init__(self, layer: nn.Module, learned: list[str]) -> None:
+        self.layer = layer
+        self.learned = learned  # the parameters that had requires_grad before
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        return type(self.layer).train(self.layer, False)
+
+
+def freeze(model: nn.Module, *, affine: bool = True, where: Where = None) -> Report:
+    """Fix the running statistics of a model's batch norms, in place, until `unfreeze`.
+
+    A frozen layer normalizes by its running statistics in training as in evaluation, and they stay as they are, also
+    after `model.train()`, which would wake a layer that was merely put into evaluation. Copies and pickles of the model
+    are frozen too. Layers without running statistics (LayerNorm, GroupNorm) have nothing to freeze.
+
+    Args:
+        model: changed in place.
+        affine: fix gain and bias as well (requires_grad off); False leaves them to be learned, the usual way to
+            fine-tune on small batches.
+        where: which layers: a pattern of names ("backbone.*"), a class, several of these, or a function of name and
+            module; None means all that have running statistics.
+
+    Returns:
+        What is frozen now, and what is not and why. `frozen(model)` gives the names later.
+
+    Raises:
+        ValueError: there is no layer with running statistics, or `where` means none.
+    """
+    candidates = layers(model, (*BATCH, *INSTANCE, *RECURRENT))
+    candidates = [one for one in candidates if not isinstance(one.module, RECURRENT) or has_norm(one.module)]
+    meant = chosen(candidates, where)
+    report = Report("freeze")
+    for one in candidates:
+        reason = _why_not(one.module) if meant(one) else "not meant by where="
+        if reason is not None:
+            report.skipped.append(Skip(one.name, one.kind, reason))
+        else:
+            report.changed.append(Change(one.name, one.kind, "frozen", freeze_layer(one.module, affine)))
+    if not report.changed:
+        raise ValueError(
+            "freeze found no layer with running statistics in the model: LayerNorm, GroupNorm and the like have none; "
+            "to fix their gain and bias set requires_grad_(False) on them"
+            + "".join(f"\n  {name or '(the model)'}: {layer}: {reason}" for name, layer, reason in report.skipped)
+        )
+    return report
+
+
+def unfreeze(model: nn.Module, *, where: Where = None) -> Report:
+    """Undo `freeze`, in place: the layers take the model's mode, and what was learned before is learned again.
+
+    Raises:
+        ValueError: nothing is frozen, or `where` means nothing that is.
+    """
+    candidates = [one for one in layers(model, (nn.Module,)) if is_frozen(one.module)]
+    if not candidates:
+        raise ValueError(
+            "unfreeze found no frozen layer: normwise.frozen(model) lists those that normwise.freeze froze"
+        )
+    meant = chosen(candidates, where)
+    report = Report("unfreeze")
+    for one in filter(meant, candidates):
+        for name in _memory(one.module).learned:
+            one.module.get_parameter(name).requires_grad_(True)
+        del one.module.__dict__["train"]
+        one.module.train(model.training)
+        report.changed.append(Change(one.name, "frozen", one.kind))
+    return report
+
+
+def frozen(model: nn.Module) -> list[str]:
+    """The names of the layers that `freeze` froze."""
+    return [name for one in layers(model, (nn.Module,)) if is_frozen(one.module) for name in one.names]
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether `freeze` froze this very layer."""
+    return isinstance(vars(layer).get("train"), _StaysInEval)
+
+
+def freeze_layer(layer: nn.Module, affine: bool) -> str:
+    """Freeze one layer; returns what a report should say about it."""
+    if is_frozen(layer):
+        learned = _memory(layer).learned
+    else:
+        learned = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
+        if isinstance(layer, RECURRENT):
+            learned = [name for name in learned if name.startswith("gain_")]
+    for name in learned:
+        layer.get_parameter(name).requires_grad_(not affine)
+    vars(layer)["train"] = _StaysInEval(layer, learned)
+    layer.train()
+    return "statistics, gain and bias" if affine else "statistics; gain and bias learn on"
+
+
+def keep_frozen(old: nn.Module, new: nn.Module) -> str:
+    """Freeze `new`, which stands in the place of the frozen `old`, if it can be; returns what to report."""
+    reason = _why_not(new)
+    if reason is not None:
+        return f"no longer frozen: {reason}"
+    vars(new)["train"] = _StaysInEval(new, _memory(old).learned)
+    new.train()
+    return ""
+
+
+def _memory(layer: nn.Module) -> _StaysInEval:
+    kept = vars(layer)["train"]
+    assert isinstance(kept, _StaysInEval)
+    return kept
+
+
+def _why_not(layer: nn.Module) -> str | None:
+    """What keeps a layer from being frozen: there is nothing to freeze, or too much would be."""
+    if isinstance(layer, RECURRENT):
+        how = getattr(layer, "recurrence", None)
+        if how is None or how.norm != "batch":
+            return "its norms have no running statistics"
+        if getattr(layer, "dropout", 0) or how.zoneout:
+            return "kept in evaluation it would lose its dropout or zoneout too"
+    elif isinstance(layer, FrozenBatchNorm):
+        return "its statistics are fixed as it is"
+    elif layer._buffers.get("running_mean") is None:
+        if isinstance(layer, BATCH):
+            return "track_running_stats=False: it takes each batch's own statistics in evaluation too"
+        return "it has no running statistics"
+    return None

@@ -1,0 +1,194 @@
+"""What `convert` puts in the place of one norm layer, for each of its targets.
+
+A target takes a layer and the options of the call and returns the new layer and a note for the report, or raises
+`Refusal` with the reason why this layer stays.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from torch import nn
+
+import normwise.nn as ours
+from normwise.nn.frozen_batch_norm import FrozenBatchNorm
+from normwise.surgery.carry import carry_tensors, rebuild
+from normwise.surgery.report import Refusal
+from normwise.surgery.select import BATCH, INSTANCE, class_of, known_base
+
+Made: TypeAlias = tuple[nn.Module, str]
+
+
+def to_batch(layer: nn.Module, *, spatial: int | None = None, **options: Any) -> Made:
+    """normwise.BatchNorm1d/2d/3d, by the number of axes behind the channels."""
+    return _batch_family(layer, "BatchNorm", spatial, options)
+
+
+def to_renorm(layer: nn.Module, *, spatial: int | None = None, **options: Any) -> Made:
+    """normwise.BatchRenorm1d/2d/3d."""
+    return _batch_family(layer, "BatchRenorm", spatial, options)
+
+
+def to_frozen(layer: nn.Module, *, spatial: int | None = None, **options: Any) -> Made:
+    """normwise.FrozenBatchNorm1d/2d/3d."""
+    if not isinstance(layer, BATCH):
+        raise Refusal("it has no running statistics to be frozen to, as only BatchNorm has")
+    if getattr(layer, "running_mean", None) is None:
+        raise Refusal("track_running_stats=False: there are no statistics to be frozen to")
+    return _batch_family(layer, "FrozenBatchNorm", spatial, options)
+
+
+def to_sync(layer: nn.Module, **options: Any) -> Made:
+    """normwise.SyncBatchNorm, of inputs of any rank."""
+    if not isinstance(layer, BATCH):
+        raise Refusal("its statistics are not over the batch: it is the same on every rank as it is")
+    return _with_statistics(layer, _ours("SyncBatchNorm"), options)
+
+
+def to_group(layer: nn.Module, *, num_groups: int | Callable[[int], int] | None = None, **options: Any) -> Made:
+    """normwise.GroupNorm; by default with the most groups up to 32 that divide the channels.
+
+    Source of the 32: Wu & He 2018, section 4.1.
+    """
+    channels = channels_of(layer)
+    if num_groups is None:
+        default = max(g for g in range(1, min(32, channels) + 1) if channels % g == 0)
+        num_groups = layer.num_groups if isinstance(layer, nn.GroupNorm) else default
+    groups = num_groups(channels) if callable(num_groups) else num_groups
+    new = rebuild(layer, ours.GroupNorm, num_groups=groups, num_channels=channels, affine=_affine(layer), **options)
+    return _without_statistics(layer, new)
+
+
+def to_layer(layer: nn.Module, **options: Any) -> Made:
+    """normwise.LayerNorm; of what has channels on axis 1, over these channels: LayerNorm(C, dim=1)."""
+    if isinstance(layer, nn.LayerNorm):
+        return _without_statistics(layer, rebuild(layer, ours.LayerNorm, **options))
+    channels = channels_of(layer)
+    given = {"normalized_shape": channels, "dim": 1, "elementwise_affine": _affine(layer), **options}
+    return _without_statistics(layer, rebuild(layer, ours.LayerNorm, **given))
+
+
+def to_normwise(layer: nn.Module, **options: Any) -> Made:
+    """The namesake in normwise, which computes the same."""
+    base = known_base(layer)
+    if base.__module__.startswith("normwise."):
+        raise Refusal("is one already")
+    new = rebuild(layer, _ours(base.__name__), **options)
+    return new, _summary(layer, new, carry_tensors(layer, new))
+
+
+def to_torch(layer: nn.Module, **options: Any) -> Made:
+    """The namesake in torch.nn."""
+    base = known_base(layer)
+    if base.__module__.startswith("torch."):
+        raise Refusal("is one already")
+    name = base.__name__.replace("BatchRenorm", "BatchNorm").replace("FrozenBatchNorm", "BatchNorm")
+    namesake: type[nn.Module] | None = getattr(nn, name, None)
+    if namesake is None:
+        raise Refusal(f"torch.nn has no {name}")
+    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and not _trailing(layer.dim):  # type: ignore[arg-type]
+        raise Refusal(f"torch.nn's layer normalizes the last axes, not dim={layer.dim}")
+    new = rebuild(layer, namesake, **options)
+    note = _summary(layer, new, carry_tensors(layer, new))
+    if isinstance(layer, FrozenBatchNorm):
+        new.requires_grad_(False)
+        note = "fixed in evaluation only: train() moves its statistics"
+    return new, note
+
+
+TARGETS: dict[str, Callable[..., Made]] = {
+    "batch": to_batch,
+    "frozen": to_frozen,
+    "group": to_group,
+    "layer": to_layer,
+    "normwise": to_normwise,
+    "renorm": to_renorm,
+    "sync": to_sync,
+    "torch": to_torch,
+}
+
+
+def channels_of(layer: nn.Module) -> int:
+    """The size of axis 1 of the layer's input. Raises `Refusal` where it is not on axis 1."""
+    if isinstance(layer, (*BATCH, *INSTANCE)):
+        return int(layer.num_features)
+    if isinstance(layer, nn.GroupNorm):
+        return layer.num_channels
+    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and getattr(layer, "dim", None) in (1, (1,)):
+        return int(layer.normalized_shape[0])
+    raise Refusal("it normalizes the last axes, where no channels of a batch stand that could take its gain and bias")
+
+
+def _batch_family(layer: nn.Module, family: str, spatial: int | None, options: dict[str, Any]) -> Made:
+    channels = channels_of(layer)
+    cls = _ours(f"{family}{_rank(layer, spatial)}d")
+    if isinstance(layer, BATCH):
+        return _with_statistics(layer, cls, options)
+    given = {"num_features": channels, "affine": _affine(layer), "track_running_stats": True}
+    new = rebuild(layer, cls, **(given | options))
+    fresh = "running statistics start anew: train on, or normwise.recalibrate"
+    return new, _summary(layer, new, carry_tensors(layer, new, statistics=False), fresh)
+
+
+def _with_statistics(layer: nn.Module, cls: type[nn.Module], options: dict[str, Any]) -> Made:
+    given = {"affine": _affine(layer), "track_running_stats": getattr(layer, "running_mean", None) is not None}
+    if "track_running_stats" not in inspect.signature(cls).parameters:
+        del given["track_running_stats"]
+    if known_base(layer) is cls and not options:
+        raise Refusal("is one already")
+    new = rebuild(layer, cls, **(given | options))
+    return new, _summary(layer, new, carry_tensors(layer, new))
+
+
+def _without_statistics(layer: nn.Module, new: nn.Module) -> Made:
+    return new, _summary(layer, new, carry_tensors(layer, new, statistics=False))
+
+
+def _rank(layer: nn.Module, spatial: int | None) -> int:
+    """1, 2 or 3, as in BatchNorm2d."""
+    for cls in class_of(layer).__mro__:
+        if cls.__name__[-2:] in ("1d", "2d", "3d"):
+            return int(cls.__name__[-2])
+    if spatial is None:
+        raise Refusal(
+            "it does not say the rank of its input: pass spatial=, the number of axes behind the channels (2 for "
+            "images), with where= if it is not the same for all"
+        )
+    if spatial not in range(4):
+        raise ValueError(f"spatial is the number of axes behind the channels, 0 to 3, but got {spatial!r}")
+    return max(spatial, 1)
+
+
+def _affine(layer: nn.Module) -> bool:
+    return getattr(layer, "weight", None) is not None
+
+
+def _trailing(dim: int | tuple[int, ...] | None) -> bool:
+    axes = () if dim is None else (dim,) if isinstance(dim, int) else dim
+    return axes == tuple(range(-len(axes), 0))
+
+
+def _ours(name: str) -> type[nn.Module]:
+    found: type[nn.Module] | None = getattr(ours, name, None)
+    if found is None:
+        raise Refusal(f"normwise has no {name}")
+    return found
+
+
+def _summary(layer: nn.Module, new: nn.Module, left: list[str], *notes: str) -> str:
+    """What did not carry over: buffers by name, and what the layer was told that its successor cannot be told."""
+    told = inspect.signature(known_base(layer)).parameters.values()
+    taken = inspect.signature(type(new)).parameters
+    lost = [
+        f"{p.name}={value!r} has no counterpart"
+        for p in told
+        if p.kind is p.KEYWORD_ONLY and p.name not in (*taken, "bias", "act", "dim")
+        if (value := getattr(layer, p.name, p.default)) != p.default
+    ]
+    if "running_mean" in left:
+        left = ["running statistics", *(name for name in left if not name.startswith("running_"))]
+    left = [name for name in left if not name.startswith("num_batches_")]  # counters, which say nothing elsewhere
+    dropped = [f"{', '.join(left)} dropped"] if left else []
+    return "; ".join([*dropped, *lost, *notes])

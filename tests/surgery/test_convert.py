@@ -1,0 +1,303 @@
+"""convert: what stands where afterwards, what was carried, and what it leaves alone."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import normwise
+from norm_cases import each_case, randomize
+from surgery_models import IMAGES, assert_same_state, net, state
+from tolerances import assert_close
+
+
+def ours(layer: nn.Module) -> bool:
+    return type(layer).__module__.startswith("normwise.")
+
+
+@pytest.mark.parametrize(
+    ("to", "wanted"),
+    [
+        ("group", normwise.GroupNorm),
+        ("layer", normwise.LayerNorm),
+        ("batch", nn.modules.batchnorm._BatchNorm),
+        ("frozen", normwise.nn.frozen_batch_norm.FrozenBatchNorm),
+    ],
+)
+def test_every_batch_norm_becomes_the_target_at_any_depth(to, wanted):
+    model = net()
+    before = state(model)
+    new, report = normwise.convert(model, to=to)
+    places = ["stem.1", "shared", "blocks.0.norm", "blocks.1.norm", "head.1"]
+    for name in places:
+        assert isinstance(new.get_submodule(name), wanted)
+        assert ours(new.get_submodule(name))
+    assert new.shared is new.stem[1]
+    assert new(torch.randn(IMAGES)).isfinite().all()
+    assert {name for change in report.changed for name in change.name.split(", ")} >= set(places)
+    assert_same_state(model, before)
+    assert type(model.stem[1]) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize("to", ["batch", "frozen", "normwise"])
+def test_kinds_of_batch_norm_keep_statistics_and_results(to):
+    model = net().eval()
+    new, _ = normwise.convert(model, to=to)
+    x = torch.randn(IMAGES)
+    assert_close(new(x), model(x), kind="composed", count=100)
+    stem = new.stem[1]
+    assert stem.eps == 1e-3
+    assert torch.equal(stem.running_mean, model.stem[1].running_mean)
+    back, _ = normwise.convert(new, to="torch")
+    assert not any(ours(layer) for layer in back.modules())
+    assert_close(back.eval()(x), model(x), kind="composed", count=100)
+
+
+def test_there_and_back_trains_like_the_original():
+    """momentum, counters, statistics and parameters: the state after a step is the original's."""
+    model = net()
+    back, _ = normwise.convert(normwise.convert(model, to="normwise").model, to="torch")
+    assert back.state_dict().keys() == model.state_dict().keys()
+    assert back.stem[1].momentum == 0.3
+    x = torch.randn(IMAGES)
+    for one in (model, back):
+        one(x)
+    for name, value in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value), name
+
+
+@each_case
+def test_each_layer_of_torch_becomes_its_namesake_and_back(case):
+    theirs = randomize(case.theirs())
+    here = normwise.convert(theirs, to="normwise").model
+    assert type(here) is getattr(normwise, case.name)
+    there = normwise.convert(here, to="torch").model
+    assert type(there) is type(theirs)
+    assert there.extra_repr() == theirs.extra_repr()
+    x = torch.randn(case.shape)
+    expected = theirs(x)
+    assert torch.equal(there(x), expected)
+    assert_close(here(x), expected, count=case.count)
+
+
+def test_gain_and_bias_go_on_and_a_group_norm_computes_its_formula():
+    layer = randomize(nn.BatchNorm2d(12))
+    new = normwise.convert(layer, to="group", num_groups=3).model
+    x = torch.randn(2, 12, 5, 5)
+    assert_close(new(x), nn.functional.group_norm(x, 3, layer.weight, layer.bias), count=100)
+    over_channels = normwise.convert(layer, to="layer").model
+    by_pixel = nn.functional.layer_norm(x.movedim(1, -1), (12,), layer.weight, layer.bias).movedim(-1, 1)
+    assert_close(over_channels(x), by_pixel, count=12)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(48, 24), (64, 32), (7, 7), (37, 1), (1, 1)])
+def test_default_groups_divide_the_channels(channels, groups):
+    assert normwise.convert(nn.BatchNorm1d(channels), to="group").model.num_groups == groups
+
+
+def test_parameters_stay_the_same_objects_in_place():
+    """An optimizer that was built before goes on, and a tie between two layers holds."""
+    model = net()
+    model.blocks[1].norm.weight = model.blocks[0].norm.weight
+    parameters = list(model.parameters())
+    same, _ = normwise.convert(model, to="group", inplace=True)
+    assert same is model
+    assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
+    assert model.blocks[1].norm.weight is model.blocks[0].norm.weight
+
+
+def test_mode_dtype_and_requires_grad_are_kept():
+    model = net().double()
+    model.stem.eval()
+    model.stem[1].bias.requires_grad_(False)
+    new, _ = normwise.convert(model, to="group")
+    assert not new.stem[1].training
+    assert new.blocks[0].norm.training
+    assert new.stem[1].weight.dtype == torch.float64
+    assert new.stem[1].weight.requires_grad
+    assert not new.stem[1].bias.requires_grad
+
+
+def test_device_is_kept(device):
+    new, _ = normwise.convert(net().to(device), to="batch")
+    assert {t.device.type for t in (*new.parameters(), *new.buffers())} == {device.type}
+
+
+def test_hooks_are_carried_and_their_handles_still_remove_them():
+    layer = nn.BatchNorm1d(3)
+    model, seen = nn.Sequential(layer), []
+    handle = layer.register_forward_hook(lambda module, args, out: seen.append(type(module)))
+    layer.register_full_backward_hook(lambda module, *grads: seen.append("backward"))
+    layer.register_load_state_dict_pre_hook(lambda module, *rest: seen.append(("load", type(module))))
+    normwise.convert(model, to="group", inplace=True)
+    model(torch.randn(4, 3, requires_grad=True)).square().sum().backward()
+    model.load_state_dict(model.state_dict())
+    assert seen == [normwise.GroupNorm, "backward", ("load", normwise.GroupNorm)]
+    handle.remove()
+    model(torch.randn(4, 3))
+    assert len(seen) == 3
+
+
+def test_a_parametrized_layer_keeps_its_parametrization():
+    class Positive(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.exp()
+
+    layer = nn.BatchNorm1d(3)
+    parametrize.register_parametrization(layer, "weight", Positive())
+    original = layer.parametrizations.weight.original
+    model = nn.Sequential(layer)
+    _, report = normwise.convert(model, to="group", num_groups=1, inplace=True)
+    assert parametrize.is_parametrized(model[0], "weight")
+    assert model[0].parametrizations.weight.original is original
+    with torch.no_grad():
+        original.fill_(2.0)
+    x = torch.randn(4, 3)
+    expected = nn.functional.group_norm(x, 1, original.exp(), layer.bias)
+    assert_close(model(x), expected, count=3)
+    assert "nn.BatchNorm1d -> normwise.GroupNorm" in str(report)
+
+
+def test_a_subclass_with_its_own_forward_is_left_alone_unless_asked():
+    class Derived(nn.BatchNorm1d):
+        """Computes what its base does."""
+
+    class Clipped(nn.BatchNorm1d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).clamp(-1, 1)
+
+    model = nn.Sequential(Derived(3), Clipped(3))
+    new, report = normwise.convert(model, to="group")
+    assert isinstance(new[0], normwise.GroupNorm)
+    assert isinstance(new[1], Clipped)
+    assert [skip.name for skip in report.skipped] == ["1"]
+    assert "subclasses=True" in report.skipped[0].reason
+    new, _ = normwise.convert(model, to="group", subclasses=True)
+    assert isinstance(new[1], normwise.GroupNorm)
+
+
+def test_an_activation_goes_along():
+    layer = randomize(normwise.BatchNorm2d(4, act="relu")).eval()
+    x = torch.randn(2, 4, 3, 3)
+    plain, report = normwise.convert(layer, to="torch")
+    assert [type(part) for part in plain] == [nn.BatchNorm2d, nn.ReLU]
+    assert_close(plain(x), layer(x))
+    assert "activation" in report.changed[0].note
+    grouped = normwise.convert(layer, to="group", num_groups=2).model
+    assert (grouped(x) >= 0).all()
+    assert normwise.convert(layer, to="layer").model.act == "relu"
+
+
+@pytest.mark.parametrize(
+    ("layer", "to", "reason"),
+    [
+        (normwise.LayerNorm(4, dim=1), "torch", "dim=1"),
+        (normwise.LSTM(3, 4), "torch", "norm='layer'"),
+        (normwise.LSTM(3, 4, norm=None, zoneout=0.1), "torch", "zoneout"),
+        (nn.LayerNorm(4), "group", "last axes"),
+        (nn.GroupNorm(2, 4), "batch", "spatial="),
+        (nn.SyncBatchNorm(4), "batch", "spatial="),
+        (nn.GroupNorm(2, 4), "frozen", "no running statistics"),
+        (nn.BatchNorm2d(4, track_running_stats=False), "frozen", "track_running_stats"),
+        (nn.LazyBatchNorm2d(), "group", "lazy"),
+        (nn.utils.spectral_norm(nn.BatchNorm2d(4)), "group", "weight_orig"),
+    ],
+)
+def test_what_cannot_be_expressed_is_skipped_with_the_reason(layer, to, reason):
+    model = nn.Sequential(layer, nn.BatchNorm1d(2))
+    new, report = normwise.convert(model, to=to, inplace=True)
+    assert new[0] is layer
+    assert report.skipped[0].name == "0"
+    assert reason in report.skipped[0].reason
+    assert reason in str(report)
+
+
+def test_the_rank_can_be_given():
+    new = normwise.convert(nn.GroupNorm(2, 4), to="batch", spatial=2).model
+    assert isinstance(new, normwise.BatchNorm2d)
+
+
+@pytest.mark.parametrize(
+    ("where", "converted"),
+    [
+        ("blocks.*", {"blocks.0.norm", "blocks.1.norm"}),
+        (nn.BatchNorm1d, {"head.1"}),
+        (("head.*", "stem.1"), {"stem.1", "shared", "head.1"}),
+        (lambda name, module: module.num_features == 6, {"head.1"}),
+    ],
+)
+def test_where_chooses_by_name_class_or_function(where, converted):
+    model = net()
+    model.head[2] = nn.Identity()
+    new, _ = normwise.convert(model, to="group", where=where)
+    assert {name for name, m in new.named_modules(remove_duplicate=False) if ours(m)} == converted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"to": "grup"}, ValueError, "unknown to='grup'.*'group'"),
+        ({}, ValueError, "one of to="),
+        ({"to": "group", "recurrent": "layer"}, ValueError, "one of to="),
+        ({"recurrent": "weight"}, ValueError, "'layer', 'rms' or 'batch'"),
+        ({"to": "group", "where": "nothing.*"}, ValueError, "means none of the model's layers"),
+        ({"to": "group", "num_groups": 5}, ValueError, "stem.1"),
+        ({"to": "group", "groups": 4}, TypeError, "groups"),
+        ({"to": "group", "where": 3}, TypeError, "where must be"),
+        ({"recurrent": "layer"}, ValueError, "no recurrent layer"),
+    ],
+)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_errors_name_the_cure_and_change_nothing(arguments, error, words, inplace):
+    model = net()
+    before, layers = state(model), list(model.modules())
+    with pytest.raises(error, match=words):
+        normwise.convert(model, inplace=inplace, **arguments)
+    assert_same_state(model, before)
+    assert all(a is b for a, b in zip(model.modules(), layers, strict=True))
+
+
+def test_models_that_cannot_be_converted_say_so():
+    with pytest.raises(ValueError, match="no normalization layer"):
+        normwise.convert(nn.Linear(2, 2), to="group")
+    with pytest.raises(ValueError, match="cannot become another layer in place"):
+        normwise.convert(nn.BatchNorm1d(2), to="group", inplace=True)
+    with pytest.raises(TypeError, match=r"expects a torch.nn.Module, but got dict"):
+        normwise.convert({}, to="group")
+
+
+def test_a_wrapped_model_is_refused():
+    class DistributedDataParallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.BatchNorm1d(3)
+
+    with pytest.raises(TypeError, match="before it is wrapped"):
+        normwise.convert(DistributedDataParallel(), to="group")
+
+
+def test_a_model_that_cannot_be_copied_names_the_cure():
+    layer = nn.BatchNorm1d(3)
+    layer.cache = layer.weight * 2  # a result of autograd, which torch does not copy
+    with pytest.raises(RuntimeError, match="inplace=True"):
+        normwise.convert(nn.Sequential(layer), to="group")
+    assert normwise.convert(nn.Sequential(layer), to="group", inplace=True).report.changed
+
+
+def test_a_converted_model_pickles():
+    new, _ = normwise.convert(net(), to="group")
+    x = torch.randn(IMAGES)
+    assert torch.equal(pickle.loads(pickle.dumps(new))(x), new(x))
+
+
+def test_weight_norm_on_a_recurrent_layer_survives():
+    lstm = parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0")
+    new = normwise.convert(lstm, recurrent="layer").model
+    assert parametrize.is_parametrized(new, "weight_hh_l0")
+    assert new(torch.randn(5, 2, 3))[0].isfinite().all()
+    _, report = normwise.convert(normwise.convert(lstm, to="normwise").model, to="torch")
+    assert "remove_parametrizations" in report.skipped[0].reason
