@@ -1,0 +1,54 @@
+"""small-batch: what happens to each norm as the batch shrinks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from normwise.lab.claim import Claim, Evidence, accuracy, bounded_loss
+from normwise.lab.spec import Spec, expand
+from normwise.lab.verdict import Effect, per_halving
+
+CASES, RATES = 4000, [0.01, 0.1]
+SIZES = (64, 8, 4, 2)
+LOSS, ERROR = 0.02, 0.2
+NORMS = {"batch": "BN", "layer": "LN", "group": "GN"}
+
+
+def specs(seeds: int) -> list[Spec]:
+    return [
+        spec
+        for size in SIZES
+        for spec in expand(
+            "mlp", seeds=seeds, norms=list(NORMS), batch_sizes=[size], learning_rates=RATES, steps=CASES // size
+        )
+    ]
+
+
+def effects(evidence: Evidence) -> Sequence[Effect]:
+    found = []
+    for norm, short in NORMS.items():
+        loss = per_halving({size: evidence.measure("mlp", norm, size, bounded_loss) for size in SIZES})
+        right = per_halving({size: evidence.measure("mlp", norm, size, accuracy) for size in SIZES})
+        error = (-100) * right
+        if norm == "batch":
+            found.append(Effect("BN: training loss grows a halving by", "nats", LOSS, loss))
+            found.append(Effect("BN: test error grows a halving by", "points", ERROR, error))
+        else:
+            found.append(Effect(f"{short}: training loss falls a halving by", "nats", -LOSS, -loss))
+            found.append(Effect(f"{short}: test error falls a halving by", "points", -ERROR, -error))
+    return found
+
+
+CLAIM = Claim(
+    id="small-batch",
+    sentence="As the batch shrinks (64, 8, 4, 2) BatchNorm's training loss and test error grow; LayerNorm's and "
+    "GroupNorm's do not.",
+    source="Ba et al. 2016, section 6.6; Wu & He 2018",
+    measured=f"On mlp, one epoch of {CASES:,} cases at every batch size (so small batches make more steps, as in Wu & "
+    "He): by how much the training loss at the end and the held-out error grow each time the batch is halved, the "
+    "least-squares slope over the four sizes.",
+    rule=f"For BatchNorm at least {LOSS:g} nats and {ERROR:g} points a halving; for LayerNorm and GroupNorm no more "
+    "than that.",
+    specs=specs,
+    effects=effects,
+)
