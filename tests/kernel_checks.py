@@ -170,7 +170,7 @@ def check_channels(
         x, dy = torch.where(valid, x, float("nan")), torch.where(valid, dy, float("inf"))
 
     settings = {"act": act, "residual": r, "mask": mask}
-    y, stats = channels_forward(x, running_mean, running_var, weight, bias, training, MOMENTUM, EPS, **settings)
+    y, stats, _ = channels_forward(x, running_mean, running_var, weight, bias, training, MOMENTUM, EPS, **settings)
     got = channels_backward(dy, x, stats, weight, bias, training, **settings)
 
     dims = [0, *range(2, len(shape))]

@@ -87,7 +87,7 @@ def randomize(layer: nn.Module) -> nn.Module:
 
 
 def run(layer: nn.Module, x: Tensor, upstream: Tensor, **kwargs: Any) -> dict[str, Tensor]:
-    """Output, gradients for a given upstream gradient, and buffers after the call."""
+    """Output, gradients for a given upstream gradient, and the state's buffers after the call."""
     leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     y = layer(leaf, **kwargs)
     parameters = dict(layer.named_parameters())
@@ -96,7 +96,7 @@ def run(layer: nn.Module, x: Tensor, upstream: Tensor, **kwargs: Any) -> dict[st
         "output": y.detach(),
         "grad input": grads[0],
         **{f"grad {n}": g for n, g in zip(parameters, grads[1:], strict=True)},
-        **{n: b.clone() for n, b in layer.named_buffers()},
+        **{n: b.clone() for n, b in layer.named_buffers() if n in layer.state_dict()},
     }
 
 

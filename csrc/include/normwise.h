@@ -13,7 +13,8 @@
  *
  * Results do not depend on `threads`: what is summed, and in which order, follows from the shape alone.
  *
- * Every function returns NW_OK, or one of the other codes and then has written nothing.
+ * Every function returns NW_OK, or one of the other codes and then has written nothing; but NW_NOT_MOVED says that all
+ * was done except moving running averages, which would have become NaN or infinite.
  */
 #ifndef NORMWISE_H
 #define NORMWISE_H
@@ -26,7 +27,7 @@ extern "C" {
 
 #define NW_ABI 2 /* raised whenever a struct or function below changes or is added */
 
-enum nw_status { NW_OK = 0, NW_BAD_ARGUMENT = 1, NW_OUT_OF_MEMORY = 2 };
+enum nw_status { NW_OK = 0, NW_BAD_ARGUMENT = 1, NW_OUT_OF_MEMORY = 2, NW_NOT_MOVED = 3 };
 enum nw_dtype { NW_FLOAT32 = 0, NW_BFLOAT16 = 1, NW_FLOAT64 = 2 };
 /* leaky_relu has slope 0.01 below 0; gelu is the exact one, z * Phi(z). */
 enum nw_act { NW_IDENTITY = 0, NW_RELU = 1, NW_LEAKY_RELU = 2, NW_SILU = 3, NW_GELU = 4 };
@@ -40,7 +41,8 @@ const char* nw_isa(void);
 int nw_use_isa(const char* name);
 /* How many OpenMP threads a parallel region asked for `threads` really gets (1 in a build without OpenMP). */
 int nw_threads(int threads);
-/* 1 if |mean[i] * rstd[i]| > limit for any of n elements, else 0: whether x * a + b would cancel digits there. */
+/* 1 if |mean[i] * rstd[i]| > limit for any of n elements, else 0: whether x * a + b would cancel digits there. 1 too
+ * where one of them is NaN or infinite, or the variance too large for a float. */
 int nw_mean_exceeds(const float* mean, const float* rstd, int64_t n, double limit);
 /* sizeof() of the argument structs in the order of this file, so that a binding can check its own layout. */
 int64_t nw_struct_size(int which);
@@ -127,7 +129,8 @@ int nw_groups_backward(const nw_groups_backward_args* args);
  *
  *   y = act((x - mean) * rstd * weight + bias + residual), per channel.
  *   training = 1: mean and variance over the valid elements of the batch; where running_mean and running_var are
- *     given they become (1 - momentum) * old + momentum * new, the new variance divided by count - 1.
+ *     given they become (1 - momentum) * old + momentum * new, the new variance divided by count - 1; all stay where
+ *     one would become NaN or infinite (NW_NOT_MOVED), and variances where count = 1.
  *   training = 0: mean = running_mean, rstd = 1 / sqrt(running_var + eps).
  *   x is (batch, channels, positions) in memory, or (batch, positions, channels) with layout NW_CHANNELS_LAST.
  */

@@ -45,17 +45,16 @@ template <class C> struct Backward {
   }
 };
 
-inline double count_valid(const uint8_t* mask, int64_t n) {
-  if (!mask) return double(n);
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) count += mask[i] != 0;
-  return double(count);
+// How many values a channel has.
+template <class Args> double count_values(const Args& a) {
+  const int64_t n = a.batch * a.positions;
+  return double(a.mask ? count_valid(a.mask, n) : n);
 }
 
 // Training, once all channels are settled: moves the running averages, all of them or, where one would become NaN or
 // infinite, none.
 template <class C> int move_averages(const nw_channels_forward_args& a) {
-  const double count = count_valid(a.mask, a.batch * a.positions), unbiased = count > 1 ? count / (count - 1) : 0;
+  const double count = count_values(a), unbiased = count > 1 ? count / (count - 1) : 0;
   if (count == 0 || !a.running_mean || !a.running_var) return NW_OK;
   C *means = static_cast<C*>(a.running_mean), *vars = static_cast<C*>(a.running_var);
   const auto towards = [&](C old, double now) { return C((1 - a.momentum) * double(old) + a.momentum * now); };

@@ -27,10 +27,16 @@ void normalize_block(const nw_channels_forward_args& a, int64_t at, const Region
 
 template <class T, int act> int forward(const nw_channels_forward_args& a) {
   using C = compute_t<T>;
-  const Region all = channel_region(a);
+  Region all = channel_region(a);
   const int threads = threads_for(a);
   const T* x = static_cast<const T*>(a.x);
   const Blocks blocks(all);
+  Scratch<int64_t> counts(all.mask ? blocks.count : 0);
+  if (!counts) return NW_OUT_OF_MEMORY;
+  if (all.mask) {
+    count_blocks(all, blocks, counts.get());
+    all.counts = counts.get();
+  }
 
   if (channel_each(a.channels, threads)) {
     parallel_for(a.channels, threads, [&](int64_t c) {
@@ -56,7 +62,7 @@ template <class T, int act> int forward(const nw_channels_forward_args& a) {
       int64_t offset;
       Region block = blocks.at(all, task % blocks.count, offset);
       const T* at = x + task / blocks.count * a.positions + offset;
-      partial.get()[task] = block.mask ? block_moments<true>(at, block) : block_moments<false>(at, block);
+      partial.get()[task] = block_moments(at, block);
     });
   }
   for (int64_t c = 0; c < a.channels; ++c) {
@@ -80,7 +86,7 @@ template <class T, int act> int backward(const nw_channels_backward_args& a) {
   using C = compute_t<T>;
   const Region all = channel_region(a);
   const int threads = threads_for(a);
-  const double count = count_valid(a.mask, a.batch * a.positions);
+  const double count = count_values(a);
   const Gradient<T> gradient(a.dy, a.x, a.residual);
   const Blocks blocks(all);
   T *dx = static_cast<T*>(a.dx), *dresidual = static_cast<T*>(a.dresidual);

@@ -37,6 +37,12 @@ NW_INLINE void by_fours(const int64_t* rows, int64_t count, int64_t channels, Fo
 
 template <class C> void clear(C* p, int64_t n) { std::memset(static_cast<void*>(p), 0, size_t(n) * sizeof(C)); }
 
+// Zeros in one row of an output.
+template <class T> NW_INLINE void clear_output(T* row, int64_t channels, bool past_cache) {
+  using C = compute_t<T>;
+  sweep<C>(channels, [&](int64_t i, auto part) NW_LAMBDA { store_output(row + i, vec<C>{}, part, past_cache); });
+}
+
 // Moments of every column over the same number of rows.
 struct ColumnMoments {
   double *mean, *m2;
@@ -188,7 +194,7 @@ void normalize_rows(const nw_channels_forward_args& a, const Columns<compute_t<T
               load(col.shift + i, part));
         });
   };
-  blocks_from_the_end(a.mask, channels, begin, end, block, [&](int64_t row) { clear(y + row * channels, channels); });
+  blocks_from_the_end(a.mask, channels, begin, end, block, [&](int64_t row) { clear_output(y + row * channels, channels, past_cache); });
 }
 
 template <class T, int act> int forward(const nw_channels_forward_args& a) {
@@ -316,7 +322,7 @@ void gradient_rows(const nw_channels_backward_args& a, const Columns<compute_t<T
         });
   };
   blocks_from_the_end(a.mask, channels, begin, end, block, [&](int64_t row) {
-    clear(dx + row * channels, channels);
+    clear_output(dx + row * channels, channels, past_cache);
     if (dresidual) clear(dresidual + row * channels, channels);
   });
 }
@@ -342,7 +348,7 @@ template <class T, int act> int backward(const nw_channels_backward_args& a) {
 #pragma omp simd
     for (int64_t i = 0; i < stride; ++i) all[i] += partial.get()[k * stride + i];
   }
-  const double count = count_valid(a.mask, rows);
+  const double count = count_values(a);
   for (int64_t c = 0; c < channels; ++c) {
     const Sums s = chunks.count > 0 ? Sums{all[c], all[channels + c]} : Sums{};
     col.set(c, Backward<C>(a, c, s, count));

@@ -90,7 +90,8 @@ NW_EXPORT int nw_mean_exceeds(const float* mean, const float* rstd, int64_t n, d
   int found = 0;
   for (int64_t i = 0; i < n; ++i) {
     const double ratio = double(mean[i]) * double(rstd[i]);
-    found |= ratio > limit || ratio < -limit;
+    // Written so that NaN is found too; an rstd this small is of a variance that leaves float.
+    found |= !(ratio <= limit && ratio >= -limit && rstd[i] > 1e-19f);
   }
   return found;
 }

@@ -62,7 +62,7 @@ def test_threads(threads: int, shape: tuple[int, ...], channels_last: bool, mask
 @pytest.mark.parametrize("shape", [(2, 4, 500_000), (1_000_000, 4)], ids=str)
 def test_a_million_elements_around_1e4(isa: str, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape) + 1e4
-    y, stats = channels_forward(x, None, None, None, None, True, MOMENTUM, EPS)
+    y, stats, _ = channels_forward(x, None, None, None, None, True, MOMENTUM, EPS)
     dims = [0, *range(2, len(shape))]
     z, mean, rstd = truth.standardize(x.double(), dims, None, EPS)
     assert_close(y, z, count=1)
@@ -76,7 +76,7 @@ def test_sorted_input_does_not_cancel(isa: str, shape: tuple[int, ...]) -> None:
     x = torch.linspace(0, 1e4, 40_000).repeat_interleave(4).view(40_000, 4)
     if len(shape) > 2:
         x = x.view(4, 10_000, 4).movedim(-1, 1).contiguous()
-    _, stats = channels_forward(x, None, None, None, None, True, MOMENTUM, EPS)
+    _, stats, _ = channels_forward(x, None, None, None, None, True, MOMENTUM, EPS)
     _, mean, rstd = truth.standardize(x.double(), [0, *range(2, len(shape))], None, EPS)
     assert_close(stats[0], mean.reshape(-1), dtype=torch.float32, count=1)
     assert_close(stats[1], rstd.reshape(-1), dtype=torch.float32, count=1)
@@ -86,7 +86,7 @@ def test_sorted_input_does_not_cancel(isa: str, shape: tuple[int, ...]) -> None:
 def test_empty_batch_leaves_running_averages(isa: str, shape: tuple[int, ...]) -> None:
     running_mean, running_var = torch.ones(3), torch.full((3,), 2.0)
     x = torch.randn(shape)
-    y, stats = channels_forward(x, running_mean, running_var, None, None, True, MOMENTUM, EPS)
+    y, stats, _ = channels_forward(x, running_mean, running_var, None, None, True, MOMENTUM, EPS)
     dx, *_ = channels_backward(x, x, stats, None, None, True)
     assert y.shape == dx.shape == shape
     assert torch.equal(running_mean, torch.ones(3))
@@ -95,7 +95,7 @@ def test_empty_batch_leaves_running_averages(isa: str, shape: tuple[int, ...]) -
 
 def test_strided_input_is_copied() -> None:
     x = torch.randn(6, 8, 10)[:, ::2]
-    y, _ = channels_forward(x, None, None, None, None, True, MOMENTUM, EPS)
+    y, _, _ = channels_forward(x, None, None, None, None, True, MOMENTUM, EPS)
     assert_close(y, truth.standardize(x.double(), [0, 2], None, EPS)[0], count=60)
 
 

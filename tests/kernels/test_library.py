@@ -123,7 +123,7 @@ def test_results_do_not_depend_on_threads() -> None:
         for layout in (x, x.to(memory_format=torch.channels_last), x[:, :3].contiguous()):
             c = layout.shape[1]
             grad = dy[:, :c].contiguous() if layout.is_contiguous() else dy.to(memory_format=torch.channels_last)
-            y, stats = channels_forward(layout, None, None, weight[:c], bias[:c], True, 0.1, 1e-5)
+            y, stats, _ = channels_forward(layout, None, None, weight[:c], bias[:c], True, 0.1, 1e-5)
             found += [y, stats, *channels_backward(grad, layout, stats, weight[:c], bias[:c], True)[:3]]
         y, stats = groups_forward(x, 4, weight, bias, 1e-5)
         found += [y, stats, *groups_backward(dy, x, stats, 4, weight, bias)[:3]]
@@ -182,7 +182,7 @@ def test_a_thousand_calls_leave_memory_flat() -> None:
         "from normwise.kernels.rows import rows_backward, rows_forward\n"
         "x = torch.randn(8, 16, 300); w = torch.ones(16)\n"
         "def step():\n"
-        "    y, stats = channels_forward(x, None, None, w, w, True, 0.1, 1e-5)\n"
+        "    y, stats, _ = channels_forward(x, None, None, w, w, True, 0.1, 1e-5)\n"
         "    channels_backward(y, x, stats, w, w, True)\n"
         "    y, stats = groups_forward(x, 4, w, w, 1e-5); groups_backward(y, x, stats, 4, w, w)\n"
         "    r = rows_forward(x, 300, None, None, 1e-5); rows_backward(r.y, x, r.stats, 300, None, None)\n"

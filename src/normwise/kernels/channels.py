@@ -35,8 +35,10 @@ def channels_forward(
     act: str | None = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """BatchNorm of (N, C, ...): (y, stats), stats (2, C): mean and rstd used. Moves the running averages in training.
+) -> tuple[Tensor, Tensor, bool]:
+    """BatchNorm of (N, C, ...): (y, stats, moved), stats (2, C): mean and rstd used.
+
+    Moves the running averages in training, unless one would become NaN or infinite: then `moved` is False.
 
     y = act((x - mean) * rstd * weight + bias + residual), in x's memory layout. `mask` (N, positions): bool, True =
     valid. Running averages are float32 (float64 for float64 inputs) and contiguous.
@@ -53,7 +55,7 @@ def channels_forward(
     y = torch.empty_like(x)
     stats = torch.empty((2, channels), dtype=torch.float64)
     mean = stats.data_ptr()
-    _forward(
+    moved = _forward(
         _FORWARD.pack(
             x.data_ptr(),
             at(residual),
@@ -77,7 +79,7 @@ def channels_forward(
             torch.get_num_threads(),
         )
     )
-    return y, stats
+    return y, stats, moved
 
 
 def channels_backward(

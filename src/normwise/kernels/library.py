@@ -18,6 +18,7 @@ import torch  # noqa: F401  # before the library, see above
 
 ABI = 2
 NAME = {"Darwin": "libnormwise.dylib"}.get(platform.system(), "libnormwise.so")
+NOT_MOVED = 3  # NW_NOT_MOVED
 ISA_LEVELS = ("avx512", "avx2", "baseline")
 CURE = "install a C++ compiler (g++ or clang++) and reinstall normwise with pip install --force-reinstall --no-deps"
 
@@ -68,19 +69,23 @@ def library() -> ctypes.CDLL:
     return handle
 
 
-def kernel(name: str) -> Callable[[bytes], None]:
-    """The C function `name`, which takes its packed argument struct; looked up at the first call."""
+def kernel(name: str) -> Callable[[bytes], bool]:
+    """The C function `name`, which takes its packed argument struct; looked up at the first call.
+
+    It returns True, or False where all was done except moving running averages to what is not finite.
+    """
     function = None
 
-    def call(arguments: bytes) -> None:
+    def call(arguments: bytes) -> bool:
         nonlocal function
         if function is None:
             found = getattr(library(), name)
             found.argtypes, found.restype = [ctypes.c_char_p], ctypes.c_int
             function = found
         status = function(arguments)
-        if status:
+        if status and status != NOT_MOVED:
             raise fault(status)
+        return not status
 
     return call
 

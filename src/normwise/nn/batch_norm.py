@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.nn.construct import affine_without_bias, reset_affine
-from normwise.ops import check
-from normwise.ops.batch_norm import batch_norm
+from normwise.ops import check, running
+from normwise.ops.batch_norm import batch_norm_moved
 from normwise.ops.ragged import is_ragged
+from normwise.ops.running import Moved
 from normwise.reference import activation
+
+Layer = TypeVar("Layer", bound="_BatchNorm")
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """The part of BatchNorm that does not depend on the input's rank.
 
     A subclass of torch's own, so that code that looks for BatchNorm layers (weight averaging, optimizer groups,
-    conversion) finds these too.
+    conversion) finds these too. A norm that takes its statistics from elsewhere overrides `_normalize` alone.
     """
 
     ranks: tuple[int, ...]
+    num_batches_skipped: Tensor | None
+    _said_skipped = False
 
     def __init__(
         self,
@@ -44,11 +50,22 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         affine_without_bias(self, affine and not bias)
         self.act = act
+        # Not in the state_dict, which stays torch's.
+        skipped = torch.tensor(0, device=device) if track_running_stats else None
+        self.register_buffer("num_batches_skipped", skipped, persistent=False)
 
     def reset_parameters(self) -> None:
         """Gain 1, bias 0, running mean 0 and variance 1."""
         self.reset_running_stats()
         reset_affine(self)
+
+    def reset_running_stats(self) -> None:
+        """Running mean 0 and variance 1, no batch tracked or skipped."""
+        super().reset_running_stats()
+        skipped = getattr(self, "num_batches_skipped", None)  # torch's constructor comes here before there is one
+        if skipped is not None:
+            skipped.zero_()
+        self._said_skipped = False
 
     def forward(
         self,
@@ -64,24 +81,76 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         elif 2 not in self.ranks:
             raise check.ShapeError(f"{type(self).__name__} takes no ragged input: BatchNorm1d does")
         learns = self.training and self.track_running_stats
-        y = batch_norm(
+        mean, var = (None, None) if self.training and not learns else (self.running_mean, self.running_var)
+        if learns and mean is not None and var is not None and running.recomputing():
+            learns, mean, var = False, mean.clone(), var.clone()  # clones: it must run as it ran the first time
+        momentum = self._momentum() if self.training and mean is not None else 0.0
+        y, moved = self._normalize(input, mean, var, momentum, mask=mask, lengths=lengths, residual=residual)
+        if learns:
+            # After the op, so that a refused input is not counted.
+            self._count(moved)
+        return y
+
+    def _normalize(
+        self,
+        input: Tensor | PackedSequence,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float | Tensor,
+        *,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+        residual: Tensor | PackedSequence | None,
+    ) -> tuple[Any, Moved]:
+        """The output, and whether the running averages moved: in training statistics come from this batch."""
+        return batch_norm_moved(
             input,
-            self.running_mean if not self.training or self.track_running_stats else None,
-            self.running_var if not self.training or self.track_running_stats else None,
+            running_mean,
+            running_var,
             self.weight,
             self.bias,
             self.training,
-            self._momentum() if learns else 0.0,
+            momentum,
             self.eps,
             mask=mask,
             lengths=lengths,
             act=self.act,
             residual=residual,
         )
-        if learns and self.num_batches_tracked is not None:
-            # After the op, so that a refused input is not counted.
-            self.num_batches_tracked.add_(1)
-        return y
+
+    def _count(self, moved: Moved) -> None:
+        """One batch more, tracked or, where its statistics were not finite, skipped."""
+        tracked, skipped = self.num_batches_tracked, self.num_batches_skipped
+        if tracked is None or skipped is None:
+            return
+        if moved is True:
+            tracked.add_(1)
+        elif moved is False:
+            skipped.add_(1)
+            self._say_skipped()
+        else:
+            tracked.add_(moved)
+            skipped.add_(~moved)
+
+    def _say_skipped(self) -> None:
+        if self._said_skipped:
+            return
+        self._said_skipped = True
+        warnings.warn(
+            f"{type(self).__name__} left a batch out of its running averages: the mean or variance of a channel was "
+            "NaN or infinite, and evaluation would have been so ever after. Its output in training is not finite "
+            "either: look for the cause in the input (torch.isfinite(x).all()), an overflow of float16 (train in "
+            "bfloat16) or a learning rate that is too large. Further batches are only counted, in "
+            ".num_batches_skipped",
+            stacklevel=6,  # the call of the layer
+        )
+
+    def train(self: Layer, mode: bool = True) -> Layer:
+        """As in torch.nn. Says if batches were skipped where no warning could be given at once (on a GPU, compiled)."""
+        skipped = self.num_batches_skipped
+        if not mode and self.training and skipped is not None and running.may_read(skipped) and skipped.item() > 0:
+            self._say_skipped()
+        return super().train(mode)
 
     def _momentum(self) -> float | Tensor:
         """The weight of the next batch: `momentum`, or that of a cumulative average."""
@@ -104,7 +173,10 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
 
     y = act(gamma * (x - E[x]) / sqrt(Var[x] + eps) + beta + residual), with mean and variance of each of the
     `num_features` channels over the batch (and its steps) in training, and their running averages in evaluation.
-    The running averages move by `momentum`: running = (1 - momentum) * running + momentum * batch.
+    The running averages move by `momentum`: running = (1 - momentum) * running + momentum * batch. A batch with a
+    channel whose mean or variance is NaN or infinite is left out of them: it counts in `num_batches_skipped` (a buffer
+    outside the state_dict) instead of `num_batches_tracked`, and the first one is warned of. A forward that activation
+    checkpointing runs again inside the backward does not move them a second time.
 
     A drop-in for `torch.nn.BatchNorm1d`: same arguments, state_dict and results. Beyond it, in the call: `mask`
     (bool, True = valid; (N, L), or broadcastable to the input) or `lengths` (valid steps of each sample) keep padding

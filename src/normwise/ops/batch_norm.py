@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -11,6 +9,7 @@ from torch.nn.utils.rnn import PackedSequence
 from normwise.ops import check, compiled, ragged, running
 from normwise.ops.choose import Call, choose, loses_digits, small, values_visible, watches_digits
 from normwise.ops.norm import norm
+from normwise.ops.running import Moved
 from normwise.reference import activation, count_valid
 
 
@@ -33,7 +32,8 @@ def batch_norm(
 
     In training the statistics are the batch's (biased variance), and the running averages, if given, move towards it
     in place: running = (1 - momentum) * running + momentum * batch, with the unbiased variance. Otherwise the
-    statistics are the running averages, or the batch's where there are none.
+    statistics are the running averages, or the batch's where there are none. A batch whose statistics are NaN or
+    infinite in any channel moves no running average.
 
     Args:
         input: (N, C) or (N, C, ...); or a PackedSequence or jagged nested tensor of rows of C features.
@@ -58,25 +58,56 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2.
     """
+    return batch_norm_moved(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        mask=mask,
+        lengths=lengths,
+        act=act,
+        residual=residual,
+    )[0]
+
+
+def batch_norm_moved(
+    input: Tensor | PackedSequence,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    act: str | None = None,
+    residual: Tensor | PackedSequence | None = None,
+) -> tuple[Tensor | PackedSequence, Moved]:
+    """`batch_norm`, and whether the running averages moved (True also where there are none)."""
     if ragged.is_ragged(input):
-        rows = partial(
-            batch_norm,
-            running_mean=running_mean,
-            running_var=running_var,
-            weight=weight,
-            bias=bias,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            act=act,
-        )
-        return ragged.by_rows(rows, input, mask=mask, lengths=lengths, residual=residual)  # type: ignore[no-any-return]
+        moved: Moved = True
+
+        def rows(x: Tensor, residual: Tensor | None) -> Tensor:
+            nonlocal moved
+            y, moved = batch_norm_moved(
+                x, running_mean, running_var, weight, bias, training, momentum, eps, act=act, residual=residual
+            )
+            assert isinstance(y, Tensor)
+            return y
+
+        return ragged.by_rows(rows, input, mask=mask, lengths=lengths, residual=residual), moved
     assert isinstance(input, Tensor)
     x = input
     if training and mask is None and lengths is None and act is None and residual is None and small(x):
         by_aten = _small(x, running_mean, running_var, weight, bias, momentum, eps)
         if by_aten is not None:
-            return by_aten
+            return by_aten, True
     check.floating("batch_norm", x)
     check.positive_eps(eps)
     if not isinstance(momentum, Tensor):
@@ -95,7 +126,8 @@ def batch_norm(
         check.per_channel(name, value, channels)
     check.same_shape("residual", residual, x)
     valid = check.validity(x, mask, lengths, channel_dim=1)
-    transform = None if act is None else activation(act)
+    if act is not None:
+        activation(act)  # a name that is not known changes nothing
 
     averages = None if running_mean is None or running_var is None else (running_mean, running_var)
     batch_statistics = training or averages is None
@@ -105,17 +137,33 @@ def batch_norm(
         averages = None  # nothing to learn from an empty batch, as in torch
 
     assert residual is None or isinstance(residual, Tensor)
+    return applied(x, averages, weight, bias, batch_statistics, momentum, eps, valid, act, residual)
+
+
+def applied(
+    x: Tensor,
+    averages: tuple[Tensor, Tensor] | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    batch_statistics: bool,
+    momentum: float | Tensor,
+    eps: float,
+    valid: Tensor | None,
+    act: str | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Moved]:
+    """`batch_norm_moved` of arguments that are in order, `valid` with as many axes as `x`."""
     call = _call(x, averages, weight, batch_statistics, momentum, valid, residual)
     if choose(call).backend == "cpu":
         return _compiled(call, bias, momentum, eps, act)
-    y = standardized(x, averages, weight, bias, batch_statistics, momentum, eps, valid)
+    y, moved = standardized(x, averages, weight, bias, batch_statistics, momentum, eps, valid)
     if residual is not None:
         y = y + residual
-    if transform is not None:
-        y = transform(y)
+    if act is not None:
+        y = activation(act)(y)
     if valid is not None and residual is not None:
         y = y.masked_fill(~valid, 0)
-    return y
+    return y, moved
 
 
 def standardized(
@@ -127,8 +175,8 @@ def standardized(
     momentum: float | Tensor,
     eps: float,
     valid: Tensor | None,
-) -> Tensor:
-    """gamma * (x - mean) / sqrt(var + eps) + beta by the chosen backend; running averages (mean, var) moved."""
+) -> tuple[Tensor, Moved]:
+    """gamma * (x - mean) / sqrt(var + eps) + beta by the chosen backend, and whether running averages moved."""
     call = _call(x, averages, weight, batch_statistics, momentum, valid)
     dims = call.dims
     backend = choose(call).backend
@@ -142,11 +190,9 @@ def standardized(
     gain, shift = (None if t is None else t.view(shape) for t in (weight, bias))
     if not batch_statistics and averages is not None:
         mean, var = (t.view(shape) for t in averages)
-        return norm(x, dims, gain, shift, mask=valid, mean=mean, var=var, eps=eps)[0]
+        return norm(x, dims, gain, shift, mask=valid, mean=mean, var=var, eps=eps)[0], True
     y, moments = norm(x, dims, gain, shift, mask=valid, eps=eps)
-    if averages is not None:
-        running.move(*averages, moments, momentum)
-    return y
+    return y, True if averages is None else running.move(*averages, moments, momentum)
 
 
 def _call(
@@ -171,7 +217,9 @@ def _call(
     )
 
 
-def _compiled(call: Call, bias: Tensor | None, momentum: float | Tensor, eps: float, act: str | None) -> Tensor:
+def _compiled(
+    call: Call, bias: Tensor | None, momentum: float | Tensor, eps: float, act: str | None
+) -> tuple[Tensor, Moved]:
     """By the kernel of channels, activation and residual included."""
     x = call.x
     if not x.movedim(1, -1).is_contiguous():
@@ -238,30 +286,28 @@ def _aten(
     batch_statistics: bool,
     momentum: float,
     eps: float,
-) -> Tensor | None:
-    """ATen's result with the running averages moved, or None, and nothing moved, where it lost digits."""
-    if not watches_digits(x):
-        if averages is not None and batch_statistics and not torch.compiler.is_compiling():
-            # ATen saves the averages for a backward that does not read them in training. `.data` has a version counter
-            # of its own, so that moving the averages again before the backward is no error.
-            averages = (averages[0].data, averages[1].data)
+) -> tuple[Tensor, Moved] | None:
+    """ATen's result and whether running averages moved, or None, and nothing moved, where it lost digits."""
+    watched = watches_digits(x)
+    if averages is None or not batch_statistics:
         mean, var = averages or (None, None)
-        cudnn = torch.backends.cudnn.enabled
-        return torch.batch_norm(x, weight, bias, mean, var, batch_statistics, momentum, eps, cudnn)
-    if not batch_statistics and averages is not None:
-        if loses_digits(averages[0], torch.rsqrt(averages[1] + eps)):
+        if not watched:
+            cudnn = torch.backends.cudnn.enabled
+            return torch.batch_norm(x, weight, bias, mean, var, batch_statistics, momentum, eps, cudnn), True
+        if mean is not None and var is not None and loses_digits(mean, torch.rsqrt(var + eps)):
             return None
-        mean, var = averages
-        return torch.native_batch_norm(x, weight, bias, mean, var, False, momentum, eps)[0]
-    new_mean, new_var = (None, None) if averages is None else (averages[0].clone(), averages[1].clone())
-    y, mean, rstd = torch.native_batch_norm(x, weight, bias, new_mean, new_var, True, momentum, eps)
-    if loses_digits(mean, rstd):
-        return None
-    if averages is not None and new_mean is not None and new_var is not None:
-        with torch.no_grad():
-            averages[0].copy_(new_mean)
-            averages[1].copy_(new_var)
-    return y
+        y, *used = torch.native_batch_norm(x, weight, bias, mean, var, batch_statistics, momentum, eps)
+        return None if batch_statistics and loses_digits(*used) else (y, True)
+    # ATen moves copies: what it makes of a batch may not be wanted, and it saves them for a backward that does not
+    # read them in training, so that moving the averages again before the backward is no error.
+    mean, var = (average.detach().clone() for average in averages)
+    if watched:
+        y, *used = torch.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
+        if loses_digits(*used):
+            return None
+    else:
+        y = torch.batch_norm(x, weight, bias, mean, var, True, momentum, eps, torch.backends.cudnn.enabled)
+    return y, running.replace(averages, (mean, var))
 
 
 def _enough_values(x: Tensor, valid: Tensor | None, needed: int) -> None:

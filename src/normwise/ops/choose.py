@@ -35,6 +35,9 @@ MEAN_TO_DEVIATION_LIMIT = 32.0
 # thread; up to this many elements the error of that sum stays within a few float32 roundings.
 RUNNING_SUM_LIMIT = 1 << 14
 
+# A variance of more than 1e38 leaves float32, in which running averages are kept.
+SMALLEST_RSTD = 1e-19
+
 # Elements up to which ATen's own call and gradient take less time than an autograd function written in Python.
 SMALL = 1 << 15
 
@@ -182,10 +185,11 @@ def small(x: Tensor) -> bool:
 
 
 def loses_digits(mean: Tensor, rstd: Tensor) -> bool:
-    """Whether ATen lost digits to cancellation with these statistics."""
+    """Whether ATen lost digits to cancellation with these statistics, or they are NaN, infinite or next to it."""
     if mean.dtype is torch.float32 and mean.is_cpu and cpu.available():
         return cpu.mean_exceeds(mean.contiguous(), rstd.contiguous(), MEAN_TO_DEVIATION_LIMIT)
-    return bool((mean.abs() * rstd).amax() > MEAN_TO_DEVIATION_LIMIT)
+    fine = ((mean.abs() * rstd).amax() <= MEAN_TO_DEVIATION_LIMIT) & (rstd.amin() > SMALLEST_RSTD)
+    return not bool(fine)
 
 
 def found() -> dict[str, str | None]:

@@ -61,13 +61,14 @@ def channels(
     momentum: float,
     eps: float,
     act: str | None,
-) -> Tensor:
-    """act(BatchNorm of (N, C, ...) + residual), contiguous or channels-last; running averages moved in training."""
+) -> tuple[Tensor, bool]:
+    """act(BatchNorm of (N, C, ...) + residual), contiguous or channels-last, and whether running averages moved."""
     if not _differentiates(x, residual, weight, bias):
         mean, var = averages or (None, None)
-        return channels_forward(
+        y, _, moved = channels_forward(
             x, mean, var, weight, bias, batch_statistics, momentum, eps, act=act, residual=residual, mask=mask
-        )[0]
+        )
+        return y, moved
     return _Channels.apply(  # type: ignore[no-any-return]
         x, residual, weight, bias, averages, mask, batch_statistics, momentum, eps, act
     )
@@ -170,18 +171,18 @@ class _Channels(torch.autograd.Function):
         momentum: float,
         eps: float,
         act: str | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, bool]:
         mean, var = averages or (None, None)
-        y, stats = channels_forward(
+        y, stats, moved = channels_forward(
             x, mean, var, weight, bias, batch_statistics, momentum, eps, act=act, residual=residual, mask=mask
         )
         # The residual is needed again only to know where the activation was flat.
         ctx.save_for_backward(x, residual if act is not None else None, weight, bias, mask, stats)
         ctx.settings = batch_statistics, eps, act
-        return y
+        return y, moved
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
+    def backward(ctx: Any, dy: Tensor, _: None) -> Any:
         x, residual, weight, bias, mask, stats = ctx.saved_tensors
         batch_statistics, eps, act = ctx.settings
         wants_residual = ctx.needs_input_grad[1]

@@ -76,7 +76,7 @@ def instance_norm(
                 "take the "
                 "input's own statistics"
             )
-        return standardized(x, averages, weight, bias, False, momentum, eps, valid)
+        return standardized(x, averages, weight, bias, False, momentum, eps, valid)[0]
     if prod(positions) == 1:
         raise ValueError(
             f"Expected more than 1 spatial element when training, got input size {x.shape}: one value standardizes "
