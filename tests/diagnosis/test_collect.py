@@ -55,7 +55,11 @@ def test_gradients_are_those_of_backward():
     net[6].p = 0.0
     found = diagnose(net, batches, loss=cross_entropy)
     kept = []
-    net[3].register_forward_hook(lambda module, args, out: None if out.register_hook(kept.append) else None)
+
+    def keep(module: nn.Module, args: object, out: torch.Tensor) -> None:
+        out.register_hook(kept.append)
+
+    net[3].register_forward_hook(keep)
     cross_entropy(net(batches[0][0]), batches[0][1]).backward()
     gradient = found.layer("3").gradient
     assert gradient.weights["weight"] == pytest.approx(float(net[3].weight.grad.norm()), rel=1e-5)

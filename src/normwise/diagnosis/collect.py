@@ -51,6 +51,7 @@ def collect(
         model=type(model).__name__,
         wrapper=wrapper,
         ranks=ranks(),
+        was_training=modes[""],
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         data=records.Data(

@@ -292,21 +292,21 @@ class Recurrence:
 
 @dataclass(frozen=True)
 class Shift:
-    """Internal covariate shift, over the watched steps, two ways.
+    """Internal covariate shift at each watched step, two ways.
 
     Attributes:
-        mean: by how much a step moves the mean of a feature of the layer's input, in its deviations: the mean over
-            features, one number for each step (Ioffe & Szegedy 2015).
-        std: by what factor it changes the deviation, as |log2|, the mean over features.
-        gradient: |G' - G| / |G|: G is the gradient with respect to the layer's weight, G' the same after all earlier
-            layers have taken their step (Santurkar et al. 2018, eq. 2). None for a layer without weights.
-        cosine: the cosine between G and G'.
+        inputs: how far the step moves the distribution of the layer's input on one batch (Ioffe & Szegedy 2015):
+            Wasserstein distance over standard deviation, the mean over the features. Empty where the input has no
+            feature axis.
+        gradient: |G' - G| / |G|: G is the gradient with respect to the layer's weights, G' the same after all earlier
+            layers have taken their step (Santurkar et al. 2018, definition 2.1). Empty for a layer without weights,
+            for the first one, and for those left out where there are very many.
+        cosine: the cosine between G and G', likewise.
     """
 
-    mean: list[float]
-    std: list[float]
-    gradient: list[float] | None
-    cosine: list[float] | None
+    inputs: list[float]
+    gradient: list[float]
+    cosine: list[float]
 
 
 @dataclass(frozen=True)
@@ -415,12 +415,14 @@ class Diagnosis:
         model: class of the model.
         wrapper: class of what it was wrapped in, such as "DistributedDataParallel".
         ranks: how many processes train together.
+        was_training: the mode in which it was given.
         parameters, trainable: numbers in all.
     """
 
     model: str
     wrapper: str | None
     ranks: int
+    was_training: bool
     parameters: int
     trainable: int
     data: Data

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from normwise.diagnosis import silence
 from normwise.diagnosis.batches import Loss
 from normwise.diagnosis.collect import collect
-from normwise.diagnosis.records import Diagnosis
+from normwise.diagnosis.records import SEVERITIES, Diagnosis, Finding
+from normwise.diagnosis.rules.table import RULES
 
 
 def diagnose(
@@ -20,6 +24,49 @@ def diagnose(
     loss: Loss,
     optimizer: torch.optim.Optimizer | None = None,
     max_batches: int = 8,
+    ignore: Sequence[str] = (),
+    use_pyproject: bool = True,
 ) -> Diagnosis:
-    """Look at a model on a few batches."""
-    return collect(model, batches, loss, optimizer, max_batches)
+    """Look at what normalization does in a model, on a few batches, and leave the model as it was.
+
+        found = normwise.diagnose(model, loader, loss=torch.nn.functional.cross_entropy)
+        for finding in found.findings:
+            print(finding.code, finding.layer, finding.cause, finding.cure)
+
+    Each batch passes forward and backward in train mode and forward in eval mode; then each layer to which the mode
+    makes a difference is put into train mode on its own. With an optimizer each batch also becomes a step, after which
+    weights and optimizer are put back. Parameters, buffers, gradients, modes, hooks, the optimizer's state and the
+    random states are afterwards what they were, bit for bit, also after an error or Ctrl-C. (Hooks and files of the
+    model's own are outside of this: a forward that writes somewhere has written.)
+
+    Args:
+        model: any module, in either mode, with layers of torch.nn or of this library; a wrapper (DataParallel,
+            DistributedDataParallel, torch.compile) is looked through.
+        batches: yields (inputs, target), such as a DataLoader; may be endless. The model is called with `inputs` if
+            that is a tensor, with `*inputs` if a tuple or list, with `**inputs` if a dict (`mask=`, `lengths=`).
+            Tensors are moved to the model's device.
+        loss: `loss(output, target)`, a scalar tensor.
+        optimizer: also watch steps: internal covariate shift, weight decay. Its parameters must be the model's.
+        max_batches: no more are taken.
+        ignore: codes to silence, with a pattern of layer names if need be: ["NW005", "NW001:encoder.*"].
+        use_pyproject: also silence what `ignore` says in the table [tool.normwise.diagnose] of the nearest
+            pyproject.toml from the working directory upwards.
+
+    Returns:
+        `Diagnosis`: numbers for each layer, and findings, the gravest first. `normwise.diagnosis.records` describes it.
+
+    Raises:
+        DiagnosisError: a model, batches, loss or setting that does not fit; says the cure.
+    """
+    silenced = silence.checked(ignore) + (silence.from_pyproject(Path.cwd()) if use_pyproject else [])
+    return judged(collect(model, batches, loss, optimizer, max_batches), silenced)
+
+
+def judged(numbers: Diagnosis, silenced: Sequence[tuple[str, str]] = ()) -> Diagnosis:
+    """The same diagnosis with the findings that the rules draw from its numbers."""
+    order = {layer.name: place for place, layer in enumerate(numbers.layers)}
+    findings = [finding for rule in RULES for finding in rule.findings(numbers)]
+    findings.sort(key=lambda f: (SEVERITIES.index(f.severity), f.code, order.get(f.layer, -1)))
+    shown: list[Finding] = [f for f in findings if not silence.is_silenced(f, silenced)]
+    hidden = [f for f in findings if silence.is_silenced(f, silenced)]
+    return dataclasses.replace(numbers, findings=shown, silenced=hidden)

@@ -1,0 +1,55 @@
+"""What a rule is: a small pure function over the numbers of a diagnosis, and what to say when it matches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from normwise.diagnosis.records import Diagnosis, Finding, Severity
+
+
+class Match(NamedTuple):
+    """One place where a rule holds: the layer's name, "" for the whole model, and the numbers that show it."""
+
+    layer: str
+    evidence: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A row of the table.
+
+    Attributes:
+        code, title, severity: see `records.Finding`.
+        matches: the function over the numbers.
+        cause, cure: texts with the evidence's names in braces, as in `str.format`; `{layer}` is the layer's name.
+        claims: ids of the published claims behind it.
+        speaks_against: the norm that it speaks against where it can be foreseen without a measurement, for `recommend`:
+            "batch", "none" or None.
+        foreseen: whether it will hold in the circumstances that `recommend` was told of.
+    """
+
+    code: str
+    title: str
+    severity: Severity
+    matches: Callable[[Diagnosis], Iterable[Match]]
+    cause: str
+    cure: str
+    claims: tuple[str, ...] = ()
+    speaks_against: str | None = None
+    foreseen: Callable[[Any], str | None] = lambda _: None
+
+    def findings(self, diagnosis: Diagnosis) -> Iterator[Finding]:
+        for layer, evidence in self.matches(diagnosis):
+            words = {"layer": layer or "the model", **evidence}
+            yield Finding(
+                self.code,
+                self.severity,
+                layer,
+                self.title,
+                evidence,
+                self.cause.format(**words),
+                self.cure.format(**words),
+                list(self.claims),
+            )

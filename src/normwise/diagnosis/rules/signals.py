@@ -1,0 +1,139 @@
+"""Rules about what flows through the model: units, gradients, summed inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from normwise.diagnosis.records import Diagnosis, Layer, Recurrence
+from normwise.diagnosis.rules.rule import Match
+
+# Share of a sigmoid's or tanh's inputs, or of a gate's values, in the flat part; share of ReLUs that never open.
+SATURATED, GATES, DEAD = 0.3, 0.5, 0.5
+# Norm of a gradient against that at the other end of the net, and of the sequence.
+BY_DEPTH, BY_TIME = 1e4, 1e6
+# Layers with weights, or layers of a recurrent module, that make a stack; and a change of size along it, short of
+# what counts as vanishing or exploding, that a norm would have prevented.
+DEEP, RECURRENT_LAYERS, DRIFT = 8, 3, 30.0
+# Of the last quarter of the steps against the first.
+GROWTH = 3.0
+
+
+def flat(diagnosis: Diagnosis) -> Iterator[Match]:
+    for layer in diagnosis.layers:
+        units = layer.units
+        if units is not None and units.nonlinearity != "relu" and units.saturated > SATURATED:
+            what = f"{units.saturated:.0%} of the inputs of its {units.nonlinearity} lie beyond {units.threshold:g}"
+            yield Match(layer.name, {"what": what, "share": units.saturated})
+        elif units is not None and units.nonlinearity == "relu" and units.dead > DEAD:
+            what = f"{units.dead:.0%} of its {units.units} ReLUs are below 0 on every sample"
+            yield Match(layer.name, {"what": what, "share": units.dead})
+        for inside in layer.recurrence:
+            worst = max(inside.gates, key=lambda gate: gate.saturated)
+            limit = SATURATED if worst.threshold == 3 else GATES
+            if worst.threshold and worst.saturated > limit:
+                what = f"{worst.saturated:.0%} of gate {worst.name!r} of {inside.place} lie beyond {worst.threshold:g}"
+                yield Match(layer.name, {"what": what, "share": worst.saturated, "gate": worst.name})
+
+
+def gradient_by_depth(diagnosis: Diagnosis) -> Iterator[Match]:
+    stack = _with_gradients(diagnosis)
+    if len(stack) < 3:
+        return
+    # Without the last: its output is what the loss sees, and a head that starts small scales all before it alike.
+    first, last = stack[0], stack[-2]
+    evidence = _ratio(_output(first), _output(last), BY_DEPTH)
+    if evidence is not None:
+        yield Match(first.name, evidence | {"over": f"from {last.name!r} back to {first.name!r}", **_norms(diagnosis)})
+
+
+def gradient_by_time(diagnosis: Diagnosis) -> Iterator[Match]:
+    for layer, inside in _insides(diagnosis):
+        gradients = [g for g in inside.gradient if g > 0 or math.isnan(g)]
+        if len(gradients) < 3:
+            continue
+        evidence = _ratio(gradients[0], max(gradients) if gradients[0] < gradients[-1] else gradients[-1], BY_TIME)
+        if evidence is not None:
+            norm = f"{inside.norm} norm inside" if inside.norm else "no norm inside"
+            over = f"over {len(inside.gradient)} steps of {inside.place}, back to the first"
+            yield Match(layer.name, evidence | {"over": over, "norms": norm})
+
+
+def vanishing_or_exploding(diagnosis: Diagnosis) -> Iterator[Match]:
+    yield from gradient_by_depth(diagnosis)
+    yield from gradient_by_time(diagnosis)
+
+
+def no_norm(diagnosis: Diagnosis) -> Iterator[Match]:
+    if any(layer.role == "norm" for layer in diagnosis.layers) or any(r.norm for _, r in _insides(diagnosis)):
+        return
+    stack = _with_gradients(diagnosis)
+    sizes = [layer.output.all.std for layer in stack if layer.output is not None and layer.output.all.std > 0]
+    if len(stack) >= DEEP and len(sizes) > 2:
+        # The head is left out, as in `gradient_by_depth`.
+        drift = max(_factor(sizes[0], sizes[-2]), _factor(_output(stack[0]), _output(stack[-2])))
+        if drift > DRIFT:
+            what = f"signals or gradients change {drift:.3g}-fold over {len(stack)} layers with weights"
+            yield Match("", {"what": what, "layers": len(stack), "drift": drift})
+    for layer in diagnosis.layers:
+        drifts = [
+            max(_factor(r.gradient[0], r.gradient[-1]), _growth(r.summed)) for r in layer.recurrence if r.gradient
+        ]
+        if len(layer.recurrence) >= RECURRENT_LAYERS and drifts and max(drifts) > DRIFT:
+            what = f"summed inputs or gradients change {max(drifts):.3g}-fold over the steps of a recurrent stack"
+            yield Match(layer.name, {"what": what, "layers": len(layer.recurrence), "drift": max(drifts)})
+
+
+def growing_sums(diagnosis: Diagnosis) -> Iterator[Match]:
+    for layer, inside in _insides(diagnosis):
+        growth = _growth(inside.summed)
+        if inside.norm is None and growth > GROWTH:
+            evidence = {"place": inside.place, "first": inside.summed[1], "last": inside.summed[-1], "growth": growth}
+            yield Match(layer.name, evidence)
+
+
+def _with_gradients(diagnosis: Diagnosis) -> list[Layer]:
+    """Layers with weights in the order of their calls, where a gradient (perhaps NaN) arrives."""
+    roles = ("linear", "conv", "recurrent", "attention")
+    return [layer for layer in diagnosis.layers if layer.role in roles and not _output(layer) <= 0]
+
+
+def _output(layer: Layer) -> float:
+    return (layer.gradient.output if layer.gradient is not None else None) or 0.0
+
+
+def _insides(diagnosis: Diagnosis) -> Iterator[tuple[Layer, Recurrence]]:
+    for layer in diagnosis.layers:
+        for inside in layer.recurrence:
+            yield layer, inside
+
+
+def _ratio(early: float, late: float, limit: float) -> dict[str, object] | None:
+    """Evidence where the gradient `early` in the net or sequence is far below or above that `late`."""
+    if not math.isfinite(early) or not math.isfinite(late):
+        return {"how": "is not finite", "first": early, "last": late, "ratio": math.nan}
+    if early and late and not 1 / limit < early / late < limit:
+        how = "vanishes" if early < late else "explodes"
+        return {"how": how, "first": early, "last": late, "ratio": early / late}
+    return None
+
+
+def _norms(diagnosis: Diagnosis) -> dict[str, str]:
+    names = [layer.name for layer in diagnosis.layers if layer.role == "norm" and layer.calls]
+    some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return {"norms": f"norms stand at {some}" if names else "no norm stands in between"}
+
+
+def _factor(a: float, b: float) -> float:
+    """By what factor two sizes differ, whichever is larger."""
+    return max(a / b, b / a) if a > 0 and b > 0 else 1.0
+
+
+def _growth(summed: Sequence[float]) -> float:
+    """The last quarter of the steps against the first; the very first step, which has no state yet, is left out."""
+    after = list(summed[1:])
+    quarter = len(after) // 4
+    if quarter < 1:
+        return 1.0
+    first, last = sum(after[:quarter]), sum(after[-quarter:])
+    return last / first if first else 1.0

@@ -1,0 +1,128 @@
+"""Rules about statistics: where they come from, and whether they are any good."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from normwise.diagnosis.records import Diagnosis, Layer, Norm
+from normwise.diagnosis.rules.rule import Match
+
+# A mean of m values strays by 1/sqrt(m) deviations: a quarter of one at 16. Positions of one image are much alike, so
+# samples count as well: below 4 of them Wu & He (2018) see the error rise steeply.
+FEWEST_VALUES, FEWEST_SAMPLES = 16, 4
+# How far running statistics may be from the data's, medians over the channels, before noise is allowed for: half a
+# deviation, or a factor of two in the variance.
+DISTANCE, LOG_RATIO = 0.5, 1.0
+# A share of a deviation by which padding moves the mean, below which nobody would notice.
+PADDING_SHIFT = 0.01
+# In torch the new batch's weight: 0.1 is usual. Keras and Flax say 0.9 or 0.99 for the same.
+SWAPPED_MOMENTUM = 0.9
+# Local samples below which the ranks' statistics differ enough to matter.
+LOCAL_SAMPLES = 16
+# Rounding noise in an output whose deviation is 1.
+NOISE = 0.1
+# Lengths of batches that differ by more than this factor.
+VARYING = 1.25
+
+
+def norms(diagnosis: Diagnosis) -> Iterator[tuple[Layer, Norm]]:
+    """The norm layers that were called."""
+    for layer in diagnosis.layers:
+        if layer.norm is not None and layer.calls:
+            yield layer, layer.norm
+
+
+def few_values(diagnosis: Diagnosis) -> Iterator[Match]:
+    for layer, norm in norms(diagnosis):
+        if not norm.batch_statistics or norm.values is None or norm.samples is None:
+            continue
+        ranks = diagnosis.ranks if norm.synchronized else 1
+        values, samples = norm.values * ranks, norm.samples * ranks
+        if norm.kind == "batch" and (values < FEWEST_VALUES or samples < FEWEST_SAMPLES):
+            yield Match(layer.name, _few(values, samples))
+        elif norm.kind == "instance" and values < FEWEST_SAMPLES:
+            yield Match(layer.name, _few(values, 1))
+    smallest = min(diagnosis.data.sizes)
+    for layer in diagnosis.layers:
+        if any(inside.norm == "batch" for inside in layer.recurrence) and smallest < FEWEST_VALUES:
+            yield Match(layer.name, _few(smallest, smallest))
+
+
+def _few(values: int, samples: int) -> dict[str, float]:
+    return {"values": values, "samples": samples, "wander": 1 / math.sqrt(values)}
+
+
+def far_running(diagnosis: Diagnosis) -> Iterator[Match]:
+    running = [(layer, norm.running) for layer, norm in norms(diagnosis) if norm.running is not None]
+    fresh = all(r.initial and not r.tracked for _, r in running)
+    for layer, r in running:
+        if fresh or r.nonfinite or not r.distance.count:
+            continue
+        distance, log_ratio = r.distance.percentile(50), r.log_ratio.percentile(50)
+        # The variance of a sample strays by sqrt(2/n) of itself.
+        if distance > DISTANCE + 3 * r.noise or abs(log_ratio) > LOG_RATIO + 3 * math.sqrt(2) / math.log(2) * r.noise:
+            seen = "an unknown number of" if r.tracked is None else str(r.tracked)
+            yield Match(layer.name, {"distance": distance, "ratio": 2**log_ratio, "tracked": seen})
+
+
+def nonfinite(diagnosis: Diagnosis) -> Iterator[Match]:
+    for layer, norm in norms(diagnosis):
+        channels = norm.running.nonfinite if norm.running is not None else 0
+        values = layer.input.all.nonfinite if layer.input is not None else 0
+        if channels or (values and norm.batch_statistics):
+            yield Match(layer.name, {"channels": channels, "values": values})
+
+
+def padding_enters(diagnosis: Diagnosis) -> Iterator[Match]:
+    for layer, norm in norms(diagnosis):
+        if norm.padding and norm.padding_shift is not None and norm.padding_shift > PADDING_SHIFT:
+            told_by = diagnosis.data.told_by or "the inputs"
+            yield Match(layer.name, {"padding": norm.padding, "shift": norm.padding_shift, "told_by": told_by})
+
+
+def swapped_momentum(diagnosis: Diagnosis) -> Iterator[Match]:
+    for layer, norm in norms(diagnosis):
+        if norm.running is not None and norm.momentum is not None and SWAPPED_MOMENTUM <= norm.momentum < 1:
+            swapped = round(1 - norm.momentum, 10)
+            yield Match(layer.name, {"momentum": norm.momentum, "swapped": swapped, "batches": 1 / norm.momentum})
+
+
+def statistics_of_a_rank(diagnosis: Diagnosis) -> Iterator[Match]:
+    if diagnosis.ranks < 2:
+        return
+    for layer, norm in norms(diagnosis):
+        small = norm.samples is not None and norm.samples < LOCAL_SAMPLES
+        if norm.kind == "batch" and norm.batch_statistics and not norm.synchronized and small:
+            yield Match(layer.name, {"samples": norm.samples, "ranks": diagnosis.ranks})
+
+
+def small_eps(diagnosis: Diagnosis) -> Iterator[Match]:
+    for layer, norm in norms(diagnosis):
+        dtype = getattr(torch, layer.input.dtype) if layer.input is not None else torch.float32
+        vanishes = not float(torch.tensor(norm.eps, dtype=dtype)) and norm.kind != "rms"
+        if vanishes or norm.noise > NOISE:
+            needed = max(norm.needed_eps, 1e-5)
+            evidence = {"eps": norm.eps, "dtype": str(dtype).removeprefix("torch."), "noise": norm.noise}
+            yield Match(layer.name, evidence | {"needed": 10.0 ** math.ceil(math.log10(needed) - 1e-9)})
+
+
+def in_a_recurrence(diagnosis: Diagnosis) -> Iterator[Match]:
+    steps = diagnosis.data.steps
+    varying = len(steps) > 1 and max(steps) > VARYING * min(steps)
+    for layer, norm in norms(diagnosis):
+        if norm.kind != "batch" or not norm.batch_statistics:
+            continue
+        over_steps = layer.input is not None and len(layer.input.shape) == 3 and layer.input.shape[2] > 1
+        if norm.inside_recurrence:
+            how = f"its output comes back as its input, {layer.calls} times a pass, with one set of running statistics"
+            yield Match(layer.name, {"how": how, "calls": layer.calls})
+        elif varying and over_steps and not norm.masked and norm.padding is None:
+            how = f"the batches are {min(steps)} to {max(steps)} steps long, and it is given neither mask nor lengths"
+            yield Match(layer.name, {"how": how, "shortest": min(steps), "longest": max(steps)})
+    for layer in diagnosis.layers:
+        if any(inside.shared_statistics for inside in layer.recurrence):
+            how = "all its time steps share one row of running statistics (max_length=1)"
+            yield Match(layer.name, {"how": how, "calls": layer.calls})

@@ -1,0 +1,187 @@
+"""The rules: what each finding is called, where it holds, why, and what to do about it."""
+
+from __future__ import annotations
+
+from normwise.diagnosis.rules import circumstances, parameters, signals, statistics
+from normwise.diagnosis.rules.rule import Rule
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "NW001",
+        "batch statistics from very few values",
+        "warning",
+        statistics.few_values,
+        "In train mode a channel's mean and variance come from {values} values of {samples} samples: the mean strays "
+        "by {wander:.2g} deviations from batch to batch, and what a sample becomes depends on its neighbours.",
+        "model, _ = normwise.convert(model, to='group'), whose statistics are those of one sample; or to='renorm', "
+        "which leans on running ones; or larger batches. If only the last batch is this small: "
+        "DataLoader(..., drop_last=True)",
+        ("small-batch", "train-eval-gap", "batch-of-one"),
+        "batch",
+        circumstances.few_samples,
+    ),
+    Rule(
+        "NW002",
+        "running statistics far from the data's",
+        "warning",
+        statistics.far_running,
+        "Eval mode normalizes with a running mean that lies {distance:.2g} deviations from the batches', and a running "
+        "variance {ratio:.2g} times theirs (medians over the channels; {tracked} batches went into them).",
+        "normwise.recalibrate(model, batches), with batches like those that the model will meet",
+        ("train-eval-gap",),
+    ),
+    Rule(
+        "NW003",
+        "non-finite statistics",
+        "error",
+        statistics.nonfinite,
+        "The running mean or variance of {channels} channels is NaN, infinite or negative, and {values} values of the "
+        "layer's input are not finite: one such batch spoils the running averages for good.",
+        "find the batch: torch.isfinite(inputs).all(); then normwise.recalibrate(model, batches) to take the "
+        "statistics anew",
+    ),
+    Rule(
+        "NW004",
+        "padding enters the statistics",
+        "warning",
+        statistics.padding_enters,
+        "{padding:.0%} of the positions that mean and variance are taken over are padding (as {told_by} tells); they "
+        "move a channel's mean by {shift:.2g} deviations.",
+        "normwise.convert(model, to='normwise') and call the layer with its lengths: norm(x, lengths=lengths), or with "
+        "mask= (True = valid)",
+        ("padding", "transformer"),
+        "batch",
+        circumstances.padding,
+    ),
+    Rule(
+        "NW005",
+        "a bias before a norm that removes it",
+        "advice",
+        parameters.removed_bias,
+        "The norm {norm!r} subtracts the mean of each channel, and the bias of {layer!r} with it: what arrives of its "
+        "gradient is {share:.1g} of what flows there.",
+        "build {layer!r} with bias=False; the norm has a bias of its own",
+        ("bn-columns",),
+    ),
+    Rule(
+        "NW006",
+        "a momentum of another framework's convention",
+        "warning",
+        statistics.swapped_momentum,
+        "momentum={momentum:g} is the weight of the NEW batch in torch, so the running statistics are those of the "
+        "last {batches:.2g} batches; Keras and Flax mean the weight of the old ones.",
+        "momentum={swapped:g}, or momentum=normwise.from_keras_momentum({momentum:g})",
+    ),
+    Rule(
+        "NW007",
+        "each rank's own statistics, of a small local batch",
+        "warning",
+        statistics.statistics_of_a_rank,
+        "{ranks} ranks normalize each by the statistics of its own {samples} samples.",
+        "model, _ = normwise.convert(model, to='sync') before wrapping it (normwise.SyncBatchNorm: statistics over all "
+        "ranks)",
+        ("small-batch",),
+        "batch",
+        circumstances.few_on_a_rank,
+    ),
+    Rule(
+        "NW008",
+        "dead gains",
+        "warning",
+        parameters.dead_gains,
+        "{dead} of {of} gains are less than a thousandth of the median one: these channels put out their bias and "
+        "nothing else.",
+        "model.get_submodule({layer!r}).weight.data[{channels}] = 1.0 wakes them; to let go of them, prune these "
+        "channels. Keep gains out of the weight decay (NW011)",
+        ("no-affine",),
+    ),
+    Rule(
+        "NW009",
+        "eps too small",
+        "warning",
+        statistics.small_eps,
+        "eps={eps:g} is not enough for {dtype} input: where its variance is mere rounding, the norm scales that up to "
+        "{noise:.2g} of the output's deviation (eps itself becomes 0 below the dtype's smallest number).",
+        "eps={needed:g}; or run the layers before in float32",
+    ),
+    Rule(
+        "NW010",
+        "a frozen layer that train() wakes",
+        "warning",
+        parameters.woken,
+        "The layer is frozen ({how}), but model.train() puts it into train mode, where it normalizes by the batch and "
+        "moves its running statistics.",
+        "normwise.freeze(model), which lasts through model.train()",
+    ),
+    Rule(
+        "NW011",
+        "weight decay on gains and biases",
+        "advice",
+        parameters.decayed,
+        "weight_decay={weight_decay:g} of {optimizer} also pulls {gains} gains and {biases} biases of norms to 0 "
+        "({examples}); behind a norm the size of these does what weight decay cannot mean.",
+        "small = [p for p in model.parameters() if p.dim() < 2]; large = [p for p in model.parameters() if p.dim() >= "
+        "2]; {optimizer}([{{'params': large}}, {{'params': small, 'weight_decay': 0.0}}], ...)",
+        ("no-affine",),
+    ),
+    Rule(
+        "NW012",
+        "saturated units or gates",
+        "warning",
+        signals.flat,
+        "{what}, where next to no gradient passes.",
+        "a norm before the nonlinearity, such as normwise.LayerNorm; inside a recurrence model, _ = "
+        "normwise.convert(model, recurrent='layer'); smaller initial weights; for ReLUs a smaller learning rate",
+        ("saturation",),
+        "none",
+    ),
+    Rule(
+        "NW013",
+        "vanishing or exploding gradient",
+        "warning",
+        signals.vanishing_or_exploding,
+        "The gradient {how} {over}: {last:.2g} at its late end, {first:.2g} at its early end; {norms}.",
+        "a norm in each block (normwise.LayerNorm or BatchNorm) and a path around it, y = x + block(norm(x)); in a "
+        "recurrence model, _ = normwise.convert(model, recurrent='layer'), for an LSTM also forget_bias=1.0",
+        ("saturation", "rnn"),
+        "none",
+    ),
+    Rule(
+        "NW014",
+        "no norm in a deep or recurrent stack",
+        "advice",
+        signals.no_norm,
+        "There is no norm, and {what}.",
+        "put normwise.BatchNorm2d or normwise.LayerNorm behind each layer with weights; in a recurrent stack model, _ "
+        "= normwise.convert(model, recurrent='layer')",
+        ("faster", "rnn"),
+        "none",
+        circumstances.deep,
+    ),
+    Rule(
+        "NW015",
+        "BatchNorm inside a recurrence, or on varying lengths without mask",
+        "warning",
+        statistics.in_a_recurrence,
+        "The statistics are mixed over time: {how}.",
+        "normwise.LSTM(..., norm='layer'), or norm='batch' with max_length= the longest sequence, which keeps "
+        "statistics for each step; on varying lengths norm(x, lengths=lengths), or normwise.LayerNorm",
+        ("time-average", "rnn", "longer"),
+        "batch",
+        circumstances.recurrence,
+    ),
+    Rule(
+        "NW016",
+        "summed inputs that grow over time",
+        "warning",
+        signals.growing_sums,
+        "Without a norm the summed inputs of {place} grow {growth:.2g}-fold over the sequence: {first:.2g} at the "
+        "second step, {last:.2g} at the last.",
+        "model, _ = normwise.convert(model, recurrent='layer'), which holds them at one size",
+        ("steady-sums",),
+        "none",
+        circumstances.growing,
+    ),
+)
+
+BY_CODE = {rule.code: rule for rule in RULES}
