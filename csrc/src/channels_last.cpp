@@ -194,7 +194,8 @@ void normalize_rows(const nw_channels_forward_args& a, const Columns<compute_t<T
               load(col.shift + i, part));
         });
   };
-  blocks_from_the_end(a.mask, channels, begin, end, block, [&](int64_t row) { clear_output(y + row * channels, channels, past_cache); });
+  blocks_from_the_end(a.mask, channels, begin, end, block,
+                      [&](int64_t row) { clear_output(y + row * channels, channels, past_cache); });
 }
 
 template <class T, int act> int forward(const nw_channels_forward_args& a) {
