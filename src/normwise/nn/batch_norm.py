@@ -13,6 +13,7 @@ from normwise.nn.construct import affine_without_bias, reset_affine
 from normwise.ops import check, running
 from normwise.ops.batch_norm import batch_norm_moved
 from normwise.ops.ragged import is_ragged
+from normwise.ops.ranks import Peers
 from normwise.ops.running import Moved
 from normwise.reference import activation
 
@@ -29,6 +30,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     ranks: tuple[int, ...]
     num_batches_skipped: Tensor | None
     _said_skipped = False
+    _peers: Peers | None = None  # the ranks that share statistics in training
 
     def __init__(
         self,
@@ -116,6 +118,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             lengths=lengths,
             act=self.act,
             residual=residual,
+            process_group=self._peers,
         )
 
     def _count(self, moved: Moved) -> None:

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from normwise.nn.construct import reset_affine
 from normwise.ops import check
 from normwise.ops.layer_norm import layer_norm
+from normwise.ops.ranks import Peers
 from normwise.ops.rms_norm import rms_norm
 from normwise.reference import activation
 
@@ -34,6 +35,9 @@ class LayerNorm(nn.LayerNorm):
         bias: learn beta.
         dim: the axes of the input that hold `normalized_shape`, in its order; None for the last ones.
         act: "relu", "leaky_relu", "silu", "gelu" or None.
+        process_group: the features are spread over the ranks of this torch.distributed group (tensor parallelism), not
+            necessarily evenly, and `normalized_shape` is the shape of this rank's shard. Statistics are those of the
+            whole rows: two numbers a row are exchanged forward, two backward. See `Several ranks` in the documentation.
 
     Source: Ba, Kiros & Hinton 2016.
     """
@@ -49,6 +53,7 @@ class LayerNorm(nn.LayerNorm):
         *,
         dim: int | Sequence[int] | None = None,
         act: str | None = None,
+        process_group: Any = None,
     ) -> None:
         check.positive_eps(eps)
         shape = _shape(normalized_shape)
@@ -58,6 +63,7 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
         self.dim = self_dim
         self.act = act
+        self._peers = None if process_group is None else Peers(process_group)
 
     def reset_parameters(self) -> None:
         """Gain 1, bias 0."""
@@ -83,10 +89,16 @@ class LayerNorm(nn.LayerNorm):
             lengths=lengths,
             act=self.act,
             residual=residual,
+            process_group=self._peers,
         )
 
+    @property
+    def process_group(self) -> Any:
+        """The ranks that hold the other shards of the features, or None."""
+        return None if self._peers is None else self._peers.process_group
+
     def extra_repr(self) -> str:
-        return super().extra_repr() + _extra_repr(self.dim, self.act)
+        return super().extra_repr() + _extra_repr(self.dim, self.act, self._peers)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -95,7 +107,7 @@ class RMSNorm(nn.RMSNorm):
     y = act(gamma * x / sqrt(E[x^2] + eps)): LayerNorm that leaves the mean in and has no bias.
 
     A drop-in for `torch.nn.RMSNorm`: same arguments, state_dict and results; `eps` None stands for the machine
-    epsilon. `dim`, `act`, `mask`, `lengths` and `residual` as in `LayerNorm`.
+    epsilon. `dim`, `act`, `mask`, `lengths`, `residual` and `process_group` (one number a row) as in `LayerNorm`.
 
     Source: Zhang & Sennrich 2019.
     """
@@ -110,6 +122,7 @@ class RMSNorm(nn.RMSNorm):
         *,
         dim: int | Sequence[int] | None = None,
         act: str | None = None,
+        process_group: Any = None,
     ) -> None:
         if eps is not None:
             check.positive_eps(eps)
@@ -120,6 +133,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(shape, eps, elementwise_affine, device, dtype)
         self.dim = self_dim
         self.act = act
+        self._peers = None if process_group is None else Peers(process_group)
 
     def forward(
         self,
@@ -140,10 +154,16 @@ class RMSNorm(nn.RMSNorm):
             lengths=lengths,
             act=self.act,
             residual=residual,
+            process_group=self._peers,
         )
 
+    @property
+    def process_group(self) -> Any:
+        """The ranks that hold the other shards of the features, or None."""
+        return None if self._peers is None else self._peers.process_group
+
     def extra_repr(self) -> str:
-        return super().extra_repr() + _extra_repr(self.dim, self.act)
+        return super().extra_repr() + _extra_repr(self.dim, self.act, self._peers)
 
 
 def _shape(normalized_shape: int | Sequence[int]) -> list[int]:
@@ -162,5 +182,6 @@ def _dim(dim: int | Sequence[int] | None, shape: list[int]) -> int | tuple[int, 
     return dim
 
 
-def _extra_repr(dim: int | tuple[int, ...] | None, act: str | None) -> str:
-    return ("" if dim is None else f", dim={dim}") + ("" if act is None else f", act={act!r}")
+def _extra_repr(dim: int | tuple[int, ...] | None, act: str | None, peers: Peers | None) -> str:
+    said = {"dim": dim, "act": act, "process_group": peers}
+    return "".join(f", {name}={value!r}" for name, value in said.items() if value is not None)

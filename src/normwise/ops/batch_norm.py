@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops import check, compiled, ragged, running
+from normwise.ops import check, compiled, ragged, ranks, running
 from normwise.ops.choose import Call, choose, loses_digits, small, values_visible, watches_digits
 from normwise.ops.norm import norm
 from normwise.ops.running import Moved
+from normwise.ops.sync_batch_norm import sync_batch_norm
 from normwise.reference import activation, count_valid
 
 
@@ -88,15 +92,29 @@ def batch_norm_moved(
     lengths: Tensor | None = None,
     act: str | None = None,
     residual: Tensor | PackedSequence | None = None,
+    process_group: Any = None,
 ) -> tuple[Tensor | PackedSequence, Moved]:
-    """`batch_norm`, and whether the running averages moved (True also where there are none)."""
+    """`batch_norm`, and whether the running averages moved (True also where there are none).
+
+    `process_group` (or a layer's `Peers`): in training the statistics are those of its ranks' batches together.
+    """
     if ragged.is_ragged(input):
         moved: Moved = True
 
         def rows(x: Tensor, residual: Tensor | None) -> Tensor:
             nonlocal moved
             y, moved = batch_norm_moved(
-                x, running_mean, running_var, weight, bias, training, momentum, eps, act=act, residual=residual
+                x,
+                running_mean,
+                running_var,
+                weight,
+                bias,
+                training,
+                momentum,
+                eps,
+                act=act,
+                residual=residual,
+                process_group=process_group,
             )
             assert isinstance(y, Tensor)
             return y
@@ -104,7 +122,8 @@ def batch_norm_moved(
         return ragged.by_rows(rows, input, mask=mask, lengths=lengths, residual=residual), moved
     assert isinstance(input, Tensor)
     x = input
-    if training and mask is None and lengths is None and act is None and residual is None and small(x):
+    alone = mask is None and lengths is None and act is None and residual is None and process_group is None
+    if training and alone and small(x):
         by_aten = _small(x, running_mean, running_var, weight, bias, momentum, eps)
         if by_aten is not None:
             return by_aten, True
@@ -131,13 +150,16 @@ def batch_norm_moved(
 
     averages = None if running_mean is None or running_var is None else (running_mean, running_var)
     batch_statistics = training or averages is None
-    if batch_statistics:
+    group = None
+    if training and process_group is not None:
+        group = ranks.peers(process_group).group("batch_norm", x.device, {"number of channels": channels})
+    if batch_statistics and group is None:
         _enough_values(x, valid, needed=2 if training else 1)
-    if x.numel() == 0 and batch_statistics:
-        averages = None  # nothing to learn from an empty batch, as in torch
+        if x.numel() == 0:
+            averages = None  # nothing to learn from an empty batch, as in torch
 
     assert residual is None or isinstance(residual, Tensor)
-    return applied(x, averages, weight, bias, batch_statistics, momentum, eps, valid, act, residual)
+    return applied(x, averages, weight, bias, batch_statistics, momentum, eps, valid, act, residual, group)
 
 
 def applied(
@@ -151,12 +173,13 @@ def applied(
     valid: Tensor | None,
     act: str | None,
     residual: Tensor | None,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Moved]:
     """`batch_norm_moved` of arguments that are in order, `valid` with as many axes as `x`."""
-    call = _call(x, averages, weight, batch_statistics, momentum, valid, residual)
+    call = _call(x, averages, weight, batch_statistics, momentum, valid, residual, group)
     if choose(call).backend == "cpu":
         return _compiled(call, bias, momentum, eps, act)
-    y, moved = standardized(x, averages, weight, bias, batch_statistics, momentum, eps, valid)
+    y, moved = standardized(x, averages, weight, bias, batch_statistics, momentum, eps, valid, group)
     if residual is not None:
         y = y + residual
     if act is not None:
@@ -175,9 +198,10 @@ def standardized(
     momentum: float | Tensor,
     eps: float,
     valid: Tensor | None,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Moved]:
     """gamma * (x - mean) / sqrt(var + eps) + beta by the chosen backend, and whether running averages moved."""
-    call = _call(x, averages, weight, batch_statistics, momentum, valid)
+    call = _call(x, averages, weight, batch_statistics, momentum, valid, group=group)
     dims = call.dims
     backend = choose(call).backend
     if backend == "cpu":
@@ -188,6 +212,8 @@ def standardized(
             return by_aten
     shape = (1, -1) + (1,) * (x.dim() - 2)
     gain, shift = (None if t is None else t.view(shape) for t in (weight, bias))
+    if group is not None:
+        return sync_batch_norm(x, averages, gain, shift, momentum, eps, valid, group)
     if not batch_statistics and averages is not None:
         mean, var = (t.view(shape) for t in averages)
         return norm(x, dims, gain, shift, mask=valid, mean=mean, var=var, eps=eps)[0], True
@@ -203,6 +229,7 @@ def _call(
     momentum: float | Tensor,
     valid: Tensor | None,
     residual: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Call:
     return Call(
         "batch_norm",
@@ -214,6 +241,7 @@ def _call(
         averages=averages,
         batch_statistics=batch_statistics,
         fixed_momentum=not isinstance(momentum, Tensor),
+        over_ranks=group is not None,
     )
 
 

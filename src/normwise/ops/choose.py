@@ -71,6 +71,7 @@ class Call(NamedTuple):
         batch_statistics: statistics are taken from `x` (training), not given.
         fixed_momentum: the running averages, if any, move by a plain number (ATen takes no tensor).
         uncompiled: what keeps the op's C++ kernel from this call, where only the op itself can tell.
+        over_ranks: the statistics are those of several ranks together.
     """
 
     op: str
@@ -83,6 +84,7 @@ class Call(NamedTuple):
     batch_statistics: bool = True
     fixed_momentum: bool = True
     uncompiled: str | None = None
+    over_ranks: bool = False
 
 
 class _Forced:
@@ -211,6 +213,8 @@ def _cpu_obstacle(call: Call) -> str | None:
         return f"there is no C++ kernel for {call.op}"
     if call.uncompiled is not None:
         return call.uncompiled
+    if call.over_ranks:
+        return "the C++ kernels know nothing of other ranks"
     if transforming():
         return "a torch.func transform does not reach into a C++ kernel"
     if call.residual is not None and call.residual.dtype != x.dtype:
@@ -231,6 +235,8 @@ def _cpu_obstacle(call: Call) -> str | None:
 
 def _torch_obstacle(call: Call) -> str | None:
     """What ATen's kernels cannot do."""
+    if call.over_ranks:
+        return "ATen's kernels know nothing of other ranks"
     if call.mask is not None:
         return "ATen's kernels take no mask"
     if not call.fixed_momentum:

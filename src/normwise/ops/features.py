@@ -8,11 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from normwise.ops import check, compiled, ragged
+from normwise.ops import check, compiled, ragged, ranks
 from normwise.ops.choose import Call, choose
 from normwise.ops.norm import norm
+from normwise.ops.pooled_norm import pooled_norm
 from normwise.reference import activation
 
 Aten = Callable[[Tensor, list[int], Tensor | None, Tensor | None, float], Tensor | None]
@@ -33,10 +35,12 @@ def feature_norm(
     lengths: Tensor | None,
     act: str | None,
     residual: Any,
+    process_group: Any = None,
 ) -> Any:
     """y = act(norm(x + residual)); with a residual the pair (y, x + residual).
 
-    `aten` is torch's own op, which returns None where its result lost digits.
+    `aten` is torch's own op, which returns None where its result lost digits. `process_group` (or a layer's `Peers`):
+    the features are spread over its ranks, and these are this rank's shard.
     """
     if ragged.is_ragged(x):
         if dim is not None:
@@ -54,6 +58,7 @@ def feature_norm(
             mask=None,
             lengths=None,
             act=act,
+            process_group=process_group,
         )
         return ragged.by_rows(rows, x, mask=mask, lengths=lengths, residual=residual)
     check.floating(op, x)
@@ -70,13 +75,17 @@ def feature_norm(
         )
     valid = check.validity(x, mask, lengths, channel_dim=dims[0] if dim is not None else x.dim() - 1)
     transform = None if act is None else activation(act)
-    if choose(Call(op, x, dims, weight=weight, mask=valid, residual=residual)).backend == "cpu":
+    group = None
+    if process_group is not None:
+        group = ranks.peers(process_group).group(op, x.device, _row_facts(x, dims, valid))
+    call = Call(op, x, dims, weight=weight, mask=valid, residual=residual, over_ranks=group is not None)
+    if choose(call).backend == "cpu":
         return _compiled(x, dims, weight, bias, eps, center, valid, act, residual)
     if residual is not None:
         x = x + residual
     if valid is not None:
         x = x.masked_fill(~valid, 0)
-    y = _standardized(op, aten, x, normalized_shape, dims, weight, bias, eps, center, valid)
+    y = _standardized(op, aten, x, normalized_shape, dims, weight, bias, eps, center, valid, group)
     if transform is not None:
         y = transform(y)  # of 0 is 0: invalid positions stay so
     return y if residual is None else (y, x)
@@ -130,19 +139,30 @@ def _standardized(
     eps: float,
     center: bool,
     valid: Tensor | None,
+    group: dist.ProcessGroup | None,
 ) -> Tensor:
     # A row is valid as a whole where the mask does not vary along the normalized axes. Its padding is 0 by now, so
     # an unmasked kernel does the job, and the rest is putting 0 where the bias went.
     whole_rows = valid is None or all(valid.shape[d] == 1 for d in dims)
-    call = Call(op, x, dims, weight=weight, mask=None if whole_rows else valid)
+    call = Call(op, x, dims, weight=weight, mask=None if whole_rows else valid, over_ranks=group is not None)
     y = None
     if choose(call).backend == "torch":
         y = aten(x, list(normalized_shape), weight, bias, eps)
     if y is not None:
         return y if valid is None else y.masked_fill(~valid, 0)
     x = as_autocast(x)
-    y, _ = norm(x, dims, _spread(weight, x, dims), _spread(bias, x, dims), mask=valid, eps=eps, center=center)
-    return y
+    gain, shift = _spread(weight, x, dims), _spread(bias, x, dims)
+    if group is None:
+        return norm(x, dims, gain, shift, mask=valid, eps=eps, center=center)[0]
+    # A row that is valid here may be partly invalid in another shard, so a mask always says how many count.
+    counted = valid is not None
+    return pooled_norm(x, dims, gain, shift, group, mask=valid, eps=eps, center=center, count_each=counted)[0]
+
+
+def _row_facts(x: Tensor, dims: tuple[int, ...], valid: Tensor | None) -> dict[str, int]:
+    """What ranks that hold the shards of the same rows must agree on, so that their messages are of one size."""
+    rows = math.prod(s for d, s in enumerate(x.shape) if d not in dims)
+    return {"number of rows": rows, "masked": int(valid is not None)}
 
 
 def _compiled(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ def layer_norm(
     lengths: Tensor | None = None,
     act: str | None = None,
     residual: Tensor | PackedSequence | None = None,
+    process_group: Any = None,
 ) -> Tensor | PackedSequence | tuple[Tensor, Tensor] | tuple[PackedSequence, PackedSequence]:
     r"""act(gamma * (x - mean) / sqrt(var + eps) + beta), statistics over the features of one sample.
 
@@ -41,6 +43,9 @@ def layer_norm(
             normalized.
         act: "relu", "leaky_relu", "silu" or "gelu", applied last.
         residual: like the input, added before the statistics are taken.
+        process_group: the features are spread over the ranks of this group, unevenly if need be, and `input`,
+            `normalized_shape`, `weight` and `bias` are this rank's shard; mean and variance are those of the whole rows.
+            All ranks must call with the same rows.
 
     Returns:
         Like the input (or the pair); 0 at invalid positions, which neither enter the statistics nor receive a gradient.
@@ -50,7 +55,7 @@ def layer_norm(
 
     Source: Ba, Kiros & Hinton 2016, eq. 3 and 4.
     """
-    if dim is None and mask is None and lengths is None and act is None and residual is None and eps > 0:
+    if dim is None and mask is None and lengths is None and act is None and residual is None and process_group is None and eps > 0:
         y = _small(input, normalized_shape, weight, bias, eps)
         if y is not None:
             return y
@@ -68,6 +73,7 @@ def layer_norm(
         lengths=lengths,
         act=act,
         residual=residual,
+        process_group=process_group,
     )
 
 

@@ -67,6 +67,8 @@ class Peers:
 
     def __init__(self, process_group: Any, *, default: bool = False) -> None:
         """`default`: None stands for all ranks, once there are any; otherwise for no exchange."""
+        if process_group is not None:
+            group_of(process_group)  # says now what is wrong with it
         self.process_group = process_group
         self.default = default
         self._agreed: tuple[Any, ...] | None = None
@@ -85,6 +87,9 @@ class Peers:
                 self._agreed = agreed
         return group
 
+    def __repr__(self) -> str:
+        return repr(getattr(self.process_group, "group_name", None))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Peers:
         return Peers(self.process_group, default=self.default)
 
@@ -95,6 +100,11 @@ class Peers:
                 "which stands for all ranks"
             )
         return {"process_group": None, "default": self.default, "_agreed": None}
+
+
+def peers(process_group: Any) -> Peers:
+    """A layer's `Peers` as they are; otherwise those of a call that remembers nothing and compares its facts anew."""
+    return process_group if isinstance(process_group, Peers) else Peers(process_group)
 
 
 def group_of(process_group: Any, default: bool = False) -> dist.ProcessGroup | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ def rms_norm(
     lengths: Tensor | None = None,
     act: str | None = None,
     residual: Tensor | PackedSequence | None = None,
+    process_group: Any = None,
 ) -> Tensor | PackedSequence | tuple[Tensor, Tensor] | tuple[PackedSequence, PackedSequence]:
     r"""act(gamma * x / sqrt(mean(x^2) + eps)), the mean square over the features of one sample.
 
@@ -48,6 +50,7 @@ def rms_norm(
         lengths=lengths,
         act=act,
         residual=residual,
+        process_group=process_group,
     )
 
 
