@@ -28,7 +28,7 @@ from normwise.nn import (
 from normwise.ops.check import ShapeError
 from normwise.ops.choose import BackendError, KernelWarning, backend
 from normwise.reference.recurrence import Recurrence
-from normwise.surgery import convert, freeze, frozen, unfreeze
+from normwise.surgery import convert, freeze, frozen, recalibrate, unfreeze
 
 __version__ = "0.1.0"
 
@@ -62,5 +62,6 @@ __all__ = [
     "freeze",
     "frozen",
     "functional",
+    "recalibrate",
     "unfreeze",
 ]

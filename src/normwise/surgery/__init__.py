@@ -2,6 +2,7 @@
 
 from normwise.surgery.convert import convert
 from normwise.surgery.freeze import freeze, frozen, unfreeze
+from normwise.surgery.recalibrate import recalibrate
 from normwise.surgery.report import Report
 
-__all__ = ["Report", "convert", "freeze", "frozen", "unfreeze"]
+__all__ = ["Report", "convert", "freeze", "frozen", "recalibrate", "unfreeze"]

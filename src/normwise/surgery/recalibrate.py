@@ -1,0 +1,314 @@
+"""recalibrate: the running statistics of a model's batch norms, taken anew from data."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normwise.ops import check, ragged, ranks
+from normwise.reference import Moments, combined, moments
+from normwise.surgery.freeze import is_frozen
+from normwise.surgery.progress import Progress, shown
+from normwise.surgery.report import Change, Report, Skip
+from normwise.surgery.select import BATCH, Layer, Where, chosen, has_norm, layers
+
+_KINDS = (*BATCH, nn.modules.rnn.RNNBase, nn.modules.rnn.RNNCellBase)
+
+
+def recalibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    exact: bool = False,
+    where: Where = None,
+    process_group: Any = None,
+    progress: Progress = False,
+) -> Report:
+    r"""Set the running statistics of a model's BatchNorm layers to those of the data, in place.
+
+    After weight averaging (EMA, SWA), after weights were changed or loaded, or where training's running averages lag
+    behind or came from batches that were too small. Mean and variance of each channel are pooled over all values that
+    the layer sees in all batches:
+
+        mean = sum(n_k mean_k) / n,   var = sum(n_k (var_k + (mean_k - mean)^2)) / n,   n = sum(n_k)
+
+    with n_k the valid values of batch k (`mask=` and `lengths=` count), in float64; running_var is var * n / (n - 1).
+    Batches of different sizes weigh by their values, and their order does not matter. A BatchNorm with `momentum=None`
+    averages batches instead, and loses the second term: how far the batches' means lie apart.
+
+    The model's other layers run in evaluation, so dropout is off. What a deeper layer sees depends on how the layers
+    before it normalize while the data go through:
+
+    - by default as in training, by each batch's own statistics, in one pass over the data. The usual choice, and what
+      torch.optim.swa_utils.update_bn does; it needs batches as large as those of training.
+    - `exact=True`: by the statistics that are already set, layer after layer, in one pass over the data for each
+      layer. The result is what evaluation will meet, and the same however the data are cut into batches.
+
+    Args:
+        model: torch.nn's and normwise's BatchNorm layers of it are recalibrated; those that `freeze` froze are not.
+        batches: what to run, e.g. a DataLoader. A tensor is the model's argument, of a tuple or list the first element
+            is, a mapping gives keyword arguments. With `exact` it must be one that can be gone over many times.
+        forward: runs the model on a batch, for other structures and devices:
+            `lambda model, batch: model(batch["image"].cuda())`.
+        exact: see above.
+        where: which layers, as in `freeze`; None means all.
+        process_group: the ranks whose values are pooled; None for all, where torch.distributed is initialised. All of
+            them must call this; afterwards they hold the same statistics. A rank may have no batch.
+        progress: True shows a bar (by rich, where it is installed); or a function of the number of batches done and
+            their total (None if unknown).
+
+    Returns:
+        What was recalibrated, from how many values, and what was skipped and why.
+
+    Raises:
+        ValueError: there is no layer with running statistics, no batch, or no finite value.
+        RuntimeError: a process group that is not initialised, or a rank that did not answer.
+        Whatever the model raises. After an error statistics, counters and modes are as they were.
+    """
+    ranks.group_of(process_group, default=True)  # says now what is wrong with it
+    candidates = [one for one in layers(model, _KINDS) if isinstance(one.module, BATCH) or has_norm(one.module)]
+    meant = chosen(candidates, where)
+    report = Report("recalibrate")
+    wanted = []
+    for one in candidates:
+        reason = _why_not(one.module) if meant(one) else "not meant by where="
+        if reason is None:
+            wanted.append(one)
+        else:
+            report.skipped.append(Skip(one.name, one.kind, reason))
+    if not wanted:
+        raise ValueError(
+            "recalibrate found no BatchNorm with running statistics in the model: other norms keep none and need no "
+            "recalibration" + "".join(f"\n  {name}: {kind}: {reason}" for name, kind, reason in report.skipped)
+        )
+    if exact and iter(batches) is iter(batches):
+        raise ValueError(
+            "exact=True goes over the batches once for each layer, but these can be gone over only once: pass a list "
+            "or a DataLoader instead of an iterator"
+        )
+    with shown(progress) as show:
+        run = _Run(model, batches, forward or _call, process_group, show)
+        _recalibrate(run, wanted, exact, report)
+    return report
+
+
+def _recalibrate(run: _Run, wanted: list[Layer], exact: bool, report: Report) -> None:
+    with run.restoring(wanted):
+        found = run.layer_by_layer(wanted) if exact else run.at_once(wanted)
+        for one in wanted:
+            pool = found[one.name]
+            reason = pool.why_not()
+            if reason is None:
+                pool.store(one.module)
+                report.changed.append(Change(one.name, one.kind, "recalibrated", str(pool)))
+            else:
+                report.skipped.append(Skip(one.name, one.kind, reason))
+        if not report.changed:
+            reasons = "".join(f"\n  {name}: {kind}: {reason}" for name, kind, reason in report.skipped)
+            if not run.done:
+                reasons = " no batch came: an iterator that was gone over before is empty, a DataLoader is not"
+            raise ValueError(f"recalibrate found nothing to take statistics of:{reasons}")
+
+
+class _Pool:
+    """The values that one layer has met, as moments (C,) in float64."""
+
+    def __init__(self) -> None:
+        self.moments: Moments | None = None
+        self.batches = 0
+        self.skipped = 0
+
+    def add(self, x: Any, mask: Tensor | None = None, lengths: Tensor | None = None) -> None:
+        if ragged.is_ragged(x):
+
+            def by_rows(rows: Tensor, residual: None) -> Tensor:
+                self.add(rows)
+                return rows
+
+            ragged.by_rows(by_rows, x, mask=mask, lengths=lengths, residual=None)
+            return
+        dims = (0, *range(2, x.dim()))
+        found = moments(x, dims, check.validity(x, mask, lengths, channel_dim=1))
+        mean, var, count = (t.double().reshape(-1).expand(x.shape[1]) for t in found)
+        if not (mean.isfinite().all() and var.isfinite().all()):
+            self.skipped += 1
+            return
+        self.batches += 1
+        new = Moments(mean, var, count)
+        both = new if self.moments is None else [torch.stack(pair) for pair in zip(self.moments, new, strict=True)]
+        self.moments = new if self.moments is None else combined(Moments(*both))
+
+    def why_not(self) -> str | None:
+        if self.moments is None or int(self.moments.count.min()) < 2:
+            if self.skipped:
+                return (
+                    f"no finite value in {self.skipped} batches: look for NaN in the data or in the weights before it"
+                )
+            return "the model's forward did not come by, or with fewer than two values a channel"
+        return None
+
+    def store(self, layer: nn.Module) -> None:
+        assert self.moments is not None
+        mean, var, count = self.moments
+        layer.get_buffer("running_mean").copy_(mean)
+        layer.get_buffer("running_var").copy_(var * count / (count - 1))
+        if layer._buffers.get("num_batches_tracked") is not None:
+            layer.get_buffer("num_batches_tracked").fill_(self.batches)
+
+    def __str__(self) -> str:
+        assert self.moments is not None
+        low, high = int(self.moments.count.min()), int(self.moments.count.max())
+        values = f"{low}" if low == high else f"{low} to {high}"
+        left = f", {self.skipped} not finite batches left out" if self.skipped else ""
+        return f"{values} values a channel{left}"
+
+
+class _Run:
+    """The model on the batches, once or many times."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        forward: Callable[[nn.Module, Any], Any],
+        process_group: Any,
+        show: Callable[[Iterable[Any], int], Iterator[Any]],
+    ) -> None:
+        self.model, self.batches, self.forward = model, batches, forward
+        self.process_group, self.show = process_group, show
+        self.done = 0
+        self.kept: list[tuple[Tensor, Tensor]] = []
+
+    def at_once(self, wanted: list[Layer]) -> dict[str, _Pool]:
+        """One pass in which all layers normalize by the batch's own statistics."""
+        for one in wanted:
+            one.module.training = True
+        pools = self.over_all(wanted, self.show(self.batches, 1))
+        self.put_back()
+        self.share([pools[one.name] for one in wanted], wanted)
+        return pools
+
+    def layer_by_layer(self, wanted: list[Layer]) -> dict[str, _Pool]:
+        """One pass a layer, in the order in which the model calls them; each is set before the next is looked at."""
+        passes = len(wanted)
+        found: dict[str, _Pool] = {}
+        for one in self.in_order(wanted):
+            found |= self.over_all([one], self.show(self.batches, passes))
+            self.share([found[one.name]], [one])
+            if found[one.name].why_not() is None:
+                found[one.name].store(one.module)
+        return found
+
+    def in_order(self, wanted: list[Layer]) -> list[Layer]:
+        """As the first batch meets them, on all ranks the same; what it does not meet comes last."""
+        met: list[str] = []
+        with ExitStack() as hooks:
+            for one in wanted:
+                hook = one.module.register_forward_pre_hook(lambda module, args, name=one.name: met.append(name))
+                hooks.callback(hook.remove)
+            for batch in self.batches:
+                self.forward(self.model, batch)
+                break
+        places = [Moments(*(torch.zeros(1) for _ in range(3))) for _ in wanted]
+        for one, place in zip(wanted, places, strict=True):
+            if one.name in met:
+                place.mean.fill_(met.index(one.name))
+                place.count.fill_(1)
+        agreed = ranks.pooled([_on(place, wanted[0].module) for place in places], self.process_group)
+        position = [float(place.mean) if place.count else float("inf") for place in agreed]
+        return [wanted[n] for n in sorted(range(len(wanted)), key=position.__getitem__)]
+
+    def over_all(self, wanted: list[Layer], batches: Iterator[Any]) -> dict[str, _Pool]:
+        """The model on every batch; what these layers met."""
+        pools = {one.name: _Pool() for one in wanted}
+        with ExitStack() as hooks:
+            for one in wanted:
+                hook = one.module.register_forward_pre_hook(_meeting(pools[one.name]), with_kwargs=True)
+                hooks.callback(hook.remove)
+            for batch in batches:
+                self.forward(self.model, batch)
+                self.done += 1
+        return pools
+
+    def share(self, pools: list[_Pool], wanted: list[Layer]) -> None:
+        """Pool over the ranks, in one exchange."""
+        mine = []
+        for pool, one in zip(pools, wanted, strict=True):
+            nothing = torch.zeros(one.module.get_buffer("running_mean").shape, dtype=torch.float64)
+            mine.append(pool.moments or Moments(nothing, nothing, nothing))
+        counts = torch.tensor([[pool.batches, pool.skipped] for pool in pools], dtype=torch.float64)
+        mine.append(Moments(counts, torch.zeros_like(counts), torch.ones_like(counts)))
+        *all_moments, sums = ranks.pooled([_on(m, wanted[0].module) for m in mine], self.process_group)
+        totals = (sums.mean * sums.count).round().long().tolist()
+        for pool, one, found, total in zip(pools, wanted, all_moments, totals, strict=True):
+            pool.moments = _on(found, one.module)
+            pool.batches, pool.skipped = total
+
+    @contextmanager
+    def restoring(self, wanted: list[Layer]) -> Iterator[None]:
+        """The model in evaluation, without gradients or compiled code, which passes hooks by. Afterwards all modes are
+        as they were; after an error so is every buffer of the layers."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.kept = [(buffer, buffer.clone()) for one in wanted for buffer in one.module.buffers()]
+        try:
+            for module, _ in modes:
+                module.training = False
+            with torch.no_grad(), _eagerly():
+                yield
+        except BaseException:
+            self.put_back()
+            raise
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def put_back(self) -> None:
+        """The layers' buffers as they were."""
+        with torch.no_grad():
+            for buffer, value in self.kept:
+                buffer.copy_(value)
+
+
+def _meeting(pool: _Pool) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["input"]
+        pool.add(x, kwargs.get("mask"), kwargs.get("lengths"))
+
+    return hook
+
+
+def _why_not(layer: nn.Module) -> str | None:
+    if not isinstance(layer, BATCH):
+        return "its statistics, a row for each step, are taken by training alone"
+    if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
+        return "its statistics are fixed"
+    if is_frozen(layer):
+        return "it is frozen: normwise.unfreeze first"
+    if layer.running_mean is None:
+        return "track_running_stats=False: it keeps no statistics"
+    return None
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+def _on(found: Moments, layer: nn.Module) -> Moments:
+    return Moments(*(t.to(layer.get_buffer("running_mean").device) for t in found))
+
+
+@contextmanager
+def _eagerly() -> Iterator[None]:
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and loading the compiler takes a second
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
