@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import normwise
+from normwise.cli.claims import claims
 from normwise.cli.compare import compare
 from normwise.cli.explain import explain
 from normwise.cli.info import info
@@ -19,6 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(short_help="Train the same network with different norms on real data.")(compare)
+app.command(short_help="Check what is claimed about normalization by runs.")(claims)
 app.command()(explain)
 app.command()(info)
 

@@ -11,7 +11,7 @@ from normwise.lab.claim import Claim, Evidence, accuracy
 from normwise.lab.spec import Spec, expand
 from normwise.lab.verdict import Check, Effect
 
-STEPS, MINIMUM, CHANCE = 2000, 50, 0.1
+STEPS, MINIMUM, CHANCE = 4000, 50, 0.1  # an epoch
 
 
 def checks() -> Sequence[Check]:
