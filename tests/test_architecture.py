@@ -63,7 +63,7 @@ def forbidden(importer: str, imported: str, source: Path) -> str | None:
     target = room(imported, source)
     if importer == FRONT:
         importer = PACKAGE
-        if target == "surgery":
+        if target in ("surgery", "diagnosis"):
             return None
     if importer == target or LEVEL[target] < LEVEL[importer]:
         return None

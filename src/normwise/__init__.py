@@ -3,6 +3,11 @@
 Layers that replace their namesakes in torch.nn and stay right on every batch size, mask, length, rank and dtype.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from normwise import functional
 from normwise.nn import (
     GRU,
@@ -11,6 +16,9 @@ from normwise.nn import (
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
+    BatchRenorm1d,
+    BatchRenorm2d,
+    BatchRenorm3d,
     FrozenBatchNorm1d,
     FrozenBatchNorm2d,
     FrozenBatchNorm3d,
@@ -21,6 +29,7 @@ from normwise.nn import (
     InstanceNorm3d,
     LayerNorm,
     LSTMCell,
+    Ramp,
     RMSNorm,
     RNNCell,
     SyncBatchNorm,
@@ -28,7 +37,10 @@ from normwise.nn import (
 from normwise.ops.check import ShapeError
 from normwise.ops.choose import BackendError, KernelWarning, backend
 from normwise.reference.recurrence import Recurrence
-from normwise.surgery import convert, freeze, frozen, recalibrate, unfreeze
+from normwise.surgery import convert, fold, freeze, frozen, recalibrate, unfreeze
+
+if TYPE_CHECKING:
+    from normwise.diagnosis import Diagnosis, diagnose
 
 __version__ = "0.1.0"
 
@@ -40,6 +52,10 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
+    "Diagnosis",
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
@@ -53,15 +69,31 @@ __all__ = [
     "LayerNorm",
     "RMSNorm",
     "RNNCell",
+    "Ramp",
     "Recurrence",
     "ShapeError",
     "SyncBatchNorm",
     "__version__",
     "backend",
     "convert",
+    "fold",
+    "diagnose",
     "freeze",
     "frozen",
     "functional",
     "recalibrate",
     "unfreeze",
 ]
+
+# Loaded at first use: who builds and trains a model need not wait for what looks at one.
+_AT_FIRST_USE = ("Diagnosis", "diagnose")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _AT_FIRST_USE:
+        return getattr(importlib.import_module("normwise.diagnosis"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

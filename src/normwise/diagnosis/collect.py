@@ -11,10 +11,11 @@ from torch import nn
 
 from normwise.diagnosis import records
 from normwise.diagnosis.batches import Batch, Loss, take
-from normwise.diagnosis.layers import is_ours, unwrapped
+from normwise.diagnosis.layers import Named, is_ours, own_parameters, unwrapped
 from normwise.diagnosis.modes import gap
 from normwise.diagnosis.preserve import buffers_kept, preserved
-from normwise.diagnosis.watch import Seen, Watch, own_parameters
+from normwise.diagnosis.steps import check_optimizer, groups, watch_steps
+from normwise.diagnosis.watch import Seen, Watch
 
 
 def collect(
@@ -27,6 +28,8 @@ def collect(
     """All numbers, no findings yet. See `normwise.diagnose` for arguments and errors."""
     whole = model
     model, wrapper = unwrapped(model)
+    if optimizer is not None:
+        check_optimizer(model, optimizer)
     notes: list[str] = []
     modes = {name: module.training for name, module in model.named_modules()}
     with preserved(whole, optimizer, batches):
@@ -43,8 +46,16 @@ def collect(
                 if seen.norm is not None:
                     seen.norm.finish()
         found_gap, by_layer = gap(model, taken, train, loss, notes)
-        layers = [_layer(seen, by_layer) for seen in watch.layers.values()]
-    layers.sort(key=lambda layer: math.inf if layer.order is None else layer.order)
+        called = sorted(watch.layers.values(), key=lambda seen: math.inf if seen.order is None else seen.order)
+        named = [Named(seen.name, seen.module, seen.role) for seen in called]
+        training = None
+        shifts: dict[str, records.Shift] = {}
+        members: list[records.Group] = []
+        if optimizer is not None:
+            members = groups(named, optimizer)
+            used = [n for n, seen in zip(named, called, strict=True) if seen.order is not None]
+            training, shifts = watch_steps(model, used, taken, loss, optimizer)
+        layers = [_layer(seen, by_layer, shifts) for seen in called]
     valid = [v for v in paddings if v is not None]
     positions = sum(v.mask.numel() for v in valid)
     return records.Diagnosis(
@@ -63,6 +74,8 @@ def collect(
         ),
         layers=layers,
         gap=found_gap,
+        training=training,
+        optimizer=members,
         notes=notes,
     )
 
@@ -86,7 +99,7 @@ def _steps(batches: Sequence[Batch]) -> list[int]:
     return found
 
 
-def _layer(seen: Seen, gaps: dict[str, float]) -> records.Layer:
+def _layer(seen: Seen, gaps: dict[str, float], shifts: dict[str, records.Shift]) -> records.Layer:
     parameters = own_parameters(seen.module)
     gradient = _gradient(seen)
     return records.Layer(
@@ -105,6 +118,7 @@ def _layer(seen: Seen, gaps: dict[str, float]) -> records.Layer:
         gradient=gradient,
         norm=None if seen.norm is None else seen.norm.record(gradient.weights.get("weight") if gradient else None),
         recurrence=[] if seen.recurrent is None else seen.recurrent.record(),
+        shift=shifts.get(seen.name),
         gap=gaps.get(seen.name),
     )
 

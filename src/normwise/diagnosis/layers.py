@@ -12,6 +12,7 @@ from torch.nn.modules import activation, batchnorm, dropout, instancenorm, rnn
 from normwise.diagnosis.distributions import Layout
 from normwise.diagnosis.errors import DiagnosisError
 from normwise.diagnosis.records import Role
+from normwise.nn.frozen_batch_norm import FrozenBatchNorm
 
 # torch's classes and, since this library's layers are subclasses of them, this library's too.
 NORMS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -20,6 +21,7 @@ NORMS: dict[str, tuple[type[nn.Module], ...]] = {
     "layer": (nn.LayerNorm,),
     "rms": (nn.RMSNorm,),
     "group": (nn.GroupNorm,),
+    "frozen": (FrozenBatchNorm,),
 }
 CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 RECURRENT = (rnn.RNNBase,)
@@ -78,7 +80,7 @@ def role_of(module: nn.Module) -> Role:
 
 
 def norm_kind(module: nn.Module) -> str | None:
-    """ "batch", "instance", "layer", "rms", "group", or None for what is no norm layer."""
+    """ "batch", "instance", "layer", "rms", "group", "frozen", or None for what is no norm layer."""
     return next((kind for kind, classes in NORMS.items() if isinstance(module, classes)), None)
 
 
@@ -132,9 +134,8 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, str | None]:
 class Layouts:
     """Says which axis of a tensor holds features, samples, time: by the layer, else by where the tensor came from."""
 
-    def __init__(self, samples: int, steps: int | None) -> None:
+    def __init__(self, samples: int) -> None:
         self.samples = samples
-        self.steps = steps
         self.known: dict[tuple[int, ...], Layout] = {}
 
     def of(self, module: nn.Module, role: Role, x: Tensor) -> Layout:
@@ -143,7 +144,7 @@ class Layouts:
         if rank == 0:
             return Layout()
         if role == "norm":
-            feature = 1 if norm_kind(module) in ("batch", "instance", "group") and rank > 1 else rank - 1
+            feature = 1 if norm_kind(module) in ("batch", "instance", "group", "frozen") and rank > 1 else rank - 1
             dim = getattr(module, "dim", None)
             feature = dim % rank if isinstance(dim, int) else feature
         elif role == "conv":
@@ -169,9 +170,14 @@ class Layouts:
             before = [known for size, known in self.known.items() if len(size) == 3 and known.sample is not None]
             turned = shape[first] != self.samples and shape[second] == self.samples
             if shape[first] == shape[second] == self.samples and before:
-                turned = before[-1].sample == before[-1].feature or (before[-1].sample or 0) > (before[-1].time or 0)
+                turned = (before[-1].sample or 0) > (before[-1].time or 0)
             batch_first = not turned
         return Layout(feature, first, second) if batch_first else Layout(feature, second, first)
+
+
+def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """A layer's parameters, with those of the parts inside it: a parametrization, an attention's output projection."""
+    return list(module.named_parameters(recurse=role_of(module) != "other"))
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

@@ -103,6 +103,8 @@ class NormWatch:
 
     def _sharing(self, x: Tensor) -> Tensor | None:
         """`x` with one row for each statistic; None where that is not plain from the layer."""
+        if self.kind == "frozen":
+            return None
         if self.kind == "batch":
             return by_axis(x, 1)
         if self.kind == "instance":

@@ -19,16 +19,19 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def preserved(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, loader: Any = None) -> Iterator[None]:
     """What is done inside leaves no trace in any of these, be it done, refused or interrupted.
 
-    Kept are parameters and buffers (the very tensors, with their values), gradients, modes and other attributes of
-    every module (lists, dicts and sets among them one level deep), the optimizer's state and settings, and the random
-    states of torch on all devices, of Python, of NumPy where it is loaded, and of the loader's own generator.
+    Kept are parameters (the optimizer's too) and buffers (the very tensors, with their values), gradients, modes and
+    other attributes of every module (lists, dicts and sets among them one level deep), the optimizer's state and
+    settings, and the random states of torch on all devices, of Python, of NumPy where it is loaded, and of the loader's
+    own generator.
     """
     with ExitStack() as undo:
         undo.callback(_randomness(loader))
         # Modules first, tensors after them: `_restore_attributes` brings back the tensors whose values then return.
-        tensors = [_tensor(t) for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values()]
-        undo.callback(_all, tensors)
-        undo.callback(_all, [_gradient(p) for p in model.parameters()])
+        stepped = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = {id(p): p for p in (*model.parameters(), *stepped)}
+        buffers = {id(b): b for b in model.buffers()}
+        undo.callback(_all, [_tensor(t) for t in (parameters | buffers).values()])
+        undo.callback(_all, [_gradient(p) for p in parameters.values()])
         undo.callback(_all, [_attributes(module) for module in model.modules()])
         if optimizer is not None:
             undo.callback(_optimizer(optimizer))

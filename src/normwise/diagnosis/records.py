@@ -204,7 +204,7 @@ class Norm:
     """A norm layer.
 
     Attributes:
-        kind: "batch", "instance", "layer", "group", "rms".
+        kind: "batch", "instance", "layer", "group", "rms", or "frozen" for a FrozenBatchNorm.
         synchronized: its batch statistics are over all ranks.
         batch_statistics: in train mode they are taken over the batch.
         was_training: the layer was in train mode when the model was given.

@@ -12,7 +12,7 @@ from torch.nn.modules.rnn import RNNBase
 from normwise.diagnosis.batches import Batch, Loss, scalar
 from normwise.diagnosis.distributions import Layout, Watched
 from normwise.diagnosis.errors import DiagnosisError
-from normwise.diagnosis.layers import Layouts, Named, layers_of, role_of, tensors_in, units_of
+from normwise.diagnosis.layers import Layouts, Named, layers_of, own_parameters, tensors_in, units_of
 from normwise.diagnosis.norms import NormWatch
 from normwise.diagnosis.padding import Valid, valid_positions
 from normwise.diagnosis.recurrent import RecurrentWatch
@@ -59,7 +59,7 @@ class Watch:
         self.handles: list[Any] = []
         self.recording = self.backward = False
         self.produced: dict[int, Produced] = {}
-        self.layouts = Layouts(1, None)
+        self.layouts = Layouts(1)
         self.samples = 1
         self.valid: Valid | None = None
         self.next = 0
@@ -211,8 +211,3 @@ class Watch:
                 continue
             (path,) = torch.autograd.grad(last.sum(), first, retain_graph=True, allow_unused=True)
             seen.norm.inside_recurrence = seen.norm.inside_recurrence or path is not None
-
-
-def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """A layer's parameters, with those of the parts inside it: a parametrization, an attention's output projection."""
-    return list(module.named_parameters(recurse=role_of(module) != "other"))
