@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 
 _SERVER = multiprocessing.get_context("forkserver")
-# The last is what the first `torch.autograd.grad` imports, half a second long.
-_SERVER.set_forkserver_preload(["normwise", "pytest", "torch.fx.experimental.symbolic_shapes"])
+# What the first torch.autograd.grad, DistributedDataParallel and checkpoint import, half a second each.
+_SERVER.set_forkserver_preload(["normwise", "pytest", "torch.fx.experimental.symbolic_shapes", "torch._dynamo"])
 
 
 def on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:

@@ -129,7 +129,7 @@ def faults() -> dict[str, str]:
         pickle.dumps(layer)
     said["repr"] = repr(layer)
     dist.destroy_process_group()
-    with pytest.raises(RuntimeError, match="not been initialized.*torchrun"):
+    with pytest.raises(RuntimeError, match=r"not been initialized.*torchrun"):
         layer(torch.randn(3, 4))
     return said
 

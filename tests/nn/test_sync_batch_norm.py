@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_sequence
 
 import normwise
 from derivatives import derivatives
