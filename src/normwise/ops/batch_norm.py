@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.ops import check, compiled, ragged, ranks, running
-from normwise.ops.choose import Call, choose, loses_digits, small, values_visible, watches_digits
+from normwise.ops.choose import Call, choose, compiles_plain, loses_digits, plain, values_visible, watches_digits
 from normwise.ops.norm import norm
 from normwise.ops.running import Moved
 from normwise.ops.sync_batch_norm import sync_batch_norm
@@ -123,17 +123,48 @@ def batch_norm_moved(
     assert isinstance(input, Tensor)
     x = input
     alone = mask is None and lengths is None and act is None and residual is None and process_group is None
-    if training and alone and small(x):
-        by_aten = _small(x, running_mean, running_var, weight, bias, momentum, eps)
-        if by_aten is not None:
-            return by_aten, True
-    check.floating("batch_norm", x)
+    if training and alone and plain(x):
+        done = _plain(x, running_mean, running_var, weight, bias, momentum, eps)
+        if done is not None:
+            return done
+    valid = checked(
+        "batch_norm", x, running_mean, running_var, weight, bias, momentum, eps, mask, lengths, act, residual
+    )
+    averages = None if running_mean is None or running_var is None else (running_mean, running_var)
+    batch_statistics = training or averages is None
+    group = None
+    if training and process_group is not None:
+        group = ranks.peers(process_group).group("batch_norm", x.device, {"number of channels": x.shape[1]})
+    if batch_statistics and group is None:
+        enough_values(x, valid, needed=2 if training else 1)
+        if x.numel() == 0:
+            averages = None  # nothing to learn from an empty batch, as in torch
+
+    assert residual is None or isinstance(residual, Tensor)
+    return applied(x, averages, weight, bias, batch_statistics, momentum, eps, valid, act, residual, group)
+
+
+def checked(
+    op: str,
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    act: str | None,
+    residual: Any,
+) -> Tensor | None:
+    """The valid elements, with as many axes as `x`; raises what `batch_norm` says that it raises."""
+    check.floating(op, x)
     check.positive_eps(eps)
     if not isinstance(momentum, Tensor):
         check.momentum_range(momentum)
     if x.dim() < 2:
         raise check.ShapeError(f"expected 2D input or more (got {x.dim()}D input): axis 1 must hold the channels")
-    channels = x.shape[1]
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var go together: give both or neither")
     for name, value in (
@@ -142,24 +173,11 @@ def batch_norm_moved(
         ("weight", weight),
         ("bias", bias),
     ):
-        check.per_channel(name, value, channels)
+        check.per_channel(name, value, x.shape[1])
     check.same_shape("residual", residual, x)
-    valid = check.validity(x, mask, lengths, channel_dim=1)
     if act is not None:
-        activation(act)  # a name that is not known changes nothing
-
-    averages = None if running_mean is None or running_var is None else (running_mean, running_var)
-    batch_statistics = training or averages is None
-    group = None
-    if training and process_group is not None:
-        group = ranks.peers(process_group).group("batch_norm", x.device, {"number of channels": channels})
-    if batch_statistics and group is None:
-        _enough_values(x, valid, needed=2 if training else 1)
-        if x.numel() == 0:
-            averages = None  # nothing to learn from an empty batch, as in torch
-
-    assert residual is None or isinstance(residual, Tensor)
-    return applied(x, averages, weight, bias, batch_statistics, momentum, eps, valid, act, residual, group)
+        activation(act)
+    return check.validity(x, mask, lengths, channel_dim=1)
 
 
 def applied(
@@ -267,7 +285,7 @@ def _compiled(
     )
 
 
-def _small(
+def _plain(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -275,35 +293,20 @@ def _small(
     bias: Tensor | None,
     momentum: float | Tensor,
     eps: float,
-) -> Tensor | None:
-    """ATen's result in training without further ado; None, and nothing moved, where it takes more to say what is
-    right, or wrong."""
-    # Of few values a channel some mean nearly always dwarfs its deviation: ATen's result would be thrown away.
-    if (
-        x.dim() < 2
-        or x.numel() < 16 * x.shape[1]
-        or type(momentum) is not float
-        or not 0 <= momentum <= 1
-        or not eps > 0
-    ):
+) -> tuple[Tensor, Moved] | None:
+    """A plain call (see `choose.plain`) in training, by the compiled kernel without further ado; None, and nothing
+    moved, where it takes more to say what is right, or wrong."""
+    if x.dim() < 2 or not compiles_plain(x) or type(momentum) is not float or not 0 <= momentum <= 1 or not eps > 0:
         return None
-    if running_mean is None or running_var is None:
+    if running_mean is None or running_var is None or x.numel() < 2 * x.shape[1]:
         return None
-    per_channel = (x.shape[1],)
-    if any(t is not None and t.shape != per_channel for t in (running_mean, running_var, weight, bias)):
-        return None  # this form of ATen's op does not look
-    before = running_mean.clone(), running_var.clone()
-    # `.data`: see `_aten`.
-    moved = running_mean.data, running_var.data
-    try:
-        y, mean, rstd = torch.native_batch_norm(x, weight, bias, *moved, True, momentum, eps)
-    except RuntimeError:
-        return None  # the full path says what does not fit
-    if loses_digits(mean, rstd):
-        for average, old in zip(moved, before, strict=True):
-            average.copy_(old)
+    channels = x.shape[1:2]
+    for t in (running_mean, running_var):
+        if t.shape != channels or t.dtype is not torch.float32 or not t.is_cpu or not t.is_contiguous():
+            return None
+    if (weight is not None and weight.shape != channels) or (bias is not None and bias.shape != channels):
         return None
-    return y
+    return compiled.channels(x, None, weight, bias, (running_mean, running_var), None, True, momentum, eps, None)
 
 
 def _aten(
@@ -338,7 +341,7 @@ def _aten(
     return y, running.replace(averages, (mean, var))
 
 
-def _enough_values(x: Tensor, valid: Tensor | None, needed: int) -> None:
+def enough_values(x: Tensor, valid: Tensor | None, needed: int) -> None:
     """A channel needs one value for a mean and two for a deviation."""
     if valid is None:
         if needed > 1:

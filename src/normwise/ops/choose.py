@@ -39,7 +39,7 @@ RUNNING_SUM_LIMIT = 1 << 14
 SMALLEST_RSTD = 1e-19
 
 # Elements up to which ATen's own call and gradient take less time than an autograd function written in Python.
-SMALL = 1 << 15
+SMALL = 1 << 13
 
 
 class BackendError(RuntimeError):
@@ -171,19 +171,30 @@ def watches_digits(x: Tensor) -> bool:
     return _Forced.name is None and x.device.type == "cpu" and x.numel() > 0 and values_visible(x)
 
 
-def small(x: Tensor) -> bool:
-    """Whether a call with nothing but an input and parameters is so small that calling ATen costs less than anything
-    that Python does: where no backend is forced and no compiler or transform looks on."""
+def plain(x: Tensor) -> bool:
+    """Whether a call with nothing but this input and parameters leaves no question open: no backend is forced, and no
+    compiler or transform looks on. Such calls are short, and what Python does in them counts."""
     return (
         type(x) is Tensor
         and x.dtype is torch.float32
-        and 0 < x.numel() <= SMALL
         and x.is_cpu
-        and not x.is_nested
+        and x.layout is torch.strided
         and _Forced.name is None
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
+        and not x.is_nested
+        and not x.is_neg()
     )
+
+
+def small(x: Tensor) -> bool:
+    """Whether a plain call is so small that calling ATen costs less than anything that Python does."""
+    return 0 < x.numel() <= SMALL
+
+
+def compiles_plain(x: Tensor) -> bool:
+    """Whether our C++ kernels take a plain call."""
+    return x.is_contiguous() and x.numel() > 0 and cpu.available()
 
 
 def loses_digits(mean: Tensor, rstd: Tensor) -> bool:
@@ -241,6 +252,8 @@ def _torch_obstacle(call: Call) -> str | None:
         return "ATen's kernels take no mask"
     if not call.fixed_momentum:
         return "ATen takes momentum as a number only"
+    if call.op == "batch_norm" and call.batch_statistics and call.averages and call.x.numel() == call.x.shape[1]:
+        return "ATen moves the running variance to NaN by the deviation of a single value"
     weight = call.weight
     if weight is not None and weight.dtype != call.x.dtype:
         half = call.x.dtype in (torch.bfloat16, torch.float16)

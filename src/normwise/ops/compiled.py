@@ -36,9 +36,8 @@ def rows(
     if not _differentiates(x, residual, weight, bias):
         y, s, _ = rows_forward(x, cols, weight, bias, eps, center=center, act=act, residual=residual, mask=mask)
         return y, s
-    if residual is None:
-        return _Rows.apply(x, None, weight, bias, mask, cols, eps, center, act), x
-    return _Rows.apply(x, residual, weight, bias, mask, cols, eps, center, act)  # type: ignore[no-any-return]
+    out = _Rows.apply(x, residual, weight, bias, mask, (cols, eps, center, act))
+    return (out, x) if residual is None else out
 
 
 def groups(
@@ -87,16 +86,16 @@ class _Rows(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         mask: Tensor | None,
-        cols: int,
-        eps: float,
-        center: bool,
-        act: str | None,
+        settings: tuple[int, float, bool, str | None],
     ) -> Any:
+        cols, eps, center, act = settings
         y, s, stats = rows_forward(x, cols, weight, bias, eps, center=center, act=act, residual=residual, mask=mask)
         ctx.save_for_backward(s, weight, bias, mask, stats)
-        ctx.settings = cols, eps, center, act
+        ctx.settings = settings
+        if residual is None:
+            return y
         ctx.set_materialize_grads(False)
-        return y if residual is None else (y, s)
+        return y, s
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None = None) -> Any:
@@ -119,7 +118,7 @@ class _Rows(torch.autograd.Function):
                 dy, s, stats, cols, weight, bias, center=center, act=act, mask=mask, dsum=dsum
             )
         dresidual = ds if ctx.needs_input_grad[1] else None
-        return ds, dresidual, _as(dweight, weight), _as(dbias, bias), *(None,) * 5
+        return ds, dresidual, _as(dweight, weight), _as(dbias, bias), None, None
 
 
 class _Groups(torch.autograd.Function):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops.choose import loses_digits, small, watches_digits
-from normwise.ops.features import feature_norm
+from normwise.ops.choose import loses_digits, plain, small, watches_digits
+from normwise.ops.features import feature_norm, plain_rows
 
 
 def layer_norm(
@@ -44,8 +44,8 @@ def layer_norm(
         act: "relu", "leaky_relu", "silu" or "gelu", applied last.
         residual: like the input, added before the statistics are taken.
         process_group: the features are spread over the ranks of this group, unevenly if need be, and `input`,
-            `normalized_shape`, `weight` and `bias` are this rank's shard; mean and variance are those of the whole rows.
-            All ranks must call with the same rows.
+            `normalized_shape`, `weight` and `bias` are this rank's shard; mean and variance are those of whole rows. All
+            ranks must call with the same rows.
 
     Returns:
         Like the input (or the pair); 0 at invalid positions, which neither enter the statistics nor receive a gradient.
@@ -55,8 +55,16 @@ def layer_norm(
 
     Source: Ba, Kiros & Hinton 2016, eq. 3 and 4.
     """
-    if dim is None and mask is None and lengths is None and act is None and residual is None and process_group is None and eps > 0:
-        y = _small(input, normalized_shape, weight, bias, eps)
+    if (
+        dim is None
+        and mask is None
+        and lengths is None
+        and act is None
+        and residual is None
+        and process_group is None
+        and eps > 0
+    ):
+        y = _plain(input, normalized_shape, weight, bias, eps)
         if y is not None:
             return y
     return feature_norm(  # type: ignore[no-any-return]
@@ -77,12 +85,14 @@ def layer_norm(
     )
 
 
-def _small(
+def _plain(
     x: Tensor | PackedSequence, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor | None:
-    """ATen's result without further ado; None where it takes more to say what is right, or wrong."""
-    if not isinstance(x, Tensor) or not small(x):
+    """The result without further ado; None where it takes more to say what is right, or wrong."""
+    if not isinstance(x, Tensor) or not plain(x):
         return None
+    if not small(x):
+        return plain_rows(x, normalized_shape, weight, bias, eps, center=True)
     try:
         y, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
     except (RuntimeError, TypeError):
