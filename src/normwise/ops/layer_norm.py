@@ -44,8 +44,8 @@ def layer_norm(
         act: "relu", "leaky_relu", "silu" or "gelu", applied last.
         residual: like the input, added before the statistics are taken.
         process_group: the features are spread over the ranks of this group, unevenly if need be, and `input`,
-            `normalized_shape`, `weight` and `bias` are this rank's shard; mean and variance are those of whole rows. All
-            ranks must call with the same rows.
+            `normalized_shape`, `weight` and `bias` are this rank's shard; mean and variance are those of whole rows.
+            All ranks must call with the same rows.
 
     Returns:
         Like the input (or the pair); 0 at invalid positions, which neither enter the statistics nor receive a gradient.
