@@ -18,7 +18,7 @@ from normwise.surgery.targets import TARGETS
 
 Target: TypeAlias = Literal["batch", "frozen", "group", "layer", "normwise", "renorm", "sync", "torch"]
 
-_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
     "silu": nn.SiLU,
@@ -87,7 +87,7 @@ it (SyncBatchNorm, GroupNorm) | the same
     make, kinds, verb = _plan(to, recurrent, options)
     _convertible(model, inplace)
     if not inplace:
-        model = _copied(model)
+        model = copied(model, "convert")
     candidates = layers(model, kinds)
     if not candidates:
         wanted = "recurrent layer" if recurrent else "normalization layer"
@@ -163,7 +163,7 @@ def _made(
     notes = [note]
     act = getattr(old, "act", None)
     if isinstance(act, str) and getattr(new, "act", None) is None:
-        new = nn.Sequential(new, _ACTIVATIONS[act]())
+        new = nn.Sequential(new, ACTIVATIONS[act]())
         notes.append("its activation follows, so the names of its parameters begin with '0.'")
     notes.append(carry_rest(old, new))
     return new, "; ".join(filter(None, notes))
@@ -196,10 +196,8 @@ def _convertible(model: nn.Module, inplace: bool) -> None:
         )
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, verb: str) -> nn.Module:
     try:
         return copy.deepcopy(model)
     except Exception as error:
-        raise type(error)(
-            f"{error}\nconvert could not copy the model: pass inplace=True to change it itself"
-        ) from error
+        raise type(error)(f"{error}\n{verb} could not copy the model: pass inplace=True to change it itself") from error

@@ -1,0 +1,259 @@
+"""fold: normalization layers of a trained model that become part of the layers beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from normwise.surgery.convert import ACTIVATIONS, copied
+from normwise.surgery.graph import CONVS, LINEAR, TRANSPOSED, Calls, ways_through
+from normwise.surgery.report import Change, Refusal, Report, Skip, Surgery
+from normwise.surgery.select import BATCH, Layer, Where, chosen, kind_of, layers
+
+_BY_FEATURES = (nn.LayerNorm, nn.RMSNorm)
+_ROWS = "taken to be of rows (N, C), as BatchNorm beside a Linear is: pass example= to be sure"
+
+
+def fold(model: nn.Module, example: Any = None, *, where: Where = None, inplace: bool = False) -> Surgery:
+    r"""Work the norms of a model in evaluation into the weights beside them, and take them out.
+
+        model, report = normwise.fold(model.eval())
+
+    With s = gamma / sqrt(running_var + eps) and t = beta - s * running_mean, a BatchNorm is s * x + t, and so
+
+        of a layer before it, W x + b:    (s W) x + (s b + t)      conv, transposed conv, linear; any groups
+        of a layer behind it:             (W s) x + (b + W t)      linear, and conv without zeros in its padding
+
+    which leaves nothing to be done (an `act=` remains, as a module). Of a LayerNorm or RMSNorm, gain and bias go into
+    the linear layers behind it, and it only standardizes. Computed in float64 and rounded once.
+
+    Only what is exact is folded: torch.fx follows the model's forward, and where the result between the two layers is
+    used elsewhere too, a layer is called twice or shares a weight, or anything else looks on, the pair is left alone
+    and the report says why. The report may note what the result relies on.
+
+    Args:
+        model: in evaluation; left as it is, unless `inplace`.
+        example: the argument of one call, or a tuple of them; sizes are then known rather than assumed.
+        where: which norms: a pattern of names, a class, several of these, or a function of name and module.
+        inplace: change `model` itself, and return it.
+
+    Returns:
+        (model, report).
+
+    Raises:
+        ValueError: the model is in training mode, has no norm that can be folded, or cannot be followed.
+        After an error the model is as it was.
+    """
+    if model.training:
+        raise ValueError(
+            "fold needs the model in evaluation, where norms are fixed numbers: call model.eval() first (in training "
+            "a BatchNorm follows its batches, and cannot be folded)"
+        )
+    if not inplace:
+        model = copied(model, "fold")
+    candidates = layers(model, (*BATCH, *_BY_FEATURES))
+    meant = chosen(candidates, where)
+    ways, note = ways_through(model) if candidates else ([], "")
+    if example is not None:
+        for way in ways[:1]:
+            arguments = example if isinstance(example, tuple) else (example,)
+            ShapeProp(fx.GraphModule(model, way.graph)).propagate(*arguments)
+    report = Report("fold")
+    for one in candidates:
+        result = _fold(model, one, ways) if meant(one) else Refusal("not meant by where=")
+        if isinstance(result, Refusal):
+            report.skipped.append(Skip(one.name, one.kind, str(result)))
+        else:
+            into, *notes = result
+            report.changed.append(Change(one.name, one.kind, into, "; ".join(filter(None, [*notes, note]))))
+    if not report.changed:
+        reasons = "".join(f"\n  {name or '(the model)'}: {layer}: {reason}" for name, layer, reason in report.skipped)
+        raise ValueError(
+            "fold found no norm that can be folded exactly: it takes BatchNorm beside a convolution or a linear layer, "
+            f"and LayerNorm before a linear layer, called one after the other and nowhere else.{reasons}"
+        )
+    return Surgery(model, report)
+
+
+def _fold(model: nn.Module, one: Layer, ways: list[Calls]) -> list[str] | Refusal:
+    """Fold one norm; where it went and what the result relies on, or why it stays."""
+    norm = one.module
+    try:
+        _foldable(norm, ways)
+        if isinstance(norm, _BY_FEATURES):
+            return _gain_into_next(model, norm, ways)
+        try:
+            return _into_previous(model, one, ways)
+        except Refusal as before:
+            try:
+                return _into_next(model, one, ways)
+            except Refusal as behind:
+                return Refusal(f"{before}; {behind}")
+    except Refusal as why:
+        return why
+
+
+def _foldable(norm: nn.Module, ways: list[Calls]) -> None:
+    for way in ways:
+        way.call(norm)
+    if norm.training:
+        raise Refusal("it is in training mode: call model.eval()")
+    if isinstance(norm, BATCH) and norm.running_mean is None:
+        raise Refusal("track_running_stats=False: it follows its batches in evaluation too")
+    if isinstance(norm, _BY_FEATURES) and (norm.weight is None or len(norm.normalized_shape) != 1):
+        raise Refusal("it has no gain to fold" if norm.weight is None else "it normalizes several axes")
+    if isinstance(norm, _BY_FEATURES) and getattr(norm, "dim", None) not in (None, -1, (-1,)):
+        raise Refusal("it does not normalize the last axis, on which a linear layer works")
+    if isinstance(norm, _BY_FEATURES) and getattr(norm, "act", None) is not None:
+        raise Refusal("an activation follows its gain and bias")
+
+
+def _into_previous(model: nn.Module, one: Layer, ways: list[Calls]) -> list[str]:
+    norm = one.module
+    found = {_before(way, norm) for way in ways}
+    if len(found) != 1:
+        raise Refusal("the layer before it depends on the arguments of the call")
+    (layer,) = found
+    if layer.weight.shape[1 if isinstance(layer, TRANSPOSED) else 0] * _groups(layer, TRANSPOSED) != norm.num_features:
+        raise Refusal(f"the {kind_of(layer)} before it has another number of channels")
+    note = _rows(ways, norm, layer)
+    scale, shift = _scale_and_shift(norm)
+    weight = layer.weight.double()
+    if isinstance(layer, TRANSPOSED):  # (in, out / groups, ...), and group after group along `in`
+        by_group = scale.view(layer.groups, 1, -1).expand(-1, weight.shape[0] // layer.groups, -1).flatten(0, 1)
+        weight = weight * by_group.view(*by_group.shape, *(1,) * (weight.dim() - 2))
+    else:
+        weight = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
+    bias = shift if layer.bias is None else shift + scale * layer.bias.double()
+    _set(layer, weight, bias)
+    _take_out(model, one, ways)
+    return [f"folded into {_named(model, layer)}", note]
+
+
+def _into_next(model: nn.Module, one: Layer, ways: list[Calls]) -> list[str]:
+    norm = one.module
+    if getattr(norm, "act", None) is not None:
+        raise Refusal("its activation stands between it and the layer behind it")
+    behind = _behind(ways, norm, (*CONVS, nn.Linear))
+    notes = []
+    for layer in behind:
+        if isinstance(layer, CONVS) and any(layer._reversed_padding_repeated_twice) and layer.padding_mode == "zeros":
+            raise Refusal("the convolution behind it pads with zeros, which the norm does not see")
+        if layer.weight.shape[1] * _groups(layer, CONVS) != norm.num_features:
+            raise Refusal(f"the {kind_of(layer)} behind it takes another number of channels")
+        notes.append(_rows(ways, norm, layer))
+    for layer in behind:
+        _scale_input(layer, *_scale_and_shift(norm))
+    _take_out(model, one, ways)
+    return [f"folded into {', '.join(_named(model, layer) for layer in behind)}", *dict.fromkeys(notes)]
+
+
+def _gain_into_next(model: nn.Module, norm: Any, ways: list[Calls]) -> list[str]:
+    behind = _behind(ways, norm, (nn.Linear,))
+    if any(layer.in_features != norm.normalized_shape[0] for layer in behind):
+        raise Refusal("a linear layer behind it takes another number of features")
+    shift = getattr(norm, "bias", None)
+    for layer in behind:
+        _scale_input(layer, norm.weight.double(), None if shift is None else shift.double())
+    norm.elementwise_affine = False
+    norm.weight = None
+    if hasattr(norm, "bias"):
+        norm.bias = None
+    return [f"only standardizes; gain and bias in {', '.join(_named(model, layer) for layer in behind)}"]
+
+
+def _before(way: Calls, norm: nn.Module) -> Any:
+    """The layer whose result the norm takes, and nobody else."""
+    source = way.call(norm).args[0]
+    layer = way.module(source)
+    if not isinstance(layer, LINEAR):
+        raise Refusal("before it stands no convolution or linear layer")
+    way.call(layer)
+    assert isinstance(source, fx.Node)
+    if len(source.users) != 1:
+        raise Refusal(f"the result of the {kind_of(layer)} before it is used elsewhere too")
+    return layer
+
+
+def _behind(ways: list[Calls], norm: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Any]:
+    """The layers that take the norm's result, of these kinds all of them."""
+    found = []
+    for way in ways:
+        users = [way.module(user) for user in way.call(norm).users]
+        if not users or not all(isinstance(layer, kinds) for layer in users):
+            raise Refusal("behind it stands something else than a convolution or linear layer")
+        for layer in users:
+            assert layer is not None
+            way.call(layer)
+        found.append(users)
+    if any({*map(id, users)} != {*map(id, found[0])} for users in found):
+        raise Refusal("the layers behind it depend on the arguments of the call")
+    return found[0]
+
+
+def _rows(ways: list[Calls], norm: nn.Module, layer: nn.Module) -> str:
+    """What must be assumed of the axes: a linear layer works on the last one, a BatchNorm on axis 1."""
+    known = ways[0].call(norm).meta.get("tensor_meta")
+    if known is not None:
+        axes = 2 if isinstance(layer, nn.Linear) else layer.weight.dim()  # type: ignore[operator]
+        if len(known.shape) != axes:
+            raise Refusal(f"beside a {kind_of(layer)} its input must have {axes} axes, but has {len(known.shape)}")
+        return ""
+    return _ROWS if isinstance(layer, nn.Linear) else ""
+
+
+def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
+    """s and t of a BatchNorm in evaluation, s * x + t, in float64."""
+    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -scale * norm.running_mean.double()
+    return scale.detach(), (shift if norm.bias is None else shift + norm.bias.double()).detach()
+
+
+def _scale_input(layer: Any, scale: Tensor, shift: Tensor | None) -> None:
+    """W (s x + t) + b = (W s) x + (b + W t)."""
+    weight = layer.weight.double()
+    groups = _groups(layer, CONVS)
+    shape = (groups, 1, -1, *(1,) * (weight.dim() - 2))
+    by_group = weight.unflatten(0, (groups, -1))
+    bias = None if layer.bias is None else layer.bias.double()
+    if shift is not None:
+        more = (by_group * shift.view(shape)).flatten(2).sum(2).flatten()
+        bias = more if bias is None else bias + more
+    _set(layer, (by_group * scale.view(shape)).flatten(0, 1), bias)
+
+
+def _set(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        if bias is None:
+            return
+        if layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_empty(bias.shape), requires_grad=layer.weight.requires_grad)
+        layer.bias.copy_(bias)
+
+
+def _take_out(model: nn.Module, one: Layer, ways: list[Calls]) -> None:
+    """An identity, or the norm's activation, stands in all its places from now on."""
+    act = getattr(one.module, "act", None)
+    if act is None:
+        for way in ways:
+            way.remove(one.module)
+    left = nn.Identity() if act is None else ACTIVATIONS[act]()
+    left.train(False)
+    for name in one.names:
+        parent, _, key = name.rpartition(".")
+        model.get_submodule(parent)._modules[key] = left
+
+
+def _groups(layer: Any, kinds: tuple[type[nn.Module], ...]) -> int:
+    return layer.groups if isinstance(layer, kinds) else 1  # type: ignore[no-any-return]
+
+
+def _named(model: nn.Module, layer: nn.Module) -> str:
+    name = next(name for name, module in model.named_modules() if module is layer)
+    return f"{kind_of(layer)} {name}"
