@@ -1,6 +1,7 @@
 """Layers: parameters, running state and initialisation; each forward is one call into `normwise.ops`."""
 
 from normwise.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from normwise.nn.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, Ramp
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from normwise.nn.group_norm import GroupNorm
 from normwise.nn.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
@@ -16,6 +17,9 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchRenorm1d",
+    "BatchRenorm2d",
+    "BatchRenorm3d",
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
@@ -28,5 +32,6 @@ __all__ = [
     "LayerNorm",
     "RMSNorm",
     "RNNCell",
+    "Ramp",
     "SyncBatchNorm",
 ]

@@ -95,7 +95,9 @@ def corrected(
         return renorm_correction(batch, running_mean, running_var, r_max, d_max, eps)
     limits = [torch.as_tensor(limit, dtype=batch.mean.dtype, device=batch.mean.device) for limit in (r_max, d_max)]
     with torch.no_grad():
-        return _renorm_correction(batch.mean, batch.var, running_mean, running_var, *limits, eps)
+        return _renorm_correction(  # type: ignore[no-any-return]
+            batch.mean, batch.var, running_mean, running_var, *limits, eps
+        )
 
 
 # A compiled backward may compute again what is cheap; r and d would then come from averages that have moved. The

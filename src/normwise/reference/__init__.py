@@ -5,6 +5,7 @@ Kernels are tested against it and never the other way round.
 """
 
 from normwise.reference.activations import ACTIVATIONS, activation
+from normwise.reference.batch_renorm import batch_renorm, renorm_correction
 from normwise.reference.moments import (
     Moments,
     accumulation_dtype,
@@ -22,6 +23,7 @@ __all__ = [
     "Moments",
     "accumulation_dtype",
     "activation",
+    "batch_renorm",
     "centre",
     "centre_in_two",
     "combined",
@@ -30,4 +32,5 @@ __all__ = [
     "moments",
     "norm",
     "norm_backward",
+    "renorm_correction",
 ]
