@@ -48,18 +48,19 @@ def cases() -> Iterator[Case]:
         [tensor((8192, 768))],
         their_step=_gelu,
     )
-    yield _masked()
+    yield _masked(channels_last=False)
+    yield _masked(channels_last=True)
 
 
-def _masked() -> Case:
+def _masked(channels_last: bool) -> Case:
     """What a mask costs: ours with one against ours without."""
     shape = IMAGES[0]
     mask = torch.rand(shape[0], *shape[2:]) < 0.8
     return layer_case(
-        f"masked BatchNorm {shape}",
+        f"masked BatchNorm {shape}{' channels-last' if channels_last else ''}",
         normwise.BatchNorm2d(64),
         normwise.BatchNorm2d(64),
-        [tensor(shape)],
+        [tensor(shape, channels_last=channels_last)],
         our_step=lambda layer, inputs: (layer(inputs[0], mask=mask),),
         against="normwise without a mask",
         must=1.15,
