@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= normwise-out
 STAMP := $(VENV)/.installed
 
-.PHONY: compare test lint format bench clean
+.PHONY: compare test lint format bench docs clean
 
 compare: $(STAMP)
 	$(BIN)/normwise compare --out $(OUT)
@@ -20,6 +20,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks --json bench.json
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --quiet --site-dir site
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
