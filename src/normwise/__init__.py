@@ -37,7 +37,17 @@ from normwise.nn import (
 from normwise.ops.check import ShapeError
 from normwise.ops.choose import BackendError, KernelWarning, backend
 from normwise.reference.recurrence import Recurrence
-from normwise.surgery import convert, fold, freeze, frozen, recalibrate, unfreeze
+from normwise.surgery import (
+    convert,
+    fold,
+    freeze,
+    from_flax,
+    from_keras,
+    from_keras_momentum,
+    frozen,
+    recalibrate,
+    unfreeze,
+)
 
 if TYPE_CHECKING:
     from normwise.diagnosis import Diagnosis, diagnose
@@ -79,6 +89,9 @@ __all__ = [
     "fold",
     "diagnose",
     "freeze",
+    "from_flax",
+    "from_keras",
+    "from_keras_momentum",
     "frozen",
     "functional",
     "recalibrate",

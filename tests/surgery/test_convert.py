@@ -25,6 +25,8 @@ def ours(layer: nn.Module) -> bool:
         ("group", normwise.GroupNorm),
         ("layer", normwise.LayerNorm),
         ("batch", nn.modules.batchnorm._BatchNorm),
+        ("renorm", nn.modules.batchnorm._BatchNorm),
+        ("sync", normwise.SyncBatchNorm),
         ("frozen", normwise.nn.frozen_batch_norm.FrozenBatchNorm),
     ],
 )
@@ -43,7 +45,7 @@ def test_every_batch_norm_becomes_the_target_at_any_depth(to, wanted):
     assert type(model.stem[1]) is nn.BatchNorm2d
 
 
-@pytest.mark.parametrize("to", ["batch", "frozen", "normwise"])
+@pytest.mark.parametrize("to", ["batch", "frozen", "normwise", "renorm"])
 def test_kinds_of_batch_norm_keep_statistics_and_results(to):
     model = net().eval()
     new, _ = normwise.convert(model, to=to)
@@ -203,6 +205,7 @@ def test_an_activation_goes_along():
         (nn.SyncBatchNorm(4), "batch", "spatial="),
         (nn.GroupNorm(2, 4), "frozen", "no running statistics"),
         (nn.BatchNorm2d(4, track_running_stats=False), "frozen", "track_running_stats"),
+        (nn.BatchNorm2d(4, track_running_stats=False), "renorm", "track_running_stats"),
         (nn.LazyBatchNorm2d(), "group", "lazy"),
         (nn.utils.spectral_norm(nn.BatchNorm2d(4)), "group", "weight_orig"),
     ],
@@ -214,6 +217,24 @@ def test_what_cannot_be_expressed_is_skipped_with_the_reason(layer, to, reason):
     assert report.skipped[0].name == "0"
     assert reason in report.skipped[0].reason
     assert reason in str(report)
+
+
+def test_options_reach_the_new_layers():
+    new = normwise.convert(net(), to="renorm", momentum=0.01, r_max=2.0).model
+    assert (new.stem[1].momentum, new.stem[1].r_max) == (0.01, 2.0)
+    assert type(new.head[1]) is normwise.BatchRenorm1d
+
+
+def test_sync_and_back():
+    model = net().eval()
+    sync, report = normwise.convert(model, to="sync")
+    x = torch.randn(IMAGES)
+    assert_close(sync(x), model(x), kind="composed", count=100)
+    assert report.skipped[0].layer == "nn.LayerNorm"
+    assert isinstance(normwise.convert(sync, to="torch").model.stem[1], nn.SyncBatchNorm)
+    back, _ = normwise.convert(sync, to="batch", spatial=2, where=("stem.*", "blocks.*"))
+    assert type(back.stem[1]) is normwise.BatchNorm2d
+    assert_close(back(x), model(x), kind="composed", count=100)
 
 
 def test_the_rank_can_be_given():
@@ -249,6 +270,8 @@ def test_where_chooses_by_name_class_or_function(where, converted):
         ({"to": "group", "groups": 4}, TypeError, "groups"),
         ({"to": "group", "where": 3}, TypeError, "where must be"),
         ({"recurrent": "layer"}, ValueError, "no recurrent layer"),
+        ({"to": "sync", "process_group": "all"}, TypeError, "process_group must be"),
+        ({"to": "renorm", "r_max": 0.5}, ValueError, "r_max must be at least 1"),
     ],
 )
 @pytest.mark.parametrize("inplace", [False, True])

@@ -2,8 +2,21 @@
 
 from normwise.surgery.convert import convert
 from normwise.surgery.fold import fold
+from normwise.surgery.foreign import from_flax, from_keras, from_keras_momentum
 from normwise.surgery.freeze import freeze, frozen, unfreeze
 from normwise.surgery.recalibrate import recalibrate
-from normwise.surgery.report import Report
+from normwise.surgery.report import Report, Surgery
 
-__all__ = ["Report", "convert", "fold", "freeze", "frozen", "recalibrate", "unfreeze"]
+__all__ = [
+    "Report",
+    "Surgery",
+    "convert",
+    "fold",
+    "freeze",
+    "from_flax",
+    "from_keras",
+    "from_keras_momentum",
+    "frozen",
+    "recalibrate",
+    "unfreeze",
+]

@@ -251,7 +251,7 @@ def _take_out(model: nn.Module, one: Layer, ways: list[Calls]) -> None:
 
 
 def _groups(layer: Any, kinds: tuple[type[nn.Module], ...]) -> int:
-    return layer.groups if isinstance(layer, kinds) else 1  # type: ignore[no-any-return]
+    return int(getattr(layer, "groups", 1)) if isinstance(layer, kinds) else 1
 
 
 def _named(model: nn.Module, layer: nn.Module) -> str:

@@ -28,6 +28,8 @@ def to_batch(layer: nn.Module, *, spatial: int | None = None, **options: Any) ->
 
 def to_renorm(layer: nn.Module, *, spatial: int | None = None, **options: Any) -> Made:
     """normwise.BatchRenorm1d/2d/3d."""
+    if isinstance(layer, BATCH) and getattr(layer, "running_mean", None) is None:
+        raise Refusal("track_running_stats=False: there are no running averages to correct a batch towards")
     return _batch_family(layer, "BatchRenorm", spatial, options)
 
 
