@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from normwise.lab import spec as spec_module
 from normwise.lab import watch
 from normwise.lab.errors import LabError
 from normwise.lab.run import run
@@ -182,6 +185,25 @@ def test_the_key_depends_on_everything_that_determines_a_run(monkeypatch):
         patch.setenv("NORMWISE_BACKEND", "reference")
         keys.add(SPEC.key())
     assert len(keys - {key}) == len(changes) + 4
+
+
+def test_every_file_of_the_lab_that_computes_a_run_is_part_of_its_key():
+    """What run.py imports within the lab, directly or not; a task's own files are hashed with the task."""
+    lab, seen, stack = Path(spec_module.__file__).parent, set(), ["run.py"]
+    while stack:
+        name = stack.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for module in re.findall(r"^from normwise\.lab\.([\w.]+) import", (lab / name).read_text(), re.MULTILINE):
+            path = module.replace(".", "/")
+            stack.append(f"{path}.py" if (lab / f"{path}.py").exists() else f"{path}/__init__.py")
+        for names in re.findall(r"^from normwise\.lab import ([\w, ]+)$", (lab / name).read_text(), re.MULTILINE):
+            stack += [f"{module.strip()}.py" for module in names.split(",")]
+    of_tasks = {name for name in seen if name.startswith("tasks/") and name != "tasks/base.py"}
+    # These carry values from here to there and put in none of their own.
+    carriers = {"spec.py", "errors.py", "checkpoint.py"}
+    assert seen - of_tasks - carriers == set(spec_module.COMPUTES)
 
 
 def test_the_key_follows_a_user_s_file_and_not_its_place(tmp_path):

@@ -23,7 +23,11 @@ Value = TypeVar("Value")
 def compare(
     tasks: Annotated[
         list[str] | None,
-        typer.Argument(metavar="TASK", help="mlp, cnn, rnn, lstm, transformer. Default: mlp cnn.", show_default=False),
+        typer.Argument(
+            metavar="TASK",
+            help="mlp, cnn, rnn, lstm, transformer; charlm: the three tasks on text. Default: mlp cnn.",
+            show_default=False,
+        ),
     ] = None,
     norms: Annotated[
         str | None,
@@ -44,6 +48,10 @@ def compare(
     task: Annotated[
         list[str] | None,
         typer.Option(metavar="FILE.py:function", help="A task of your own; see examples/custom_task.py."),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="What charlm reads, in UTF-8. Default: Python's own help topics."),
     ] = None,
     out: Annotated[
         Path, typer.Option(metavar="DIR", file_okay=False, help="Where runs.sqlite and report.html go.")
@@ -70,7 +78,7 @@ def compare(
     from normwise.lab.sweep import cores
     from normwise.lab.tasks import load_task
 
-    names = list(dict.fromkeys([*(tasks or []), *(task or [])])) or list(DEFAULT_TASKS)
+    names = _references(tasks or [], task or [], text)
     specs = [
         spec
         for name in names
@@ -92,6 +100,19 @@ def compare(
         _print_json(rows, store.path, report)
     else:
         _print_tables(rows, store.path, report)
+
+
+def _references(tasks: Sequence[str], own: Sequence[str], text: Path | None) -> list[str]:
+    """What ``load_task`` takes: groups of tasks as their members, tasks on text with their file, each once."""
+    from normwise.lab.tasks import GROUPS, TEXTS
+
+    asked = [*tasks, *own] or list(DEFAULT_TASKS)
+    names = dict.fromkeys(name for group in asked for name in GROUPS.get(group, (group,)))
+    if text is None:
+        return list(names)
+    if not names.keys() & set(TEXTS):
+        raise typer.BadParameter(f"only tasks on text read a file: {', '.join([*GROUPS, *TEXTS])}", param_hint="--text")
+    return [f"{name}@{text.absolute()}" if name in TEXTS else name for name in names]
 
 
 def _list(text: str | None, kind: Callable[[str], Value], option: str) -> list[Value] | None:
@@ -187,21 +208,23 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
 
 
 def _table(task: str, rows: Sequence[Row]) -> Table:
-    """A column a batch size; the norms' accuracies above, also on parts of the cases, their training losses below."""
+    """A column a batch size; what decides above, accuracies also on parts of the cases, training losses below."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from normwise.lab.score import parts_of
+    from normwise.lab.score import BITS, parts_of
 
     sizes = list(dict.fromkeys(row.batch_size for row in rows))
     cells = {(row.norm, row.batch_size): row for row in rows}
     norms = list(dict.fromkeys(row.norm for row in rows))
     table = Table(title=task, title_justify="left", title_style="bold", header_style="", box=SIMPLE_HEAD)
-    table.add_column("held-out accuracy, %")
+    table.add_column(
+        "held-out bits per character" if any(row.criterion == BITS for row in rows) else "held-out accuracy, %"
+    )
     for size in sizes:
         table.add_column(f"batch {size}", justify="right")
     for norm in norms:
-        table.add_row(norm, *(_accuracy(cells[norm, size]) for size in sizes))
+        table.add_row(norm, *(_criterion(cells[norm, size]) for size in sizes))
     for part in parts_of(rows):
         table.add_section()
         table.add_row(f"accuracy on {part}, %")
@@ -214,10 +237,12 @@ def _table(task: str, rows: Sequence[Row]) -> Table:
     return table
 
 
-def _accuracy(row: Row) -> str:
+def _criterion(row: Row) -> str:
     if row.status != "done":
         return f"[dim]{row.status}[/dim]  "
-    text = f"{_number(row, 'accuracy', '.1f', 100)} {MARKS[row.mark]}"
+    in_percent = row.criterion == "accuracy"
+    number = _number(row, "accuracy", ".1f", 100) if in_percent else _number(row, row.criterion, ".3f")
+    text = f"{number} {MARKS[row.mark]}"
     return f"[bold]{text}[/bold]" if row.mark else text
 
 

@@ -98,7 +98,7 @@ def _train(spec: Spec, task: Task, result: Result, kept: Path | None) -> None:
         result.record(0, {"train/longest": float(lengths.max())})
         result.record_over_time("start", probe.over_time(model))
     gradients_every = max(1, spec.steps // GRADIENT_POINTS)
-    probe_every = max(1, spec.steps // task.looks)
+    probe_every = max(task.looks_apart, spec.steps // task.looks)
     record_every = math.ceil(spec.steps / TRAIN_POINTS)
     window: list[tuple[float, float, float]] = []
     kept_last = time.monotonic()

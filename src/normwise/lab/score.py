@@ -7,7 +7,8 @@ The rules, which the report prints as well:
 - **Learning rate.** Every norm is offered the same grid. Of each norm and batch size, the rate with the lowest training
   loss (mean over the last tenth of the steps, then over the seeds) is taken; held-out cases have no say. A run whose
   loss became infinite or NaN counts as an infinite loss.
-- **Best.** The highest mean accuracy on the held-out cases, in eval mode, after the last step.
+- **Best.** The highest mean accuracy on the held-out cases, in eval mode, after the last step; on text the fewest
+  bits per character.
 - **Tie.** Runs of the same seed are paired: they start from the same weights and see the same batches. A norm ties with
   the best if the 95% interval (Student's t) of the paired differences contains 0. With one seed there is no spread,
   and nothing is marked.
@@ -26,6 +27,7 @@ from normwise.lab.store import Run
 FINAL_SHARE = 0.1
 """The training loss of a run is the mean over this last share of its steps: one batch's loss says little."""
 
+BITS = "bits_per_character"
 FINAL_ACCURACY = ["final", "accuracy"]  # with the part's name between them
 
 # Student's t, 97.5%, by degrees of freedom 1, 2, ...; the last holds for more.
@@ -70,6 +72,16 @@ class Row:
     runs: tuple[Run, ...]
     offered: dict[float, Stat] = field(default_factory=dict)
     """The training loss at each learning rate of the grid; infinite for a run that diverged."""
+
+    @property
+    def criterion(self) -> str:
+        """The quantity by which norms are compared: "bits_per_character", where less is better, or "accuracy"."""
+        return BITS if BITS in self.stats else "accuracy"
+
+    def merit(self) -> Stat:
+        """The criterion, the higher the better."""
+        stat = self.stats[self.criterion]
+        return Stat(tuple(-value for value in stat.values)) if self.criterion == BITS else stat
 
 
 def score(runs: Iterable[Run]) -> list[Row]:
@@ -124,6 +136,7 @@ def _stats(runs: Sequence[Run]) -> dict[str, Stat]:
     first = next((name for name in runs[0].series if name.startswith("gradient/")), "")
     quantities = {
         "accuracy": last("final/accuracy"),
+        BITS: last("final/bits-per-character"),
         "loss": last("final/loss"),
         "train_loss": [training_loss(run) for run in runs],
         "gap": last("heldout/gap"),
@@ -150,7 +163,7 @@ def _mark(rows: list[Row]) -> list[Row]:
     done = [row for row in rows if row.status == "done"]
     if not done or any(len(row.seeds) < 2 for row in done):
         return rows
-    best = max(done, key=lambda row: row.stats["accuracy"].mean)
+    best = max(done, key=lambda row: row.merit().mean)
     with_best = {id(row) for row in done if row is best or tie(_paired(best, row))}
     if len(with_best) == 1 and len(done) > 1:
         marks = {id(best): "best"}
@@ -160,9 +173,9 @@ def _mark(rows: list[Row]) -> list[Row]:
 
 
 def _paired(a: Row, b: Row) -> list[float]:
-    """Differences of accuracy, a - b, over the seeds that both have."""
-    of_b = dict(zip(b.seeds, b.stats["accuracy"].values, strict=True))
-    of_a = zip(a.seeds, a.stats["accuracy"].values, strict=True)
+    """Differences of the criterion, a - b, over the seeds that both have."""
+    of_b = dict(zip(b.seeds, b.merit().values, strict=True))
+    of_a = zip(a.seeds, a.merit().values, strict=True)
     return [value - of_b[seed] for seed, value in of_a if seed in of_b]
 
 
@@ -218,6 +231,7 @@ def as_json(rows: Iterable[Row]) -> list[dict[str, object]]:
             "learning_rate": row.learning_rate,
             "at_edge": row.at_edge,
             "seeds": list(row.seeds),
+            "criterion": row.criterion,
             "mark": row.mark,
             "training_loss_by_learning_rate": [
                 {"learning_rate": rate, "values": [v if math.isfinite(v) else None for v in stat.values]}

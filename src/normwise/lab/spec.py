@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ import normwise
 from normwise.lab.errors import LabError, unknown
 from normwise.lab.tasks import load_task
 
-LAB_REVISION = 2
-"""Raised with every change to the lab that changes what a run records; runs of other revisions are not reused."""
+COMPUTES = ("run.py", "watch.py", "shift.py", "norms.py", "datasets.py", "idx.py", "tasks/base.py")
+"""The lab's files that every run's numbers come from, besides those of its task; a test knows if one is missing."""
+
+LAB_REVISION = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in COMPUTES)).hexdigest()
+"""Changes with any of these files: a run that older code has stored is not taken for one of this code."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,10 @@ class Spec:
         """Everything that determines the run's numbers on one machine.
 
         That is the spec; the task's hyperparameters and the sha256 of the file that defines it (its path does not
-        count, so a moved file trains nothing again); the revision of the lab; the versions of normwise and torch,
-        since both compute; and a backend forced by NORMWISE_BACKEND, since backends round differently. The machine
-        is left out: a store carried to another machine is still good, and runs there may differ by rounding.
+        count, so a moved file trains nothing again), and of data of the user's; the sha256 of the lab's own files;
+        the versions of normwise and torch, since both compute; and a backend forced by NORMWISE_BACKEND, since
+        backends round differently. The machine is left out: a store carried to another machine is still good, and
+        runs there may differ by rounding.
         """
         task, source = load_task(self.task)
         return {

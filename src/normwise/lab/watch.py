@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from normwise.lab.errors import LabError
 from normwise.lab.norms import NORM_LAYERS
-from normwise.lab.tasks import Task
+from normwise.lab.tasks import Batch, Task
 
 PROBE_BATCHES = 25
 OVER_TIME_BATCHES = 12
@@ -132,10 +132,8 @@ class Probe:
             extra = task.series(model, shared)
         gap = (in_training.softmax(-1) - in_eval.softmax(-1)).abs().sum(-1).mean() / 2
         return {
-            "heldout/train/loss": float(task.loss(in_training, shared)),
-            "heldout/train/accuracy": accuracy(in_training, shared.targets),
-            "heldout/eval/loss": float(task.loss(in_eval, shared)),
-            "heldout/eval/accuracy": accuracy(in_eval, shared.targets),
+            **_held_out(task, "heldout/train", in_training, shared),
+            **_held_out(task, "heldout/eval", in_eval, shared),
             "heldout/gap": float(gap),
             **seen.series(),
             **extra,
@@ -181,9 +179,13 @@ def final(model: nn.Module, task: Task) -> dict[str, float]:
     """Loss and accuracy in eval mode, on all held-out cases and on the task's parts of them."""
     _, held_out = task.cases
     model.eval()
-    found = {}
+    found: dict[str, float] = {}
     for prefix, cases in {"final": held_out, **{f"final/{name}": part for name, part in task.parts().items()}}.items():
-        scores = task.forward(model, cases)
-        found[f"{prefix}/loss"] = float(task.loss(scores, cases))
-        found[f"{prefix}/accuracy"] = accuracy(scores, cases.targets)
+        found |= _held_out(task, prefix, task.forward(model, cases), cases)
     return found
+
+
+def _held_out(task: Task, prefix: str, scores: Tensor, cases: Batch) -> dict[str, float]:
+    loss = float(task.loss(scores, cases))
+    values = {"loss": loss, "accuracy": accuracy(scores, cases.targets), **task.derived(loss)}
+    return {f"{prefix}/{name}": value for name, value in values.items()}

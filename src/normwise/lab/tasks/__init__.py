@@ -13,14 +13,20 @@ from typing import NamedTuple
 
 from normwise.lab.errors import LabError, unknown
 from normwise.lab.tasks.base import Batch, Task
+from normwise.lab.tasks.bn_mnist import BnMnist
+from normwise.lab.tasks.charlm_recurrent import CharLmGru, CharLmLstm
+from normwise.lab.tasks.charlm_transformer import CharLmTransformer
 from normwise.lab.tasks.cnn import Cnn
+from normwise.lab.tasks.ln_mnist import LnMnist
 from normwise.lab.tasks.lstm import Lstm
 from normwise.lab.tasks.mlp import Mlp
 from normwise.lab.tasks.mlp_bad_start import MlpBadStart
+from normwise.lab.tasks.on_idx import OnIdx
+from normwise.lab.tasks.rbn_pmnist import RbnPmnist
 from normwise.lab.tasks.rnn import Rnn
 from normwise.lab.tasks.transformer import Transformer
 
-__all__ = ["TASKS", "Batch", "LoadedTask", "Task", "load_task"]
+__all__ = ["GROUPS", "PAPERS", "TASKS", "TEXTS", "Batch", "LoadedTask", "Task", "load_task"]
 
 TASKS: dict[str, Callable[[], Task]] = {
     "mlp": Mlp,
@@ -29,7 +35,19 @@ TASKS: dict[str, Callable[[], Task]] = {
     "rnn": Rnn,
     "lstm": Lstm,
     "transformer": Transformer,
+    "charlm-lstm": CharLmLstm,
+    "charlm-gru": CharLmGru,
+    "charlm-transformer": CharLmTransformer,
 }
+
+TEXTS = ("charlm-lstm", "charlm-gru", "charlm-transformer")
+"""The tasks on text: each can be had on a file of the user's."""
+
+GROUPS = {"charlm": TEXTS}
+"""Names for several tasks at once."""
+
+PAPERS: dict[str, type[OnIdx]] = {"bn-mnist": BnMnist, "ln-mnist": LnMnist, "rbn-pmnist": RbnPmnist}
+"""The set-ups of papers at their size, on a folder of the user's (``lab/reproduce.py``)."""
 
 
 class LoadedTask(NamedTuple):
@@ -41,13 +59,18 @@ class LoadedTask(NamedTuple):
 
 @functools.cache
 def load_task(reference: str) -> LoadedTask:
-    """The task that ``reference`` names: a built-in's name, or ``FILE.py:function`` for a user's own.
+    """The task that ``reference`` names. Loaded once a process.
 
-    The function takes no arguments and returns a ``Task``. Loaded once a process.
+    It is a built-in's name; or ``NAME@PATH`` for one of ``TEXTS`` or ``PAPERS`` on the file or folder at PATH; or
+    ``FILE.py:function`` for a user's own, where the function takes no arguments and returns a ``Task``.
 
     Raises:
         LabError: no such task, file or function; the function returns something else; the name is a built-in's.
     """
+    name, at, place = reference.partition("@")
+    if at and (name in TEXTS or name in PAPERS):
+        made: Task = (PAPERS | TASKS)[name](path=place)  # type: ignore[call-arg]
+        return LoadedTask(made, _sha256(*_files(type(made))))
     if ".py" not in reference:
         if reference not in TASKS:
             raise unknown("task", reference, TASKS)
@@ -55,7 +78,7 @@ def load_task(reference: str) -> LoadedTask:
         return LoadedTask(task, _sha256(*_files(type(task))))
     path, function = _parse(reference)
     task = _call(path, function)
-    if task.name in TASKS:
+    if task.name in TASKS or task.name in PAPERS:
         raise LabError(f"{reference}: the name {task.name!r} belongs to a built-in task; give yours another name")
     return LoadedTask(task, f"{_sha256(path)}:{function}")
 

@@ -49,7 +49,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """One network on one data set. A subclass gives class variables, ``data`` and ``model``; the rest has defaults."""
+    """One network on one data set. A subclass gives class variables, ``data`` and ``model``; the rest has defaults.
+
+    Its fields are hyperparameters. One that only says where data lie has ``metadata={"place": True}``, and
+    ``fingerprint`` then says what they are: data may move, and nothing is trained again.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -65,6 +69,8 @@ class Task(ABC):
     """The largest norm that the gradient of all parameters together may have; larger ones are scaled down to it."""
     looks: ClassVar[int] = 6
     """How often the held-out probe is looked at, beside the look after the last step."""
+    looks_apart: ClassVar[int] = 1
+    """The fewest steps between two looks, where a look costs as much as many steps."""
     probe_cases: ClassVar[int] = 200
     """How many held-out cases are in that probe."""
     watched: ClassVar[str | None] = None
@@ -105,6 +111,10 @@ class Task(ABC):
         """More numbers to record, by name, each time the held-out probe is looked at. ``model`` is in eval mode."""
         return {}
 
+    def derived(self, loss: float) -> dict[str, float]:
+        """Numbers that follow from a mean loss on held-out cases, by name: recorded wherever that loss is."""
+        return {}
+
     def parts(self) -> Mapping[str, Batch]:
         """More held-out cases, by name, whose loss and accuracy at the end are recorded on their own."""
         return {}
@@ -136,7 +146,14 @@ class Task(ABC):
         """``data()``, made once."""
         return self.data()
 
+    @property
+    def fingerprint(self) -> str | None:
+        """The sha256 of data that a user gave; None for data that ship with the task."""
+        return None
+
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """The hyperparameters by name: plain numbers, strings and lists."""
-        return dataclasses.asdict(self)
+        """The hyperparameters by name, as plain numbers, strings and lists, and the fingerprint as "data"."""
+        places = {field.name for field in dataclasses.fields(self) if field.metadata.get("place")}
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in places}
+        return values if self.fingerprint is None else {**values, "data": self.fingerprint}

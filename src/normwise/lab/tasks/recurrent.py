@@ -1,4 +1,4 @@
-"""What the tasks ``rnn`` and ``lstm`` share: one recurrent layer, its last state, one linear map; and a look inside."""
+"""What tasks on whole sequences share: one recurrent layer, its last state, one linear map; and a look inside."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import normwise
 from normwise.lab.norms import recurrent_norm
-from normwise.lab.tasks.base import Batch
+from normwise.lab.tasks.base import Batch, Task
 from normwise.lab.tasks.vowels import COEFFICIENTS, SPEAKERS, Vowels
 from normwise.nn.recurrent_parameters import running_of, weights_of
 from normwise.reference.recurrent import Step, recurrence
@@ -26,7 +26,7 @@ class LastState(nn.Module):
         self.recurrent = layer
         self.linear = nn.Linear(layer.hidden_size, classes)
 
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         _, state = self.recurrent(x, lengths=lengths)
         h = state[0] if isinstance(state, tuple) else state
         scores: Tensor = self.linear(h[-1])
@@ -61,36 +61,41 @@ class RecurrentTask(Vowels):
         """Biases that do not start from 0."""
 
     def over_time(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
-        """Of each case and step, from the reference loop, which computes what the layer does:
-
-        - "unnormalized": mean square of W_ih x_t + W_hh h_(t-1);
-        - "summed": mean square of the summed input that the gates see, after norms and biases;
-        - "gradient": squared norm of the gradient of the case's own loss with respect to h_t.
-        """
+        """As ``over_steps`` says."""
         assert isinstance(model, LastState)
-        assert batch.lengths is not None
-        layer, x = model.recurrent, batch.inputs.transpose(0, 1)
-        weights, tape = weights_of(layer, "_l0"), list[Step]()
-        start = x.new_zeros(len(batch), self.hidden)
-        with torch.enable_grad():
-            result = recurrence(
-                x,
-                start,
-                start if layer.cell == "lstm" else None,
-                weights,
-                layer.recurrence,
-                lengths=batch.lengths,
-                running=None if layer.training else running_of(layer, layer.recurrence, "_l0"),
-                tape=tape,
-            )
-            loss = self.loss(model.linear(result.h), batch) * len(batch)
-            states = [step.h for step in tape]
-            gradients = torch.stack(torch.autograd.grad(loss, states))
-        before = torch.stack([start, *states[:-1]])
-        sums = F.linear(x, weights.weight_ih) + F.linear(before, weights.weight_hh)
-        summed = torch.stack([step.summed for step in tape if step.summed is not None])
-        return {
-            "unnormalized": sums.detach().square().mean(-1).T,
-            "summed": summed.detach().square().mean(-1).T,
-            "gradient": gradients.square().sum(-1).T,
-        }
+        return over_steps(self, model, batch)
+
+
+def over_steps(task: Task, model: LastState, batch: Batch) -> dict[str, Tensor]:
+    """Of each case and step, (N, T), from the reference loop, which computes what the layer does:
+
+    - "unnormalized": mean square of W_ih x_t + W_hh h_(t-1);
+    - "summed": mean square of the summed input that the gates see, after norms and biases;
+    - "gradient": squared norm of the gradient of the case's own loss with respect to h_t.
+    """
+    assert batch.lengths is not None
+    layer, x = model.recurrent, batch.inputs.transpose(0, 1)
+    weights, tape = weights_of(layer, "_l0"), list[Step]()
+    start = x.new_zeros(len(batch), layer.hidden_size)
+    with torch.enable_grad():
+        result = recurrence(
+            x,
+            start,
+            start if layer.cell == "lstm" else None,
+            weights,
+            layer.recurrence,
+            lengths=batch.lengths,
+            running=None if layer.training else running_of(layer, layer.recurrence, "_l0"),
+            tape=tape,
+        )
+        loss = task.loss(model.linear(result.h), batch) * len(batch)
+        states = [step.h for step in tape]
+        gradients = torch.stack(torch.autograd.grad(loss, states))
+    before = torch.stack([start, *states[:-1]])
+    sums = F.linear(x, weights.weight_ih) + F.linear(before, weights.weight_hh)
+    summed = torch.stack([step.summed for step in tape if step.summed is not None])
+    return {
+        "unnormalized": sums.detach().square().mean(-1).T,
+        "summed": summed.detach().square().mean(-1).T,
+        "gradient": gradients.square().sum(-1).T,
+    }

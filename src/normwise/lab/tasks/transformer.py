@@ -17,11 +17,15 @@ from normwise.lab.tasks.vowels import COEFFICIENTS, ON_VOWELS, SPEAKERS, Vowels
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed_forward(norm(x)): the norm stands before, as in most of today's nets."""
+    """x + attention(norm(x)), then x + feed_forward(norm(x)): the norm stands before, as in most of today's nets.
 
-    def __init__(self, width: int, heads: int, norm: str) -> None:
+    With ``causal`` a position attends to itself and those before it.
+    """
+
+    def __init__(self, width: int, heads: int, norm: str, *, causal: bool = False) -> None:
         super().__init__()
         self.heads = heads
+        self.causal = causal
         self.norm1 = sequence_norm(norm, width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -33,7 +37,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
         parts = self.qkv(self.norm1(x, valid)).unflatten(-1, (3, self.heads, -1))
         queries, keys, values = parts.permute(2, 0, 3, 1, 4)
-        seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=valid[:, None, None])
+        mask = valid[:, None, None]
+        if self.causal:
+            mask = mask & torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         x = x + self.out(seen.transpose(1, 2).flatten(2))
         y: Tensor = x + self.down(self.relu(self.up(self.norm2(x, valid))))
         return y
