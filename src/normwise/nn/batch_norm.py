@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from normwise.nn.construct import affine_without_bias, reset_affine
 from normwise.ops import check, running
 from normwise.ops.batch_norm import batch_norm_moved
+from normwise.ops.ghost_batch_norm import ghost_batch_norm_moved
 from normwise.ops.ragged import is_ragged
 from normwise.ops.ranks import Peers
 from normwise.ops.running import Moved
@@ -44,6 +45,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         *,
         bias: bool = True,
         act: str | None = None,
+        virtual_batch_size: int | None = None,
     ) -> None:
         check.positive_eps(eps)
         check.momentum_range(momentum)
@@ -52,6 +54,11 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         affine_without_bias(self, affine and not bias)
         self.act = act
+        if virtual_batch_size is not None and virtual_batch_size < 1:
+            raise ValueError(
+                f"virtual_batch_size must be at least 1, or None for the whole batch, but got {virtual_batch_size}"
+            )
+        self.virtual_batch_size = virtual_batch_size
         # Not in the state_dict, which stays torch's.
         skipped = torch.tensor(0, device=device) if track_running_stats else None
         self.register_buffer("num_batches_skipped", skipped, persistent=False)
@@ -105,6 +112,28 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         residual: Tensor | PackedSequence | None,
     ) -> tuple[Any, Moved]:
         """The output, and whether the running averages moved: in training statistics come from this batch."""
+        if self.training and self.virtual_batch_size is not None:
+            if is_ragged(input) or is_ragged(residual):
+                raise ValueError(
+                    f"virtual_batch_size={self.virtual_batch_size} counts samples, which rows of a ragged input do not "
+                    "tell apart: give a padded input with lengths="
+                )
+            assert isinstance(input, Tensor)
+            assert residual is None or isinstance(residual, Tensor)
+            return ghost_batch_norm_moved(
+                input,
+                running_mean,
+                running_var,
+                self.weight,
+                self.bias,
+                momentum,
+                self.eps,
+                self.virtual_batch_size,
+                mask=mask,
+                lengths=lengths,
+                act=self.act,
+                residual=residual,
+            )
         return batch_norm_moved(
             input,
             running_mean,
@@ -168,7 +197,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def extra_repr(self) -> str:
         act = "" if self.act is None else f", act={self.act!r}"
-        return str(super().extra_repr()) + act
+        ghosts = "" if self.virtual_batch_size is None else f", virtual_batch_size={self.virtual_batch_size}"
+        return str(super().extra_repr()) + act + ghosts
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
@@ -196,8 +226,11 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
         track_running_stats: keep running averages; without them evaluation uses the batch's statistics too.
         bias: learn beta.
         act: "relu", "leaky_relu", "silu", "gelu" or None.
+        virtual_batch_size: ghost batch norm: in training each run of this many samples has its own statistics; the
+            last one is smaller where the batch is no multiple (joined to the one before if it would hold one value a
+            channel). Running averages are still those of the whole batch.
 
-    Source: Ioffe & Szegedy 2015.
+    Source: Ioffe & Szegedy 2015; Hoffer, Hubara & Soudry 2017 for virtual batches.
     """
 
     ranks = (2, 3)
