@@ -20,6 +20,20 @@ def obstacle(x: Tensor, weights: Weights, how: Recurrence, zoned: Tensor | None)
     """What keeps the kernels from this recurrence, or None."""
     if torch.compiler.is_compiling():
         return "while compiling, ATen's operations are left to the compiler"
+    if (unknown := unsupported(weights, how, zoned)) is not None:
+        return unknown
+    if not _built():
+        return "the compiled library was built before it had recurrent kernels: reinstall normwise"
+    dtypes = {t.dtype for t in (x, *weights) if t is not None}
+    if dtypes != {torch.float32}:
+        return f"the recurrent C++ kernels take float32, not {', '.join(sorted(map(str, dtypes)))}"
+    if any(type(w) not in (Tensor, torch.nn.Parameter) or w.device != x.device for w in weights if w is not None):
+        return "the C++ kernels take plain tensors on the CPU as weights"
+    return None
+
+
+def unsupported(weights: Weights, how: Recurrence, zoned: Tensor | None) -> str | None:
+    """What the kernels have not, of whatever kind the tensors are; None if they have all of it."""
     if how.norm == "batch":
         return "the C++ kernels take no batch statistics inside a recurrence"
     if how.norm is not None and how.terms == "input":
@@ -28,13 +42,6 @@ def obstacle(x: Tensor, weights: Weights, how: Recurrence, zoned: Tensor | None)
         return "the C++ kernels take no projection"
     if how.zoneout or zoned is not None:
         return "the C++ kernels take no zoneout"
-    if not _built():
-        return "the compiled library was built before it had recurrent kernels: reinstall normwise"
-    dtypes = {t.dtype for t in (x, *weights) if t is not None}
-    if dtypes != {torch.float32}:
-        return f"the recurrent C++ kernels take float32, not {', '.join(sorted(map(str, dtypes)))}"
-    if any(type(w) not in (Tensor, torch.nn.Parameter) or w.device != x.device for w in weights if w is not None):
-        return "the C++ kernels take plain tensors on the CPU as weights"
     return None
 
 
@@ -59,16 +66,16 @@ def recurrence(
     """As `reference.recurrent.recurrence`, where `obstacle` finds none. Its second derivative is the loop's."""
     h0 = h0.to(x.dtype)
     c0 = None if c0 is None else c0.to(x.dtype)
-    call = _Call(how, lengths, reset, reverse)
+    call = Call(how, lengths, reset, reverse)
     tensors = (x, h0, c0, *weights)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         output, h, c = _Compiled.apply(call, *tensors)
     else:
-        output, h, c, _ = _forward(call, tensors, save=False)
+        output, h, c, _ = forward(call, tensors, save=False)
     return Result(output, h, c, {})
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """What one call does besides its differentiable tensors."""
 
     how: Recurrence
@@ -77,7 +84,7 @@ class _Call(NamedTuple):
     reverse: bool
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """Where the kernel's rows lie in a padded (T, B, ...), and the order of its samples; None: just as they are."""
 
     steps: kernels.Steps
@@ -111,14 +118,14 @@ class _Rows(NamedTuple):
         return torch.empty_like(state).index_copy_(0, self.order, state)
 
 
-def _rows(call: _Call, x: Tensor) -> _Rows:
+def rows_of(call: Call, x: Tensor) -> Rows:
     steps, batch = x.shape[:2]
     lengths, reset = call.lengths, call.reset
     if lengths is None:
         if reset is not None:
             # The kernel wants the flag where it computes: backwards, one step before the boundary.
             reset = (reverse_reset(reset, None).flip(0) if call.reverse else reset).reshape(-1)
-        return _Rows(kernels.Steps(steps, batch, None, reset, call.reverse))
+        return Rows(kernels.Steps(steps, batch, None, reset, call.reverse))
     # As in a PackedSequence: longest first, and no row for padding; backwards, each sequence from its own end.
     ordered, order = lengths.sort(descending=True, stable=True)
     valid = valid_steps(steps, ordered)
@@ -128,7 +135,7 @@ def _rows(call: _Call, x: Tensor) -> _Rows:
     if reset is not None:
         flags = reverse_reset(reset, lengths) if call.reverse else reset
         reset = flags[:, order][valid]
-    return _Rows(kernels.Steps(int((sizes > 0).sum()), batch, sizes[sizes > 0], reset), source, order)
+    return Rows(kernels.Steps(int((sizes > 0).sum()), batch, sizes[sizes > 0], reset), source, order)
 
 
 def _layer(how: Recurrence) -> kernels.Layer:
@@ -157,54 +164,72 @@ def _kernel_weights(weights: Weights) -> kernels.Weights:
 Tensors = tuple[Tensor | None, ...]  # x, h0, c0 and the fields of Weights
 
 
-def _forward(call: _Call, tensors: Tensors, *, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Any]:
+class Kept(NamedTuple):
+    """What the backward needs beside the inputs."""
+
+    rows: Rows
+    output: Tensor  # row by row
+    saved: kernels.Saved
+
+
+def forward(call: Call, tensors: Tensors, *, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Kept]:
     """(output, h, c, what the backward needs)."""
     x, h0, c0, *rest = tensors
     assert x is not None
     assert h0 is not None
-    rows = _rows(call, x)
+    rows = rows_of(call, x)
     taken = rows.take(x), rows.sort(h0), rows.sort(c0)
     weights = _kernel_weights(Weights(*rest))  # type: ignore[arg-type]
     result = kernels.forward(_layer(call.how), weights, *taken, rows.steps, save=save)  # type: ignore[arg-type]
     h, c = rows.restore(result.h), rows.restore(result.c)
     assert h is not None
-    return rows.put(result.output, x), h, c, (rows, result.output, result.saved)
+    return rows.put(result.output, x), h, c, Kept(rows, result.output, result.saved)
 
 
 class _Compiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        output, h, c, (rows, packed, saved) = _forward(call, tensors, save=True)
+        output, h, c, kept = forward(call, tensors, save=True)
         ctx.save_for_backward(*tensors)
         # Neither inputs nor outputs of this function: safe to keep beside the saved tensors.
-        ctx.call, ctx.rows, ctx.packed, ctx.saved = call, rows, packed.detach(), saved
+        ctx.call, ctx.kept = call, kept._replace(output=kept.output.detach())
         return output, h, c
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        x, h0, c0, *rest = tensors = ctx.saved_tensors
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
-            return None, *_differentiable(ctx.call, tensors, ctx.needs_input_grad[1:], grads)
-        rows, (doutput, dh, dc) = ctx.rows, grads
-        needs = ctx.needs_input_grad[1:]
-        found = kernels.backward(
-            _layer(ctx.call.how),
-            _kernel_weights(Weights(*rest)),
-            rows.take(x),
-            rows.sort(h0),
-            rows.sort(c0),
-            rows.steps,
-            ctx.packed,
-            ctx.saved,
-            rows.take(doutput),
-            rows.sort(dh),
-            rows.sort(dc),
-            needs_x=needs[0],
-            needs_weights=any(needs[3:]),
-        )
-        dx = None if found.x is None else rows.put(found.x, x)
-        return None, dx, rows.restore(found.h0), rows.restore(found.c0), *_by_field(Weights(*rest), found.weights)
+            return None, *differentiable(ctx.call, tensors, needs, grads)
+        return None, *backward(ctx.call, tensors, ctx.kept, grads, needs)
+
+
+def backward(
+    call: Call, tensors: Tensors, kept: Kept, grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Gradients of `tensors` from those of output, h and c."""
+    x, h0, c0, *rest = tensors
+    assert x is not None
+    assert h0 is not None
+    rows, (doutput, dh, dc) = kept.rows, grads
+    found = kernels.backward(
+        _layer(call.how),
+        _kernel_weights(Weights(*rest)),  # type: ignore[arg-type]
+        rows.take(x),  # type: ignore[arg-type]
+        rows.sort(h0),  # type: ignore[arg-type]
+        rows.sort(c0),
+        rows.steps,
+        kept.output,
+        kept.saved,
+        rows.take(doutput),
+        rows.sort(dh),
+        rows.sort(dc),
+        needs_x=needs[0],
+        needs_weights=any(needs[3:]),
+    )
+    dx = None if found.x is None else rows.put(found.x, x)
+    weights = _by_field(Weights(*rest), found.weights)  # type: ignore[arg-type]
+    return [dx, rows.restore(found.h0), rows.restore(found.c0), *weights]
 
 
 def _by_field(weights: Weights, found: kernels.Weights | None) -> list[Tensor | None]:
@@ -217,8 +242,8 @@ def _by_field(weights: Weights, found: kernels.Weights | None) -> list[Tensor | 
     return [gradients.get(name) if w is not None else None for name, w in weights._asdict().items()]
 
 
-def _differentiable(
-    call: _Call, tensors: Tensors, needs: tuple[bool, ...], grads: tuple[Tensor | None, ...]
+def differentiable(
+    call: Call, tensors: Tensors, needs: tuple[bool, ...], grads: tuple[Tensor | None, ...]
 ) -> list[Tensor | None]:
     """The same gradients as a graph of ATen's operations, by running the loop once more."""
     x, h0, c0, *rest = tensors
