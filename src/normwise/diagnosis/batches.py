@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,10 +63,8 @@ class Batch:
 
     @property
     def samples(self) -> int:
-        """How many samples; 1 where nothing tells."""
-        if isinstance(self.target, Tensor) and self.target.dim():
-            return len(self.target)
-        return next((len(t) for t in self.tensors().values() if t.dim()), 1)
+        """How many samples; 0 where nothing tells."""
+        return next((len(t) for t in (*all_tensors(self.target), *all_tensors(self.inputs)) if t.dim()), 0)
 
 
 def take(batches: Iterable[Any], limit: int, model: nn.Module) -> list[Batch]:
@@ -139,17 +137,22 @@ def scalar(loss: Loss, output: Any, target: Any) -> Tensor:
     return value.reshape(())
 
 
-def first_tensor(value: Any) -> Tensor | None:
-    """The first floating tensor in a model's output, however nested."""
+def all_tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in tuples, lists, dicts and dataclasses, however nested."""
     if isinstance(value, Tensor):
-        return value if value.is_floating_point() else None
-    if isinstance(value, PackedSequence):
-        return value.data
-    inner: Sequence[Any] = ()
-    if isinstance(value, Mapping):
-        inner = list(value.values())
-    elif isinstance(value, (tuple, list)):
-        inner = value
-    elif hasattr(value, "__dataclass_fields__"):
-        inner = list(vars(value).values())
-    return next((t for t in map(first_tensor, inner) if t is not None), None)
+        yield value
+    elif isinstance(value, PackedSequence):
+        yield value.data
+    elif isinstance(value, (Mapping, tuple, list)) or hasattr(value, "__dataclass_fields__"):
+        inner = (
+            value
+            if isinstance(value, (tuple, list))
+            else (value if isinstance(value, Mapping) else vars(value)).values()
+        )
+        for part in inner:
+            yield from all_tensors(part)
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first floating tensor in a model's output."""
+    return next((t for t in all_tensors(value) if t.is_floating_point()), None)

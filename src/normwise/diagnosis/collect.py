@@ -89,14 +89,19 @@ def ranks() -> int:
 
 
 def _steps(batches: Sequence[Batch]) -> list[int]:
-    """Time steps of each batch: of the first sequence (N, T, C) or tokens (N, T) among its inputs."""
-    found = []
+    """Time steps of each batch: of the first sequence (N, T, C), (T, N, C) or (N, C, T), or of tokens (N, T)."""
+    shapes = []
     for batch in batches:
-        shapes = [
-            t.shape for t in batch.tensors().values() if t.dim() == 3 or (t.dim() == 2 and not t.is_floating_point())
-        ]
-        found += [shapes[0][1]] if shapes else []
-    return found
+        tensors = batch.tensors().values()
+        found = [t.shape for t in tensors if t.dim() == 3 or (t.dim() == 2 and not t.is_floating_point())]
+        shapes += [(found[0], batch.samples)] if found else []
+    if not shapes:
+        return []
+    if len({shape[2] for shape, _ in shapes if len(shape) == 3}) > 1:
+        axis = 2  # the number of features would not change
+    else:
+        axis = 0 if all(shape[0] != samples == shape[1] for shape, samples in shapes) else 1
+    return [shape[axis] for shape, _ in shapes]
 
 
 def _layer(seen: Seen, gaps: dict[str, float], shifts: dict[str, records.Shift]) -> records.Layer:

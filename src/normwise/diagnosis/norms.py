@@ -33,6 +33,7 @@ class NormWatch:
         self.values: int | None = None
         self.samples: int | None = None
         self.total_samples = 0
+        self.lengths: list[int] | None = None
         self.masked: list[bool] = []
         self.padding: list[float] = []
         self.padding_shift: list[float] = []
@@ -42,8 +43,10 @@ class NormWatch:
 
     @torch.no_grad()
     def add(self, x: Tensor, kwargs: dict[str, Any], args: Any, samples: int, valid: Valid | None) -> None:
-        """One call with first input `x`, of a batch of `samples` samples."""
+        """One call with first input `x`, of a batch of `samples` samples, or 0 where nobody knows."""
         x = x.detach()
+        # (N * T, C) has more rows than there are samples.
+        samples = min(len(x), samples) if samples else len(x)
         over_batch = self.kind in ("batch", "instance")
         uses_batch = over_batch and (self.module.training or self.mean is None)
         self.used_batch = self.used_batch or uses_batch
@@ -52,16 +55,19 @@ class NormWatch:
         self.masked.append(given or ragged)
         if x.is_nested or not x.numel() or x.dim() < 2:
             return
+        if x.dim() == 3:
+            shortest, longest = self.lengths or (x.shape[2], x.shape[2])
+            self.lengths = [min(shortest, x.shape[2]), max(longest, x.shape[2])]
         mask = _given_mask(kwargs, x) if given else None
         if over_batch:
             rows = by_axis(x, 1)
             if mask is not None:
                 rows = rows[:, mask.reshape(-1)]
             if rows.shape[1] and not (given and mask is None):
-                self._count(rows.shape[1] if self.kind == "batch" else x[0, 0].numel(), min(len(x), samples))
+                self._count(rows.shape[1] if self.kind == "batch" else x[0, 0].numel(), samples)
                 if not self.moments.count.dim() or len(self.moments.mean) == len(rows):
                     add_rows(self.moments, rows)
-                    self.total_samples += min(len(x), samples)
+                    self.total_samples += samples
         if not given and not ragged and self.kind in ("batch", "instance", "group") and valid is not None:
             self._look_for_padding(x, valid)
         self._look_at_rounding(x)
@@ -142,6 +148,7 @@ class NormWatch:
             trainable=any(p.requires_grad for p in affine) if affine else None,
             values=self.values,
             samples=self.samples,
+            lengths=self.lengths,
             masked=bool(self.masked) and all(self.masked),
             padding=max(self.padding) if self.padding else None,
             padding_shift=max(self.padding_shift) if self.padding_shift else None,

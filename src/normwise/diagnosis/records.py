@@ -211,6 +211,7 @@ class Norm:
         trainable: its gain or bias has `requires_grad`; None without these.
         values: the fewest values that one statistic came from, over all batches.
         samples: the fewest samples that entered.
+        lengths: the shortest and longest L among inputs (N, C, L).
         masked: every call came with a mask or lengths, or with ragged input.
         padding: share of the positions that are padding and enter the statistics nevertheless.
         padding_shift: how far that moves a channel's mean, in its deviations: the median over the channels.
@@ -233,6 +234,7 @@ class Norm:
     trainable: bool | None
     values: int | None
     samples: int | None
+    lengths: list[int] | None
     masked: bool
     padding: float | None
     padding_shift: float | None

@@ -47,7 +47,7 @@ def few_values(diagnosis: Diagnosis) -> Iterator[Match]:
             yield Match(layer.name, _few(values, 1))
     smallest = min(diagnosis.data.sizes)
     for layer in diagnosis.layers:
-        if any(inside.norm == "batch" for inside in layer.recurrence) and smallest < FEWEST_VALUES:
+        if any(inside.norm == "batch" for inside in layer.recurrence) and 0 < smallest < FEWEST_VALUES:
             yield Match(layer.name, _few(smallest, smallest))
 
 
@@ -73,7 +73,10 @@ def nonfinite(diagnosis: Diagnosis) -> Iterator[Match]:
         channels = norm.running.nonfinite if norm.running is not None else 0
         values = layer.input.all.nonfinite if layer.input is not None else 0
         if channels or (values and norm.batch_statistics):
-            yield Match(layer.name, {"channels": channels, "values": values})
+            what = f"{channels} of the running means and variances are NaN, infinite or negative" if channels else ""
+            what += " and " if channels and values else ""
+            what += f"{values} values of its input are not finite" if values else ""
+            yield Match(layer.name, {"what": what, "channels": channels, "values": values})
 
 
 def padding_enters(diagnosis: Diagnosis) -> Iterator[Match]:
@@ -87,7 +90,7 @@ def swapped_momentum(diagnosis: Diagnosis) -> Iterator[Match]:
     for layer, norm in norms(diagnosis):
         if norm.running is not None and norm.momentum is not None and SWAPPED_MOMENTUM <= norm.momentum < 1:
             swapped = round(1 - norm.momentum, 10)
-            yield Match(layer.name, {"momentum": norm.momentum, "swapped": swapped, "batches": 1 / norm.momentum})
+            yield Match(layer.name, {"momentum": norm.momentum, "swapped": swapped})
 
 
 def statistics_of_a_rank(diagnosis: Diagnosis) -> Iterator[Match]:
@@ -110,18 +113,16 @@ def small_eps(diagnosis: Diagnosis) -> Iterator[Match]:
 
 
 def in_a_recurrence(diagnosis: Diagnosis) -> Iterator[Match]:
-    steps = diagnosis.data.steps
-    varying = len(steps) > 1 and max(steps) > VARYING * min(steps)
     for layer, norm in norms(diagnosis):
         if norm.kind != "batch" or not norm.batch_statistics:
             continue
-        over_steps = layer.input is not None and len(layer.input.shape) == 3 and layer.input.shape[2] > 1
         if norm.inside_recurrence:
             how = f"its output comes back as its input, {layer.calls} times a pass, with one set of running statistics"
             yield Match(layer.name, {"how": how, "calls": layer.calls})
-        elif varying and over_steps and not norm.masked and norm.padding is None:
-            how = f"the batches are {min(steps)} to {max(steps)} steps long, and it is given neither mask nor lengths"
-            yield Match(layer.name, {"how": how, "shortest": min(steps), "longest": max(steps)})
+        elif norm.lengths and norm.lengths[1] > VARYING * norm.lengths[0] and not norm.masked and not norm.padding:
+            shortest, longest = norm.lengths
+            how = f"the batches are {shortest} to {longest} steps long, and it is given neither mask nor lengths"
+            yield Match(layer.name, {"how": how, "shortest": shortest, "longest": longest})
     for layer in diagnosis.layers:
         if any(inside.shared_statistics for inside in layer.recurrence):
             how = "all its time steps share one row of running statistics (max_length=1)"

@@ -35,8 +35,7 @@ RULES: tuple[Rule, ...] = (
         "non-finite statistics",
         "error",
         statistics.nonfinite,
-        "The running mean or variance of {channels} channels is NaN, infinite or negative, and {values} values of the "
-        "layer's input are not finite: one such batch spoils the running averages for good.",
+        "{what}; one such batch spoils the running averages for good.",
         "find the batch: torch.isfinite(inputs).all(); then normwise.recalibrate(model, batches) to take the "
         "statistics anew",
     ),
@@ -68,8 +67,8 @@ RULES: tuple[Rule, ...] = (
         "a momentum of another framework's convention",
         "warning",
         statistics.swapped_momentum,
-        "momentum={momentum:g} is the weight of the NEW batch in torch, so the running statistics are those of the "
-        "last {batches:.2g} batches; Keras and Flax mean the weight of the old ones.",
+        "momentum={momentum:g} is the weight of the NEW batch in torch, so {momentum:.0%} of the running statistics "
+        "are the last batch's alone; Keras and Flax mean the weight of the old ones.",
         "momentum={swapped:g}, or momentum=normwise.from_keras_momentum({momentum:g})",
     ),
     Rule(

@@ -1,0 +1,111 @@
+"""Each finding is raised by a model that has the fault, and not by its near twin."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from normwise.diagnosis import Diagnosis, diagnose
+from normwise.diagnosis.records import SEVERITIES
+from normwise.diagnosis.rules.table import BY_CODE, RULES
+
+sys.path.insert(0, str(Path(__file__).parent))
+from faults import FAULTS, batches, given, mlp
+
+
+def codes(found: Diagnosis) -> set[str]:
+    return {finding.code for finding in found.findings}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_is_found_in_the_faulty_model_and_not_in_its_twin(name):
+    code = name.split()[0]
+    faulty = diagnose(**FAULTS[name](True))
+    assert code in codes(faulty)
+    assert code not in codes(diagnose(**FAULTS[name](False)))
+    for finding in faulty.findings:
+        assert finding.severity in SEVERITIES
+        assert finding.layer == "" or finding.layer in {layer.name for layer in faulty.layers}
+        assert finding.evidence
+        assert "{" not in finding.cause
+        assert "nan" not in finding.cure
+    assert Diagnosis.from_json(faulty.to_json()).findings == faulty.findings
+
+
+def test_every_rule_has_its_faulty_model():
+    assert {name.split()[0] for name in FAULTS} | {"NW007"} == set(BY_CODE)
+    assert [rule.code for rule in RULES] == [f"NW{n:03d}" for n in range(1, 17)]
+
+
+@pytest.mark.parametrize(("ranks", "samples", "raised"), [(2, 8, True), (1, 8, False), (2, 32, False)])
+def test_statistics_of_each_rank_under_ddp(ranks, samples, raised):
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        model = nn.parallel.DistributedDataParallel(mlp())
+        found = diagnose(model, batches(samples), loss=nn.functional.cross_entropy)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert (found.wrapper, found.ranks) == ("DistributedDataParallel", ranks)
+    assert ("NW007" in codes(found)) == raised
+
+
+def test_the_gravest_come_first():
+    arguments = FAULTS["NW003"](True)
+    arguments["model"][0].bias = nn.Parameter(torch.zeros(8))
+    found = diagnose(**arguments)
+    assert [finding.code for finding in found.findings] == ["NW003", "NW005"]
+    assert found.findings[0].severity == "error"
+
+
+def test_a_fresh_model_has_no_stale_statistics_but_a_layer_left_behind_has():
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    data = [(inputs * 5 + 2, target) for inputs, target in batches(64)]
+    assert "NW002" not in codes(diagnose(**given(net, data)))
+    net[3].momentum = 0.0
+    net[2].weight.data *= 5
+    for inputs, _ in 40 * data:
+        net(inputs)
+    found = [finding.layer for finding in diagnose(**given(net, data)).findings if finding.code == "NW002"]
+    assert found == ["3"]
+
+
+def test_zero_gains_at_the_start_are_not_dead():
+    """Goyal et al. 2017: the last norm of a residual branch starts from 0."""
+    model = mlp()
+    nn.init.zeros_(model[1].weight)
+    assert "NW008" not in codes(diagnose(**given(model, batches())))
+
+
+def test_padding_told_in_other_ways():
+    """By a mask of either convention, by nothing but zeros, or in a batch that has none."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.BatchNorm1d(5), nn.Linear(5, 3)
+
+        def forward(self, x: torch.Tensor, **_: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.norm(x.transpose(1, 2)).mean(2))
+
+    lengths = torch.randint(4, 12, (32,))
+    lengths[0] = 12
+    valid = torch.arange(12) < lengths[:, None]
+    x, target = (torch.randn(32, 12, 5) + 2) * valid[..., None], torch.randint(3, (32,))
+    told = {
+        "mask": {"x": x, "mask": valid},
+        "src_key_padding_mask": {"x": x, "src_key_padding_mask": ~valid},
+        "trailing zeros": {"x": x},
+    }
+    for told_by, inputs in told.items():
+        found = diagnose(Net(), [(inputs, target)], loss=nn.functional.cross_entropy)
+        assert found.data.told_by == told_by
+        assert found.data.padding == pytest.approx(1 - float(valid.double().mean()))
+        assert "NW004" in codes(found)
+    full = {"x": torch.randn(32, 12, 5), "mask": torch.ones(32, 12, dtype=torch.bool)}
+    assert "NW004" not in codes(diagnose(Net(), [(full, target)], loss=nn.functional.cross_entropy))
