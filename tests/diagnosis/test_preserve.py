@@ -41,7 +41,7 @@ class Net(nn.Module):
         y = self.linear(y)
         self.average += y.detach().mean(0)
         self.last = y.detach()
-        return y + random.random() + torch.rand(1) + numpy.random.rand()
+        return y + random.random() + torch.rand(1) + numpy.random.rand()  # noqa: NPY002
 
 
 def everything(net: nn.Module, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def everything(net: nn.Module, optimizer: torch.optim.Optimizer, generator: torc
             state["optimizer", number, name] = (id(parameter), kept)
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     state["groups"] = (groups, [[id(p) for p in group["params"]] for group in optimizer.param_groups])
-    state["random"] = (torch.get_rng_state(), random.getstate(), numpy.random.get_state(), generator.get_state())
+    state["random"] = (torch.get_rng_state(), random.getstate(), numpy.random.get_state(), generator.get_state())  # noqa: NPY002
     return state
 
 
@@ -108,8 +108,7 @@ def check(world: tuple[Net, torch.optim.Optimizer, Any, torch.Generator], **argu
     finally:
         after = everything(net, optimizer, generator)
         # Rewritten by Net's own forward and set back: their versions have moved on.
-        for name in ("embedding.weight", *(n for n, p in net.named_parameters())):
-            before.pop(("version", name)), after.pop(("version", name))
+        before, after = ({k: v for k, v in state.items() if k[0] != "version"} for state in (before, after))
         assert [key for key in before if not same(before[key], after.get(key))] == []
         assert after.keys() == before.keys()
 
@@ -131,13 +130,13 @@ def test_untouched_weights_are_not_even_written_to():
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
-@pytest.mark.parametrize("call", [0, 4, 8, 12, 17, 25])
+@pytest.mark.parametrize("call", [0, 2, 6, 7, 8, 14])
 def test_nothing_changes_when_it_ends_half_way(world, error, call):
-    """In the passes in train mode, in eval mode, while layers are switched, before and after a step."""
+    """In the passes in train mode, and before and after the first and later steps."""
     calls = iter(range(10_000))
 
     def fails(output: Tensor, target: Tensor) -> Tensor:
-        if next(calls) == call // 3:
+        if next(calls) == call:
             raise error("half way")
         return cross_entropy(output, target)
 

@@ -72,7 +72,7 @@ def test_arguments_that_do_not_fit():
             diagnose(net(), [batch()], loss=cross_entropy, max_batches=value)
     with pytest.raises(DiagnosisError, match="none of the optimizer's parameters is the model's"):
         diagnose(net(), [batch()], loss=cross_entropy, optimizer=torch.optim.SGD(net().parameters(), lr=0.1))
-    with pytest.raises(DiagnosisError, match="must be a torch.optim.Optimizer, but got float"):
+    with pytest.raises(DiagnosisError, match=r"must be a torch.optim.Optimizer, but got float"):
         diagnose(net(), [batch()], loss=cross_entropy, optimizer=0.1)
 
 

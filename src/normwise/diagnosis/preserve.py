@@ -33,10 +33,36 @@ def preserved(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, 
         undo.callback(_all, [_tensor(t) for t in (parameters | buffers).values()])
         undo.callback(_all, [_gradient(p) for p in parameters.values()])
         undo.callback(_all, [_attributes(module) for module in model.modules()])
+        _lend_buffers(model)
         if optimizer is not None:
             undo.callback(_optimizer(optimizer))
+        undo.enter_context(_eager(model))
         with torch.inference_mode(False), torch.enable_grad():
             yield
+
+
+def _lend_buffers(model: nn.Module) -> None:
+    """Copies in the places of all buffers, until `_attributes` puts the originals back.
+
+    A forward pass in train mode writes running statistics; the originals may stand in a graph that the caller still
+    holds, and writing to them, even the same values, would spoil it.
+    """
+    copies: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
+
+
+@contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    """Compiled parts run as they are written, so that hooks see them."""
+    compiled = any(hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) for m in model.modules())
+    if not compiled:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

@@ -112,13 +112,14 @@ class Watch:
                     "out .detach() and torch.no_grad(), and compute it from the output"
                 )
             return {}
+        if _has_reentrant_checkpoint(value):
+            raise DiagnosisError(
+                "the model uses torch.utils.checkpoint with use_reentrant=True, which gives gradients to nobody but "
+                "backward(): checkpoint(..., use_reentrant=False)"
+            )
         self.backward = True
         try:
             found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
-        except RuntimeError as error:
-            if "heckpoint" in str(error):
-                raise DiagnosisError(f"{error}\nCure: checkpoint(..., use_reentrant=False)") from error
-            raise
         finally:
             self.backward = False
         return {name: g.detach() for name, g in zip(wanted, found, strict=True) if g is not None}
@@ -211,3 +212,17 @@ class Watch:
                 continue
             (path,) = torch.autograd.grad(last.sum(), first, retain_graph=True, allow_unused=True)
             seen.norm.inside_recurrence = seen.norm.inside_recurrence or path is not None
+
+
+def _has_reentrant_checkpoint(value: Tensor) -> bool:
+    """Whether the graph behind `value` has a checkpoint whose inside autograd.grad would take for unused."""
+    stack, seen = [value.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        stack += [before for before, _ in node.next_functions]
+    return False
