@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from normwise.nn.construct import affine_without_bias, reset_affine
 from normwise.ops import check, running
 from normwise.ops.batch_norm import batch_norm_moved
+from normwise.ops.choose import transforming
 from normwise.ops.ghost_batch_norm import ghost_batch_norm_moved
 from normwise.ops.ragged import is_ragged
 from normwise.ops.ranks import Peers
@@ -162,7 +163,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             self._say_skipped()
         else:
             tracked.add_(moved)
-            skipped.add_(~moved)
+            if not transforming():  # functional_call may have been given the buffers of a state_dict, without this one
+                skipped.add_(~moved)
 
     def _say_skipped(self) -> None:
         if self._said_skipped:

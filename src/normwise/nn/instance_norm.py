@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.nn.construct import affine_without_bias, reset_affine
-from normwise.ops import check
+from normwise.ops import check, running
 from normwise.ops.instance_norm import instance_norm
 
 
@@ -49,10 +49,13 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
                 lengths = lengths.reshape(1)
             return self.forward(input.unsqueeze(0), mask=mask, lengths=lengths).squeeze(0)
         self._check_channels(input)
+        mean, var = self.running_mean, self.running_var
+        if self.training and mean is not None and var is not None and running.recomputing():
+            mean, var = mean.clone(), var.clone()  # what there is to learn, the first run has learnt
         return instance_norm(
             input,
-            self.running_mean,
-            self.running_var,
+            mean,
+            var,
             self.weight,
             self.bias,
             self.training or not self.track_running_stats,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normwise.ops.running import unbiased_var
+from normwise.ops.running import recomputing, unbiased_var
 from normwise.reference.moments import Moments
 
 
@@ -13,7 +13,8 @@ def move(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: 
     """Row min(first + t, rows - 1) <- (1 - momentum) * row + momentum * step t, in place, the variance unbiased.
 
     Steps that share the last row move it one after the other. A step at which fewer than two samples were running has
-    no deviation and moves nothing.
+    no deviation and moves nothing, nor does a step whose moments are NaN or infinite, nor a forward that activation
+    checkpointing runs again.
 
     Args:
         running_mean, running_var: (rows, features).
@@ -21,12 +22,16 @@ def move(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: 
         momentum: weight of the new batch.
         first: the row of the first step.
     """
+    if recomputing():
+        return
     with torch.no_grad():
         rows, steps = len(running_mean), len(moments.mean)
         own = max(0, min(rows - 1 - first, steps))  # steps with a row to themselves
-        counts = (moments.count >= 2).to(running_mean.dtype)
-        for running, new in ((running_mean, moments.mean), (running_var, unbiased_var(moments))):
-            new = new.to(running.dtype)
+        var = unbiased_var(moments)
+        finite = (moments.mean.isfinite() & var.isfinite()).all(-1, keepdim=True)
+        counts = ((moments.count >= 2) & finite).to(running_mean.dtype)
+        for running, new in ((running_mean, moments.mean), (running_var, var)):
+            new = torch.where(finite, new, 0).to(running.dtype)
             if own:
                 mine = running[first : first + own]
                 mine.add_(momentum * counts[:own] * (new[:own] - mine))
