@@ -211,7 +211,9 @@ def test_recurrent_batch_norm() -> None:
     layer(spoilt)
     for name, t in layer.named_buffers():
         assert t.isfinite().all(), name
-        assert torch.equal(t[3], before[name][3])
+        if "_ih" in name:  # of the inputs alone; the states carry NaN into later steps
+            assert torch.equal(t[3], before[name][3])
+            assert not torch.equal(t[4], before[name][4])
         assert not torch.equal(t[:3], before[name][:3])
 
 
