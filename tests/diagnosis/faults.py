@@ -184,12 +184,20 @@ def recurrent(layer: nn.RNN, gain: float) -> nn.RNN:
     return layer
 
 
+def rectified(gain: float) -> nn.RNN:
+    """Le et al. 2015: ReLUs, and hidden-to-hidden weights that are (a multiple of) the identity."""
+    layer = nn.RNN(5, 8, nonlinearity="relu")
+    with torch.no_grad():
+        nn.init.eye_(layer.weight_hh_l0).mul_(gain)
+    return layer
+
+
 def nw013_time(faulty: bool) -> Arguments:
     return given(LastState(recurrent(nn.RNN(5, 8), 0.5 if faulty else 1.0)), sequences())
 
 
 def nw013_exploding(faulty: bool) -> Arguments:
-    return given(LastState(recurrent(nn.RNN(5, 8, nonlinearity="relu"), 4.0 if faulty else 1.0)), sequences())
+    return given(LastState(rectified(1.5 if faulty else 1.0)), sequences())
 
 
 def nw014(faulty: bool) -> Arguments:
@@ -258,7 +266,7 @@ def nw015_lengths(faulty: bool) -> Arguments:
 
 
 def nw016(faulty: bool) -> Arguments:
-    return given(LastState(recurrent(nn.RNN(5, 8, nonlinearity="relu"), 1.6 if faulty else 0.9)), sequences())
+    return given(LastState(rectified(1.2 if faulty else 0.9)), sequences())
 
 
 FAULTS: dict[str, Callable[[bool], Arguments]] = {

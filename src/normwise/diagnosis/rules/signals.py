@@ -10,8 +10,9 @@ from normwise.diagnosis.rules.rule import Match
 
 # Share of a sigmoid's or tanh's inputs, or of a gate's values, in the flat part; share of ReLUs that never open.
 SATURATED, GATES, DEAD = 0.3, 0.5, 0.5
-# Norm of a gradient against that at the other end of the net, and of the sequence.
-BY_DEPTH, BY_TIME = 1e4, 1e6
+# Norm of a gradient against that at the other end of the net, and of the sequence: what it may shrink by, an optimizer
+# making up for some of it, and what it may grow by.
+BY_DEPTH, BY_TIME, GROWN = 1e4, 1e6, 1e3
 # Layers with weights, or layers of a recurrent module, that make a stack; and a change of size along it, short of
 # what counts as vanishing or exploding, that a norm would have prevented.
 DEEP, RECURRENT_LAYERS, DRIFT = 8, 3, 30.0
@@ -112,7 +113,7 @@ def _ratio(early: float, late: float, limit: float) -> dict[str, object] | None:
     """Evidence where the gradient `early` in the net or sequence is far below or above that `late`."""
     if not math.isfinite(early) or not math.isfinite(late):
         return {"how": "is not finite", "first": early, "last": late, "ratio": math.nan}
-    if early and late and not 1 / limit < early / late < limit:
+    if early and late and not 1 / limit < early / late < GROWN:
         how = "vanishes" if early < late else "explodes"
         return {"how": how, "first": early, "last": late, "ratio": early / late}
     return None
