@@ -43,12 +43,18 @@ def test_a_panel_has_the_stored_curves_and_shades_what_lies_beyond_training(rows
     plain = of_rnn[0]
     stored = [run.series["over-time/summed/eval/end"].values for run in plain.runs]
     means = [sum(pair) / 2 for pair in zip(*stored, strict=True)]
-    thick = next(t for t in drawn[0].plot.data if t.line.width == 2.4 and t.xaxis == "x")
+    panels = drawn[0].panels
+    # batch-per-step is undefined at batch size 1
+    assert [panel.title for panel in panels] == [
+        "none, batch size 8",
+        "batch-per-step, batch size 8",
+        "none, batch size 1",
+    ]
+    (thick,) = [line for line in panels[0].lines if line.style == "main"]
     assert list(thick.y) == pytest.approx(means)
     assert thick.x[0] == 1  # people count steps from 1
-    shades = [shape for shape in drawn[0].plot.layout.shapes if shape.type == "rect"]
-    assert {shape.x0 for shape in shades} == {16.5}
-    assert len(shades) == 3  # none at both batch sizes, batch-per-step at 8: at 1 it is undefined
+    assert {panel.shaded_from for panel in panels} == {16.5}
+    assert all(text.count('class="beyond"') == 1 for text in drawn[0].drawn)
 
 
 def test_a_task_without_sequences_has_none(rows):
@@ -56,7 +62,7 @@ def test_a_task_without_sequences_has_none(rows):
 
 
 def test_the_page_has_the_figures_and_the_parts(rows, tmp_path):
-    tasks = [load_task("rnn").task, load_task("mlp").task]
+    tasks = {name: load_task(name).task for name in ("rnn", "mlp")}
     page = write_report(rows, tasks, tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count("Gradient norm over the time steps") == 1
     assert page.count("<th>accuracy, longer</th>") == 1

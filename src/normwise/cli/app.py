@@ -11,6 +11,7 @@ from normwise.cli.claims import claims
 from normwise.cli.compare import compare
 from normwise.cli.explain import explain
 from normwise.cli.info import info
+from normwise.cli.report import report
 
 app = typer.Typer(
     add_completion=False,
@@ -21,8 +22,9 @@ app = typer.Typer(
 )
 app.command(short_help="Train the same network with different norms on real data.")(compare)
 app.command(short_help="Check what is claimed about normalization by runs.")(claims)
-app.command()(explain)
-app.command()(info)
+app.command(short_help="Show what BatchNorm and LayerNorm do to a small table.")(explain)
+app.command(short_help="Show what runs on this machine, and why.")(info)
+app.command(short_help="Draw what is stored: one page, and pictures.")(report)
 
 
 def _show_version(wanted: bool) -> None:

@@ -91,7 +91,7 @@ def compare(
             steps=steps,
         )
     ]
-    loaded = [load_task(name).task for name in names]
+    loaded = {task.name: task for task in (load_task(name).task for name in names)}
     with Store(out / "runs.sqlite") as store:
         train(specs, store, jobs=jobs or cores(), scheduler=scheduler)
         rows = score(store.runs(spec.key() for spec in specs))

@@ -1,20 +1,39 @@
-"""One HTML page out of scored rows: tables, curves and the rules behind them. It needs no network."""
+"""One HTML page out of judged claims and scored rows: verdicts, tables, curves, the rules behind them. It needs no
+network, and what it shows is there before any script runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from plotly.offline import get_plotlyjs
 
 import normwise
-from normwise.lab.figures import Figure, colour, figures
+from normwise.lab.claim import Judged
+from normwise.lab.figures import Figure, figures, sizes_of
+from normwise.lab.figures_of_papers import of_paper
 from normwise.lab.figures_over_time import over_time
 from normwise.lab.norms import NORMS
+from normwise.lab.plot import colour
+from normwise.lab.plot_effect import effect_svg
 from normwise.lab.score import Row, parts_of
-from normwise.lab.tasks import Task
+from normwise.lab.tasks import TASKS, Task
+from normwise.lab.verdict import Check
+
+FAINTEST, STRONGEST = 6, 52  # per cent of the heat map's colour behind the lowest and the highest number
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A square of the heat map; ``heat`` is how much of its colour it gets, in per cent."""
+
+    row: Row
+    heat: float
 
 
 @dataclass(frozen=True)
@@ -27,9 +46,16 @@ class Section:
     in_short: list[tuple[int, str]]
     sizes: list[int]
     norms: list[str]
-    cells: dict[tuple[str, int], Row]
+    cells: dict[tuple[str, int], Cell]
     parts: list[str]
     figures: list[Figure]
+    settings: list[tuple[str, str]]
+    commands: list[tuple[Row, float, str]]
+
+    @property
+    def anchor(self) -> str:
+        """The name as an element's id and part of a file's name."""
+        return re.sub(r"[^\w]+", "-", self.name)
 
     @property
     def part_columns(self) -> list[tuple[str, str, int]]:
@@ -37,8 +63,17 @@ class Section:
         return [(f"accuracy/{part}", "%.1f%%", 100) for part in self.parts]
 
 
-def write_report(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> Path:
-    """Write the page for the ``rows`` of ``tasks`` and return its path."""
+def write_report(
+    rows: Sequence[Row], tasks: Mapping[str, Task | None], path: Path, *, judged: Sequence[Judged] = ()
+) -> Path:
+    """Write the page and return its path.
+
+    Args:
+        rows: of all tasks.
+        tasks: by name, in the order of the page; None for one whose code is not at hand.
+        path: the file.
+        judged: the claims, for the top of the page.
+    """
     environment = Environment(
         loader=PackageLoader("normwise.lab", "templates"),
         autoescape=True,
@@ -46,44 +81,96 @@ def write_report(rows: Sequence[Row], tasks: Sequence[Task], path: Path) -> Path
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    drawn = [section(name, task, [row for row in rows if row.task == name]) for name, task in tasks.items()]
     page = environment.get_template("report.html.j2").render(
-        sections=[section(task, [row for row in rows if row.task == task.name]) for task in tasks],
+        sections=drawn,
         norms={name: text for name, text in NORMS.items() if any(row.norm == name for row in rows)},
+        filters=list(dict.fromkeys(norm for one in drawn for norm in one.norms)),
+        judged=[one for one in judged if one.found or not one.wanted],
+        not_run=[one.claim.id for one in judged if one.wanted and not one.found],
+        verdicts={mark: sum(one.verdict == mark for one in judged if one.found or not one.wanted) for mark in MARKS},
+        marks=MARKS,
         colour=colour,
-        plotly=get_plotlyjs(),
+        effect_svg=effect_svg,
+        is_check=lambda part: isinstance(part, Check),
         made_with=made_with(rows),
+        **{kind: (files("normwise.lab") / "templates" / f"report.{kind}").read_text("utf-8") for kind in ("css", "js")},
     )
     path.write_text(page, encoding="utf-8")
     return path
 
 
-def section(task: Task, rows: Sequence[Row]) -> Section:
+MARKS = {"supported": "✓", "contradicted": "✗", "undecided": "?"}
+
+
+def section(name: str, task: Task | None, rows: Sequence[Row]) -> Section:
     """What the page says about one task."""
-    sizes = list(dict.fromkeys(row.batch_size for row in rows))
+    sizes = sizes_of(rows)
+    means = [row.stats["accuracy"].mean for row in rows if "accuracy" in row.stats]
     return Section(
-        name=task.name,
-        summary=task.summary,
+        name=name,
+        summary=task.summary if task else "",
         facts=facts(task, rows),
         in_short=[(size, verdict([row for row in rows if row.batch_size == size])) for size in sizes],
         sizes=sizes,
         norms=list(dict.fromkeys(row.norm for row in rows)),
-        cells={(row.norm, row.batch_size): row for row in rows},
+        cells={(row.norm, row.batch_size): Cell(row, heat(row, means)) for row in rows},
         parts=parts_of(rows),
-        figures=[*figures(rows), *over_time(rows)],
+        figures=[*of_paper(rows), *figures(rows), *over_time(rows)],
+        settings=settings(rows),
+        commands=commands(rows),
     )
 
 
-def facts(task: Task, rows: Sequence[Row]) -> list[str]:
-    """How much was run, and with which hyperparameters."""
-    steps = sorted({run.identity["steps"] for row in rows for run in row.runs})
-    seeds = max(len(row.seeds) for row in rows)
-    train, held_out = task.cases
+def heat(row: Row, means: Sequence[float]) -> float:
+    """Where the row's accuracy lies between the task's lowest and highest, as per cent of the heat map's colour."""
+    if "accuracy" not in row.stats:
+        return 0
+    span = max(means) - min(means)
+    share = (row.stats["accuracy"].mean - min(means)) / span if span else 1.0
+    return round(FAINTEST + (STRONGEST - FAINTEST) * share)
+
+
+def facts(task: Task | None, rows: Sequence[Row]) -> list[str]:
+    """How much was run."""
+    steps = {row.batch_size: row.runs[0].identity["steps"] for row in rows if row.runs}
+    same = len(set(steps.values())) == 1
+    seeds = max((len(row.seeds) for row in rows), default=0)
     return [
-        f"{len(train):,} cases to train on, {len(held_out):,} held out",
-        *(f"{number} steps at every batch size" for number in steps),
+        *([f"{len(task.cases[0]):,} cases to train on, {len(task.cases[1]):,} held out"] if task else []),
+        *([f"{next(iter(steps.values())):,} steps"] if same else []),
+        *([] if same else [f"{count:,} steps at batch size {size}" for size, count in steps.items()]),
         *([f"{seeds} seed{'s' * (seeds != 1)}"] if seeds else []),
-        *(f"{name.replace('_', ' ')} {value}" for name, value in task.settings.items()),
     ]
+
+
+def settings(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """All that the runs have in common and that determines them, by name."""
+    identities = [run.identity for row in rows for run in row.runs]
+    if not identities:
+        return []
+    one = identities[0]
+    found: dict[str, Any] = {
+        **one["settings"],
+        **{k: one[k] for k in ("source", "lab", "normwise", "torch", "backend")},
+    }
+    words = {"source": "sha256 of the task's code", "lab": "revision of the lab"}
+    return [(words.get(name, name.replace("_", " ")), str(value)) for name, value in found.items()]
+
+
+def commands(rows: Sequence[Row]) -> list[tuple[Row, float, str]]:
+    """For each norm, batch size and learning rate the command that makes its runs again."""
+    found = []
+    for row in rows:
+        for rate in row.offered:
+            identity = row.runs[0].identity
+            task = [row.task] if row.task in TASKS else ["--task", f"FILE.py:{identity['source'].rpartition(':')[2]}"]
+            words = ["normwise", "compare", *task, "--norms", row.norm, "--batch-sizes", str(row.batch_size)]
+            words += ["--lr", f"{rate:g}", "--steps", str(identity["steps"]), "--seeds", str(max(row.seeds) + 1)]
+            backend = identity["backend"]
+            prefix = "" if backend == "auto" else f"NORMWISE_BACKEND={shlex.quote(backend)} "
+            found.append((row, rate, f"{prefix}{shlex.join(words)} --out again"))
+    return found
 
 
 def verdict(rows: Sequence[Row]) -> str:

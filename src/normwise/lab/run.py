@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -70,7 +71,10 @@ def run(spec: Spec, kept: Path | None = None) -> Result:
     result = Result("done")
     # A layer has the last word on what it can normalize; any other ValueError is a fault and passes on.
     try:
-        _train(spec, load_task(spec.task).task, result, kept)
+        with warnings.catch_warnings():
+            # A net that diverges is a result, recorded with its step: its layers need not warn of it as well.
+            warnings.filterwarnings("ignore", r"\w+ left a batch out of its running averages", UserWarning)
+            _train(spec, load_task(spec.task).task, result, kept)
     except UndefinedError as error:
         return Result("undefined", str(error))
     except ValueError as error:

@@ -1,0 +1,40 @@
+"""`normwise report`: what a store says, on one page and as pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", file_okay=False, help="Where runs.sqlite is and report.html goes.")
+    ] = Path("normwise-out"),
+    png: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", file_okay=False, help="Write every figure as a PNG too; takes a Chromium."),
+    ] = None,
+) -> None:
+    """Draw what is stored: claims with their verdicts, then each task's numbers and curves.
+
+    DIR/report.html is one file that needs no network: for a screen, a phone or the printer. With --png the figures
+    are written as pictures for papers, by the Chromium (or Chrome) of this machine.
+    """
+    from normwise.lab.pictures import find_browser, write_pictures
+    from normwise.lab.report import write_report
+    from normwise.lab.store import Store
+    from normwise.lab.study import study
+
+    browser = find_browser() if png else None
+    with Store(out / "runs.sqlite", make=False) as store:
+        found = study(store)
+    page = write_report(found.rows, found.tasks, out / "report.html", judged=found.judged)
+    typer.echo(f"Report: {page} ({page.stat().st_size / 1e6:.1f} MB)")
+    if found.left_out:
+        typer.echo(
+            f"{found.left_out} stored runs are not drawn: they are of another version, or train for longer or shorter."
+        )
+    if png and browser:
+        typer.echo(f"Figures: {len(write_pictures(page, png, browser))} in {png}")

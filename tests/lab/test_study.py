@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from made_up_runs import made_up
+from normwise.lab.claims import claims
+from normwise.lab.errors import LabError
+from normwise.lab.store import Store
+from normwise.lab.study import study
+
+
+@pytest.fixture
+def store(tmp_path):
+    with Store(tmp_path / "runs.sqlite") as opened:
+        yield opened
+
+
+def add(store, runs):
+    for run in runs:
+        store.add(run.key, run.identity, run)
+
+
+def cnn(seeds, **changes):
+    found = made_up(claims()["cnn"], seeds, lambda spec, draws: {"final/accuracy": [0.9]})
+    return [dataclasses.replace(r, key=f"{r.key}{changes}", identity={**r.identity, **changes}) for r in found]
+
+
+def test_rows_tasks_and_claims_of_a_store(store):
+    add(store, cnn(3))
+    found = study(store)
+    assert [(row.task, row.batch_size, row.norm) for row in found.rows] == [
+        ("cnn", 64, norm) for norm in ("none", "batch", "layer")
+    ]
+    assert found.tasks["cnn"].name == "cnn"
+    assert found.left_out == 0
+    assert {one.claim.id: one.found for one in found.judged}["cnn"] == 18
+    assert len(found.judged) == 18
+
+
+def test_the_version_with_most_runs_counts(store):
+    add(store, cnn(1, torch="1.0"))
+    add(store, cnn(3))
+    found = study(store)
+    assert {run.identity["torch"] for row in found.rows for run in row.runs} != {"1.0"}
+    assert found.left_out == 6
+    assert {one.claim.id: one.found for one in found.judged}["cnn"] == 18
+
+
+def test_figures_show_one_length_and_claims_are_judged_by_all(store):
+    add(store, cnn(3))
+    add(store, made_up(claims()["ics"], 2, lambda spec, draws: {}))  # cnn at 100 steps, and mlp
+    found = study(store)
+    assert {run.identity["steps"] for row in found.rows if row.task == "cnn" for run in row.runs} == {200}
+    assert list(found.tasks) == ["mlp", "cnn"]
+    assert {one.claim.id: one.found for one in found.judged}["ics"] == 8
+    assert found.left_out == 4
+
+
+def test_a_task_that_is_not_built_in_has_no_code(store):
+    add(store, cnn(2, task="mine"))
+    assert study(store).tasks == {"mine": None}
+
+
+def test_an_empty_store_is_an_error_with_the_cure(store):
+    with pytest.raises(LabError, match=r"has no runs yet; `normwise claims --out"):
+        study(store)
