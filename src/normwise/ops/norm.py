@@ -53,6 +53,27 @@ def _norm(
     return y.clone() if y is x else y, moments.mean.clone(), moments.var.clone(), moments.count.clone()
 
 
+@torch._decomp.register_decomposition(torch.ops.normwise.norm.default)
+def _(*args: Any) -> tuple[Tensor, ...]:
+    """What takes the node's place in an export to a format that has no such node, as ONNX: a LayerNorm of moved axes
+    where it is one, which such formats have, otherwise the formula."""
+    x, dims, weight, bias, mask, mean, var, eps, center = args
+    y, moments = reference.norm(x, dims, weight, bias, mask=mask, mean=mean, var=var, eps=eps, center=center)
+    affine = [t for t in (weight, bias) if t is not None]
+    by_feature = all(t.dtype == x.dtype and t.shape == _kept(x, dims) for t in affine)
+    if center and mask is None and mean is None and by_feature:
+        last = tuple(range(-len(dims), 0))
+        moved = x.movedim(dims, last)
+        shape = moved.shape[-len(dims) :]
+        gain, shift = (None if t is None else t.movedim(dims, last).reshape(shape) for t in (weight, bias))
+        y = torch.nn.functional.layer_norm(moved, shape, gain, shift, eps).movedim(last, dims)
+    return y, *moments
+
+
+def _kept(x: Tensor, dims: Sequence[int]) -> tuple[int, ...]:
+    return tuple(size if d in dims else 1 for d, size in enumerate(x.shape))
+
+
 @_norm.register_fake
 def _(
     x: Tensor,
