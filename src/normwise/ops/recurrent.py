@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from normwise.ops import check, recurrent_cpu, recurrent_loop
+from normwise.ops import check, recurrent_cpu, recurrent_loop, recurrent_registered
 from normwise.ops.choose import Call, choose, forced, transforming, values_visible
 from normwise.reference import recurrent as reference
 from normwise.reference.moments import Moments
@@ -50,6 +50,8 @@ def recurrence(
     first: int = 0,
 ) -> Result:
     """One layer in one direction, by the chosen backend. See `reference.recurrent.recurrence` for every argument."""
+    if recurrent_registered.fits(x, weights, how, zoned):
+        return recurrent_registered.recurrence(x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse)
     uncompiled = recurrent_cpu.obstacle(x, weights, how, zoned)
     backend = choose(Call("recurrence", x, (), uncompiled=uncompiled)).backend
     if backend == "cpu":
