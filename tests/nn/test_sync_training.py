@@ -149,6 +149,14 @@ def in_other_ways() -> None:
     assert_close(packed.data, order.data, count=9)
     assert_close(layer.running_var, plain.running_var, count=9)
 
+    f, world = normwise.functional, dist.group.WORLD
+    means, variances = torch.zeros(4), torch.ones(4)
+    assert_close(f.batch_norm(packed.data, means, variances, training=True, process_group=world), packed.data, count=9)
+    assert_close(means, torch.zeros(4), scale=1.0, count=9)
+    halves = torch.cat([everyone[0], everyone[0]], 1).chunk(2, 1)[rank]
+    assert_close(f.layer_norm(halves, (4,), process_group=world), f.layer_norm(everyone[0], (4,)), count=8)
+    assert_close(f.rms_norm(halves, (4,), process_group=world), f.rms_norm(everyone[0], (4,)), count=8)
+
     # A copy of the weights works; in evaluation and in a group of one it is BatchNorm, and nothing is sent.
     averaged = AveragedModel(nn.Sequential(layer))
     averaged.update_parameters(nn.Sequential(layer))

@@ -42,6 +42,8 @@ class LayerNorm(nn.LayerNorm):
     Source: Ba, Kiros & Hinton 2016.
     """
 
+    _peers: Peers | None = None
+
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -63,7 +65,8 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
         self.dim = self_dim
         self.act = act
-        self._peers = None if process_group is None else Peers(process_group)
+        if process_group is not None:
+            self._peers = Peers(process_group)
 
     def reset_parameters(self) -> None:
         """Gain 1, bias 0."""
@@ -112,6 +115,8 @@ class RMSNorm(nn.RMSNorm):
     Source: Zhang & Sennrich 2019.
     """
 
+    _peers: Peers | None = None
+
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -133,7 +138,8 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(shape, eps, elementwise_affine, device, dtype)
         self.dim = self_dim
         self.act = act
-        self._peers = None if process_group is None else Peers(process_group)
+        if process_group is not None:
+            self._peers = Peers(process_group)
 
     def forward(
         self,

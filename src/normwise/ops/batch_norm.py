@@ -31,6 +31,7 @@ def batch_norm(
     lengths: Tensor | None = None,
     act: str | None = None,
     residual: Tensor | PackedSequence | None = None,
+    process_group: Any = None,
 ) -> Tensor | PackedSequence:
     r"""act(gamma * (x - mean) / sqrt(var + eps) + beta + residual), statistics a channel over batch and positions.
 
@@ -50,6 +51,8 @@ def batch_norm(
         lengths: (N,) integers, valid steps along the last axis of (N, C, ..., L).
         act: "relu", "leaky_relu", "silu" or "gelu", applied last.
         residual: like the input, added before `act`.
+        process_group: in training the statistics are those of the batches of all ranks of this group; see
+            `SyncBatchNorm`. (The layer compares the ranks' channels once, this function in each call.)
 
     Returns:
         Like the input; 0 at invalid positions, which neither enter the statistics nor receive a gradient.
@@ -75,6 +78,7 @@ def batch_norm(
         lengths=lengths,
         act=act,
         residual=residual,
+        process_group=process_group,
     )[0]
 
 

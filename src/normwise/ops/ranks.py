@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from normwise.ops.choose import values_visible
 from normwise.reference import Moments, combined
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -177,16 +176,16 @@ def gathered(tensors: Sequence[Tensor], group: dist.ProcessGroup, dtype: torch.d
     """Each tensor as (ranks, *shape), from all ranks, by one collective in float64; differentiable any number of times.
 
     Its gradient is one collective as well. `dtype` is that of the data behind the tensors, which must be the same on
-    all ranks; where values can be looked at without waiting for a device, it is compared, and so is the length.
+    all ranks. On the CPU it is compared, and so is the length; elsewhere a look at them would wait for the device.
     """
     length = sum(t.numel() for t in tensors)
-    header = torch.tensor([length, _DTYPES.index(dtype)], dtype=torch.float64, device=tensors[0].device)
-    message = torch.cat([header, *(t.double().reshape(-1) for t in tensors)])
-    received = _Gather.apply(message, group)
-    if received.device.type == "cpu" and values_visible(received):
+    compared = tensors[0].device.type == "cpu"
+    header = [torch.tensor([length, _DTYPES.index(dtype)], dtype=torch.float64)] if compared else []
+    received = _Gather.apply(torch.cat([*header, *(t.double().reshape(-1) for t in tensors)]), group)
+    if compared:
         _compare(received[:, :2].detach())
-    sizes = [2, *(t.numel() for t in tensors)]
-    parts = received.split(sizes, dim=1)[1:]
+        received = received[:, 2:]
+    parts = received.split([t.numel() for t in tensors], dim=1)
     return [p.unflatten(1, t.shape) if t.dim() else p.squeeze(1) for p, t in zip(parts, tensors, strict=True)]
 
 
