@@ -33,6 +33,7 @@ from normwise.nn import (
     RMSNorm,
     RNNCell,
     SyncBatchNorm,
+    accumulated_backward,
 )
 from normwise.ops.check import ShapeError
 from normwise.ops.choose import BackendError, KernelWarning, backend
@@ -84,10 +85,11 @@ __all__ = [
     "ShapeError",
     "SyncBatchNorm",
     "__version__",
+    "accumulated_backward",
     "backend",
     "convert",
-    "fold",
     "diagnose",
+    "fold",
     "freeze",
     "from_flax",
     "from_keras",

@@ -1,5 +1,6 @@
 """Layers: parameters, running state and initialisation; each forward is one call into `normwise.ops`."""
 
+from normwise.nn.accumulation import accumulated_backward
 from normwise.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from normwise.nn.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, Ramp
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
@@ -34,4 +35,5 @@ __all__ = [
     "RNNCell",
     "Ramp",
     "SyncBatchNorm",
+    "accumulated_backward",
 ]

@@ -1,0 +1,301 @@
+"""Gradient accumulation with the statistics, and the gradients, of the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normwise.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
+from normwise.ops import ragged, running
+from normwise.ops.batch_norm import checked
+from normwise.ops.running import Moved
+from normwise.reference import Moments, accumulation_dtype, activation, combined, moments, norm
+
+Loss = Callable[[Any], Tensor]
+
+
+def accumulated_backward(model: nn.Module, micro_batches: Iterable[Any], loss: Loss) -> Tensor:
+    """Add to `.grad` what one backward over the whole batch would, in the memory of one micro-batch.
+
+    Plain gradient accumulation gives every micro-batch statistics of its own in each BatchNorm layer. Here they are
+    those of all micro-batches together, and the gradient flows through them into every micro-batch: outputs, gradients
+    and running averages equal those of the concatenated batch, up to rounding. This is exact, and has its price: with
+    L calls of BatchNorm layers every micro-batch runs forward up to about 1.5 L + 2 times and backward L + 1 times. It
+    pays for few such layers; else take a norm that fits small batches (`BatchRenorm2d`, GroupNorm).
+
+    How: the statistics s of the first layer come from one pass over the micro-batches, those of the next from another
+    one that uses them, and so on. With s held fixed, total loss and s depend on a micro-batch through sums over its
+    elements, so the gradient is that of
+
+        sum over micro-batches of (loss + sum over layers of lambda . its share of s),  lambda = d(total) / d(s),
+
+    where the lambda of a layer needs those of the layers behind it: the last one is right after one pass, the one
+    before after two. The passes end as soon as no lambda changes any more.
+
+    Args:
+        model: its BatchNorm layers of normwise that are in training mode take part. All else runs as it is, with the
+            same random numbers in every pass over a micro-batch.
+        micro_batches: what `loss` takes, one after the other; all are kept.
+        loss: runs the model on one micro-batch and returns its share of the total loss, a scalar: for a mean over
+            the whole batch, `cross_entropy(model(x), target, reduction="sum") / samples_of_the_whole_batch`.
+
+    Returns:
+        The total loss, detached.
+
+    Raises:
+        ValueError: no micro-batch; a training BatchNorm layer of torch.nn, or one whose statistics are not simply
+            those of its batch; a batch with one value a channel in total.
+        RuntimeError: the micro-batches run different layers, or a layer runs under activation checkpointing.
+        On an error the model's buffers are as before.
+    """
+    batches = list(micro_batches)
+    if not batches:
+        raise ValueError("got no micro-batch: accumulated_backward needs at least one (is the loader empty?)")
+    layers = _taking_part(model)
+    passes = _Passes(model, batches, loss)
+    before = {b: b.detach().clone() for b in model.buffers()}
+    try:
+        with _redirected(layers, passes):
+            while passes.pin_next():
+                passes.restore(before)
+            for _ in passes.sites:
+                settled = passes.settle()
+                passes.restore(before)
+                if settled:
+                    break
+            total = passes.backward()
+    except BaseException:
+        passes.restore(before)
+        raise
+    passes.restore({b: before[b] for layer in layers for b in layer.buffers()})
+    passes.learn()
+    return total
+
+
+@dataclass
+class _Site:
+    """One call of one layer in the forward of each micro-batch.
+
+    `statistics` are the pooled mean and biased variance (C,), `adjoints` the gradients of the total loss with respect
+    to them.
+    """
+
+    layer: _BatchNorm
+    statistics: Moments
+    adjoints: tuple[Tensor, Tensor]
+    leaves: tuple[Tensor, Tensor] | None = None
+
+
+class _Enough(Exception):  # not an error
+    """The forward has reached the layer whose statistics are looked for."""
+
+
+class _Passes:
+    """Passes over all micro-batches, and what is known of the layers' statistics so far."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Any], loss: Loss) -> None:
+        self.batches, self.loss = batches, loss
+        self.sites: list[_Site] = []
+        self.devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+        self.seeds = [int(torch.randint(2**62, ())) for _ in batches]
+        self._at = 0
+        self._found: list[tuple[_BatchNorm, Moments]] = []
+        self._shares: list[Tensor] = []
+
+    def pin_next(self) -> bool:
+        """Find the statistics of the first site that has none; False if all have."""
+        self._found = []
+        with torch.no_grad():
+            for batch, seed in zip(self.batches, self.seeds, strict=True):
+                with suppress(_Enough):
+                    self._run(batch, seed, None)
+        if not self._found:
+            return False
+        layer = self._found[0][0]
+        if len(self._found) != len(self.batches) or any(found is not layer for found, _ in self._found):
+            raise RuntimeError(_DIFFERENT)
+        pooled = combined(Moments(*(torch.stack(column) for column in zip(*(m for _, m in self._found), strict=True))))
+        if bool((pooled.count < 2).any()):
+            raise ValueError(
+                "Expected more than 1 value per channel when training, got fewer in all micro-batches together: give "
+                "more micro-batches, or use a norm that needs no batch (LayerNorm, GroupNorm)"
+            )
+        self.sites.append(_Site(layer, pooled, (torch.zeros_like(pooled.mean), torch.zeros_like(pooled.var))))
+        return True
+
+    def settle(self) -> bool:
+        """One pass for the adjoints; True if it has changed none beyond rounding."""
+        new = [(torch.zeros_like(site.statistics.mean), torch.zeros_like(site.statistics.var)) for site in self.sites]
+        for batch, seed in zip(self.batches, self.seeds, strict=True):
+            leaves = self._free_statistics()
+            objective = self._run(batch, seed, leaves) + sum(self._shares)
+            grads = torch.autograd.grad(objective, leaves, allow_unused=True)
+            for adjoint, grad in zip((t for pair in new for t in pair), grads, strict=True):
+                if grad is not None:
+                    adjoint += grad
+        settled = all(
+            bool((now - old).norm() <= 4 * torch.finfo(now.dtype).eps * now.norm())
+            for site, pair in zip(self.sites, new, strict=True)
+            for old, now in zip(site.adjoints, pair, strict=True)
+        )
+        for site, pair in zip(self.sites, new, strict=True):
+            site.adjoints = pair
+        return settled
+
+    def backward(self) -> Tensor:
+        """The pass that adds to `.grad`; the total loss."""
+        total: Tensor | None = None
+        for batch, seed in zip(self.batches, self.seeds, strict=True):
+            value = self._run(batch, seed, [])
+            (value + sum(self._shares)).backward()
+            total = value.detach() if total is None else total + value.detach()
+        assert total is not None
+        return total
+
+    def learn(self) -> None:
+        """Move every layer's running averages by the pooled statistics, once a call."""
+        for site in self.sites:
+            layer = site.layer
+            if layer.running_mean is not None and layer.running_var is not None:
+                moved = running.move(layer.running_mean, layer.running_var, site.statistics, layer._momentum())
+                layer._count(moved)
+
+    @staticmethod
+    def restore(buffers: dict[Tensor, Tensor]) -> None:
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+
+    def _free_statistics(self) -> list[Tensor]:
+        """Fresh leaves for the gradient, two a site."""
+        for site in self.sites:
+            site.leaves = (
+                site.statistics.mean.clone().requires_grad_(),
+                site.statistics.var.clone().requires_grad_(),
+            )
+        return [leaf for site in self.sites if site.leaves is not None for leaf in site.leaves]
+
+    def _run(self, batch: Any, seed: int, leaves: list[Tensor] | None) -> Tensor:
+        """The loss of one micro-batch."""
+        if not leaves:
+            for site in self.sites:
+                site.leaves = None
+        self._at, self._shares = 0, []
+        with torch.random.fork_rng(self.devices):
+            torch.manual_seed(seed)
+            value = self.loss(batch)
+        if value.dim() != 0:
+            raise ValueError(f"loss must return a scalar, but got a tensor of shape {tuple(value.shape)}: use .sum()")
+        if leaves is not None and self._at != len(self.sites):
+            raise RuntimeError(_DIFFERENT)
+        return value
+
+    def normalize(
+        self,
+        layer: _BatchNorm,
+        input: Any,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float | Tensor,
+        *,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+        residual: Any,
+    ) -> tuple[Any, Moved]:
+        """Stands in for a layer's `_normalize`: by the statistics of all micro-batches."""
+        if ragged.is_ragged(input):
+            rows = partial(self._by_site, layer, mask=None, lengths=None)
+            return ragged.by_rows(rows, input, mask=mask, lengths=lengths, residual=residual), True
+        return self._by_site(layer, input, mask=mask, lengths=lengths, residual=residual), True
+
+    def _by_site(
+        self, layer: _BatchNorm, x: Tensor, *, mask: Tensor | None, lengths: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        weight, bias, act = layer.weight, layer.bias, layer.act
+        valid = checked("batch_norm", x, None, None, weight, bias, 0.0, layer.eps, mask, lengths, act, residual)
+        dims = (0, *range(2, x.dim()))
+        if running.recomputing():
+            raise RuntimeError(
+                "accumulated_backward needs one micro-batch's memory and does not go with activation checkpointing: "
+                "leave torch.utils.checkpoint out, or make the micro-batches smaller"
+            )
+        if self._at == len(self.sites):
+            own = moments(x, dims, valid)
+            self._found.append((layer, Moments(*(m.expand_as(own.mean).reshape(-1) for m in own))))
+            raise _Enough
+        site = self.sites[self._at]
+        self._at += 1
+        if site.layer is not layer:
+            raise RuntimeError(_DIFFERENT)
+        pooled = site.statistics
+        shape = (1, -1, *(1,) * (x.dim() - 2))
+        if torch.is_grad_enabled():
+            self._shares.append(_share(x, dims, valid, pooled, site.adjoints, shape))
+        mean, var = (t.view(shape) for t in site.leaves or pooled[:2])
+        gain, shift = (None if t is None else t.view(shape) for t in (weight, bias))
+        y, _ = norm(x, dims, gain, shift, mask=valid, mean=mean, var=var, eps=layer.eps)
+        if residual is not None:
+            y = y + residual
+        if act is not None:
+            y = activation(act)(y)
+        return y if valid is None or residual is None else y.masked_fill(~valid, 0)
+
+
+def _share(
+    x: Tensor,
+    dims: tuple[int, ...],
+    valid: Tensor | None,
+    pooled: Moments,
+    adjoints: tuple[Tensor, Tensor],
+    shape: tuple[int, ...],
+) -> Tensor:
+    """adjoints . this micro-batch's share of the pooled mean and variance."""
+    distance = x.to(accumulation_dtype(x.dtype)) - pooled.mean.view(shape)
+    if valid is not None:
+        distance = distance.masked_fill(~valid, 0)
+    by_mean, by_var = (adjoint / pooled.count for adjoint in adjoints)
+    return (by_mean * distance.sum(dims)).sum() + (by_var * distance.square().sum(dims)).sum()
+
+
+def _taking_part(model: nn.Module) -> list[_BatchNorm]:
+    found: list[_BatchNorm] = []
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.modules.batchnorm._BatchNorm) or not layer.training:
+            continue
+        if not isinstance(layer, BatchNorm1d | BatchNorm2d | BatchNorm3d):
+            raise ValueError(
+                f"{name or 'the model'} is a {type(layer).__module__.partition('.')[0]} {type(layer).__name__}: "
+                "accumulated_backward pools the statistics of normwise's BatchNorm1d, BatchNorm2d and BatchNorm3d. "
+                "Replace it by normwise.convert(model, to='batch'), or put it into eval mode"
+            )
+        if layer.virtual_batch_size is not None:
+            raise ValueError(
+                f"{name or 'the model'} has virtual_batch_size={layer.virtual_batch_size}, which asks for statistics "
+                "of less than a micro-batch: set it to None"
+            )
+        found.append(layer)
+    return found
+
+
+@contextmanager
+def _redirected(layers: Sequence[_BatchNorm], passes: _Passes) -> Iterator[None]:
+    """The layers ask `passes` for their output."""
+    for layer in layers:
+        layer._normalize = partial(passes.normalize, layer)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer._normalize
+
+
+_DIFFERENT = (
+    "the micro-batches do not run the same BatchNorm layers in the same order, so there is no whole batch to speak of: "
+    "make the model's way through its layers independent of the data"
+)
