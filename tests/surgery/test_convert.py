@@ -219,6 +219,15 @@ def test_what_cannot_be_expressed_is_skipped_with_the_reason(layer, to, reason):
     assert reason in str(report)
 
 
+@pytest.mark.parametrize("to", ["batch", "group", "layer", "sync", "renorm", "normwise"])
+def test_what_is_one_already_is_left_alone(to):
+    once, _ = normwise.convert(net(), to=to)
+    twice, report = normwise.convert(once, to=to, inplace=True)
+    assert report.changed == []
+    assert "is one already" in str(report)
+    assert twice is once
+
+
 def test_options_reach_the_new_layers():
     new = normwise.convert(net(), to="renorm", momentum=0.01, r_max=2.0).model
     assert (new.stem[1].momentum, new.stem[1].r_max) == (0.01, 2.0)

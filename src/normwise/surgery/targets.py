@@ -54,6 +54,8 @@ def to_group(layer: nn.Module, *, num_groups: int | Callable[[int], int] | None 
 
     Source of the 32: Wu & He 2018, section 4.1.
     """
+    if type(layer) is ours.GroupNorm and num_groups is None and not options:
+        raise Refusal("is one already")
     channels = channels_of(layer)
     if num_groups is None:
         default = max(g for g in range(1, min(32, channels) + 1) if channels % g == 0)
@@ -65,6 +67,8 @@ def to_group(layer: nn.Module, *, num_groups: int | Callable[[int], int] | None 
 
 def to_layer(layer: nn.Module, **options: Any) -> Made:
     """normwise.LayerNorm; of what has channels on axis 1, over these channels: LayerNorm(C, dim=1)."""
+    if type(layer) is ours.LayerNorm and not options:
+        raise Refusal("is one already")
     if isinstance(layer, nn.LayerNorm):
         return _without_statistics(layer, rebuild(layer, ours.LayerNorm, **options))
     channels = channels_of(layer)
