@@ -51,7 +51,7 @@ from normwise.surgery import (
 )
 
 if TYPE_CHECKING:
-    from normwise.diagnosis import Diagnosis, diagnose
+    from normwise.diagnosis import Diagnosis, Monitor, diagnose
 
 __version__ = "0.1.0"
 
@@ -101,7 +101,7 @@ __all__ = [
 ]
 
 # Loaded at first use: who builds and trains a model need not wait for what looks at one.
-_AT_FIRST_USE = ("Diagnosis", "diagnose")
+_AT_FIRST_USE = ("Diagnosis", "Monitor", "diagnose")
 
 
 def __getattr__(name: str) -> Any:

@@ -90,7 +90,7 @@ def test_real_models_raise_nothing(make, inputs, trained):
     data = [(x, torch.randint(4, (32,))) for x in (inputs() for _ in range(4))]
     if trained:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-        for x, target in 10 * data:
+        for x, target in 5 * data:
             optimizer.zero_grad()
             cross_entropy(model(x), target).backward()
             optimizer.step()
@@ -115,7 +115,7 @@ def test_the_labs_nets_raise_what_is_so(name):
     task = TASKS[name]()
 
     def pairs(seed: int) -> Iterator[tuple[object, object]]:
-        for batch in task.batches(task.batch_sizes[0], 2, seed):
+        for batch in task.batches(task.batch_sizes[0], 1, seed):
             lengths = {} if batch.lengths is None else {"lengths": batch.lengths}
             yield {"inputs": batch.inputs, **lengths}, batch
 

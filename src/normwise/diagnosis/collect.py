@@ -55,7 +55,7 @@ def collect(
             members = groups(named, optimizer)
             used = [n for n, seen in zip(named, called, strict=True) if seen.order is not None]
             training, shifts = watch_steps(model, used, taken, loss, optimizer)
-        layers = [_layer(seen, by_layer, shifts) for seen in called]
+        layers = [record(seen, by_layer, shifts) for seen in called]
     valid = [v for v in paddings if v is not None]
     positions = sum(v.mask.numel() for v in valid)
     return records.Diagnosis(
@@ -104,7 +104,8 @@ def _steps(batches: Sequence[Batch]) -> list[int]:
     return [shape[axis] for shape, _ in shapes]
 
 
-def _layer(seen: Seen, gaps: dict[str, float], shifts: dict[str, records.Shift]) -> records.Layer:
+def record(seen: Seen, gaps: dict[str, float], shifts: dict[str, records.Shift]) -> records.Layer:
+    """What was seen of a layer."""
     parameters = own_parameters(seen.module)
     gradient = _gradient(seen)
     return records.Layer(

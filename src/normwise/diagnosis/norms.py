@@ -42,7 +42,9 @@ class NormWatch:
         self.moves = self.inside_recurrence = self.used_batch = False
 
     @torch.no_grad()
-    def add(self, x: Tensor, kwargs: dict[str, Any], args: Any, samples: int, valid: Valid | None) -> None:
+    def add(
+        self, x: Tensor, kwargs: dict[str, Any], args: Any, samples: int, valid: Valid | None, *, lean: bool = False
+    ) -> None:
         """One call with first input `x`, of a batch of `samples` samples, or 0 where nobody knows."""
         x = x.detach()
         # (N * T, C) has more rows than there are samples.
@@ -70,7 +72,8 @@ class NormWatch:
                     self.total_samples += samples
         if not given and not ragged and self.kind in ("batch", "instance", "group") and valid is not None:
             self._look_for_padding(x, valid)
-        self._look_at_rounding(x)
+        if not lean:
+            self._look_at_rounding(x)
 
     def _count(self, values: int, samples: int) -> None:
         self.values = values if self.values is None else min(values, self.values)

@@ -124,13 +124,13 @@ class RecurrentWatch:
         if self.how is not None and isinstance(result, tuple) and len(result) == 2:
             self.calls.append(Call(args, kwargs, result))
 
-    def look(self) -> None:
+    def look(self, gradients: bool = True) -> None:
         """After the backward pass: recompute its calls step by step, and forget them."""
         calls, self.calls = self.calls, []
         for call in calls:
-            self._look_at(call)
+            self._look_at(call, gradients)
 
-    def _look_at(self, call: Call) -> None:
+    def _look_at(self, call: Call, gradients: bool) -> None:
         module, how = self.module, self.how
         x, lengths = call.padded(module.batch_first)
         steps, batch = x.shape[:2]
@@ -145,7 +145,7 @@ class RecurrentWatch:
         tapes: list[list[Step]] = []
         finals: list[list[Tensor]] = []
         x = x.detach()
-        with torch.enable_grad():
+        with torch.set_grad_enabled(gradients):
             for k in range(0, len(self.places), directions):
                 outputs = []
                 for n in range(k, k + directions):
@@ -167,10 +167,12 @@ class RecurrentWatch:
                     finals.append([result.h] if result.c is None else [result.h, result.c])
                     outputs.append(result.output)
                 x = torch.cat(outputs, -1)
-            upstream = call.upstream(module, x, [torch.stack(column) for column in zip(*finals, strict=True)])
+            upstream = gradients and call.upstream(
+                module, x, [torch.stack(column) for column in zip(*finals, strict=True)]
+            )
             hidden = [step.h for tape in tapes for step in tape]
             found: list[Tensor | None] = [None] * len(hidden)
-            if upstream is not None:
+            if isinstance(upstream, Tensor):
                 found = list(torch.autograd.grad(upstream, hidden, allow_unused=True))
         own = call.output(module.batch_first)
         size = float(own.abs().max()) if own.numel() else 0.0

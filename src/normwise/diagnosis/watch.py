@@ -53,8 +53,9 @@ class Produced(NamedTuple):
 class Watch:
     """Gathers while open, `with Watch(model, modes) as watch: watch.train_pass(batch, loss)`; no hook stays behind."""
 
-    def __init__(self, model: nn.Module, was_training: dict[str, bool]) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, was_training: dict[str, bool], *, lean: bool = False) -> None:
+        """`lean`: outputs as a whole, units, norms and gates alone, which is what a training step can spare."""
+        self.model, self.lean = model, lean
         self.layers = {named.name: Seen(named, was_training[named.name]) for named in layers_of(model)}
         self.handles: list[Any] = []
         self.recording = self.backward = False
@@ -83,7 +84,7 @@ class Watch:
         Raises:
             DiagnosisError: from whatever the model or the loss raises.
         """
-        self._begin(batch)
+        self.begin(batch.samples, valid_positions(batch, self.model))
         self.recording = True
         try:
             output = batch.call(self.model)
@@ -92,13 +93,13 @@ class Watch:
         value = scalar(loss, output, batch.target)
         self._find_recurrences()
         gradients = self._gradients(value)
-        self._end(gradients)
+        self.end(gradients)
         return output, float(value.detach()), gradients
 
-    def _begin(self, batch: Batch) -> None:
-        self.samples = batch.samples
-        self.valid = valid_positions(batch, self.model)
-        self.layouts.samples = batch.samples
+    def begin(self, samples: int, valid: Valid | None) -> None:
+        """Before a pass, of a batch of so many samples (0: unknown)."""
+        self.samples, self.valid = samples, valid
+        self.layouts.samples = samples
         self.produced.clear()
         for seen in self.layers.values():
             seen.calls, seen.squares, seen.arrived = 0, 0.0, False
@@ -124,7 +125,8 @@ class Watch:
             self.backward = False
         return {name: g.detach() for name, g in zip(wanted, found, strict=True) if g is not None}
 
-    def _end(self, gradients: dict[str, Tensor]) -> None:
+    def end(self, gradients: dict[str, Tensor]) -> None:
+        """After a pass and its way back, with the gradients of the parameters."""
         for seen in self.layers.values():
             if seen.arrived:
                 seen.output_gradient.append(seen.squares)
@@ -135,11 +137,11 @@ class Watch:
             seen.most_calls = max(seen.most_calls, seen.calls)
             seen.first_output = seen.last_input = None
             if seen.recurrent is not None:
-                seen.recurrent.look()
+                seen.recurrent.look(gradients=not self.lean)
         self.produced.clear()
 
     def _before(self, seen: Seen, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.recording:
+        if not self._counts():
             return
         if seen.order is None:
             seen.order, self.next = self.next, self.next + 1
@@ -148,17 +150,17 @@ class Watch:
         if x is None:
             return
         layout = self._layout(seen, x)
-        if not x.is_nested:
+        if not x.is_nested and not self.lean:
             seen.input.add(x, layout)
         if seen.units is not None:
             seen.units.add(x, layout)
         if seen.norm is not None:
-            seen.norm.add(x, kwargs, args, self.samples, self.valid)
+            seen.norm.add(x, kwargs, args, self.samples, self.valid, lean=self.lean)
             seen.norm.fed_by.append(self._producer(seen, x))
             seen.last_input = x if seen.calls > 1 else None
 
     def _after(self, seen: Seen, module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        if not self.recording:
+        if not self._counts():
             return
         if seen.recurrent is not None:
             seen.recurrent.add(args, kwargs, result)
@@ -166,16 +168,24 @@ class Watch:
         if y is None:
             return
         if not y.is_nested:
-            seen.output.add(y, self._layout(seen, y))
+            seen.output.add(y, Layout() if self.lean else self._layout(seen, y))
         if seen.norm is not None and seen.calls == 1:
             seen.first_output = y
         if y.requires_grad and y.grad_fn is not None:
             y.register_hook(functools.partial(self._arrived, seen, self._layout(seen, y)))
-        if seen.role in ("linear", "conv") and getattr(module, "bias", None) is not None:
+        if self._has_bias(seen):
             self.produced[y.untyped_storage().data_ptr()] = Produced(y, seen.name, y._version)
+
+    def _counts(self) -> bool:
+        """Whether this is a pass to look at, and not one in eval mode in the middle of somebody's training."""
+        return self.recording and self.model.training
 
     def _layout(self, seen: Seen, x: Tensor) -> Layout:
         return self.layouts.of(seen.module, seen.role, x)
+
+    def _has_bias(self, seen: Seen) -> bool:
+        """Whether a norm behind the layer may take a bias away: of no interest to a lean watch."""
+        return not self.lean and seen.role in ("linear", "conv") and getattr(seen.module, "bias", None) is not None
 
     def _producer(self, seen: Seen, x: Tensor) -> str | None:
         """The layer with a bias whose whole output `x` is, untouched, with features where the norm has them."""
@@ -193,12 +203,8 @@ class Watch:
         if not self.backward or gradient is None:
             return
         seen.arrived = True
-        seen.squares += float(gradient.double().square().sum())
-        if (
-            seen.role in ("linear", "conv")
-            and getattr(seen.module, "bias", None) is not None
-            and layout.feature is not None
-        ):
+        seen.squares += float(gradient.norm(dtype=torch.float64 if not self.lean else None)) ** 2
+        if self._has_bias(seen) and layout.feature is not None:
             rows = gradient.movedim(layout.feature, 0).reshape(gradient.shape[layout.feature], -1).double()
             total, size = rows.sum(1), rows.abs().sum(1)
             seen.bias_sum = total.abs() if seen.bias_sum is None else seen.bias_sum + total.abs()
