@@ -40,7 +40,8 @@ class Calls:
         what = kind_of(module)
         nodes = self.of(module)
         if len(nodes) != 1:
-            raise Refusal(f"the {what} is called {len(nodes)} times")
+            inside = "" if nodes else ", or inside another layer of torch.nn"
+            raise Refusal(f"the {what} is called {len(nodes)} times{inside}")
         if len(nodes[0].args) != 1 or nodes[0].kwargs:
             raise Refusal(f"the {what} is called with more than its input")
         if module._forward_hooks or module._forward_pre_hooks:
