@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import re
+from pathlib import Path
 
 import pytest
 
 from normwise.lab.claim import judge
 from normwise.lab.claims import claims
+from normwise.lab.errors import LabError
 from normwise.lab.figures import figures
 from normwise.lab.report import commands, verdict, write_report
 from normwise.lab.score import score
@@ -117,6 +121,22 @@ def test_commands_repeat_the_runs(rows):
         )
         if rate == row.learning_rate:
             assert {spec.key() for spec in specs} == {run.key for run in row.runs}
+
+
+def test_a_page_that_cannot_be_written_is_named_and_the_old_one_stays(rows, tmp_path, monkeypatch):
+    path = tmp_path / "page.html"
+    path.write_text("old")
+
+    def full(self, *_, **__):
+        self.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(LabError, match=r"page.html cannot be written \(No space left"):
+            write_report(rows, TASKS, path)
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
 
 
 def test_a_page_of_undefined_norms_alone_says_so(rows, tmp_path):

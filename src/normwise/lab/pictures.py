@@ -56,7 +56,7 @@ def write_pictures(page: Path, folder: Path, browser: str) -> list[Path]:
     """Write every figure of ``page`` to ``folder/TASK-FIGURE.png``, light, at twice the pixels; return the paths.
 
     Raises:
-        LabError: the folder cannot be made, or the browser ended or did not answer.
+        LabError: the folder cannot be made or written, or the browser ended or did not answer.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,10 @@ def write_pictures(page: Path, folder: Path, browser: str) -> list[Path]:
             clip = {"x": x, "y": y, "width": width, "height": height, "scale": 1}
             shot = ask("Page.captureScreenshot", session, clip=clip, captureBeyondViewport=True)
             path = folder / f"{name}.png"
-            path.write_bytes(base64.b64decode(shot["data"]))
+            try:
+                path.write_bytes(base64.b64decode(shot["data"]))
+            except OSError as error:
+                raise LabError(f"{path} cannot be written ({error.strerror}): give another --png") from error
             written.append(path)
     return written
 

@@ -3,6 +3,7 @@ network, and what it shows is there before any script runs."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import normwise
 from normwise.lab.claim import Judged
+from normwise.lab.errors import LabError
 from normwise.lab.figures import Figure, figures, sizes_of
 from normwise.lab.figures_over_time import over_time
 from normwise.lab.norms import NORMS
@@ -72,6 +74,9 @@ def write_report(
         tasks: by name, in the order of the page; None for one whose code is not at hand.
         path: the file.
         judged: the claims, for the top of the page.
+
+    Raises:
+        LabError: the file cannot be written; a page that was there stays.
     """
     environment = Environment(
         loader=PackageLoader("normwise.lab", "templates"),
@@ -95,8 +100,23 @@ def write_report(
         made_with=made_with(rows),
         **{kind: (files("normwise.lab") / "templates" / f"report.{kind}").read_text("utf-8") for kind in ("css", "js")},
     )
-    path.write_text(page, encoding="utf-8")
+    _write_whole(path, page)
     return path
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """All of it or none: a page that is there stays until the new one is on the disk."""
+    new = path.with_name(path.name + ".new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        new.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise LabError(
+            f"{path} cannot be written ({error.strerror}): free some space, or see who may write there; the runs are "
+            "kept, and `normwise report` draws them"
+        ) from error
 
 
 MARKS = {"supported": "✓", "contradicted": "✗", "undecided": "?"}
