@@ -179,7 +179,7 @@ def _standardized(
 
 def _row_facts(x: Tensor, dims: tuple[int, ...], valid: Tensor | None) -> dict[str, int]:
     """What ranks that hold the shards of the same rows must agree on, so that their messages are of one size."""
-    rows = math.prod(s for d, s in enumerate(x.shape) if d not in dims)
+    rows = math.prod([s for d, s in enumerate(x.shape) if d not in dims])
     return {"number of rows": rows, "masked": int(valid is not None)}
 
 

@@ -43,12 +43,17 @@ def pooled_norm(
     Returns:
         (y, moments): `y` like `x`; `moments` of all ranks, in float64, without a gradient.
     """
-    settings = _Settings(tuple(dims), group, eps, center, count_each)
+    if torch.compiler.is_compiling():
+        y, mean, var, count, *_ = torch.ops.normwise.pooled_norm(
+            x, weight, bias, mask, list(dims), group.group_name, eps, center, count_each
+        )
+        return y, Moments(mean, var, count)
+    settings = Settings(tuple(dims), group, eps, center, count_each)
     y, *moments = _PooledNorm.apply(x, weight, bias, mask, settings)
     return y, Moments(*moments)
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     dims: tuple[int, ...]
     group: dist.ProcessGroup
     eps: float
@@ -65,7 +70,7 @@ class _Local(NamedTuple):
     elements: Tensor
 
 
-def _local(x: Tensor, mask: Tensor | None, settings: _Settings) -> _Local:
+def _local(x: Tensor, mask: Tensor | None, settings: Settings) -> _Local:
     if settings.center:
         return _Local(*centre_in_two(x, settings.dims, mask))
     wide = x.to(accumulation_dtype(x.dtype))
@@ -75,7 +80,7 @@ def _local(x: Tensor, mask: Tensor | None, settings: _Settings) -> _Local:
     return _Local(wide, torch.zeros_like(count), torch.zeros_like(count), count)
 
 
-def _pooled(x: Tensor, local: _Local, settings: _Settings) -> Moments:
+def _pooled(x: Tensor, local: _Local, settings: Settings) -> Moments:
     """The moments of all ranks; differentiable where `local` is."""
     var = mean_square(local.centred, settings.dims, local.elements)
     count = local.elements.expand_as(var) if settings.count_each else local.elements
@@ -88,58 +93,78 @@ def _pooled(x: Tensor, local: _Local, settings: _Settings) -> Moments:
     return combined(parts)
 
 
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, settings: Settings
+) -> tuple[Tensor, ...]:
+    """(y, mean, var, count) and what the backward needs: (rough, offset, rstd), where the mean is rough + offset."""
+    local = _local(x, mask, settings)
+    moments = _pooled(x, local, settings)
+    z = local.centred
+    # What is left to subtract: small, so that it may be rounded.
+    offset = (moments.mean - local.rough.double()).to(z.dtype)
+    rstd = torch.rsqrt(moments.var + settings.eps).to(z.dtype)
+    # Uncentred elements may be the input itself, which stays as it is.
+    z = z.add_(local.rest - offset).mul_(rstd) if settings.center else z * rstd
+    y = z if weight is None else z.mul_(weight)
+    y = y if bias is None else y.add_(bias)
+    y = y if mask is None else y.masked_fill_(~mask, 0)
+    return y.to(x.dtype), *moments, local.rough, offset, rstd
+
+
+def backward_of(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    rough: Tensor,
+    offset: Tensor,
+    rstd: Tensor,
+    count: Tensor,
+    settings: Settings,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias): `reference.norm_backward` with sums over all ranks."""
+    dims = list(settings.dims)
+    dy = dy.to(rstd.dtype)
+    z = x.to(rstd.dtype)
+    if mask is not None:
+        dy, z = dy.masked_fill(~mask, 0), z.masked_fill(~mask, 0)
+    z = (z - rough).sub_(offset).mul_(rstd) if settings.center else z * rstd
+    if mask is not None:
+        z.masked_fill_(~mask, 0)
+    g = dy if weight is None else dy * weight
+    sums = [(g * z).sum(dims, keepdim=True), *([g.sum(dims, keepdim=True)] if settings.center else [])]
+    # Also where this rank needs no input gradient: others may, and wait for this rank's part.
+    means = ranks.summed(torch.stack(sums), settings.group) / count.to(rstd.dtype).clamp(min=1)
+    dx = torch.addcmul(g, z, means[0], value=-1)
+    dx = (dx.sub_(means[1]) if settings.center else dx).mul_(rstd)
+    dx = dx if mask is None else dx.masked_fill_(~mask, 0)
+    dweight = None if weight is None else (dy * z).sum_to_size(weight.shape).to(weight.dtype)
+    dbias = None if bias is None else dy.sum_to_size(bias.shape).to(bias.dtype)
+    return dx.to(x.dtype), dweight, dbias
+
+
 class _PooledNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, settings: _Settings
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, settings: Settings
     ) -> tuple[Tensor, ...]:
-        local = _local(x, mask, settings)
-        moments = _pooled(x, local, settings)
-        z = local.centred
-        # What is left to subtract: small, so that it may be rounded.
-        offset = (moments.mean - local.rough.double()).to(z.dtype)
-        rstd = torch.rsqrt(moments.var + settings.eps).to(z.dtype)
-        # Uncentred elements may be the input itself, which stays as it is.
-        z = z.add_(local.rest - offset).mul_(rstd) if settings.center else z * rstd
-        y = z if weight is None else z.mul_(weight)
-        y = y if bias is None else y.add_(bias)
-        y = y if mask is None else y.masked_fill_(~mask, 0)
-        ctx.save_for_backward(x, weight, bias, mask, local.rough, offset, rstd, moments.count)
+        y, mean, var, count, *kept = forward(x, weight, bias, mask, settings)
+        ctx.save_for_backward(x, weight, bias, mask, *kept, count)
         ctx.settings = settings
-        ctx.mark_non_differentiable(*moments)
-        return y.to(x.dtype), *moments
+        ctx.mark_non_differentiable(mean, var, count)
+        return y, mean, var, count
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> Any:
         x, weight, bias, mask, rough, offset, rstd, count = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *_differentiable(dy, x, weight, bias, mask, ctx.settings), None, None
-        dims, group = list(ctx.settings.dims), ctx.settings.group
-        dy = dy.to(rstd.dtype)
-        z = x.to(rstd.dtype)
-        if mask is not None:
-            dy, z = dy.masked_fill(~mask, 0), z.masked_fill(~mask, 0)
-        z = (z - rough).sub_(offset).mul_(rstd) if ctx.settings.center else z * rstd
-        if mask is not None:
-            z.masked_fill_(~mask, 0)
-        g = dy if weight is None else dy * weight
-        gz = g * z
-        sums = [gz.sum(dims, keepdim=True), *([g.sum(dims, keepdim=True)] if ctx.settings.center else [])]
-        # Also where this rank needs no input gradient: others may, and wait for this rank's part.
-        means = ranks.summed(torch.stack(sums), group) / count.to(rstd.dtype).clamp(min=1)
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.addcmul(g, z, means[0], value=-1)
-            dx = (dx.sub_(means[1]) if ctx.settings.center else dx).mul_(rstd)
-            dx = dx if mask is None else dx.masked_fill_(~mask, 0)
-            dx = dx.to(x.dtype)
-        dweight = None if weight is None else (dy * z).sum_to_size(weight.shape).to(weight.dtype)
-        dbias = None if bias is None else dy.sum_to_size(bias.shape).to(bias.dtype)
-        return dx, dweight, dbias, None, None
+        return *backward_of(dy, x, weight, bias, mask, rough, offset, rstd, count, ctx.settings), None, None
 
 
 def _differentiable(
-    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, settings: _Settings
+    dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, settings: Settings
 ) -> tuple[Tensor | None, ...]:
     """The same gradients with a graph: those of the forward in operations that autograd differentiates by itself."""
     leaves = [None if t is None else t if t.requires_grad else t.detach().requires_grad_() for t in (x, weight, bias)]

@@ -68,6 +68,8 @@ class Peers:
         """`default`: None stands for all ranks, once there are any; otherwise for no exchange."""
         if process_group is not None:
             group_of(process_group)  # says now what is wrong with it
+        if dist.is_available():
+            import normwise.ops.pooled_norm_registered  # noqa: F401  before anything is compiled
         self.process_group = process_group
         self.default = default
         self._agreed: tuple[Any, ...] | None = None
@@ -76,10 +78,10 @@ class Peers:
         """The group to exchange with, or None where this rank stands alone.
 
         In the first call, and whenever the facts change, the ranks compare their facts first: messages of different
-        sizes would abort a process instead of raising an error.
+        sizes would abort a process instead of raising an error. (Not in a compiled call, which is traced once.)
         """
         group = group_of(self.process_group, self.default)
-        if group is not None:
+        if group is not None and not torch.compiler.is_compiling():
             agreed = (group.group_name, *facts.items())
             if self._agreed != agreed:
                 agree(group, owner, device, facts)
