@@ -279,6 +279,11 @@ def _taking_part(model: nn.Module) -> list[_BatchNorm]:
                 f"{name or 'the model'} has virtual_batch_size={layer.virtual_batch_size}, which asks for statistics "
                 "of less than a micro-batch: set it to None"
             )
+        if layer.accumulate is not None:
+            raise ValueError(
+                f"{name or 'the model'} has accumulate={layer.accumulate}, which approximates what "
+                "accumulated_backward does exactly: set it to None"
+            )
         found.append(layer)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from typing import Any, TypeVar
 
 import torch
@@ -10,14 +11,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.nn.construct import affine_without_bias, reset_affine
+from normwise.nn.recall import Recall
 from normwise.ops import check, running
 from normwise.ops.batch_norm import batch_norm_moved
 from normwise.ops.choose import transforming
 from normwise.ops.ghost_batch_norm import ghost_batch_norm_moved
 from normwise.ops.ragged import is_ragged
 from normwise.ops.ranks import Peers
+from normwise.ops.recent_batch_norm import recent_batch_norm_moved
 from normwise.ops.running import Moved
-from normwise.reference import activation
+from normwise.reference import Moments, activation
 
 Layer = TypeVar("Layer", bound="_BatchNorm")
 
@@ -47,6 +50,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         bias: bool = True,
         act: str | None = None,
         virtual_batch_size: int | None = None,
+        accumulate: int | None = None,
     ) -> None:
         check.positive_eps(eps)
         check.momentum_range(momentum)
@@ -59,7 +63,18 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(
                 f"virtual_batch_size must be at least 1, or None for the whole batch, but got {virtual_batch_size}"
             )
+        if accumulate is not None and accumulate < 1:
+            raise ValueError(
+                f"accumulate must be at least 1, the number of micro-batches of an optimizer step, but got {accumulate}"
+            )
+        if accumulate is not None and virtual_batch_size is not None:
+            raise ValueError(
+                "got accumulate, for more than a batch, and virtual_batch_size, for less: give one of them"
+            )
         self.virtual_batch_size = virtual_batch_size
+        self.accumulate = accumulate
+        self._recent: deque[Moments] = deque(maxlen=0 if accumulate is None else accumulate - 1)
+        self._earlier_of: Recall[list[Moments]] = Recall()
         # Not in the state_dict, which stays torch's.
         skipped = torch.tensor(0, device=device) if track_running_stats else None
         self.register_buffer("num_batches_skipped", skipped, persistent=False)
@@ -76,6 +91,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if skipped is not None:
             skipped.zero_()
         self._said_skipped = False
+        if hasattr(self, "_recent"):
+            self._recent.clear()
 
     def forward(
         self,
@@ -135,6 +152,22 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 act=self.act,
                 residual=residual,
             )
+        if self.training and self.accumulate is not None:
+            return recent_batch_norm_moved(
+                input,
+                running_mean,
+                running_var,
+                self.weight,
+                self.bias,
+                momentum,
+                self.eps,
+                self._earlier,
+                first=not self._recent,
+                mask=mask,
+                lengths=lengths,
+                act=self.act,
+                residual=residual,
+            )
         return batch_norm_moved(
             input,
             running_mean,
@@ -150,6 +183,16 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             residual=residual,
             process_group=self._peers,
         )
+
+    def _earlier(self, own: Moments) -> list[Moments]:
+        """The moments of the micro-batches before this one, which joins them if it is finite."""
+        if running.recomputing():
+            return self._earlier_of.find(own.mean, type(self).__name__)
+        earlier = list(self._recent)
+        self._earlier_of.keep(own.mean, earlier)
+        finite = ((own.mean * 0 + own.var * 0) == 0).all()
+        self._recent.append(Moments(*(torch.where(finite, m, 0) for m in own)))
+        return earlier
 
     def _count(self, moved: Moved) -> None:
         """One batch more, tracked or, where its statistics were not finite, skipped."""
@@ -200,7 +243,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def extra_repr(self) -> str:
         act = "" if self.act is None else f", act={self.act!r}"
         ghosts = "" if self.virtual_batch_size is None else f", virtual_batch_size={self.virtual_batch_size}"
-        return str(super().extra_repr()) + act + ghosts
+        recent = "" if self.accumulate is None else f", accumulate={self.accumulate}"
+        return str(super().extra_repr()) + act + ghosts + recent
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
@@ -231,6 +275,9 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
         virtual_batch_size: ghost batch norm: in training each run of this many samples has its own statistics; the
             last one is smaller where the batch is no multiple (joined to the one before if it would hold one value a
             channel). Running averages are still those of the whole batch.
+        accumulate: for gradient accumulation over this many micro-batches: in training the statistics are those of the
+            present and the last `accumulate - 1` forwards together. An approximation: earlier ones were taken with the
+            weights of their time and are constants for the gradient. `normwise.accumulated_backward` is exact.
 
     Source: Ioffe & Szegedy 2015; Hoffer, Hubara & Soudry 2017 for virtual batches.
     """

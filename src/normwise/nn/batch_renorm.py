@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -12,13 +11,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.nn.batch_norm import _BatchNorm
+from normwise.nn.recall import Recall
 from normwise.ops import running
 from normwise.ops.batch_renorm import batch_renorm_moved, corrected
 from normwise.ops.running import Moved
 from normwise.reference import Moments
-
-# How many forwards may wait for their backward under activation checkpointing.
-KEPT = 16
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ class _BatchRenorm(_BatchNorm):
                 raise ValueError(f"{name} must be at least {least} (where it changes nothing), but got {value}")
         super().__init__(num_features, eps, momentum, affine, True, device, dtype, bias=bias, act=act)
         self.r_max, self.d_max = r_max, d_max
-        self._kept: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=KEPT)
+        self._kept: Recall[tuple[Tensor, Tensor]] = Recall()
 
     def _normalize(
         self,
@@ -120,22 +117,12 @@ class _BatchRenorm(_BatchNorm):
         step = int(tracked) if tracked.is_cpu and running.may_read(tracked) else tracked
         r_max, d_max = (limit(step) if callable(limit) else limit for limit in (self.r_max, self.d_max))
         r, d = corrected(batch, self.running_mean, self.running_var, r_max, d_max, self.eps)
-        if running.may_read(batch.mean):
-            self._kept.append((batch.mean, r, d))
+        self._kept.keep(batch.mean, (r, d))
         return r, d
 
     def _recalled(self, batch: Moments) -> tuple[Tensor, Tensor]:
         """r and d of the first run on this batch: the averages that they came from have moved since."""
-        for mean, r, d in reversed(self._kept):
-            if mean.shape == batch.mean.shape and torch.allclose(
-                mean, batch.mean, rtol=1e-3, atol=1e-6, equal_nan=True
-            ):
-                return r, d
-        raise RuntimeError(
-            f"{type(self).__name__} was run again inside a backward (activation checkpointing) on a batch that is none "
-            f"of the last {KEPT} it has seen in training: run the backward sooner after its forward, or leave this "
-            "layer outside the checkpoint"
-        )
+        return self._kept.find(batch.mean, type(self).__name__)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}"
