@@ -13,14 +13,20 @@ import normwise
 from normwise.cli import app as application
 from normwise.cli.main import EXTRAS
 
+GROUPS = {group.name: group.typer_instance for group in application.app.registered_groups}
 COMMANDS = [command.name or command.callback.__name__ for command in application.app.registered_commands]
+SUBCOMMANDS = [
+    [name, command.name or command.callback.__name__]
+    for name, group in GROUPS.items()
+    for command in group.registered_commands
+]
 
 
 def test_version(normwise_command):
     assert normwise_command("--version") == (0, f"normwise {normwise.__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+@pytest.mark.parametrize("command", [[], *([name] for name in (*COMMANDS, *GROUPS)), *SUBCOMMANDS])
 def test_help_fits_80_columns_and_is_whole(normwise_command, command):
     status, out, err = normwise_command(*command, "--help")
     assert (status, err) == (0, "")
@@ -32,7 +38,7 @@ def test_help_fits_80_columns_and_is_whole(normwise_command, command):
 def test_help_names_every_command(normwise_command):
     out = normwise_command("--help").out
     assert {"explain", "info"} <= set(COMMANDS)
-    for name in COMMANDS:
+    for name in (*COMMANDS, *GROUPS):
         assert f"\n  {name} " in out
 
 

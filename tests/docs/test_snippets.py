@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from normwise.cli.app import app
 from normwise.cli.main import main
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+GROUPS = {group.name for group in app.registered_groups}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -60,8 +62,11 @@ def test_commands_and_options_exist(page):
             words = shlex.split(line, comments=True)
             if "normwise" not in words:
                 continue
-            command, *rest = words[words.index("normwise") + 1 :]
-            usage = output_of([command, "--help"])
+            rest = words[words.index("normwise") + 1 :]
+            # A command may have commands of its own, as in `normwise runs list`.
+            depth = 2 if rest[0] in GROUPS else 1
+            command = " ".join(rest[:depth])
+            usage = output_of([*rest[:depth], "--help"])
             for option in (word.partition("=")[0] for word in rest if word.startswith("--")):
                 assert re.search(rf"\s{option}\b", usage), f"{page.name}: normwise {command} has no {option}"
 

@@ -12,6 +12,8 @@ from normwise.cli.compare import compare
 from normwise.cli.explain import explain
 from normwise.cli.info import info
 from normwise.cli.report import report
+from normwise.cli.reproduce import reproduce
+from normwise.cli.runs import app as runs
 
 app = typer.Typer(
     add_completion=False,
@@ -25,6 +27,8 @@ app.command(short_help="Check what is claimed about normalization by runs.")(cla
 app.command(short_help="Show what BatchNorm and LayerNorm do to a small table.")(explain)
 app.command(short_help="Show what runs on this machine, and why.")(info)
 app.command(short_help="Draw what is stored: one page, and pictures.")(report)
+app.command(short_help="Repeat a paper's experiment at its size.")(reproduce)
+app.add_typer(runs, name="runs")
 
 
 def _show_version(wanted: bool) -> None:

@@ -97,9 +97,9 @@ def compare(
         rows = score(store.runs(spec.key() for spec in specs))
     report = write_report(rows, loaded, out / "report.html")
     if json:
-        _print_json(rows, store.path, report)
+        print_json(rows, store.path, report)
     else:
-        _print_tables(rows, store.path, report)
+        print_tables(rows, store.path, report)
 
 
 def _references(tasks: Sequence[str], own: Sequence[str], text: Path | None) -> list[str]:
@@ -172,7 +172,7 @@ def train(
         raise typer.Exit(130) from None
 
 
-def _print_json(rows: Sequence[Row], store: Path, report: Path) -> None:
+def print_json(rows: Sequence[Row], store: Path, report: Path) -> None:
     import json
 
     from normwise.lab.score import as_json
@@ -180,7 +180,7 @@ def _print_json(rows: Sequence[Row], store: Path, report: Path) -> None:
     typer.echo(json.dumps({"rows": as_json(rows), "store": str(store), "report": str(report)}, indent=2))
 
 
-def _print_tables(rows: Sequence[Row], store: Path, report: Path) -> None:
+def print_tables(rows: Sequence[Row], store: Path, report: Path) -> None:
     from rich.console import Console
 
     console = Console()

@@ -18,6 +18,7 @@ import normwise
 from normwise.lab.claim import Judged
 from normwise.lab.errors import LabError
 from normwise.lab.figures import Figure, figures, sizes_of
+from normwise.lab.figures_of_papers import of_paper
 from normwise.lab.figures_over_time import over_time
 from normwise.lab.norms import NORMS
 from normwise.lab.plot import colour
@@ -135,7 +136,7 @@ def section(name: str, task: Task | None, rows: Sequence[Row]) -> Section:
         norms=list(dict.fromkeys(row.norm for row in rows)),
         cells={(row.norm, row.batch_size): Cell(row, heat(row, means)) for row in rows},
         parts=parts_of(rows),
-        figures=[*figures(rows), *over_time(rows)],
+        figures=[*of_paper(rows), *figures(rows), *over_time(rows)],
         settings=settings(rows),
         commands=commands(rows),
     )

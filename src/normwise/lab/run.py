@@ -98,9 +98,11 @@ def _train(spec: Spec, task: Task, result: Result, kept: Path | None) -> None:
         for _ in islice(batches, first):
             pass
         torch.set_rng_state(random_state)
-    elif lengths is not None:
-        result.record(0, {"train/longest": float(lengths.max())})
-        result.record_over_time("start", probe.over_time(model))
+    else:
+        result.record(0, {"train/cases": float(len(task.cases[0]))})
+        if lengths is not None:
+            result.record(0, {"train/longest": float(lengths.max())})
+            result.record_over_time("start", probe.over_time(model))
     gradients_every = max(1, spec.steps // GRADIENT_POINTS)
     probe_every = max(task.looks_apart, spec.steps // task.looks)
     record_every = math.ceil(spec.steps / TRAIN_POINTS)

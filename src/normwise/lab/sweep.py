@@ -136,7 +136,8 @@ def _on_cores(tasks: Iterator[tuple[str, Spec]], jobs: int, checkpoints: Path | 
         with _interrupts_ignored():
             results = parallel(joblib.delayed(_run)(key, spec, checkpoints) for key, spec in tasks)
     try:
-        yield from results
+        for ran in results:  # noqa: UP028 (`yield from` would close them before their warning is silenced)
+            yield ran
     except BrokenProcessPool as error:
         raise RuntimeError(
             "a worker process died while it trained (killed for memory, or a crash in compiled code). What was "

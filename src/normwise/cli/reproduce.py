@@ -1,0 +1,59 @@
+"""`normwise reproduce`: the experiments of three papers at their size, on a folder of IDX files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def reproduce(
+    paper: Annotated[str, typer.Argument(metavar="PAPER", help="bn-mnist, ln-mnist or rbn-pmnist.")],
+    data: Annotated[
+        Path, typer.Option(metavar="DIR", help="MNIST's four IDX files, or others under their names, .gz or not.")
+    ],
+    steps: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Updates of each run. Default: the paper's.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="How many: seeds 0 to N-1.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="A few updates, to see that it runs: minutes.")] = False,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", file_okay=False, help="Where runs.sqlite and PAPER.html go.")
+    ] = Path("normwise-out"),
+    jobs: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Processes. Default: one a core.", show_default=False)
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Train on the workers of this Dask scheduler: tcp://host:8786."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the table as JSON, for programs.")] = False,
+) -> None:
+    """Repeat a paper's experiment at its size and redraw its figure.
+
+    bn-mnist: Ioffe & Szegedy 2015, section 4.1: accuracy over the steps with and without BatchNorm, and the
+    percentiles of what one sigmoid gets. Minutes.
+
+    ln-mnist: Ba et al. 2016, section 6.6: likelihood and test error at batch size 128 and 4. Hours.
+
+    rbn-pmnist: Cooijmans et al. 2016, section 5.1: an LSTM on permuted pixels, and the norm of its gradient over the
+    784 time steps. Days: the paper makes 100,000 updates.
+
+    A run notes every half minute how far it is, in DIR/checkpoints; stopped, the same command goes on from there, to
+    the same numbers.
+    """
+    from normwise.cli.compare import print_json, print_tables, train
+    from normwise.lab.report import write_report
+    from normwise.lab.reproduce import reference, specs
+    from normwise.lab.score import score
+    from normwise.lab.store import Store
+    from normwise.lab.sweep import cores
+    from normwise.lab.tasks import load_task
+
+    wanted = specs(paper, data, seeds=seeds, steps=steps, quick=quick)
+    with Store(out / "runs.sqlite") as store:
+        train(wanted, store, jobs=jobs or cores(), scheduler=scheduler, checkpoints=out.absolute() / "checkpoints")
+        rows = score(store.runs(spec.key() for spec in wanted))
+    page = write_report(rows, {paper: load_task(reference(paper, data)).task}, out / f"{paper}.html")
+    (print_json if json else print_tables)(rows, store.path, page)

@@ -1,0 +1,153 @@
+"""Stored runs as tables: which there are, what one of them is, and all of them for other programs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from normwise.lab.errors import LabError, unknown
+from normwise.lab.store import Run, Store
+
+SETTINGS = ("task", "norm", "batch_size", "learning_rate", "seed", "steps")
+VERSIONS = ("lab", "normwise", "torch", "backend")
+VALUE_COLUMNS = ("run", *SETTINGS, "status", "series", "step", "value")
+RUN_COLUMNS = (
+    "run", *SETTINGS, "status", "reason", "machine", "finished", "settings", "source", *VERSIONS, "last_values"
+)  # fmt: skip
+ROWS_AT_ONCE = 50_000
+
+Table = Iterator[dict[str, Any]]
+
+
+def chosen(
+    runs: Iterable[Run], *, task: str | None = None, norm: str | None = None, status: str | None = None
+) -> list[Run]:
+    """Those that are of the task, of the norm and of the status.
+
+    Raises:
+        LabError: the store has no such task, norm or status.
+    """
+    runs = list(runs)
+    for kind, wanted in (("task", task), ("norm", norm), ("status", status)):
+        there = {_of(run, kind) for run in runs}
+        if wanted is not None and runs and wanted not in there:
+            raise unknown(f"{kind} in this store", wanted, sorted(there))
+        runs = [run for run in runs if wanted in (None, _of(run, kind))]
+    return runs
+
+
+def _of(run: Run, kind: str) -> str:
+    return run.status if kind == "status" else str(run.identity[kind])
+
+
+def find(store: Store, prefix: str) -> Run:
+    """The run whose key begins with ``prefix``, with its series.
+
+    Raises:
+        LabError: there is none, or more than one.
+    """
+    keys = [key for key in sorted(store.keys()) if key.startswith(prefix)]
+    if len(keys) != 1:
+        found = f"{len(keys)} runs ({', '.join(key[:12] for key in keys[:3])}, ..)" if keys else "no run"
+        raise LabError(f"{prefix!r} is the beginning of the key of {found}; `normwise runs list` shows the keys")
+    return store.runs(keys)[0]
+
+
+def head(run: Run) -> dict[str, Any]:
+    """A run without its series, flat: its key, what it is, how it ended."""
+    return {
+        "run": run.key,
+        **{name: run.identity[name] for name in SETTINGS},
+        "status": run.status,
+        "reason": run.reason,
+        "machine": run.machine,
+        "finished": run.finished,
+    }
+
+
+def one_a_run(runs: Iterable[Run]) -> Table:
+    """A row a run; ``settings`` and the last value of each series, by name, are JSON."""
+    for run in runs:
+        last = {name: curve.values[-1] for name, curve in run.series.items() if curve.values}
+        yield {
+            **head(run),
+            "settings": json.dumps(run.identity["settings"], sort_keys=True),
+            "source": run.identity["source"],
+            **{name: str(run.identity[name]) for name in VERSIONS},
+            "last_values": json.dumps({name: value if value == value else None for name, value in last.items()}),
+        }
+
+
+def one_a_value(store: Store, runs: Iterable[Run]) -> Table:
+    """A row for every value of every series; NaN where it was not finite."""
+    for listed in runs:
+        (run,) = store.runs([listed.key])
+        about = {name: value for name, value in head(run).items() if name in VALUE_COLUMNS}
+        for name, curve in run.series.items():
+            for step, value in zip(curve.steps, curve.values, strict=True):
+                yield {**about, "series": name, "step": step, "value": value}
+
+
+def write_csv(rows: Table, columns: Sequence[str], path: Path) -> int:
+    """Returns how many rows were written. The file is there only when it is whole."""
+    with _whole(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        count = 0
+        for row in rows:
+            writer.writerow(row)
+            count += 1
+    return count
+
+
+def write_parquet(rows: Table, columns: Sequence[str], path: Path) -> int:
+    """As ``write_csv``, with pyarrow (the extra ``normwise[parquet]``)."""
+    import pyarrow
+    import pyarrow.parquet
+
+    kinds: dict[str, Callable[[], Any]] = {
+        **dict.fromkeys(("batch_size", "seed", "steps", "step"), pyarrow.int64),
+        **dict.fromkeys(("learning_rate", "value"), pyarrow.float64),
+    }
+    schema = pyarrow.schema([(name, kinds.get(name, pyarrow.string)()) for name in columns])
+    count = 0
+    with _whole(path) as partial, pyarrow.parquet.ParquetWriter(partial, schema) as writer:
+        for part in _parts(rows):
+            writer.write_table(pyarrow.Table.from_pylist(part, schema))
+            count += len(part)
+    return count
+
+
+def _parts(rows: Table) -> Iterator[list[dict[str, Any]]]:
+    part: list[dict[str, Any]] = []
+    for row in rows:
+        part.append(row)
+        if len(part) == ROWS_AT_ONCE:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A place to write beside ``path``, which takes its name when all is written, and vanishes otherwise.
+
+    Raises:
+        LabError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise LabError(
+            f"{path} cannot be written ({error.strerror or error}): give another file, or free some space"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
