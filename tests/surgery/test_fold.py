@@ -189,9 +189,17 @@ def untracked(model: nn.Sequential) -> None:
     model[1] = nn.BatchNorm2d(3, track_running_stats=False).eval()
 
 
+def inside(model: nn.Sequential) -> None:
+    attention = nn.MultiheadAttention(4, 2)
+    attention.odd = model[1]
+    model.forward = lambda x: attention(*[model[1](model[0](x)).flatten(2).mT] * 3)[0]
+    model.append(attention)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        (inside, "called inside another layer"),
         (hooked, "has hooks"),
         (tied, "shares a parameter"),
         (parametrized, "remove_parametrizations"),

@@ -202,9 +202,15 @@ def test_models_without_statistics_say_so():
         normwise.recalibrate(nn.LayerNorm(3), [torch.randn(2, 3)])
     with pytest.raises(ValueError, match="track_running_stats=False"):
         normwise.recalibrate(nn.BatchNorm1d(3, track_running_stats=False), [torch.randn(2, 3)])
-    model = nn.ModuleList([nn.BatchNorm1d(3), normwise.LSTM(3, 4, norm="batch"), normwise.FrozenBatchNorm1d(3)])
+    others = [
+        normwise.LSTM(3, 4, norm="batch"),
+        normwise.FrozenBatchNorm1d(3),
+        nn.InstanceNorm1d(3, track_running_stats=True),
+        normwise.LSTM(3, 4),  # keeps none, and is not mentioned
+    ]
+    model = nn.ModuleList([nn.BatchNorm1d(3), *others])
     report = normwise.recalibrate(model, [torch.randn(4, 3)], forward=lambda m, x: m[0](x))
-    assert [skip.name for skip in report.skipped] == ["1", "2"]
+    assert [skip.name for skip in report.skipped] == ["1", "2", "3"]
 
 
 def test_progress_is_told(capsys, monkeypatch):

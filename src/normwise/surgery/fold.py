@@ -58,9 +58,10 @@ def fold(model: nn.Module, example: Any = None, *, where: Where = None, inplace:
     meant = chosen(candidates, where)
     ways, note = ways_through(model) if candidates else ([], "")
     if example is not None:
+        arguments = example if isinstance(example, tuple) else (example,)
         for way in ways[:1]:
-            arguments = example if isinstance(example, tuple) else (example,)
-            ShapeProp(fx.GraphModule(model, way.graph)).propagate(*arguments)
+            with torch.no_grad():
+                ShapeProp(fx.GraphModule(model, way.graph)).propagate(*arguments)
     report = Report("fold")
     for one in candidates:
         result = _fold(model, one, ways) if meant(one) else Refusal("not meant by where=")

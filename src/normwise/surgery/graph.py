@@ -25,6 +25,9 @@ class Calls:
         self.graph = _Tracer().trace(model, arguments)
         uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
         self._tied = {key for key, count in uses.items() if count > 1}
+        # What a layer of torch.nn that is one node here calls within it.
+        called = (self.module(node) for node in self.graph.nodes)
+        self._inside = {id(part) for layer in called if layer for part in layer.modules() if part is not layer}
 
     def module(self, node: Any) -> nn.Module | None:
         """The layer that a node calls, if it calls one."""
@@ -39,9 +42,10 @@ class Calls:
         """The one call of a layer that may be rewritten. Raises `Refusal` if something else depends on it."""
         what = kind_of(module)
         nodes = self.of(module)
+        if id(module) in self._inside:
+            raise Refusal(f"the {what} is called inside another layer of torch.nn, which may use it in its own way")
         if len(nodes) != 1:
-            inside = "" if nodes else ", or inside another layer of torch.nn"
-            raise Refusal(f"the {what} is called {len(nodes)} times{inside}")
+            raise Refusal(f"the {what} is called {len(nodes)} times")
         if len(nodes[0].args) != 1 or nodes[0].kwargs:
             raise Refusal(f"the {what} is called with more than its input")
         if module._forward_hooks or module._forward_pre_hooks:

@@ -15,9 +15,7 @@ from normwise.reference import Moments, combined, moments
 from normwise.surgery.freeze import is_frozen
 from normwise.surgery.progress import Progress, shown
 from normwise.surgery.report import Change, Report, Skip
-from normwise.surgery.select import BATCH, Layer, Where, chosen, has_norm, layers
-
-_KINDS = (*BATCH, nn.modules.rnn.RNNBase, nn.modules.rnn.RNNCellBase)
+from normwise.surgery.select import BATCH, INSTANCE, RECURRENT, Layer, Where, chosen, has_norm, layers
 
 
 def recalibrate(
@@ -72,7 +70,7 @@ def recalibrate(
         Whatever the model raises. After an error statistics, counters and modes are as they were.
     """
     ranks.group_of(process_group, default=True)  # says now what is wrong with it
-    candidates = [one for one in layers(model, _KINDS) if isinstance(one.module, BATCH) or has_norm(one.module)]
+    candidates = [one for one in layers(model, (*BATCH, *INSTANCE, *RECURRENT)) if _may_keep(one.module)]
     meant = chosen(candidates, where)
     report = Report("recalibrate")
     wanted = []
@@ -283,9 +281,18 @@ def _meeting(pool: _Pool) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any
     return hook
 
 
+def _may_keep(layer: nn.Module) -> bool:
+    """Whether one may think of a layer as keeping running statistics."""
+    if isinstance(layer, RECURRENT):
+        return has_norm(layer) and layer.recurrence.norm == "batch"
+    return isinstance(layer, BATCH) or getattr(layer, "running_mean", None) is not None
+
+
 def _why_not(layer: nn.Module) -> str | None:
-    if not isinstance(layer, BATCH):
+    if isinstance(layer, RECURRENT):
         return "its statistics, a row for each step, are taken by training alone"
+    if isinstance(layer, INSTANCE):
+        return "it averages the statistics of single samples, which training alone takes"
     if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
         return "its statistics are fixed"
     if is_frozen(layer):

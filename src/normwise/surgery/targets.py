@@ -94,6 +94,7 @@ def to_torch(layer: nn.Module, **options: Any) -> Made:
     namesake: type[nn.Module] | None = getattr(nn, name, None)
     if namesake is None:
         raise Refusal(f"torch.nn has no {name}")
+    _whole(layer)
     if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and not _trailing(layer.dim):  # type: ignore[arg-type]
         raise Refusal(f"torch.nn's layer normalizes the last axes, not dim={layer.dim}")
     new = rebuild(layer, namesake, **options)
@@ -122,9 +123,16 @@ def channels_of(layer: nn.Module) -> int:
         return int(layer.num_features)
     if isinstance(layer, nn.GroupNorm):
         return layer.num_channels
+    _whole(layer)
     if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and getattr(layer, "dim", None) in (1, (1,)):
         return int(layer.normalized_shape[0])
     raise Refusal("it normalizes the last axes, where no channels of a batch stand that could take its gain and bias")
+
+
+def _whole(layer: nn.Module) -> None:
+    """Raises `Refusal` for a LayerNorm or RMSNorm of one shard of the features."""
+    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and getattr(layer, "process_group", None) is not None:
+        raise Refusal("its features are spread over the ranks of a process group, of which the new layer knows nothing")
 
 
 def _batch_family(layer: nn.Module, family: str, spatial: int | None, options: dict[str, Any]) -> Made:
