@@ -51,7 +51,7 @@ from normwise.surgery import (
 )
 
 if TYPE_CHECKING:
-    from normwise.diagnosis import Diagnosis, Monitor, diagnose
+    from normwise.diagnosis import Diagnosis, Monitor, diagnose, recommend
 
 __version__ = "0.1.0"
 
@@ -78,6 +78,7 @@ __all__ = [
     "KernelWarning",
     "LSTMCell",
     "LayerNorm",
+    "Monitor",
     "RMSNorm",
     "RNNCell",
     "Ramp",
@@ -97,11 +98,12 @@ __all__ = [
     "frozen",
     "functional",
     "recalibrate",
+    "recommend",
     "unfreeze",
 ]
 
 # Loaded at first use: who builds and trains a model need not wait for what looks at one.
-_AT_FIRST_USE = ("Diagnosis", "Monitor", "diagnose")
+_AT_FIRST_USE = ("Diagnosis", "Monitor", "diagnose", "recommend")
 
 
 def __getattr__(name: str) -> Any:

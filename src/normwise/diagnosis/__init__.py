@@ -2,7 +2,8 @@
 
 from normwise.diagnosis.errors import DiagnosisError
 from normwise.diagnosis.monitor import Monitor
+from normwise.diagnosis.recommend import Recommendation, recommend
 from normwise.diagnosis.records import Diagnosis, Finding
 from normwise.diagnosis.run import diagnose
 
-__all__ = ["Diagnosis", "DiagnosisError", "Finding", "Monitor", "diagnose"]
+__all__ = ["Diagnosis", "DiagnosisError", "Finding", "Monitor", "Recommendation", "diagnose", "recommend"]

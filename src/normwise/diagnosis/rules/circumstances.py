@@ -61,7 +61,7 @@ def deep(task: Circumstances) -> str | None:
     if task.kind == "recurrent":
         return "a recurrent net is as deep as its sequences are long"
     if task.layers is not None and task.layers >= DEEP:
-        return f"over {task.layers} layers with weights signals and gradients shrink or grow"
+        return f"over as many as {task.layers} layers with weights signals and gradients shrink or grow"
     return None
 
 
