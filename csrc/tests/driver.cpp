@@ -11,18 +11,11 @@
 #include <string>
 #include <vector>
 
-#include "../include/normwise.h"
+#include "checks.h"
 
 namespace {
 
 std::mt19937 generator(1);
-int checks = 0;
-
-void fail(const std::string& what, double got, double expected) {
-  std::printf("FAILED on %s: %s is %.9g, expected %.9g\n", nw_isa(), what.c_str(), got, expected);
-  std::exit(1);
-}
-
 // A buffer of n elements of one dtype on the heap, on its own, so that the sanitizer sees both of its ends.
 struct Buffer {
   int dtype;
@@ -74,12 +67,6 @@ double activate(int act, double z) {
 double slope(int act, double z) {
   const double h = 1e-5;
   return (activate(act, z + h) - activate(act, z - h)) / (2 * h);
-}
-
-void close(const std::string& what, int dtype, double got, double expected, double scale) {
-  ++checks;
-  const double unit = dtype == NW_BFLOAT16 ? 8e-3 : 2e-5;
-  if (!(std::fabs(got - expected) <= unit * (std::fabs(expected) + scale))) fail(what, got, expected);
 }
 
 // One layer call as sets of indices: element i of x belongs to statistic stat(i) and parameter param(i).
@@ -144,10 +131,6 @@ void verify(const std::string& what, const Problem& p, const Tensors& t, const B
     close(what + " dweight", Tensors::wide(p), t.dweight.get(c), dweight[c], double(p.elements));
     close(what + " dbias", Tensors::wide(p), t.dbias.get(c), dbias[c], double(p.elements));
   }
-}
-
-void check_status(const std::string& what, int status) {
-  if (status != NW_OK) fail(what + " status", status, NW_OK);
 }
 
 void rows(size_t rows, size_t cols, int dtype, int act, bool center, bool masked) {
@@ -257,6 +240,7 @@ int main() {
   for (const char* isa : {"avx512", "avx2", "baseline"}) {
     if (nw_use_isa(isa) != NW_OK) continue;
     all_kernels();
+    recurrent();
     std::printf("%s: ok\n", nw_isa());
   }
   std::printf("%d checks passed\n", checks);
