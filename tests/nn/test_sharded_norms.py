@@ -127,6 +127,10 @@ def faults() -> dict[str, str]:
     twin(torch.randn(3, 4))
     with pytest.raises(TypeError, match="state_dict"):
         pickle.dumps(layer)
+    for target in ("torch", "group"):
+        kept, report = normwise.convert(nn.Sequential(layer), to=target)
+        assert type(kept[0]) is normwise.RMSNorm
+        assert "spread over the ranks" in str(report)
     said["repr"] = repr(layer)
     dist.destroy_process_group()
     with pytest.raises(RuntimeError, match=r"not been initialized.*torchrun"):
