@@ -5,7 +5,8 @@ import re
 import signal
 import subprocess
 import sys
-from importlib.metadata import requires
+import time
+from importlib.metadata import entry_points, requires
 
 import pytest
 
@@ -71,6 +72,23 @@ def test_ctrl_c_exits_130(normwise_command, monkeypatch):
 
     monkeypatch.setattr("normwise.lab.explain.explain", interrupted)
     assert normwise_command("explain").status == 130
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is a console event there, not a signal that a test can send")
+@pytest.mark.parametrize("seconds", [0.05, 0.3, 0.8])
+def test_ctrl_c_while_torch_is_loading_is_silent_too(seconds):
+    (script,) = (e for e in entry_points(group="console_scripts") if e.name == "normwise")
+    program = f"print('up', flush=True); from {script.module} import {script.attr}; {script.attr}()"
+    command = [sys.executable, "-c", program, "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "up\n"
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert err == ""
+    assert process.returncode == 130 or (process.returncode == 0 and "Backends" in out)
+    if seconds < 0.1:
+        assert process.returncode == 130
 
 
 def run_without(package: str, *arguments: str) -> subprocess.CompletedProcess[str]:
