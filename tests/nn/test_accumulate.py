@@ -120,3 +120,15 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="the model has accumulate=2"):
         normwise.accumulated_backward(normwise.BatchNorm1d(2, accumulate=2), [1], lambda _: torch.ones(()))
     assert "accumulate=3" in repr(build())
+
+
+def test_compiled() -> None:
+    torch._dynamo.reset()
+    layer = build(dtype=torch.float32)
+    other = copy.deepcopy(layer)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    for _ in range(4):
+        x, upstream = torch.randn(4, 3), torch.randn(4, 3)
+        expected, actual = run(layer, x, upstream), run(compiled, x, upstream)
+        for right, got in zip(expected.values(), actual.values(), strict=True):
+            assert_close(got.double(), right.double(), kind="grad", dtype=torch.float32, count=12, scale=10.0)

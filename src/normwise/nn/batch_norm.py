@@ -162,7 +162,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 momentum,
                 self.eps,
                 self._earlier,
-                first=not self._recent,
+                first=len(self._recent) == 0,
                 mask=mask,
                 lengths=lengths,
                 act=self.act,
