@@ -1,0 +1,62 @@
+"""convert: what it refuses, in which words, and that nothing has changed then."""
+
+from __future__ import annotations
+
+import pytest
+from torch import nn
+
+import normwise
+from surgery_models import assert_same_state, net, state
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"to": "grup"}, ValueError, "unknown to='grup'.*'group'"),
+        ({}, ValueError, "one of to="),
+        ({"to": "group", "recurrent": "layer"}, ValueError, "one of to="),
+        ({"recurrent": "weight"}, ValueError, "'layer', 'rms' or 'batch'"),
+        ({"to": "group", "where": "nothing.*"}, ValueError, "means none of the model's layers"),
+        ({"to": "group", "num_groups": 5}, ValueError, "stem.1"),
+        ({"to": "group", "groups": 4}, TypeError, "groups"),
+        ({"to": "group", "where": 3}, TypeError, "where must be"),
+        ({"recurrent": "layer"}, ValueError, "no recurrent layer"),
+        ({"to": "sync", "process_group": "all"}, TypeError, "process_group must be"),
+        ({"to": "renorm", "r_max": 0.5}, ValueError, "r_max must be at least 1"),
+    ],
+)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_errors_name_the_cure_and_change_nothing(arguments, error, words, inplace):
+    model = net()
+    before, layers = state(model), list(model.modules())
+    with pytest.raises(error, match=words):
+        normwise.convert(model, inplace=inplace, **arguments)
+    assert_same_state(model, before)
+    assert all(a is b for a, b in zip(model.modules(), layers, strict=True))
+
+
+def test_models_that_cannot_be_converted_say_so():
+    with pytest.raises(ValueError, match="no normalization layer"):
+        normwise.convert(nn.Linear(2, 2), to="group")
+    with pytest.raises(ValueError, match="cannot become another layer in place"):
+        normwise.convert(nn.BatchNorm1d(2), to="group", inplace=True)
+    with pytest.raises(TypeError, match=r"expects a torch.nn.Module, but got dict"):
+        normwise.convert({}, to="group")
+
+
+def test_a_wrapped_model_is_refused():
+    class DistributedDataParallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.BatchNorm1d(3)
+
+    with pytest.raises(TypeError, match="before it is wrapped"):
+        normwise.convert(DistributedDataParallel(), to="group")
+
+
+def test_a_model_that_cannot_be_copied_names_the_cure():
+    layer = nn.BatchNorm1d(3)
+    layer.cache = layer.weight * 2  # a result of autograd, which torch does not copy
+    with pytest.raises(RuntimeError, match="inplace=True"):
+        normwise.convert(nn.Sequential(layer), to="group")
+    assert normwise.convert(nn.Sequential(layer), to="group", inplace=True).report.changed
