@@ -50,12 +50,14 @@ def test_the_version_with_most_runs_counts(store):
 
 def test_figures_show_one_length_and_claims_are_judged_by_all(store):
     add(store, cnn(3))
-    add(store, made_up(claims()["ics"], 2, lambda spec, draws: {}))  # cnn at 100 steps, and mlp
+    add(store, cnn(2, steps=100))
+    add(store, [run for run in made_up(claims()["ics"], 2, lambda spec, draws: {}) if run.identity["task"] == "mlp"])
     found = study(store)
-    assert {run.identity["steps"] for row in found.rows if row.task == "cnn" for run in row.runs} == {200}
+    assert {run.identity["steps"] for row in found.rows if row.task == "cnn" for run in row.runs} == {150}
     assert list(found.tasks) == ["mlp", "cnn"]
-    assert {one.claim.id: one.found for one in found.judged}["ics"] == 8
-    assert found.left_out == 4
+    # of mlp both norms and seeds; of cnn, which shares these runs with another claim, both norms and three seeds
+    assert {one.claim.id: one.found for one in found.judged}["ics"] == 10
+    assert found.left_out == 12
 
 
 def test_a_task_that_is_not_built_in_has_no_code(store):

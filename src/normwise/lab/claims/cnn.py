@@ -8,7 +8,7 @@ from normwise.lab.claim import Claim, Evidence, accuracy
 from normwise.lab.spec import Spec, expand
 from normwise.lab.verdict import Effect
 
-SIZE, STEPS, RATES = 64, 200, [0.005, 0.03]
+SIZE, STEPS, RATES = 64, 150, [0.005, 0.03]
 MINIMUM = 0.5
 
 

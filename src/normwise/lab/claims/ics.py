@@ -12,7 +12,7 @@ from normwise.lab.store import Run
 from normwise.lab.verdict import Effect, log2_ratio
 
 SIZE = 64
-NETS = {"mlp": (0.1, 200), "cnn": (0.03, 100)}
+NETS = {"mlp": (0.1, 200), "cnn": (0.03, 150)}
 LEAST = 0.5
 
 

@@ -11,7 +11,7 @@ from normwise.lab.verdict import Effect
 # batch size, steps, learning rates, and how many points less count as none: 5 of 1,000 or 4 of 370 held-out cases
 NETS: dict[str, tuple[int, int, list[float], float]] = {
     "mlp": (64, 400, [0.01, 0.1], 0.5),
-    "cnn": (64, 200, [0.005, 0.03], 0.5),
+    "cnn": (64, 150, [0.005, 0.03], 0.5),
     "transformer": (32, 150, [0.003, 0.01], 1),
 }
 

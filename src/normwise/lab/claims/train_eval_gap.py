@@ -9,7 +9,7 @@ from normwise.lab.claims.small_batch import CASES, RATES, SIZES
 from normwise.lab.spec import Spec, expand
 from normwise.lab.verdict import Effect, per_halving
 
-CNN_SIZES, CNN_STEPS, CNN_RATES = (64, 8, 2), 100, [0.005, 0.03]
+CNN_SIZES, CNN_STEPS, CNN_RATES = (64, 8, 2), 150, [0.005, 0.03]
 MINIMUM = 0.01
 
 
@@ -18,7 +18,7 @@ def specs(seeds: int) -> list[Spec]:
         spec
         for size in SIZES
         for spec in expand(
-            "mlp", seeds=seeds, norms=["batch"], batch_sizes=[size], learning_rates=RATES, steps=CASES // size
+            "mlp", seeds=seeds, norms=["batch"], batch_sizes=[size], learning_rates=RATES[size], steps=CASES // size
         )
     ]
     cnn = expand("cnn", seeds=seeds, norms=["batch"], batch_sizes=CNN_SIZES, learning_rates=CNN_RATES, steps=CNN_STEPS)
