@@ -50,7 +50,7 @@ def test_a_wrapped_model_is_refused():
             super().__init__()
             self.module = nn.BatchNorm1d(3)
 
-    with pytest.raises(TypeError, match="before it is wrapped"):
+    with pytest.raises(TypeError, match="convert the model before it is wrapped"):
         normwise.convert(DistributedDataParallel(), to="group")
 
 

@@ -243,6 +243,14 @@ def test_sizes_of_an_example_are_believed_more_than_assumptions():
         normwise.fold(model, torch.randn(2, 6, 5))
 
 
+def test_an_example_that_does_not_fit_is_the_models_own_error(capfd):
+    model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)).eval()
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        normwise.fold(model, torch.randn(7), inplace=True)
+    assert isinstance(model[1], nn.BatchNorm1d)
+    assert capfd.readouterr().err == ""
+
+
 def test_in_place_and_where():
     model = net().eval()
     conv = model.blocks[0].conv

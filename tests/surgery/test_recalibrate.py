@@ -174,6 +174,8 @@ def refusing(model: nn.Module, batch: Tensor) -> Tensor:
         (lambda x: [x, x], {"forward": refusing, "exact": True}, RuntimeError, "out of memory"),
         (lambda x: [x[:1]], {}, ValueError, "more than 1 value per channel"),
         (lambda x: [x * torch.nan], {}, ValueError, "no finite value"),
+        (lambda x: x, {}, TypeError, r"but got Tensor: \[x\] is one batch"),
+        (lambda x: 5, {}, TypeError, "such as a DataLoader"),
         (lambda x: [x], {"where": "none"}, ValueError, "means none"),
         (lambda x: [x], {"forward": lambda model, batch: None}, ValueError, "did not come by"),
         (lambda x: [x], {"process_group": "all"}, TypeError, "process_group must be"),
@@ -198,6 +200,8 @@ def test_a_batch_that_is_not_finite_is_left_out():
 
 
 def test_models_without_statistics_say_so():
+    with pytest.raises(TypeError, match=r"recalibrate expects a torch.nn.Module, but got int"):
+        normwise.recalibrate(5, [])
     with pytest.raises(ValueError, match="no BatchNorm with running statistics"):
         normwise.recalibrate(nn.LayerNorm(3), [torch.randn(2, 3)])
     with pytest.raises(ValueError, match="track_running_stats=False"):

@@ -13,7 +13,7 @@ import normwise.nn as ours
 from normwise.surgery import recurrents
 from normwise.surgery.carry import carry_rest, overrides_forward
 from normwise.surgery.report import Change, Refusal, Report, Skip, Surgery
-from normwise.surgery.select import NORMS, RECURRENT, Layer, Where, chosen, kind_of, known_base, layers
+from normwise.surgery.select import NORMS, RECURRENT, Layer, Where, chosen, kind_of, known_base, layers, require_module
 from normwise.surgery.targets import TARGETS
 
 Target: TypeAlias = Literal["batch", "frozen", "group", "layer", "normwise", "renorm", "sync", "torch"]
@@ -176,8 +176,7 @@ def _described(new: nn.Module) -> str:
 
 
 def _convertible(model: nn.Module, inplace: bool) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"convert expects a torch.nn.Module, but got {type(model).__name__}")
+    require_module("convert", model)
     for name, module in model.named_modules():
         kind = type(module).__name__
         if isinstance(module, torch.jit.ScriptModule):
@@ -186,8 +185,8 @@ def _convertible(model: nn.Module, inplace: bool) -> None:
             )
         if kind in ("DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule"):
             raise TypeError(
-                f"{name or 'the model'} is a {kind}, which has taken note of the layers inside: convert the model "
-                "before it is wrapped"
+                f"{name or 'the model'} is of class {kind}, which has taken note of the layers inside: convert the "
+                "model before it is wrapped"
             )
     if inplace and isinstance(model, (*NORMS, *RECURRENT)):
         raise ValueError(

@@ -11,7 +11,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from normwise.surgery.convert import ACTIVATIONS, copied
 from normwise.surgery.graph import CONVS, LINEAR, TRANSPOSED, Calls, ways_through
 from normwise.surgery.report import Change, Refusal, Report, Skip, Surgery
-from normwise.surgery.select import BATCH, Layer, Where, chosen, kind_of, layers
+from normwise.surgery.select import BATCH, Layer, Where, chosen, kind_of, layers, require_module
 
 _BY_FEATURES = (nn.LayerNorm, nn.RMSNorm)
 _ROWS = "taken to be of rows (N, C), as BatchNorm beside a Linear is: pass example= to be sure"
@@ -47,6 +47,7 @@ def fold(model: nn.Module, example: Any = None, *, where: Where = None, inplace:
         ValueError: the model is in training mode, has no norm that can be folded, or cannot be followed.
         After an error the model is as it was.
     """
+    require_module("fold", model)
     if model.training:
         raise ValueError(
             "fold needs the model in evaluation, where norms are fixed numbers: call model.eval() first (in training "
@@ -59,8 +60,9 @@ def fold(model: nn.Module, example: Any = None, *, where: Where = None, inplace:
     ways, note = ways_through(model) if candidates else ([], "")
     if example is not None:
         arguments = example if isinstance(example, tuple) else (example,)
-        for way in ways[:1]:
-            with torch.no_grad():
+        with torch.no_grad():
+            model(*arguments)  # what is wrong with them is better said by the model itself
+            for way in ways[:1]:
                 ShapeProp(fx.GraphModule(model, way.graph)).propagate(*arguments)
     report = Report("fold")
     for one in candidates:

@@ -6,7 +6,7 @@ from torch import nn
 
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm
 from normwise.surgery.report import Change, Report, Skip
-from normwise.surgery.select import BATCH, INSTANCE, RECURRENT, Where, chosen, has_norm, layers
+from normwise.surgery.select import BATCH, INSTANCE, RECURRENT, Where, chosen, has_norm, layers, require_module
 
 
 class _StaysInEval:
@@ -44,6 +44,7 @@ def freeze(model: nn.Module, *, affine: bool = True, where: Where = None) -> Rep
     Raises:
         ValueError: there is no layer with running statistics, or `where` means none.
     """
+    require_module("freeze", model)
     candidates = layers(model, (*BATCH, *INSTANCE, *RECURRENT))
     candidates = [one for one in candidates if not isinstance(one.module, RECURRENT) or has_norm(one.module)]
     meant = chosen(candidates, where)
@@ -69,6 +70,7 @@ def unfreeze(model: nn.Module, *, where: Where = None) -> Report:
     Raises:
         ValueError: nothing is frozen, or `where` means nothing that is.
     """
+    require_module("unfreeze", model)
     candidates = [one for one in layers(model, (nn.Module,)) if is_frozen(one.module)]
     if not candidates:
         raise ValueError(

@@ -15,7 +15,7 @@ from normwise.reference import Moments, combined, moments
 from normwise.surgery.freeze import is_frozen
 from normwise.surgery.progress import Progress, shown
 from normwise.surgery.report import Change, Report, Skip
-from normwise.surgery.select import BATCH, INSTANCE, RECURRENT, Layer, Where, chosen, has_norm, layers
+from normwise.surgery.select import BATCH, INSTANCE, RECURRENT, Layer, Where, chosen, has_norm, layers, require_module
 
 
 def recalibrate(
@@ -66,9 +66,16 @@ def recalibrate(
 
     Raises:
         ValueError: there is no layer with running statistics, no batch, or no finite value.
+        TypeError: not a model, or not an iterable of batches.
         RuntimeError: a process group that is not initialised, or a rank that did not answer.
         Whatever the model raises. After an error statistics, counters and modes are as they were.
     """
+    require_module("recalibrate", model)
+    if not isinstance(batches, Iterable) or isinstance(batches, (Tensor, Mapping)):
+        raise TypeError(
+            "batches must be an iterable of batches, such as a DataLoader or a list of tensors, but got "
+            f"{type(batches).__name__}: [x] is one batch, x.split(32) several"
+        )
     ranks.group_of(process_group, default=True)  # says now what is wrong with it
     candidates = [one for one in layers(model, (*BATCH, *INSTANCE, *RECURRENT)) if _may_keep(one.module)]
     meant = chosen(candidates, where)

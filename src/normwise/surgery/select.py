@@ -57,6 +57,12 @@ def known_base(layer: nn.Module) -> type[nn.Module]:
     return next(cls for cls in class_of(layer).__mro__ if cls.__module__.startswith(("torch.nn.", "normwise.nn.")))
 
 
+def require_module(verb: str, model: nn.Module) -> None:
+    """Raises TypeError for what is no model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{verb} expects a torch.nn.Module, but got {type(model).__name__}")
+
+
 def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Layer]:
     """The model's layers of these classes, each once, in the model's order."""
     found: dict[int, Layer] = {}
