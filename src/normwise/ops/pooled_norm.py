@@ -103,10 +103,16 @@ def forward(
     # What is left to subtract: small, so that it may be rounded.
     offset = (moments.mean - local.rough.double()).to(z.dtype)
     rstd = torch.rsqrt(moments.var + settings.eps).to(z.dtype)
-    # Uncentred elements may be the input itself, which stays as it is.
-    z = z.add_(local.rest - offset).mul_(rstd) if settings.center else z * rstd
-    y = z if weight is None else z.mul_(weight)
-    y = y if bias is None else y.add_(bias)
+    left = local.rest - offset
+    if settings.center and _per_statistic(rstd, weight, bias):
+        scale = rstd if weight is None else (rstd * weight).to(z.dtype)
+        shift = left * scale if bias is None else (left * scale + bias).to(z.dtype)
+        y = torch.addcmul(shift, z, scale, out=z)
+    else:
+        # Uncentred elements may be the input itself, which stays as it is.
+        z = z.add_(left).mul_(rstd) if settings.center else z * rstd
+        y = z if weight is None else z.mul_(weight)
+        y = y if bias is None else y.add_(bias)
     y = y if mask is None else y.masked_fill_(~mask, 0)
     return y.to(x.dtype), *moments, local.rough, offset, rstd
 
@@ -132,6 +138,14 @@ def backward_of(
     z = (z - rough).sub_(offset).mul_(rstd) if settings.center else z * rstd
     if mask is not None:
         z.masked_fill_(~mask, 0)
+    if settings.center and _per_statistic(rstd, weight, bias):
+        both = torch.stack([(dy * z).sum(dims, keepdim=True), dy.sum(dims, keepdim=True)])
+        gain = 1.0 if weight is None else weight.to(z.dtype)
+        means = ranks.summed(both * gain, settings.group) / count.to(rstd.dtype).clamp(min=1)
+        dx = z.mul_(means[0] * -rstd).sub_(means[1] * rstd).addcmul_(dy, rstd * gain)
+        dx = dx if mask is None else dx.masked_fill_(~mask, 0)
+        dweight, dbias = (None if t is None else d.to(t.dtype) for d, t in zip(both, (weight, bias), strict=True))
+        return dx.to(x.dtype), dweight, dbias
     g = dy if weight is None else dy * weight
     sums = [(g * z).sum(dims, keepdim=True), *([g.sum(dims, keepdim=True)] if settings.center else [])]
     # Also where this rank needs no input gradient: others may, and wait for this rank's part.
@@ -142,6 +156,11 @@ def backward_of(
     dweight = None if weight is None else (dy * z).sum_to_size(weight.shape).to(weight.dtype)
     dbias = None if bias is None else dy.sum_to_size(bias.shape).to(bias.dtype)
     return dx.to(x.dtype), dweight, dbias
+
+
+def _per_statistic(rstd: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether gain and bias, too, are one number a statistic, as in BatchNorm: fewer passes over the input do then."""
+    return all(p is None or p.shape == rstd.shape for p in parameters)
 
 
 class _PooledNorm(torch.autograd.Function):
