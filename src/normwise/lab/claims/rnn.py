@@ -11,7 +11,9 @@ from normwise.lab.spec import Spec, expand
 from normwise.lab.store import Run
 from normwise.lab.verdict import Effect, log2_ratio
 
-SIZE, RATES = 32, [0.01, 0.03]
+SIZE = 32
+# Offered 0.01 as well, no norm took it in the LSTM: its training loss was higher for each of them.
+RATES = {"rnn": [0.01, 0.03], "lstm": [0.03]}
 STEPS = {"rnn": 150, "lstm": 100}
 WINDOW = 11
 STEADIER, BETTER = 0.5, 1
@@ -22,7 +24,7 @@ def specs(seeds: int) -> list[Spec]:
     return [
         spec
         for task, steps in STEPS.items()
-        for spec in expand(task, seeds=seeds, norms=norms, batch_sizes=[SIZE], learning_rates=RATES, steps=steps)
+        for spec in expand(task, seeds=seeds, norms=norms, batch_sizes=[SIZE], learning_rates=RATES[task], steps=steps)
     ]
 
 

@@ -18,7 +18,7 @@ DRIFT = 0.25
 
 def specs(seeds: int) -> list[Spec]:
     return expand(
-        "rnn", seeds=seeds, norms=["none", "layer"], batch_sizes=[SIZE], learning_rates=RATES, steps=STEPS["rnn"]
+        "rnn", seeds=seeds, norms=["none", "layer"], batch_sizes=[SIZE], learning_rates=RATES["rnn"], steps=STEPS["rnn"]
     )
 
 

@@ -17,7 +17,7 @@ def specs(seeds: int) -> list[Spec]:
     return [
         spec
         for task, steps in STEPS.items()
-        for spec in expand(task, seeds=seeds, norms=norms, batch_sizes=[SIZE], learning_rates=RATES, steps=steps)
+        for spec in expand(task, seeds=seeds, norms=norms, batch_sizes=[SIZE], learning_rates=RATES[task], steps=steps)
     ]
 
 
