@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import normwise
 from normwise.diagnosis import Diagnosis, diagnose
 from normwise.diagnosis.records import SEVERITIES
 from normwise.diagnosis.rules.table import BY_CODE, RULES
@@ -109,3 +110,18 @@ def test_padding_told_in_other_ways():
         assert "NW004" in codes(found)
     full = {"x": torch.randn(32, 12, 5), "mask": torch.ones(32, 12, dtype=torch.bool)}
     assert "NW004" not in codes(diagnose(Net(), [(full, target)], loss=nn.functional.cross_entropy))
+
+
+@pytest.mark.parametrize(
+    ("norm", "samples", "values"),
+    [
+        (normwise.BatchRenorm1d(8), 8, None),  # leans on running statistics: it is a cure
+        (normwise.BatchNorm1d(8, virtual_batch_size=8), 32, 8),
+        (normwise.BatchNorm1d(8, virtual_batch_size=16), 32, None),
+        (normwise.FrozenBatchNorm1d(8), 8, None),
+        (nn.LayerNorm(8), 1, None),
+    ],
+)
+def test_how_many_values_a_statistic_comes_from(norm, samples, values):
+    found = diagnose(mlp(norm), batches(samples), loss=nn.functional.cross_entropy).findings
+    assert [f.evidence["values"] for f in found if f.code == "NW001"] == ([] if values is None else [values])

@@ -139,7 +139,7 @@ def _gradient(seen: Seen) -> records.Gradient | None:
     return records.Gradient(
         _root_mean(seen.output_gradient) if seen.output_gradient else None,
         {name: _root_mean(squares) for name, squares in seen.weight_gradients.items()},
-        {name: float(p.detach().double().norm()) for name, p in own_parameters(seen.module)},
+        {name: float(torch.linalg.vector_norm(p.detach())) for name, p in own_parameters(seen.module)},
         share,
     )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from normwise.diagnosis.records import PERCENTILES, Activations, Distribution, Histogram, OverTime, Spread
 
 BINS = 40
-PART = 8192  # values a batch that percentiles are taken of
+PART, SMALL_PART = 8192, 2048  # values a batch that percentiles are taken of; in a hurry
 PARTS = 65536  # and in all
 LONGEST = 1024  # time steps that are followed
 
@@ -36,7 +36,8 @@ def distribution(values: Tensor | Sequence[float]) -> Distribution:
 class Gathered:
     """The distribution of values that come in batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, part: int = PART) -> None:
+        self.part = part
         self.moments = Moments()
         self.nonfinite = 0
         self.minimum, self.maximum = math.inf, -math.inf
@@ -59,7 +60,7 @@ class Gathered:
         var, mean = torch.var_mean(x if x.dtype == torch.float64 else x.float(), correction=0)
         self.moments.add(torch.tensor(x.numel()), mean.double().cpu(), var.double().cpu())
         if self.kept < PARTS:
-            part = x[:: max(1, math.ceil(x.numel() / PART))].double().cpu()
+            part = x[:: max(1, math.ceil(x.numel() / self.part))].double().cpu()
             self.parts.append(part)
             self.kept += len(part)
 
@@ -68,9 +69,8 @@ class Gathered:
             nan = math.nan
             empty = Histogram(nan, nan, [0] * BINS)
             return Distribution(0, self.nonfinite, nan, nan, nan, nan, [nan] * len(PERCENTILES), empty)
-        values = torch.cat(self.parts)
-        quantiles = torch.tensor([p / 100 for p in (0.5, *PERCENTILES, 99.5)], dtype=torch.float64)
-        low, *percentiles, high = torch.quantile(values, quantiles).tolist()
+        values = torch.cat(self.parts).sort().values
+        low, *percentiles, high = _percentiles(values, (0.5, *PERCENTILES, 99.5))
         return Distribution(
             int(self.moments.count),
             self.nonfinite,
@@ -81,6 +81,16 @@ class Gathered:
             percentiles,
             _histogram(values, low, high),
         )
+
+
+def _percentiles(ordered: Tensor, wanted: Sequence[float]) -> list[float]:
+    """Linear interpolation between the two nearest values, as torch.quantile has it, of values that are in order."""
+    places = torch.tensor(wanted, dtype=torch.float64) / 100 * (len(ordered) - 1)
+    below = places.long()
+    found: list[float] = torch.lerp(
+        ordered[below], ordered[(below + 1).clamp(max=len(ordered) - 1)], places - below
+    ).tolist()
+    return found
 
 
 def _histogram(values: Tensor, low: float, high: float) -> Histogram:
@@ -120,8 +130,8 @@ class Moments:
 class Watched:
     """A layer's input or output over several calls."""
 
-    def __init__(self) -> None:
-        self.all = Gathered()
+    def __init__(self, part: int = PART) -> None:
+        self.all = Gathered(part)
         self.features: Moments | None = None
         self.sample_means: list[Tensor] = []
         self.sample_stds: list[Tensor] = []

@@ -12,11 +12,13 @@ from torch.nn.modules import activation, batchnorm, dropout, instancenorm, rnn
 from normwise.diagnosis.distributions import Layout
 from normwise.diagnosis.errors import DiagnosisError
 from normwise.diagnosis.records import Role
+from normwise.nn.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm
 
 # torch's classes and, since this library's layers are subclasses of them, this library's too.
 NORMS: dict[str, tuple[type[nn.Module], ...]] = {
     "instance": (instancenorm._InstanceNorm,),
+    "renorm": (BatchRenorm1d, BatchRenorm2d, BatchRenorm3d),
     "batch": (batchnorm._NormBase,),
     "layer": (nn.LayerNorm,),
     "rms": (nn.RMSNorm,),
@@ -80,7 +82,7 @@ def role_of(module: nn.Module) -> Role:
 
 
 def norm_kind(module: nn.Module) -> str | None:
-    """ "batch", "instance", "layer", "rms", "group", "frozen", or None for what is no norm layer."""
+    """ "batch", "renorm", "instance", "layer", "rms", "group", "frozen", or None for what is no norm layer."""
     return next((kind for kind, classes in NORMS.items() if isinstance(module, classes)), None)
 
 
@@ -144,7 +146,9 @@ class Layouts:
         if rank == 0:
             return Layout()
         if role == "norm":
-            feature = 1 if norm_kind(module) in ("batch", "instance", "group", "frozen") and rank > 1 else rank - 1
+            feature = (
+                1 if norm_kind(module) in ("batch", "renorm", "instance", "group", "frozen") and rank > 1 else rank - 1
+            )
             dim = getattr(module, "dim", None)
             feature = dim % rank if isinstance(dim, int) else feature
         elif role == "conv":

@@ -59,7 +59,7 @@ def gap(
 def matters(named: Named) -> bool:
     """Whether the mode can make a difference to a layer; of a class that nobody knows it may."""
     if named.role == "norm":
-        return norm_kind(named.module) in ("batch", "instance")
+        return norm_kind(named.module) in ("batch", "renorm", "instance")
     if named.role == "dropout":
         return bool(getattr(named.module, "p", 1.0))
     return named.role not in INDIFFERENT

@@ -49,7 +49,7 @@ class NormWatch:
         x = x.detach()
         # (N * T, C) has more rows than there are samples.
         samples = min(len(x), samples) if samples else len(x)
-        over_batch = self.kind in ("batch", "instance")
+        over_batch = self.kind in ("batch", "renorm", "instance")
         uses_batch = over_batch and (self.module.training or self.mean is None)
         self.used_batch = self.used_batch or uses_batch
         given = kwargs.get("mask") is not None or kwargs.get("lengths") is not None
@@ -66,16 +66,21 @@ class NormWatch:
             if mask is not None:
                 rows = rows[:, mask.reshape(-1)]
             if rows.shape[1] and not (given and mask is None):
-                self._count(rows.shape[1] if self.kind == "batch" else x[0, 0].numel(), samples)
+                self._count(x[0, 0].numel() if self.kind == "instance" else rows.shape[1], samples)
                 if not self.moments.count.dim() or len(self.moments.mean) == len(rows):
                     add_rows(self.moments, rows)
                     self.total_samples += samples
-        if not given and not ragged and self.kind in ("batch", "instance", "group") and valid is not None:
+        if not given and not ragged and self.kind in ("batch", "renorm", "instance", "group") and valid is not None:
             self._look_for_padding(x, valid)
         if not lean:
             self._look_at_rounding(x)
 
     def _count(self, values: int, samples: int) -> None:
+        # Statistics of parts of a batch, and of several micro-batches together.
+        part, together = (getattr(self.module, name, None) for name in ("virtual_batch_size", "accumulate"))
+        if part and part < samples:
+            values, samples = values * part // samples, part
+        values, samples = values * (together or 1), samples * (together or 1)
         self.values = values if self.values is None else min(values, self.values)
         self.samples = samples if self.samples is None else min(samples, self.samples)
 
@@ -114,7 +119,7 @@ class NormWatch:
         """`x` with one row for each statistic; None where that is not plain from the layer."""
         if self.kind == "frozen":
             return None
-        if self.kind == "batch":
+        if self.kind in ("batch", "renorm"):
             return by_axis(x, 1)
         if self.kind == "instance":
             return x.flatten(0, 1).flatten(1) if x.dim() > 2 else None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNBase
 
 from normwise.diagnosis.batches import Batch, Loss, scalar
-from normwise.diagnosis.distributions import Layout, Watched
+from normwise.diagnosis.distributions import PART, SMALL_PART, Layout, Watched
 from normwise.diagnosis.errors import DiagnosisError
 from normwise.diagnosis.layers import Layouts, Named, layers_of, own_parameters, tensors_in, units_of
 from normwise.diagnosis.norms import NormWatch
@@ -22,11 +22,11 @@ from normwise.diagnosis.units import UnitWatch
 class Seen:
     """One layer over all batches."""
 
-    def __init__(self, named: Named, was_training: bool) -> None:
+    def __init__(self, named: Named, was_training: bool, part: int) -> None:
         self.name, self.module, self.role = named
         self.order: int | None = None
         self.calls = self.most_calls = 0
-        self.input, self.output = Watched(), Watched()
+        self.input, self.output = Watched(part), Watched(part)
         units = units_of(self.module)
         self.units = None if units is None else UnitWatch(*units)
         self.norm = NormWatch(self.module, was_training) if self.role == "norm" else None
@@ -56,7 +56,8 @@ class Watch:
     def __init__(self, model: nn.Module, was_training: dict[str, bool], *, lean: bool = False) -> None:
         """`lean`: outputs as a whole, units, norms and gates alone, which is what a training step can spare."""
         self.model, self.lean = model, lean
-        self.layers = {named.name: Seen(named, was_training[named.name]) for named in layers_of(model)}
+        part = SMALL_PART if lean else PART
+        self.layers = {named.name: Seen(named, was_training[named.name], part) for named in layers_of(model)}
         self.handles: list[Any] = []
         self.recording = self.backward = False
         self.produced: dict[int, Produced] = {}
@@ -133,7 +134,7 @@ class Watch:
             for name, _ in own_parameters(seen.module):
                 gradient = gradients.get(f"{seen.name}.{name}" if seen.name else name)
                 if gradient is not None:
-                    seen.weight_gradients.setdefault(name, []).append(float(gradient.double().square().sum()))
+                    seen.weight_gradients.setdefault(name, []).append(self._square(gradient))
             seen.most_calls = max(seen.most_calls, seen.calls)
             seen.first_output = seen.last_input = None
             if seen.recurrent is not None:
@@ -176,6 +177,10 @@ class Watch:
         if self._has_bias(seen):
             self.produced[y.untyped_storage().data_ptr()] = Produced(y, seen.name, y._version)
 
+    def _square(self, gradient: Tensor) -> float:
+        """The squared norm; in double, since that of a vanishing gradient would be 0, unless there is a hurry."""
+        return float(torch.linalg.vector_norm(gradient, dtype=None if self.lean else torch.float64)) ** 2
+
     def _counts(self) -> bool:
         """Whether this is a pass to look at, and not one in eval mode in the middle of somebody's training."""
         return self.recording and self.model.training
@@ -203,7 +208,7 @@ class Watch:
         if not self.backward or gradient is None:
             return
         seen.arrived = True
-        seen.squares += float(gradient.norm(dtype=torch.float64 if not self.lean else None)) ** 2
+        seen.squares += self._square(gradient)
         if self._has_bias(seen) and layout.feature is not None:
             rows = gradient.movedim(layout.feature, 0).reshape(gradient.shape[layout.feature], -1).double()
             total, size = rows.sum(1), rows.abs().sum(1)

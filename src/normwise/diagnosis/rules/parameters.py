@@ -17,7 +17,7 @@ def removed_bias(diagnosis: Diagnosis) -> Iterator[Match]:
     layers = {layer.name: layer for layer in diagnosis.layers}
     for layer, norm in norms(diagnosis):
         source = layers.get(norm.removes_bias_of or "")
-        if source is None or norm.kind not in ("batch", "instance") or not norm.batch_statistics:
+        if source is None or norm.kind not in ("batch", "renorm", "instance") or not norm.batch_statistics:
             continue
         share = source.gradient.bias_share if source.gradient is not None else None
         dtype = source.output.dtype if source.output is not None else "float32"

@@ -114,7 +114,7 @@ def small_eps(diagnosis: Diagnosis) -> Iterator[Match]:
 
 def in_a_recurrence(diagnosis: Diagnosis) -> Iterator[Match]:
     for layer, norm in norms(diagnosis):
-        if norm.kind != "batch" or not norm.batch_statistics:
+        if norm.kind not in ("batch", "renorm") or not norm.batch_statistics:
             continue
         if norm.inside_recurrence:
             how = f"its output comes back as its input, {layer.calls} times a pass, with one set of running statistics"

@@ -1,0 +1,61 @@
+"""A diagnosis as one HTML file that needs nothing else: no network, no server."""
+
+from __future__ import annotations
+
+import math
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from normwise.diagnosis.records import Diagnosis
+
+
+def page(diagnosis: Diagnosis) -> str:
+    """The page. Findings are text; what is drawn comes from the diagnosis's JSON, which the page carries."""
+    here = files(__package__)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["short"] = short
+    return environment.from_string((here / "page.html.j2").read_text("utf-8")).render(
+        d=diagnosis,
+        facts=_facts(diagnosis),
+        css=(here / "page.css").read_text("utf-8"),
+        js=(here / "page.js").read_text("utf-8"),
+        # A name may hold anything: "</script>" must not end the element.
+        data=diagnosis.to_json().replace("<", "\\u003c"),
+    )
+
+
+def write_page(diagnosis: Diagnosis, path: Path) -> None:
+    """Write the page to `path`; a file that is there is replaced only by a whole one. OSError where it cannot be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(page(diagnosis), encoding="utf-8")
+    beside.replace(path)
+
+
+def short(value: Any) -> str:
+    """A number to three digits."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return ", ".join(short(v) for v in value) if isinstance(value, (list, tuple)) else str(value)
+    if isinstance(value, int) or not math.isfinite(value):
+        return str(value)
+    return f"{value:.3g}"
+
+
+def _facts(d: Diagnosis) -> list[str]:
+    facts = [f"{d.parameters:,} parameters, of which trained {d.trainable:,}", f"{len(d.layers)} layers"]
+    sizes = sorted(set(d.data.sizes))
+    facts.append(
+        f"{d.data.batches} batches of " + (f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}")
+        if sizes
+        else f"{d.data.batches} batches"
+    )
+    if d.data.padding is not None:
+        facts.append(f"{100 * d.data.padding:.3g} % padding")
+    if d.gap is not None:
+        facts.append(f"train and eval mode differ by {d.gap.output:.3g} deviations of the output")
+    if d.wrapper is not None:
+        facts.append(f"inside {d.wrapper}")
+    return facts

@@ -1,0 +1,97 @@
+"""A diagnosis as text of 80 columns: findings first, then a line for each layer."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator
+
+from normwise.diagnosis.records import Activations, Diagnosis, Finding, Layer
+
+WIDTH = 80
+_NAME, _KIND, _SHAPE, _NUMBER = 22, 14, 15, 7
+
+
+def as_text(diagnosis: Diagnosis) -> str:
+    """Findings with cause and cure, then the table of layers."""
+    return "\n".join([*_head(diagnosis), "", *_findings(diagnosis), "", *_layers(diagnosis)]) + "\n"
+
+
+def _head(d: Diagnosis) -> list[str]:
+    words = f"{d.model}: {d.parameters:,} parameters, {len(d.layers)} layers, {d.data.batches} batches"
+    if d.gap is not None:
+        words += f"; the outputs of train and eval mode differ by {d.gap.output:.3g} deviations"
+    return textwrap.wrap(words, WIDTH)
+
+
+def _findings(d: Diagnosis) -> Iterator[str]:
+    if not d.findings:
+        yield "No findings."
+    for finding in d.findings:
+        yield from _finding(finding)
+    if d.silenced:
+        yield f"{len(d.silenced)} more silenced: {', '.join(sorted({f.code for f in d.silenced}))}"
+    for note in d.notes:
+        yield from textwrap.wrap(f"Note: {note}", WIDTH, subsequent_indent="      ")
+
+
+def _finding(f: Finding) -> Iterator[str]:
+    where = f"{f.layer}: " if f.layer else ""
+    yield from textwrap.wrap(f"{f.code} {f.severity}  {where}{f.title}", WIDTH, subsequent_indent="    ")
+    yield from textwrap.wrap(f.cause, WIDTH, initial_indent="    ", subsequent_indent="    ")
+    # A cure is a call to be copied: it is not broken in the middle of a word.
+    yield from textwrap.wrap(
+        f"Cure: {f.cure}",
+        WIDTH,
+        initial_indent="    ",
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _layers(d: Diagnosis) -> Iterator[str]:
+    yield _line("layer", "class", "output", "mean", "std", "grad")
+    yield "-" * WIDTH
+    for layer in d.layers:
+        yield _layer(layer)
+    yield "-" * WIDTH
+    yield "output, mean, std: in train mode; grad: of the loss, at the output."
+    opening = sorted((x for x in d.layers if x.gap), key=lambda x: -(x.gap or 0))[:5]
+    if opening:
+        who = ", ".join(f"{x.name or d.model} {number(x.gap)}" for x in opening)
+        yield from textwrap.wrap(
+            f"Alone in train mode, these move the model's output, in its deviations: {who}.", WIDTH
+        )
+
+
+def _layer(layer: Layer) -> str:
+    out = layer.output
+    gradient = layer.gradient.output if layer.gradient is not None else None
+    shape = "never called" if layer.order is None else _shape(out)
+    mean, std = (None, None) if out is None else (out.all.mean, out.all.std)
+    return _line(layer.name or "(the model)", layer.kind, shape, number(mean), number(std), number(gradient))
+
+
+def _line(name: str, kind: str, shape: str, *numbers: str) -> str:
+    cells = [_fit(name, _NAME).ljust(_NAME), _fit(kind, _KIND).ljust(_KIND), _fit(shape, _SHAPE).ljust(_SHAPE)]
+    return (" ".join(cells) + " " + " ".join(n.rjust(_NUMBER) for n in numbers)).rstrip()
+
+
+def _shape(a: Activations | None) -> str:
+    return "" if a is None else "x".join(map(str, a.shape))
+
+
+def _fit(words: str, width: int) -> str:
+    """The end of a name says more than its beginning."""
+    return words if len(words) <= width else "..." + words[len(words) - width + 3 :]
+
+
+def number(value: float | None) -> str:
+    """To three digits, in at most seven characters; nothing for what was not measured."""
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return str(value)
+    text = f"{value:.3g}"
+    return text if len(text) <= _NUMBER else f"{value:.0e}"

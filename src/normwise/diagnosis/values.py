@@ -1,0 +1,115 @@
+"""Numbers about tensors: distributions, units, gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# The percentiles that every distribution has, in this order.
+PERCENTILES = (1, 5, 15, 50, 85, 95, 99)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of `len(counts)` bins of equal width from `low` to `high`; the first and last also hold what is beyond."""
+
+    low: float
+    high: float
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A set of numbers.
+
+    `mean`, `std` (biased), `minimum` and `maximum` are over all `count` finite values. `percentiles` (those of
+    `PERCENTILES`) and the histogram are over an evenly spaced part of them where there are very many.
+    """
+
+    count: int
+    nonfinite: int
+    mean: float
+    std: float
+    minimum: float
+    maximum: float
+    percentiles: list[float]
+    histogram: Histogram
+
+    def percentile(self, wanted: int) -> float:
+        """One of `PERCENTILES`."""
+        return self.percentiles[PERCENTILES.index(wanted)]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and deviation taken of each part (feature or sample) on its own, as distributions over the parts."""
+
+    means: Distribution
+    stds: Distribution
+
+
+@dataclass(frozen=True)
+class OverTime:
+    """One number for each time step, over samples and features. `percentiles` has a row for each of `PERCENTILES`."""
+
+    mean: list[float]
+    std: list[float]
+    percentiles: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Activations:
+    """A layer's input or output over all batches and calls, in train mode; padding counts as it stands there.
+
+    Attributes:
+        shape, dtype: of the first batch.
+        all: every value.
+        features: over the features (channels) where the tensor has such an axis.
+        samples: over the samples.
+        time: over the time steps of a sequence.
+    """
+
+    shape: list[int]
+    dtype: str
+    all: Distribution
+    features: Spread | None = None
+    samples: Spread | None = None
+    time: OverTime | None = None
+
+
+@dataclass(frozen=True)
+class Units:
+    """A nonlinearity's units: the features (channels) of its input.
+
+    Attributes:
+        nonlinearity: "sigmoid", "tanh" or "relu".
+        threshold: an input beyond it (in absolute value) is saturated: 6 for a sigmoid, whose slope is 0.0025 there,
+            3 for tanh(x) = 2 sigmoid(2x) - 1; 0 for a ReLU, which passes no gradient below it.
+        saturated: share of all inputs that are saturated.
+        dead: share of the units whose every input is saturated, over all batches.
+        dead_units: their indices, the first 32.
+    """
+
+    nonlinearity: str
+    threshold: float
+    saturated: float
+    units: int
+    dead: float
+    dead_units: list[int]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Of the loss, the root mean square over the batches of Euclidean norms.
+
+    Attributes:
+        output: with respect to the layer's output, one number whatever its size; None where none arrives.
+        weights: with respect to each parameter, by name.
+        weight_norms: Euclidean norms of these parameters.
+        bias_share: |sum| / sum | | over batch and positions of the gradient that the bias receives, largest over the
+            features: about 0 where something behind the layer takes the bias away again.
+    """
+
+    output: float | None
+    weights: dict[str, float]
+    weight_norms: dict[str, float]
+    bias_share: float | None = None
