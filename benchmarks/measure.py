@@ -11,6 +11,8 @@ import torch
 Call = Callable[[], object]
 
 PAIRS = 15
+WARM_SECONDS = 0.3  # three calls, or so long, before anything counts
+LIMIT_EVERY = 3  # rounds: the limit has no part in the ratio
 SAMPLE_SECONDS = 0.004  # long enough for the clock, short enough that little happens in between
 STOLEN = 5.0  # a probe this many times slower than the best one seen means that another process has a core
 WAIT_SECONDS = 30.0  # after so long, a busy machine is taken as it is, and the result says so
@@ -48,13 +50,13 @@ class Probe:
 
 
 def compare(ours: Call, theirs: Call, limit: Call | None, probe: Probe) -> Ratio:
-    """Ours, theirs, (limit), ours, theirs, (limit), ... with a probe before and after each round."""
+    """Ours, theirs, ours, theirs, ... with a probe before and after each round, and the limit in between."""
     calls = [ours, theirs] if limit is None else [ours, theirs, limit]
     for call in calls:
-        for _ in range(3):
-            call()
+        _warm(call)
     repeats = [_repeats(call) for call in calls]
     rounds: list[list[float]] = []
+    limits: list[float] = []
     stolen, quiet = 0, True
     deadline = time.perf_counter() + WAIT_SECONDS
     while len(rounds) < PAIRS:
@@ -63,11 +65,13 @@ def compare(ours: Call, theirs: Call, limit: Call | None, probe: Probe) -> Ratio
             stolen += 1
             time.sleep(0.02)
             continue
-        sample = [_seconds(call, n) for call, n in zip(calls, repeats, strict=True)]
+        sample = [_seconds(call, n) for call, n in zip((ours, theirs), repeats, strict=False)]
+        bound = [_seconds(limit, repeats[-1])] if limit is not None and len(rounds) % LIMIT_EVERY == 0 else []
         if quiet and not probe.quiet():
             stolen += 1
             continue
         rounds.append(sample)
+        limits += bound
     ratios = sorted(sample[0] / sample[1] for sample in rounds)
     middle = [sorted(column)[len(rounds) // 2] for column in zip(*rounds, strict=True)]
     return Ratio(
@@ -76,10 +80,18 @@ def compare(ours: Call, theirs: Call, limit: Call | None, probe: Probe) -> Ratio
         ratios[len(ratios) * 4 // 5],
         middle[0],
         middle[1],
-        middle[2] if limit is not None else None,
+        sorted(limits)[len(limits) // 2] if limits else None,
         stolen,
         quiet,
     )
+
+
+def _warm(call: Call) -> None:
+    start = time.perf_counter()
+    for _ in range(3):
+        call()
+        if time.perf_counter() - start > WARM_SECONDS:
+            return
 
 
 def _repeats(call: Call) -> int:
