@@ -206,10 +206,10 @@ typedef struct nw_recurrent {
   const float* c0;            /* (batch, units); only NW_LSTM */
   void* output;               /* T (rows, units): h of each row; filled by the forward */
   /* What the backward needs, filled by the forward; all null: not wanted. nw_recurrent_saves says which there are. */
-  float* input_terms;  /* (rows, G * units): p */
-  float* hidden_terms; /* (rows, G * units): q, p + q + b_inner, or activated gates */
+  float* input_terms;  /* (rows, G * units): p, less its mean where center = 1; not with few inputs */
+  float* hidden_terms; /* (rows, G * units): q, p + q + b_inner, or activated gates; less its mean where center = 1 */
   float* cells;        /* (rows, units): c as it is carried */
-  float* stats;        /* (rows, widths[3]): mean and rstd of every group */
+  float* stats;        /* (rows, widths[3]): rstd of every group, mean and rstd of c */
   int64_t steps, batch, rows, inputs, units;
   double eps, update_offset;
   int32_t dtype, cell, terms, center, cell_norm, reset_candidate, update_paper;

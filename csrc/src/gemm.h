@@ -102,29 +102,59 @@ struct Panels {
   const float* at(int64_t panel) const { return data + panel * panel_width * depth; }
 };
 
-// Panel `p` of the matrix b[k * k_stride + n * n_stride], one of the strides being 1; what is past its columns becomes 0.
-inline void pack_panel(const float* b, int64_t k_stride, int64_t n_stride, int64_t depth, int64_t columns, int64_t p,
-                       float* panels) {
+// A square of one vector of rows, transposed: v[i][j] becomes v[j][i].
+NW_INLINE void transpose(vec<float> (&v)[lanes<float>]) {
+  constexpr int n = lanes<float>;
+#pragma GCC unroll 4
+  for (int half = 1; half < n; half *= 2) {
+    const vmask<float> lane = iota<float>();
+    const vmask<float> low = (lane & half) == 0 ? lane : lane + n - half;
+    const vmask<float> high = (lane & half) == 0 ? lane + half : lane + n;
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      if (i & half) continue;
+      const vec<float> a = v[i], b = v[i + half];
+      v[i] = __builtin_shuffle(a, b, low);
+      v[i + half] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+// Panel `p` of the row-major matrix b[k * stride + n]; what is past its columns becomes 0.
+inline void pack_panel(const float* b, int64_t stride, int64_t depth, int64_t columns, int64_t p, float* panels) {
   const int64_t from = p * panel_width;
   const int64_t width = columns - from < panel_width ? columns - from : panel_width;
   float* to = panels + from * depth;
-  const float* source = b + from * n_stride;
   if (width < panel_width) std::memset(to, 0, size_t(depth * panel_width) * sizeof *to);
-  if (n_stride == 1) {
-    for (int64_t k = 0; k < depth; ++k) {
-      std::memcpy(to + k * panel_width, source + k * k_stride, size_t(width) * sizeof *to);
-    }
-    return;
+  for (int64_t k = 0; k < depth; ++k) {
+    std::memcpy(to + k * panel_width, b + k * stride + from, size_t(width) * sizeof *to);
   }
-  constexpr int64_t line = 16;  // floats: each line of the source is read once
-  int64_t k = 0;
-  for (; k + line <= depth; k += line) {
-    for (int64_t n = 0; n < width; ++n) {
-      for (int64_t i = 0; i < line; ++i) to[(k + i) * panel_width + n] = source[n * n_stride + k + i];
+}
+
+// Panel `p` of the transpose of b[n * stride + k].
+inline void pack_transposed(const float* b, int64_t stride, int64_t depth, int64_t columns, int64_t p, float* panels) {
+  constexpr int64_t w = lanes<float>;
+  const int64_t from = p * panel_width;
+  const int64_t width = columns - from < panel_width ? columns - from : panel_width;
+  float* to = panels + from * depth;
+  if (width < panel_width) std::memset(to, 0, size_t(depth * panel_width) * sizeof *to);
+  int64_t n = 0;
+  for (; n + w <= width; n += w) {
+    int64_t k = 0;
+    for (; k + w <= depth; k += w) {
+      vec<float> square[w];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < w; ++i) square[i] = load(b + (from + n + i) * stride + k);
+      transpose(square);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < w; ++i) store(to + (k + i) * panel_width + n, square[i]);
+    }
+    for (; k < depth; ++k) {
+      for (int64_t i = n; i < n + w; ++i) to[k * panel_width + i] = b[(from + i) * stride + k];
     }
   }
-  for (; k < depth; ++k) {
-    for (int64_t n = 0; n < width; ++n) to[k * panel_width + n] = source[n * n_stride + k];
+  for (; n < width; ++n) {
+    for (int64_t k = 0; k < depth; ++k) to[k * panel_width + n] = b[(from + n) * stride + k];
   }
 }
 
@@ -178,33 +208,6 @@ inline void multiply_transposed(const float* a, int64_t a_stride, const Panels& 
       }
     }
   }
-}
-
-// The same for so few columns of b (row-major, not in panels) that a vector along them would be mostly empty; the result
-// is transposed: sum[i][first .. last-1] (+)= sum over k of b[k][i] * a[k][first .. last-1], i < columns.
-inline void multiply_thin(const float* a, int64_t a_stride, const float* b, int64_t depth, int64_t columns,
-                          int64_t first, int64_t last, float* sum, bool add) {
-  for (int64_t i = 0; i < columns; ++i) {
-    float* to = sum + i * a_stride + first;
-    sweep<float>(last - first, [&](int64_t j, auto part) NW_LAMBDA {
-      vec<float> even{}, odd{};
-      const float* from = a + first + j;
-      int64_t k = 0;
-      for (; k + 1 < depth; k += 2) {
-        even += b[k * columns + i] * load(from + k * a_stride, part);
-        odd += b[(k + 1) * columns + i] * load(from + (k + 1) * a_stride, part);
-      }
-      if (k < depth) even += b[k * columns + i] * load(from + k * a_stride, part);
-      even += odd;
-      store(to + j, add ? load(to + j, part) + even : even, part);
-    });
-  }
-}
-
-inline float dot(const float* a, const float* b, int64_t n) {
-  vec<float> sum[4] = {};
-  sweep_sums<float>(n, [&](int64_t i, auto part, int k) NW_LAMBDA { sum[k] += load(a + i, part) * load(b + i, part); });
-  return sum_lanes<float>((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 }  // namespace

@@ -28,6 +28,11 @@ struct Layer {
   const float* bias;                // b_ih + b_hh, where they act at the same place
   const float *bias_ih, *bias_hh;   // where they do not: a GRU with the reset gate on its hidden term
   int64_t stat_width;
+  // Inputs so few that the cells multiply them themselves; -1: their products are given.
+  int thin;
+  const float* thin_weight;  // (thin, stacked): W_ih transposed, less its mean over each group
+  const float* thin_scaled;  // the same times gain_ih
+  float thin_gram[4][16];    // of each group: the averages of products of two columns of thin_weight
 };
 
 // All scratch memory of one call, in pieces that begin at a cache line.
@@ -89,8 +94,13 @@ inline bool terms_apart(const nw_recurrent& a) {
   return a.terms == NW_SEPARATE || (a.cell == NW_GRU && !a.reset_candidate);
 }
 
-// With so few inputs p is cheaper to compute again than to read, and their products are sums of a few rows.
-inline bool few_inputs(const nw_recurrent& a) { return a.inputs <= 4; }
+// With so few inputs p is cheaper to compute again than to read, and its statistics follow from x alone. Under a norm
+// of p + q it is a product like any other.
+constexpr int most_thin = 4;
+inline bool few_inputs(const nw_recurrent& a) { return a.inputs <= most_thin && a.terms != NW_SUM; }
+
+// Whether the forward has q to keep; an LSTM without norms keeps its gates instead.
+inline bool keeps_gates(const nw_recurrent& a) { return a.terms == NW_PLAIN && a.cell == NW_LSTM; }
 
 inline void saved_widths(const nw_recurrent& a, int64_t widths[4]) {
   const int64_t stacked = gates_of(a.cell) * a.units;
@@ -100,11 +110,38 @@ inline void saved_widths(const nw_recurrent& a, int64_t widths[4]) {
   // An RNN without a norm needs nothing but its output.
   widths[1] = a.terms == NW_PLAIN && a.cell >= NW_RNN_TANH ? 0 : stacked;
   widths[2] = a.cell == NW_LSTM ? a.units : 0;
-  widths[3] = a.terms == NW_PLAIN ? 0 : 2 * (groups * (a.terms == NW_SEPARATE ? 2 : 1) + (a.cell_norm ? 1 : 0));
+  widths[3] = a.terms == NW_PLAIN ? 0 : groups * (a.terms == NW_SEPARATE ? 2 : 1) + (a.cell_norm ? 2 : 0);
 }
 
 // The floats that `prepare` needs for vectors that the caller left out or that are sums.
-inline int64_t prepared_size(const nw_recurrent& a) { return 3 * gates_of(a.cell) * a.units + 2 * a.units; }
+inline int64_t prepared_size(const nw_recurrent& a) {
+  return (4 + 2 * most_thin) * gates_of(a.cell) * a.units + 2 * a.units;
+}
+
+inline void prepare_thin(const nw_recurrent& a, Layer& k, float* memory) {
+  const float* w = static_cast<const float*>(a.weight_ih);
+  float *weight = memory, *scaled = memory + most_thin * k.stacked;
+  k.thin = int(a.inputs), k.thin_weight = weight, k.thin_scaled = scaled;
+  for (int g = 0; g < (a.terms == NW_PLAIN ? 1 : k.group_count); ++g) {
+    const int64_t from = a.terms == NW_PLAIN ? 0 : k.group_from[g] * k.units;
+    const int64_t end = a.terms == NW_PLAIN ? k.stacked : k.group_from[g + 1] * k.units;
+    for (int i = 0; i < k.thin; ++i) {
+      double mean = 0;
+      for (int64_t j = from; j < end; ++j) mean += w[j * k.thin + i];
+      mean = a.terms != NW_PLAIN && k.center ? mean / double(end - from) : 0;
+      for (int64_t j = from; j < end; ++j) {
+        weight[i * k.stacked + j] = float(w[j * k.thin + i] - mean);
+        scaled[i * k.stacked + j] = weight[i * k.stacked + j] * (a.terms == NW_PLAIN ? 1.f : k.gain_ih[j]);
+      }
+      for (int other = 0; other <= i; ++other) {
+        double sum = 0;
+        for (int64_t j = from; j < end; ++j) sum += double(weight[i * k.stacked + j]) * weight[other * k.stacked + j];
+        const float average = float(sum / double(end - from));
+        k.thin_gram[g][i * most_thin + other] = k.thin_gram[g][other * most_thin + i] = average;
+      }
+    }
+  }
+}
 
 inline Layer prepare(const nw_recurrent& a, float* memory) {
   Layer k{};
@@ -128,6 +165,8 @@ inline Layer prepare(const nw_recurrent& a, float* memory) {
   int64_t widths[4];
   saved_widths(a, widths);
   k.stat_width = widths[3];
+  k.thin = -1;
+  if (few_inputs(a)) prepare_thin(a, k, ones + k.stacked);
   return k;
 }
 
@@ -232,24 +271,56 @@ template <class F> inline void in_team(int threads, F f) {
   f(0, 1);
 }
 
-inline void pack_shared(const float* b, int64_t k_stride, int64_t n_stride, int64_t depth, int64_t columns,
-                        float* panels, int index, int count) {
+// One thread's part of packing a row-major matrix.
+inline void pack_shared(const float* b, int64_t depth, int64_t columns, float* panels, int index, int count) {
   const int64_t n = panel_count(columns);
   for (int64_t p = n * index / count; p < n * (index + 1) / count; ++p) {
-    pack_panel(b, k_stride, n_stride, depth, columns, p, panels);
+    pack_panel(b, columns, depth, columns, p, panels);
+  }
+}
+// The same of the transpose of weights (columns, depth).
+inline void pack_weights(const float* w, int64_t depth, int64_t columns, float* panels, int index, int count) {
+  const int64_t n = panel_count(columns);
+  for (int64_t p = n * index / count; p < n * (index + 1) / count; ++p) {
+    pack_transposed(w, depth, depth, columns, p, panels);
   }
 }
 
-// W_ih x of some steps, plus b_inner: as one product for all of a thread's rows of a chunk of steps, since then each
-// panel of W_ih comes from far away once. `data` holds all rows, or those of the present chunk.
+// Writes v less its mean to `to`, which may be v, so that nobody needs the mean again; returns 1 / sqrt(var + eps), the
+// variance being about the mean. Without `center` v stays and its mean square is taken.
+NW_INLINE float centre(const float* v, int64_t n, bool center, float eps, float* to) {
+  float mean = 0.f;
+  if (center) {
+    vec<float> sum[4] = {};
+    sweep_sums<float>(n, [&](int64_t i, auto part, int at) NW_LAMBDA { sum[at] += load(v + i, part); });
+    mean = sum_lanes<float>(sum) / float(n);
+  }
+  vec<float> square[4] = {};
+  sweep_sums<float>(n, [&](int64_t i, auto part, int at) NW_LAMBDA {
+    const vec<float> d = keep<float>(load(v + i, part) - mean, part);
+    store(to + i, d, part);
+    square[at] += d * d;
+  });
+  return 1.f / std::sqrt(sum_lanes<float>(square) / float(n) + eps);
+}
+
+// W_ih x of some steps, plus b_inner, and centred where it has a norm of its own: as one product for all of a thread's
+// rows of a chunk of steps, since then each panel of W_ih comes from far away once. `data` holds all rows, or those of
+// the present chunk.
 struct InputTerms {
   const nw_recurrent& a;
+  const Layer& k;
   const Rows& rows;
   int64_t stacked;
   float *panels, *data;
   bool whole;
+  float* rstd;  // (rows as in data, groups), null: p has no norm of its own
 
   float* row(int64_t row, int64_t chunk_first) const { return data + (row - (whole ? 0 : chunk_first)) * stacked; }
+
+  float* rstd_of(int64_t row, int64_t chunk_first) const {
+    return rstd + (row - (whole ? 0 : chunk_first)) * k.group_count;
+  }
 
   // Steps s .. end-1: of the thread's samples, or of its part of all rows.
   void project(Share share, int64_t s, int64_t end) const {
@@ -257,30 +328,46 @@ struct InputTerms {
     if (share.together || share.count == 1) {
       const int64_t from = count * share.index / share.count, to = count * (share.index + 1) / share.count;
       project_rows(first + from, 1, to - from, first, 0, all);
+      centre_rows(first + from, 1, to - from, first);
     } else if (!a.batch_sizes && a.batch % share.count == 0) {
       project_rows(first + share.index, share.count, count / share.count, first, 0, all);
+      centre_rows(first + share.index, share.count, count / share.count, first);
     } else {
       for (int64_t panel = 0; panel < all; ++panel) {
         for (int64_t t = s; t < end; ++t) {
           project_rows(rows.start(t) + share.index, share.count, share.of(rows.samples(t)), first, panel, panel + 1);
         }
       }
+      for (int64_t t = s; t < end; ++t) {
+        centre_rows(rows.start(t) + share.index, share.count, share.of(rows.samples(t)), first);
+      }
     }
   }
 
  private:
   void project_rows(int64_t from, int64_t stride, int64_t n, int64_t chunk_first, int64_t panel, int64_t last) const {
-    const bool inner = a.terms == NW_SUM && a.bias_inner;
+    const float* inner = a.terms == NW_SUM ? a.bias_inner : nullptr;
     float* to = row(from, chunk_first);
     if (inner) {
       const int64_t at = panel * panel_width;
       const int64_t width = (last * panel_width < stacked ? last * panel_width : stacked) - at;
       for (int64_t i = 0; i < n; ++i) {
-        std::memcpy(to + i * stride * stacked + at, a.bias_inner + at, size_t(width) * sizeof *to);
+        std::memcpy(to + i * stride * stacked + at, inner + at, size_t(width) * sizeof *to);
       }
     }
     multiply(n, static_cast<const float*>(a.x) + from * a.inputs, stride * a.inputs, {panels, a.inputs, stacked},
-             panel, last, to, stride * stacked, inner);
+             panel, last, to, stride * stacked, inner != nullptr);
+  }
+
+  void centre_rows(int64_t from, int64_t stride, int64_t n, int64_t chunk_first) const {
+    for (int64_t i = 0; rstd && i < n; ++i) {
+      const int64_t at = from + i * stride;
+      float* p = row(at, chunk_first);
+      for (int g = 0; g < k.group_count; ++g) {
+        const int64_t first = k.group_from[g] * k.units, width = k.group_from[g + 1] * k.units - first;
+        rstd_of(at, chunk_first)[g] = centre(p + first, width, k.center, k.eps, p + first);
+      }
+    }
   }
 };
 

@@ -15,11 +15,10 @@ struct Backward {
   const Rows& rows;
   BackwardCell cell;
   int64_t chunk;  // steps
-  bool apart;
-  InputTerms inputs;      // p, where it is computed again
-  float *panels_x, *panels_h;    // W_ih and W_hh; with few inputs W_ih transposed
+  bool apart, thin;       // p and q are apart; the cells multiply the inputs
+  float *panels_x, *panels_h;    // W_ih and W_hh
   float *dp, *dq, *h_before;     // of the chunk's rows
-  float *right_x, *right_h;      // x and h_before of the chunk in panels; with few inputs dW_ih transposed
+  float *right_x, *right_h;      // x and h_before of the chunk in panels
   float *dh[2];           // together: of even and odd steps
   const float* zeros;     // units
   float* private_memory;  // for each thread
@@ -30,21 +29,22 @@ struct Backward {
   struct Mine {
     float *sums, *scratch, *left, *dc, *direct, *dp, *dq;
   };
+  static int64_t scratch_row(const Layer& k) { return 2 * k.stacked + 2 * k.units; }
   static int64_t size_of_private(const nw_recurrent& a, const Layer& k, int64_t chunk, bool together) {
     const int64_t state = a.batch * k.units;
-    const int64_t size = Sums::size(k) + 2 * k.stacked + 2 * k.units + chunk * a.batch * left_block +
-                         (together ? 2 * state + (a.batch + 1) * k.stacked : 0);
+    const int64_t size = Sums::size(k) + row_block * scratch_row(k) + chunk * a.batch * left_block +
+                         (together ? 2 * state + (a.batch + row_block) * k.stacked : 0);
     return (size + 15) / 16 * 16;
   }
   Mine mine(Share share) const {
     Mine m;
     m.sums = private_memory + share.index * private_size;
     m.scratch = m.sums + Sums::size(k);
-    m.left = m.scratch + 2 * k.stacked + 2 * k.units;
+    m.left = m.scratch + row_block * scratch_row(k);
     m.dc = m.left + chunk * a.batch * left_block;
     m.direct = m.dc + a.batch * k.units;
     m.dp = m.direct + a.batch * k.units;
-    m.dq = m.dp + k.stacked;
+    m.dq = m.dp + row_block * k.stacked;
     return m;
   }
 
@@ -61,38 +61,19 @@ struct Backward {
       if (args.dc) std::memcpy(m.dc, args.dc, size_t(state) * sizeof(float));
     }
     const int index = share.index, count = share.count;
-    const bool few = few_inputs(a);
-    if (args.dx && few) {
-      const float* w = static_cast<const float*>(a.weight_ih);
-      for (int64_t i = index; i < a.inputs; i += count) {
-        for (int64_t j = 0; j < k.stacked; ++j) panels_x[i * k.stacked + j] = w[j * a.inputs + i];
-      }
-    } else if (args.dx) {
-      pack_shared(static_cast<const float*>(a.weight_ih), a.inputs, 1, k.stacked, a.inputs, panels_x, index, count);
+    if (args.dx && !thin) {
+      pack_shared(static_cast<const float*>(a.weight_ih), k.stacked, a.inputs, panels_x, index, count);
     }
-    pack_shared(static_cast<const float*>(a.weight_hh), k.units, 1, k.stacked, k.units, panels_h, index, count);
-    if (inputs.panels) {
-      pack_shared(static_cast<const float*>(a.weight_ih), 1, a.inputs, a.inputs, k.stacked, inputs.panels, index,
-                  count);
-    }
+    pack_shared(static_cast<const float*>(a.weight_hh), k.stacked, k.units, panels_h, index, count);
     barrier.wait(count);
     for (int64_t end = a.steps; end > 0; end -= chunk) {
       const int64_t s = end > chunk ? end - chunk : 0;
-      if (inputs.panels) {
-        inputs.project(share, s, end);
-        if (share.together) barrier.wait(count);
-      }
       for (int64_t i = 0; i < Sums::size(k); ++i) m.sums[i] = 0.f;
       for (int64_t t = end; t-- > s;) step(share, m, t, rows.first(s, end));
       for (int64_t i = 0; i < Sums::size(k); ++i) total[i] += m.sums[i];
       barrier.wait(count);
       products(share, m, s, end);
       barrier.wait(count);
-    }
-    if (few && args.dweight_ih && index == 0) {
-      for (int64_t j = 0; j < k.stacked; ++j) {
-        for (int64_t i = 0; i < a.inputs; ++i) args.dweight_ih[j * a.inputs + i] = right_x[i * k.stacked + j];
-      }
     }
     if (share.together && index == 0) {
       std::memcpy(args.dh, dh[1], size_t(state) * sizeof(float));
@@ -112,21 +93,36 @@ struct Backward {
     float* dq_first = writes ? dq + (start - chunk_first) * stacked : m.dq;
     const float* output = static_cast<const float*>(a.output);
     const float* doutput = static_cast<const float*>(args.doutput);
-    for (int64_t i = first; i < past; i += stride) {
-      const int64_t row = start + i;
-      const bool fresh = a.reset && a.reset[row];
-      const float* h = fresh ? zeros : s > 0 ? output + (before + i) * units : a.h0 + i * units;
-      const float* c = fresh || !a.cells ? zeros : s > 0 ? a.cells + (before + i) * units : a.c0 + i * units;
-      float* dq_row = dq_first + i * stacked;
-      cell(k,
-           {apart ? inputs.row(row, chunk_first) : nullptr, a.hidden_terms ? a.hidden_terms + row * stacked : nullptr,
-            a.stats ? a.stats + row * k.stat_width : nullptr, h, c, output + row * units,
-            a.cells ? a.cells + row * units : nullptr, doutput ? doutput + row * units : nullptr,
-            dh_now + i * units, by_step ? m.direct + i * units : dh_now + i * units, dc ? dc + i * units : nullptr,
-            !apart ? dq_row : writes ? dp + (row - chunk_first) * stacked : m.dp, dq_row, m.scratch,
-            (i + stride < past ? stride : s > 0 ? before + first - row : 0) * stacked},
-           Sums(k, m.sums));
-      if (writes) std::memcpy(h_before + (row - chunk_first) * units, h, size_t(units) * sizeof *h);
+    const float* x = static_cast<const float*>(a.x);
+    for (int64_t from = 0; from < n; from += row_block) {
+      BackwardRow block[row_block];
+      const int count = int(n - from < row_block ? n - from : row_block);
+      for (int r = 0; r < count; ++r) {
+        const int64_t i = first + (from + r) * stride, row = start + i, next = i + row_block * stride;
+        const bool fresh = a.reset && a.reset[row];
+        const float* h = fresh ? zeros : s > 0 ? output + (before + i) * units : a.h0 + i * units;
+        const float* c = fresh || !a.cells ? zeros : s > 0 ? a.cells + (before + i) * units : a.c0 + i * units;
+        float* dq_row = dq_first + i * stacked;
+        float* dx = static_cast<float*>(args.dx);
+        block[r] = {{apart && !thin ? a.input_terms + row * stacked : nullptr, x + row * a.inputs, nullptr},
+                    a.hidden_terms ? a.hidden_terms + row * stacked : nullptr,
+                    a.stats ? a.stats + row * k.stat_width : nullptr,
+                    h,
+                    c,
+                    output + row * units,
+                    a.cells ? a.cells + row * units : nullptr,
+                    doutput ? doutput + row * units : nullptr,
+                    dh_now + i * units,
+                    by_step ? m.direct + i * units : dh_now + i * units,
+                    dc ? dc + i * units : nullptr,
+                    !apart ? dq_row : !thin && writes ? dp + (row - chunk_first) * stacked : m.dp + r * stacked,
+                    dq_row,
+                    writes && thin && dx ? dx + row * a.inputs : nullptr,
+                    m.scratch + r * scratch_row(k),
+                    (next < past ? row_block * stride : s > 0 ? before + first + r * stride - row : 0) * stacked};
+        if (writes) std::memcpy(h_before + (row - chunk_first) * units, h, size_t(units) * sizeof *h);
+      }
+      cell(k, block, count, Sums(k, m.sums));
     }
     const int64_t panels = panel_count(units);
     const int64_t from = share.panel_begin(panels), last = share.panel_end(panels);
@@ -156,32 +152,24 @@ struct Backward {
     const int index = share.index, count = share.count;
     const bool add = end < a.steps;
     const float* x = static_cast<const float*>(a.x) + first * a.inputs;
-    const bool few = few_inputs(a);
-    if (args.dweight_ih && !few) pack_shared(x, a.inputs, 1, n, a.inputs, right_x, index, count);
-    if (args.dweight_hh) pack_shared(h_before, k.units, 1, n, k.units, right_h, index, count);
+    if (args.dweight_ih && !thin) pack_shared(x, n, a.inputs, right_x, index, count);
+    if (args.dweight_hh) pack_shared(h_before, n, k.units, right_h, index, count);
     barrier.wait(count);
     const int64_t blocks = (k.stacked + left_block - 1) / left_block;
     const int64_t from = blocks * index / count * left_block;
     const int64_t last = blocks * (index + 1) / count * left_block;
     const int64_t to = last < k.stacked ? last : k.stacked;
-    if (args.dweight_ih && few) {
-      if (from < to) multiply_thin(dp, k.stacked, x, n, a.inputs, from, to, right_x, add);
-    } else if (args.dweight_ih) {
+    if (args.dweight_ih && !thin) {
       multiply_transposed(dp, k.stacked, {right_x, n, a.inputs}, from, to, args.dweight_ih, a.inputs, add, m.left);
     }
     if (args.dweight_hh) {
       multiply_transposed(dq, k.stacked, {right_h, n, k.units}, from, to, args.dweight_hh, k.units, add, m.left);
     }
-    if (args.dx) {
+    if (args.dx && !thin) {
       const int64_t mine = n * index / count, past = n * (index + 1) / count;
       float* dx = static_cast<float*>(args.dx) + first * a.inputs;
-      for (int64_t row = mine; few && row < past; ++row) {
-        for (int64_t i = 0; i < a.inputs; ++i) {
-          dx[row * a.inputs + i] = dot(dp + row * k.stacked, panels_x + i * k.stacked, k.stacked);
-        }
-      }
       constexpr int64_t block = 64;  // rows of dp that stay in the cache while the panels pass
-      for (int64_t row = mine; !few && row < past; row += block) {
+      for (int64_t row = mine; row < past; row += block) {
         multiply(past - row < block ? past - row : block, dp + row * k.stacked, k.stacked,
                  {panels_x, k.stacked, a.inputs}, 0, panel_count(a.inputs),
                  dx + row * a.inputs, a.inputs, false);
@@ -223,15 +211,13 @@ int recurrent_backward(const nw_recurrent_backward_args* args) {
   float* vectors = memory.take(prepared_size(a));
   if (memory.failed() || !rows) return NW_OUT_OF_MEMORY;
   const Layer k = prepare(a, vectors);
-  const bool recompute = apart && few_inputs(a);
-  float* panels_x = args->dx ? memory.take(few_inputs(a) ? k.stacked * a.inputs : packed_size(k.stacked, a.inputs)) : nullptr;
+  const bool thin = few_inputs(a);
+  float* panels_x = args->dx && !thin ? memory.take(packed_size(k.stacked, a.inputs)) : nullptr;
   float* panels_h = memory.take(packed_size(k.stacked, k.units));
-  float* panels_ih = recompute ? memory.take(packed_size(a.inputs, k.stacked)) : nullptr;
-  float* p = recompute ? memory.take(most * k.stacked) : a.input_terms;
   float* dq = memory.take(most * k.stacked);
-  float* dp = apart ? memory.take(most * k.stacked) : dq;
+  float* dp = apart && !thin ? memory.take(most * k.stacked) : dq;
   float* h_before = memory.take(most * k.units);
-  float* right_x = memory.take(few_inputs(a) ? k.stacked * a.inputs : packed_size(most, a.inputs));
+  float* right_x = thin ? nullptr : memory.take(packed_size(most, a.inputs));
   float* right_h = memory.take(packed_size(most, k.units));
   float* dh = together ? memory.take(2 * a.batch * k.units) : nullptr;
   float* zeros = memory.take(k.units);
@@ -241,7 +227,7 @@ int recurrent_backward(const nw_recurrent_backward_args* args) {
   if (memory.failed() || !totals) return NW_OUT_OF_MEMORY;
   zero(zeros, k.units);
   Barrier barrier;
-  const Backward backward{*args, a, k, rows, backward_cell(a), chunk, apart, {a, rows, k.stacked, panels_ih, p, !recompute},
+  const Backward backward{*args, a, k, rows, backward_cell(a), chunk, apart, thin,
                           panels_x, panels_h, dp, dq, h_before, right_x, right_h,
                           {dh, together ? dh + a.batch * k.units : nullptr}, zeros, private_memory, private_size,
                           totals.get(), barrier};
@@ -259,11 +245,19 @@ int recurrent_backward(const nw_recurrent_backward_args* args) {
   const int64_t each = Sums::size(k), n = k.stacked;
   fill(args->dbias_ih, totals.get(), 0, n, each, used);
   fill(args->dbias_hh, totals.get(), k.hidden_apart ? n : 0, n, each, used);
-  fill(args->dgain_ih, totals.get(), 2 * n, n, each, used);
+  if (!thin) fill(args->dgain_ih, totals.get(), 2 * n, n, each, used);
   fill(args->dgain_hh, totals.get(), 3 * n, n, each, used);
   fill(args->dbias_inner, totals.get(), 4 * n, n, each, used);
   fill(args->dgain_c, totals.get(), 5 * n, k.units, each, used);
   fill(args->dbias_c, totals.get(), 5 * n + k.units, k.units, each, used);
+  if (thin) {
+    double* sum = totals.get();
+    for (int64_t i = Sums::thin_at(k); i < each; ++i) {
+      for (int t = 1; t < used; ++t) sum[i] += sum[t * each + i];
+    }
+    const double* products = sum + Sums::thin_at(k);
+    finish_thin(k, products, products + most_thin * n, args->dweight_ih, args->dgain_ih);
+  }
   return NW_OK;
 }
 

@@ -1,4 +1,4 @@
-// One row of one step, forward: from the two products to the next state.
+// Some rows of one step, forward: from the two products to the next state.
 #pragma once
 
 #include "activations.h"
@@ -17,130 +17,157 @@ NW_INLINE vec<float> reciprocal(vec<float> x) {
 #endif
 }
 
-// exp(x) = scale * (1 + p), p = exp(r) - 1 by Taylor to r^7, |r| <= ln(2)/2: relative error below 1.5e-7.
-// ln(2) is split in two so that r keeps its digits; |x| <= 87.
+NW_INLINE vec<float> bounded(vec<float> x, float most) {
+#if defined(NW_AVX512)
+  return (vec<float>)_mm512_maskz_min_ps(
+      0xffff, _mm512_maskz_max_ps(0xffff, (__m512)splat(-most), (__m512)x), (__m512)splat(most));
+#else
+  x = x < -most ? splat(-most) : x;
+  return x > most ? splat(most) : x;
+#endif
+}
+
+// 2^k of an integer k
+NW_INLINE vec<float> power_of_two(vec<float> k) {
+#if defined(NW_AVX512)
+  return (vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)splat(1.f), (__m512)k);
+#else
+  return (vec<float>)((__builtin_convertvector(k, vmask<float>) + 127) << 23);
+#endif
+}
+
+// exp(x) = scale * (1 + p), p = exp(r) - 1 by a polynomial whose greatest error relative to p is least, 3e-10, for
+// |r| <= ln(2)/2. ln(2) is split in two so that r keeps its digits; |x| <= 87.
 NW_INLINE vec<float> exp_minus_one(vec<float> x, vec<float>& scale) {
   const float to_integer = 12582912.f;  // 1.5 * 2^23: adding it rounds to the nearest integer
   const vec<float> k = (x * 1.44269504f + to_integer) - to_integer;
   const vec<float> r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
-  vec<float> p = vec<float>{} + 1.f / 5040;
-  p = p * r + 1.f / 720;
-  p = p * r + 1.f / 120;
-  p = p * r + 1.f / 24;
-  p = p * r + 1.f / 6;
+  vec<float> p = splat(0.000198459951f);
+  p = p * r + 0.00139406684f;
+  p = p * r + 0.00833338965f;
+  p = p * r + 0.0416663587f;
+  p = p * r + 0.166666657f;
   p = p * r + 0.5f;
-  scale = (vec<float>)((__builtin_convertvector(k, vmask<float>) + 127) << 23);
+  scale = power_of_two(k);
   return p * (r * r) + r;
 }
 
 NW_INLINE vec<float> gate(vec<float> z) {
-  vec<float> x = z < -87.f ? vec<float>{} - 87.f : z;
-  x = x > 87.f ? vec<float>{} + 87.f : x;
   vec<float> scale;
-  const vec<float> p = exp_minus_one(-x, scale);
+  const vec<float> p = exp_minus_one(-bounded(z, 87.f), scale);
   return reciprocal(p * scale + (scale + 1.f));
 }
 
 // With e = exp(2|x|) - 1, which keeps its digits near 0, tanh|x| = e / (e + 2). Beyond 10 it is 1 in float.
 NW_INLINE vec<float> tanh(vec<float> x) {
-  vec<float> a = x < 0.f ? -x : x;
-  a = a > 10.f ? vec<float>{} + 10.f : a;
+  const vmask<float> sign = (vmask<float>)x & INT32_MIN;
   vec<float> scale;
-  const vec<float> p = exp_minus_one(2.f * a, scale);
+  const vec<float> p = exp_minus_one(bounded((vec<float>)((vmask<float>)(x + x) ^ sign), 20.f), scale);
   const vec<float> e = p * scale + (scale - 1.f);
-  const vec<float> y = e * reciprocal(e + 2.f);
-  return x < 0.f ? -y : y;
+  return (vec<float>)((vmask<float>)(e * reciprocal(e + 2.f)) | sign);
 }
 
-// mean and rstd of v[0..n), the variance about the mean.
-NW_INLINE Stat measure(const float* v, int64_t n, bool center, float eps) {
-  Stat found{0.f, 0.f};
-  if (center) {
-    vec<float> sum[4] = {};
-    sweep_sums<float>(n, [&](int64_t i, auto part, int k) NW_LAMBDA { sum[k] += load(v + i, part); });
-    found.mean = sum_lanes<float>((sum[0] + sum[1]) + (sum[2] + sum[3])) / float(n);
-  }
-  vec<float> square[4] = {};
-  sweep_sums<float>(n, [&](int64_t i, auto part, int k) NW_LAMBDA {
-    const vec<float> d = keep<float>(load(v + i, part) - found.mean, part);
-    square[k] += d * d;
-  });
-  const float var = sum_lanes<float>((square[0] + square[1]) + (square[2] + square[3])) / float(n);
-  found.rstd = 1.f / std::sqrt(var + eps);
-  return found;
-}
+// Cells take up to so many rows of a step at once: sums over one row are finished while the next is on its way, and
+// gradients of gains and biases move once for all of them.
+constexpr int row_block = 4;
 
-// The statistics of a row as the gates use them: those of its group for every gate.
-struct RowStats {
-  Stat p[4], q[4];
+// By gate, the rstd of its group: of p and of q; and few inputs themselves, times the rstd of p.
+struct Scales {
+  float p[4], q[4], x[4][most_thin];
 };
 
-// Measures the groups of v (stacked gates) and notes them in `to`, if there is such.
-NW_INLINE void measure_groups(const Layer& k, const float* v, Stat* by_gate, float* to) {
+// The inputs of a row: p, less its means, and in the forward the rstd of its groups; or x where there are few.
+struct Inputs {
+  const float *p, *x, *rstd;
+};
+
+NW_INLINE void spread(const Layer& k, const float* by_group, float* by_gate) {
   for (int g = 0; g < k.group_count; ++g) {
-    const int from = k.group_from[g], end = k.group_from[g + 1];
-    const Stat s = measure(v + from * k.units, (end - from) * k.units, k.center, k.eps);
-    for (int gate = from; gate < end; ++gate) by_gate[gate] = s;
-    if (to) to[2 * g] = s.mean, to[2 * g + 1] = s.rstd;
+    for (int gate = k.group_from[g]; gate < k.group_from[g + 1]; ++gate) by_gate[gate] = by_group[g];
   }
 }
-NW_INLINE void read_groups(const Layer& k, const float* from, Stat* by_gate) {
-  for (int g = 0; g < k.group_count; ++g) {
-    for (int gate = k.group_from[g]; gate < k.group_from[g + 1]; ++gate) by_gate[gate] = {from[2 * g], from[2 * g + 1]};
+template <int terms> NW_INLINE void scale_inputs(const Layer& k, const float* x, Scales& s) {
+  for (int gate = 0; gate < k.gates; ++gate) {
+    for (int i = 0; i < k.thin; ++i) s.x[gate][i] = terms == NW_SEPARATE ? x[i] * s.p[gate] : x[i];
   }
 }
 
-template <int terms> NW_INLINE RowStats measure_row(const Layer& k, const float* p, const float* q, float* stats) {
-  RowStats found;
-  if constexpr (terms == NW_SEPARATE) {
-    measure_groups(k, p, found.p, stats);
-    measure_groups(k, q, found.q, stats ? stats + 2 * k.group_count : nullptr);
-  } else if constexpr (terms == NW_SUM) {
-    measure_groups(k, q, found.q, stats);
+NW_INLINE float thin_rstd(const Layer& k, int g, const float* x) {
+  float sum = 0.f;
+  for (int i = 0; i < k.thin; ++i) {
+    for (int other = 0; other < k.thin; ++other) sum += x[i] * x[other] * k.thin_gram[g][i * most_thin + other];
   }
-  return found;
-}
-template <int terms> NW_INLINE RowStats read_row(const Layer& k, const float* stats) {
-  RowStats found;
-  if constexpr (terms == NW_SEPARATE) {
-    read_groups(k, stats, found.p);
-    read_groups(k, stats + 2 * k.group_count, found.q);
-  } else if constexpr (terms == NW_SUM) {
-    read_groups(k, stats, found.q);
-  }
-  return found;
+  return 1.f / std::sqrt((sum > 0.f ? sum : 0.f) + k.eps);
 }
 
-// Gate `g`, units j..: the summed input of the step. p and q apart only where each has its norm.
+// Centres q and measures a row, and notes the statistics in `stats` if there is such.
+template <int terms, bool thin>
+NW_INLINE void measure_row(const Layer& k, Inputs in, const float* q, float* centred, float* stats, Scales& s) {
+  if constexpr (terms != NW_PLAIN) {
+    float own[8];
+    float* found = stats ? stats : own;
+    for (int g = 0; g < k.group_count; ++g) {
+      const int64_t from = k.group_from[g] * k.units, n = k.group_from[g + 1] * k.units - from;
+      if constexpr (terms == NW_SEPARATE) {
+        found[g] = thin ? thin_rstd(k, g, in.x) : in.rstd[g];
+        found[k.group_count + g] = centre(q + from, n, k.center, k.eps, centred + from);
+      } else {
+        found[g] = centre(q + from, n, k.center, k.eps, centred + from);
+      }
+    }
+    if constexpr (terms == NW_SEPARATE) spread(k, found, s.p);
+    spread(k, found + (terms == NW_SEPARATE ? k.group_count : 0), s.q);
+  }
+  if constexpr (thin) scale_inputs<terms>(k, in.x, s);
+}
+template <int terms, bool thin> NW_INLINE void read_row(const Layer& k, Inputs in, const float* stats, Scales& s) {
+  if constexpr (terms == NW_SEPARATE) spread(k, stats, s.p);
+  if constexpr (terms != NW_PLAIN) spread(k, stats + (terms == NW_SEPARATE ? k.group_count : 0), s.q);
+  if constexpr (thin) scale_inputs<terms>(k, in.x, s);
+}
+
+// Gate `g`, units j..: N_ih(p) and N_hh(q) without biases.
+template <int terms, bool thin, class Part>
+NW_INLINE vec<float> input_part(const Layer& k, const Scales& s, Inputs in, int g, int64_t j, Part part) {
+  const int64_t at = g * k.units + j;
+  if constexpr (thin) {
+    vec<float> v{};
+    for (int i = 0; i < k.thin; ++i) v += s.x[g][i] * load(k.thin_scaled + i * k.stacked + at, part);
+    return v;
+  } else if constexpr (terms == NW_SEPARATE) {
+    return load(in.p + at, part) * (s.p[g] * load(k.gain_ih + at, part));
+  } else {
+    return load(in.p + at, part);
+  }
+}
 template <int terms, class Part>
-NW_INLINE vec<float> summed(const Layer& k, const RowStats& s, const float* p, const float* q, int g, int64_t j,
-                            Part part) {
-  const int64_t i = g * k.units + j;
-  const vec<float> bias = load(k.bias + i, part);
-  if constexpr (terms == NW_PLAIN) return load(q + i, part) + bias;
-  const vec<float> hidden = (load(q + i, part) - s.q[g].mean) * (s.q[g].rstd * load(k.gain_hh + i, part)) + bias;
-  if constexpr (terms == NW_SUM) return hidden;
-  return (load(p + i, part) - s.p[g].mean) * (s.p[g].rstd * load(k.gain_ih + i, part)) + hidden;
+NW_INLINE vec<float> hidden_part(const Layer& k, const Scales& s, const float* q, int g, int64_t j, Part part) {
+  const int64_t at = g * k.units + j;
+  if constexpr (terms == NW_PLAIN) return load(q + at, part);
+  return load(q + at, part) * (s.q[g] * load(k.gain_hh + at, part));
+}
+
+// The summed input of the step; q holds p + q unless they are apart or the cells multiply the inputs.
+template <int terms, bool thin, class Part>
+NW_INLINE vec<float> summed(const Layer& k, const Scales& s, Inputs in, const float* q, int g, int64_t j, Part part) {
+  const vec<float> hidden = hidden_part<terms>(k, s, q, g, j, part) + load(k.bias + g * k.units + j, part);
+  if constexpr (terms == NW_SEPARATE || thin) return input_part<terms, thin>(k, s, in, g, j, part) + hidden;
+  return hidden;
 }
 // The same where the two terms meet only inside the gates.
-template <int terms, class Part>
-NW_INLINE vec<float> input_term(const Layer& k, const RowStats& s, const float* p, int g, int64_t j, Part part) {
-  const int64_t i = g * k.units + j;
-  const vec<float> v = load(p + i, part), bias = load(k.bias_ih + i, part);
-  if constexpr (terms == NW_PLAIN) return v + bias;
-  return (v - s.p[g].mean) * (s.p[g].rstd * load(k.gain_ih + i, part)) + bias;
+template <int terms, bool thin, class Part>
+NW_INLINE vec<float> input_term(const Layer& k, const Scales& s, Inputs in, int g, int64_t j, Part part) {
+  return input_part<terms, thin>(k, s, in, g, j, part) + load(k.bias_ih + g * k.units + j, part);
 }
 template <int terms, class Part>
-NW_INLINE vec<float> hidden_term(const Layer& k, const RowStats& s, const float* q, int g, int64_t j, Part part) {
-  const int64_t i = g * k.units + j;
-  const vec<float> v = load(q + i, part), bias = load(k.bias_hh + i, part);
-  if constexpr (terms == NW_PLAIN) return v + bias;
-  return (v - s.q[g].mean) * (s.q[g].rstd * load(k.gain_hh + i, part)) + bias;
+NW_INLINE vec<float> hidden_term(const Layer& k, const Scales& s, const float* q, int g, int64_t j, Part part) {
+  return hidden_part<terms>(k, s, q, g, j, part) + load(k.bias_hh + g * k.units + j, part);
 }
 
 struct ForwardRow {
-  const float* p;   // stacked; read only where p and q are apart
-  const float* q;   // stacked; else p + q
+  Inputs in;
+  const float* q;   // stacked, as the product left it
+  float* centred;   // stacked: filled with q less its means, where it has a norm; may be q
   float* h;         // units: state, replaced
   float* c;         // units: state, replaced; LSTM
   float* output;    // units
@@ -149,94 +176,133 @@ struct ForwardRow {
   float* stats;     // or null
   float* scratch;   // units
 };
-using ForwardCell = void (*)(const Layer&, const ForwardRow&);
+using ForwardCell = void (*)(const Layer&, const ForwardRow*, int rows);
 
 template <class Part> NW_INLINE void give(const ForwardRow& r, int64_t j, vec<float> h, Part part) {
   store(r.h + j, h, part);
   store(r.output + j, h, part);
 }
 
-template <int terms, bool normalized> void lstm_forward(const Layer& k, const ForwardRow& r) {
-  const RowStats s = measure_row<terms>(k, r.p, r.q, r.stats);
+template <int terms, bool thin, bool normalized> void lstm_forward(const Layer& k, const ForwardRow* rows, int count) {
   const int64_t n = k.units;
-  sweep<float>(n, [&](int64_t j, auto part) NW_LAMBDA {
-    const vec<float> i = gate(summed<terms>(k, s, r.p, r.q, 0, j, part));
-    const vec<float> f = gate(summed<terms>(k, s, r.p, r.q, 1, j, part));
-    const vec<float> g = tanh(summed<terms>(k, s, r.p, r.q, 2, j, part));
-    const vec<float> o = gate(summed<terms>(k, s, r.p, r.q, 3, j, part));
-    const vec<float> c = f * load(r.c + j, part) + i * g;
-    store(r.c + j, c, part);
-    if constexpr (normalized) {
-      store(r.scratch + j, o, part);
-    } else {
-      give(r, j, o * tanh(c), part);
-      if (r.cell) store(r.cell + j, c, part);
-    }
-    if constexpr (terms == NW_PLAIN) {
-      if (r.gates) {
-        store(r.gates + j, i, part);
-        store(r.gates + n + j, f, part);
-        store(r.gates + 2 * n + j, g, part);
-        store(r.gates + 3 * n + j, o, part);
-      }
-    }
-  });
-  if constexpr (normalized) {
-    const Stat m = measure(r.c, n, k.center, k.eps);
-    if (r.stats) r.stats[k.stat_width - 2] = m.mean, r.stats[k.stat_width - 1] = m.rstd;
-    const bool carried = k.cell_norm == NW_CELL_CARRIED;
+  Scales scales[row_block];
+  float mean[row_block] = {}, rstd[row_block];
+  for (int row = 0; row < count; ++row) {
+    measure_row<terms, thin>(k, rows[row].in, rows[row].q, rows[row].centred, rows[row].stats, scales[row]);
+  }
+  for (int row = 0; row < count; ++row) {
+    const ForwardRow r = rows[row];
+    const Scales& s = scales[row];
+    const float* q = terms == NW_PLAIN ? r.q : r.centred;
+    vec<float> sum{};
     sweep<float>(n, [&](int64_t j, auto part) NW_LAMBDA {
-      const vec<float> c = load(r.c + j, part);
-      const vec<float> shown = (c - m.mean) * (m.rstd * load(k.gain_c + j, part)) + load(k.bias_c + j, part);
-      if (carried) store(r.c + j, shown, part);
-      if (r.cell) store(r.cell + j, carried ? shown : c, part);
-      give(r, j, load(r.scratch + j, part) * tanh(shown), part);
+      const vec<float> i = gate(summed<terms, thin>(k, s, r.in, q, 0, j, part));
+      const vec<float> f = gate(summed<terms, thin>(k, s, r.in, q, 1, j, part));
+      const vec<float> g = tanh(summed<terms, thin>(k, s, r.in, q, 2, j, part));
+      const vec<float> o = gate(summed<terms, thin>(k, s, r.in, q, 3, j, part));
+      const vec<float> c = f * load(r.c + j, part) + i * g;
+      store(r.c + j, c, part);
+      if constexpr (normalized) {
+        sum += keep<float>(c, part);
+        store(r.scratch + j, o, part);
+      } else {
+        give(r, j, o * tanh(c), part);
+        if (r.cell) store(r.cell + j, c, part);
+      }
+      if constexpr (terms == NW_PLAIN) {
+        if (r.gates) {
+          store(r.gates + j, i, part);
+          store(r.gates + n + j, f, part);
+          store(r.gates + 2 * n + j, g, part);
+          store(r.gates + 3 * n + j, o, part);
+        }
+      }
     });
+    if constexpr (normalized) mean[row] = k.center ? sum_lanes<float>(sum) / float(n) : 0.f;
+  }
+  if constexpr (normalized) {
+    for (int row = 0; row < count; ++row) {
+      vec<float> square[4] = {};
+      sweep_sums<float>(n, [&](int64_t j, auto part, int at) NW_LAMBDA {
+        const vec<float> d = keep<float>(load(rows[row].c + j, part) - mean[row], part);
+        square[at] += d * d;
+      });
+      rstd[row] = 1.f / std::sqrt(sum_lanes<float>(square) / float(n) + k.eps);
+    }
+    const bool carried = k.cell_norm == NW_CELL_CARRIED;
+    for (int row = 0; row < count; ++row) {
+      const ForwardRow r = rows[row];
+      if (r.stats) r.stats[k.stat_width - 2] = mean[row], r.stats[k.stat_width - 1] = rstd[row];
+      sweep<float>(n, [&](int64_t j, auto part) NW_LAMBDA {
+        const vec<float> c = load(r.c + j, part);
+        const vec<float> shown = (c - mean[row]) * (rstd[row] * load(k.gain_c + j, part)) + load(k.bias_c + j, part);
+        if (carried) store(r.c + j, shown, part);
+        if (r.cell) store(r.cell + j, carried ? shown : c, part);
+        give(r, j, load(r.scratch + j, part) * tanh(shown), part);
+      });
+    }
   }
 }
 
 // How the update gate blends: the weight of the old state.
 template <class V> NW_INLINE V keeps(const Layer& k, V z) { return k.update_paper ? 1.f - z : z; }
 
-template <int terms> void gru_forward(const Layer& k, const ForwardRow& r) {
-  const RowStats s = measure_row<terms>(k, r.p, r.q, r.stats);
-  sweep<float>(k.units, [&](int64_t j, auto part) NW_LAMBDA {
-    vec<float> candidate, z;
-    if (k.hidden_apart) {
-      const vec<float> reset = gate(input_term<terms>(k, s, r.p, 0, j, part) +
-                                              hidden_term<terms>(k, s, r.q, 0, j, part));
-      z = input_term<terms>(k, s, r.p, 1, j, part) + hidden_term<terms>(k, s, r.q, 1, j, part);
-      candidate = tanh(input_term<terms>(k, s, r.p, 2, j, part) + reset * hidden_term<terms>(k, s, r.q, 2, j, part));
-    } else {
-      const vec<float> reset = gate(summed<terms>(k, s, r.p, r.q, 0, j, part));
-      z = summed<terms>(k, s, r.p, r.q, 1, j, part);
-      candidate = tanh(reset * summed<terms>(k, s, r.p, r.q, 2, j, part));
-    }
-    const vec<float> old = keeps(k, gate(z + k.update_offset));
-    give(r, j, old * load(r.h + j, part) + (1.f - old) * candidate, part);
-  });
+template <int terms, bool thin> void gru_forward(const Layer& k, const ForwardRow* rows, int count) {
+  Scales scales[row_block];
+  for (int row = 0; row < count; ++row) {
+    measure_row<terms, thin>(k, rows[row].in, rows[row].q, rows[row].centred, rows[row].stats, scales[row]);
+  }
+  for (int row = 0; row < count; ++row) {
+    const ForwardRow r = rows[row];
+    const Scales& s = scales[row];
+    const float* q = terms == NW_PLAIN ? r.q : r.centred;
+    sweep<float>(k.units, [&](int64_t j, auto part) NW_LAMBDA {
+      vec<float> candidate, z;
+      if (k.hidden_apart) {
+        const vec<float> reset = gate(input_term<terms, thin>(k, s, r.in, 0, j, part) +
+                                      hidden_term<terms>(k, s, q, 0, j, part));
+        z = input_term<terms, thin>(k, s, r.in, 1, j, part) + hidden_term<terms>(k, s, q, 1, j, part);
+        candidate = tanh(input_term<terms, thin>(k, s, r.in, 2, j, part) +
+                         reset * hidden_term<terms>(k, s, q, 2, j, part));
+      } else {
+        const vec<float> reset = gate(summed<terms, thin>(k, s, r.in, q, 0, j, part));
+        z = summed<terms, thin>(k, s, r.in, q, 1, j, part);
+        candidate = tanh(reset * summed<terms, thin>(k, s, r.in, q, 2, j, part));
+      }
+      const vec<float> old = keeps(k, gate(z + k.update_offset));
+      give(r, j, old * load(r.h + j, part) + (1.f - old) * candidate, part);
+    });
+  }
 }
 
-template <int terms, bool relu> void rnn_forward(const Layer& k, const ForwardRow& r) {
-  const RowStats s = measure_row<terms>(k, r.p, r.q, r.stats);
-  sweep<float>(k.units, [&](int64_t j, auto part) NW_LAMBDA {
-    const vec<float> z = summed<terms>(k, s, r.p, r.q, 0, j, part);
-    give(r, j, relu ? act_value<NW_RELU, float>(z) : tanh(z), part);
-  });
+template <int terms, bool thin, bool relu> void rnn_forward(const Layer& k, const ForwardRow* rows, int count) {
+  Scales scales[row_block];
+  for (int row = 0; row < count; ++row) {
+    measure_row<terms, thin>(k, rows[row].in, rows[row].q, rows[row].centred, rows[row].stats, scales[row]);
+  }
+  for (int row = 0; row < count; ++row) {
+    const ForwardRow r = rows[row];
+    sweep<float>(k.units, [&](int64_t j, auto part) NW_LAMBDA {
+      const vec<float> z = summed<terms, thin>(k, scales[row], r.in, terms == NW_PLAIN ? r.q : r.centred, 0, j, part);
+      give(r, j, relu ? act_value<NW_RELU, float>(z) : tanh(z), part);
+    });
+  }
 }
 
-template <int terms> ForwardCell forward_cell_of(const nw_recurrent& a) {
+template <int terms, bool thin> ForwardCell forward_cell_of(const nw_recurrent& a) {
   switch (a.cell) {
-    case NW_LSTM: return a.cell_norm ? lstm_forward<terms, true> : lstm_forward<terms, false>;
-    case NW_GRU: return gru_forward<terms>;
-    case NW_RNN_TANH: return rnn_forward<terms, false>;
-    default: return rnn_forward<terms, true>;
+    case NW_LSTM: return a.cell_norm ? lstm_forward<terms, thin, true> : lstm_forward<terms, thin, false>;
+    case NW_GRU: return gru_forward<terms, thin>;
+    case NW_RNN_TANH: return rnn_forward<terms, thin, false>;
+    default: return rnn_forward<terms, thin, true>;
   }
 }
 inline ForwardCell forward_cell(const nw_recurrent& a) {
-  return a.terms == NW_PLAIN      ? forward_cell_of<NW_PLAIN>(a)
-         : a.terms == NW_SEPARATE ? forward_cell_of<NW_SEPARATE>(a)
-                                  : forward_cell_of<NW_SUM>(a);
+  if (a.terms == NW_SUM) return forward_cell_of<NW_SUM, false>(a);
+  if (few_inputs(a)) {
+    return a.terms == NW_PLAIN ? forward_cell_of<NW_PLAIN, true>(a) : forward_cell_of<NW_SEPARATE, true>(a);
+  }
+  return a.terms == NW_PLAIN ? forward_cell_of<NW_PLAIN, false>(a) : forward_cell_of<NW_SEPARATE, false>(a);
 }
 
 }  // namespace

@@ -14,22 +14,25 @@ struct Forward {
   const Rows& rows;
   ForwardCell cell;
   int64_t chunk;         // steps
-  bool apart;            // p and q are kept apart
-  InputTerms inputs;     // p; p + q if not apart
+  bool added;            // q is added to p
+  bool thin;             // the cells multiply the inputs
+  InputTerms inputs;     // p; p + q if added
   float* panels_hh;
-  float* q;              // apart: of all rows if q_whole, else of the samples of an even and of an odd step
-  bool q_whole;
+  float* q;              // unless added: of all rows if q_whole, else of the samples of an even and of an odd step
+  bool q_whole, copied;
   float* private_memory; // for each thread
   int64_t private_size;
   float *h, *c;
   Barrier& barrier;
+
+  static int64_t scratch_row(const Layer& k) { return 2 * k.units + k.stacked; }
 
   void run(Share share) const {
     const int64_t state = a.batch * k.units;
     float* mine = private_memory + share.index * private_size;
     float *h_state = h, *c_state = c;
     if (share.together) {
-      h_state = mine + 2 * k.units;
+      h_state = mine + row_block * scratch_row(k);
       c_state = c ? h_state + state : nullptr;
     }
     for (int64_t i = 0, n = share.of(a.batch); i < n; ++i) {
@@ -37,16 +40,17 @@ struct Forward {
       std::memcpy(h_state + at, a.h0 + at, size_t(k.units) * sizeof *h);
       if (c) std::memcpy(c_state + at, a.c0 + at, size_t(k.units) * sizeof *c);
     }
-    pack_shared(static_cast<const float*>(a.weight_ih), 1, a.inputs, a.inputs, k.stacked, inputs.panels, share.index,
-                share.count);
-    pack_shared(static_cast<const float*>(a.weight_hh), 1, k.units, k.units, k.stacked, panels_hh, share.index,
-                share.count);
+    const float *w_ih = static_cast<const float*>(a.weight_ih), *w_hh = static_cast<const float*>(a.weight_hh);
+    if (!thin) pack_weights(w_ih, a.inputs, k.stacked, inputs.panels, share.index, share.count);
+    pack_weights(w_hh, a.units, k.stacked, panels_hh, share.index, share.count);
     barrier.wait(share.count);
     for (int64_t s = 0; s < a.steps; s += chunk) {
       const int64_t end = s + chunk < a.steps ? s + chunk : a.steps;
-      if (share.together && s > 0) barrier.wait(share.count);  // the others may still read the chunk before
-      inputs.project(share, s, end);
-      if (share.together) barrier.wait(share.count);
+      if (!thin) {
+        if (share.together && s > 0) barrier.wait(share.count);  // the others may still read the chunk before
+        inputs.project(share, s, end);
+        if (share.together) barrier.wait(share.count);
+      }
       for (int64_t t = s; t < end; ++t) step(share, t, rows.first(s, end), h_state, c_state, mine);
     }
     if (share.together && share.index == 0) {
@@ -66,21 +70,38 @@ struct Forward {
       }
     }
     const int64_t panels = panel_count(k.stacked);
-    float* p_first = inputs.row(start, chunk_first);
-    float* q_first = !apart ? p_first : q_whole ? q + start * k.stacked : q + (s & 1) * a.batch * k.stacked;
+    float* p_first = thin ? nullptr : inputs.row(start, chunk_first);
+    float* q_first = added ? p_first : q_whole ? q + start * k.stacked : q + (s & 1) * a.batch * k.stacked;
     multiply(n, h_state + first * k.units, stride * k.units, {panels_hh, k.units, k.stacked},
              share.panel_begin(panels), share.panel_end(panels), q_first + first * k.stacked, stride * k.stacked,
-             !apart);
+             added);
     if (share.together) barrier.wait(share.count);
     const bool writes = share.writes();
-    for (int64_t i = first; i < first + n * stride; i += stride) {
-      const int64_t row = start + i;
-      cell(k, {p_first + i * k.stacked, q_first + i * k.stacked, h_state + i * k.units, c_state ? c_state + i * k.units : nullptr,
-               writes ? static_cast<float*>(a.output) + row * k.units : scratch + k.units,
-               writes && a.terms == NW_PLAIN && a.cell == NW_LSTM && a.hidden_terms ? a.hidden_terms + row * k.stacked
-                                                                                    : nullptr,
-               writes && a.cells ? a.cells + row * k.units : nullptr,
-               writes && a.stats ? a.stats + row * k.stat_width : nullptr, scratch});
+    const float* x = static_cast<const float*>(a.x);
+    float* output = static_cast<float*>(a.output);
+    for (int64_t from = 0; from < n; from += row_block) {
+      ForwardRow block[row_block];
+      const int count = int(n - from < row_block ? n - from : row_block);
+      for (int r = 0; r < count; ++r) {
+        const int64_t i = first + (from + r) * stride, row = start + i;
+        float* own = scratch + r * scratch_row(k);
+        // Working together, all threads read the same q, so that none may centre it in place.
+        float* centred = copied && writes && a.hidden_terms ? a.hidden_terms + row * k.stacked
+                         : share.together                   ? own + 2 * k.units
+                                                            : q_first + i * k.stacked;
+        block[r] = {{thin ? nullptr : p_first + i * k.stacked, x + row * a.inputs,
+                     inputs.rstd ? inputs.rstd_of(row, chunk_first) : nullptr},
+                    q_first + i * k.stacked,
+                    centred,
+                    h_state + i * k.units,
+                    c_state ? c_state + i * k.units : nullptr,
+                    writes ? output + row * k.units : own + k.units,
+                    writes && keeps_gates(a) && a.hidden_terms ? a.hidden_terms + row * k.stacked : nullptr,
+                    writes && a.cells ? a.cells + row * k.units : nullptr,
+                    writes && a.stats ? a.stats + row * k.stat_width : nullptr,
+                    own};
+      }
+      cell(k, block, count);
     }
   }
 };
@@ -97,23 +118,29 @@ int recurrent_forward(const nw_recurrent_forward_args* args) {
     return NW_OK;
   }
   const int threads = useful_threads(a);
-  const bool together = threads > 1 && work_together(a, threads), apart = terms_apart(a);
+  const bool together = threads > 1 && work_together(a, threads), thin = few_inputs(a);
+  const bool added = !terms_apart(a) && !thin;
   const int64_t chunk = chunk_steps(a, chunk_rows), whole_chunk = chunk * a.batch * stacked;
-  float* p_saved = apart ? a.input_terms : a.terms == NW_SUM || a.cell == NW_GRU ? a.hidden_terms : nullptr;
+  // Products go where they are kept, unless the threads then keep a centred copy.
+  const bool copied = together && a.terms != NW_PLAIN;
+  float* q_saved = keeps_gates(a) || copied ? nullptr : a.hidden_terms;
+  float* p_saved = added ? q_saved : a.input_terms;
   Rows rows(a);
   Memory memory;
   float* vectors = memory.take(prepared_size(a));
-  float* panels_ih = memory.take(packed_size(a.inputs, stacked));
+  float* panels_ih = thin ? nullptr : memory.take(packed_size(a.inputs, stacked));
   float* panels_hh = memory.take(packed_size(a.units, stacked));
-  float* p = p_saved ? p_saved : memory.take(whole_chunk);
-  float* q = !apart ? nullptr : a.hidden_terms ? a.hidden_terms : memory.take(2 * a.batch * stacked);
-  const int64_t private_size = (2 * a.units + (together ? 2 * state : 0) + 15) / 16 * 16;
+  float* p = thin ? nullptr : p_saved ? p_saved : memory.take(whole_chunk);
+  float* q = added ? nullptr : q_saved ? q_saved : memory.take(2 * a.batch * stacked);
+  float* rstd_p = a.terms == NW_SEPARATE && !thin ? memory.take(4 * (p_saved ? a.rows : chunk * a.batch)) : nullptr;
+  const int64_t private_size = (row_block * (2 * a.units + stacked) + (together ? 2 * state : 0) + 15) / 16 * 16;
   float* private_memory = memory.take(threads * private_size);
   if (memory.failed() || !rows) return NW_OUT_OF_MEMORY;
   const Layer k = prepare(a, vectors);
   Barrier barrier;
-  const Forward forward{a, k, rows, forward_cell(a), chunk, apart, {a, rows, stacked, panels_ih, p, p_saved != nullptr},
-                        panels_hh, q, a.hidden_terms != nullptr, private_memory, private_size, args->h, args->c, barrier};
+  const Forward forward{a, k, rows, forward_cell(a), chunk, added, thin,
+                        {a, k, rows, stacked, panels_ih, p, p_saved != nullptr, rstd_p}, panels_hh, q,
+                        q_saved != nullptr, copied, private_memory, private_size, args->h, args->c, barrier};
   in_team(threads, [&](int index, int count) { forward.run({index, count, together && count > 1}); });
   return NW_OK;
 }
