@@ -10,6 +10,7 @@ import time
 import pytest
 
 distributed = pytest.importorskip("distributed", reason="the extra normwise[cluster] is not installed")
+dask = pytest.importorskip("dask")
 
 from normwise.lab import cluster as module  # noqa: E402
 from normwise.lab.errors import LabError  # noqa: E402
@@ -117,3 +118,24 @@ def test_a_scheduler_without_workers_is_an_error(tmp_path, monkeypatch):
         pytest.raises(LabError, match=r"has no workers. Start some with: dask worker"),
     ):
         sweep(SPECS, store, jobs=1, finished=lambda *_: None, scheduler=empty.scheduler_address)
+
+
+def test_a_run_that_kills_its_workers_ends_the_sweep(tmp_path):
+    (tmp_path / "deadly.py").write_text(
+        "import os\n"
+        "from normwise.lab.tasks.mlp import Mlp\n"
+        "class Deadly(Mlp):\n"
+        "    name = 'deadly'\n"
+        "    def model(self, norm, seed):\n"
+        "        os.kill(os.getpid(), 9)\n"
+    )
+    specs = expand(f"{tmp_path}/deadly.py:Deadly", seeds=1, norms=["none"], batch_sizes=[8], learning_rates=[0.1])
+    with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
+        distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=":0", memory_limit=0) as made,
+        Store(tmp_path / "runs.sqlite") as store,
+    ):
+        sweep(SPECS[:1], store, jobs=1, finished=lambda *_: None, scheduler=made.scheduler_address)
+        with pytest.raises(RuntimeError, match="a run was lost with every worker that it was given to"):
+            sweep(specs, store, jobs=1, finished=lambda *_: None, scheduler=made.scheduler_address)
+        assert store.keys() == {SPECS[0].key()}

@@ -40,7 +40,8 @@ def on_cluster(
     checkpoints: Path | None,
     address: str,
 ) -> Generator[Ran, None, None]:
-    """The results as they come. A run whose worker is lost is given to another one, three times at most.
+    """The results as they come. A run whose worker is lost is given to another one, as often as Dask's setting
+    ``distributed.scheduler.allowed-failures`` says (three times).
 
     Raises:
         LabError: the scheduler does not answer, or has no workers (any more).

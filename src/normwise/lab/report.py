@@ -23,8 +23,8 @@ from normwise.lab.figures_over_time import over_time
 from normwise.lab.norms import NORMS
 from normwise.lab.plot import colour
 from normwise.lab.plot_effect import effect_svg
-from normwise.lab.score import Row, parts_of
-from normwise.lab.tasks import TASKS, Task
+from normwise.lab.score import BITS, Row, parts_of
+from normwise.lab.tasks import PAPERS, TASKS, TEXTS, Task
 from normwise.lab.verdict import Check
 
 FAINTEST, STRONGEST = 6, 52  # per cent of the heat map's colour behind the lowest and the highest number
@@ -53,6 +53,12 @@ class Section:
     figures: list[Figure]
     settings: list[tuple[str, str]]
     commands: list[tuple[Row, float, str]]
+
+    @property
+    def criterion(self) -> str:
+        """What decides between norms."""
+        found = {cell.row.criterion for cell in self.cells.values() if cell.row.stats}
+        return "bits per character" if found == {BITS} else "accuracy"
 
     @property
     def anchor(self) -> str:
@@ -97,6 +103,8 @@ def write_report(
         marks=MARKS,
         colour=colour,
         effect_svg=effect_svg,
+        shown=shown,
+        unit=unit,
         is_check=lambda part: isinstance(part, Check),
         made_with=made_with(rows),
         **{kind: (files("normwise.lab") / "templates" / f"report.{kind}").read_text("utf-8") for kind in ("css", "js")},
@@ -126,7 +134,7 @@ MARKS = {"supported": "✓", "contradicted": "✗", "undecided": "?"}
 def section(name: str, task: Task | None, rows: Sequence[Row]) -> Section:
     """What the page says about one task."""
     sizes = sizes_of(rows)
-    means = [row.stats["accuracy"].mean for row in rows if "accuracy" in row.stats]
+    means = [row.merit().mean for row in rows if row.stats]
     return Section(
         name=name,
         summary=task.summary if task else "",
@@ -143,11 +151,11 @@ def section(name: str, task: Task | None, rows: Sequence[Row]) -> Section:
 
 
 def heat(row: Row, means: Sequence[float]) -> float:
-    """Where the row's accuracy lies between the task's lowest and highest, as per cent of the heat map's colour."""
-    if "accuracy" not in row.stats:
+    """Where the row lies between the task's worst and best, as per cent of the heat map's colour."""
+    if not row.stats:
         return 0
     span = max(means) - min(means)
-    share = (row.stats["accuracy"].mean - min(means)) / span if span else 1.0
+    share = (row.merit().mean - min(means)) / span if span else 1.0
     return round(FAINTEST + (STRONGEST - FAINTEST) * share)
 
 
@@ -184,26 +192,46 @@ def commands(rows: Sequence[Row]) -> list[tuple[Row, float, str]]:
     for row in rows:
         for rate in row.offered:
             identity = row.runs[0].identity
-            task = [row.task] if row.task in TASKS else ["--task", f"FILE.py:{identity['source'].rpartition(':')[2]}"]
-            words = ["normwise", "compare", *task, "--norms", row.norm, "--batch-sizes", str(row.batch_size)]
-            words += ["--lr", f"{rate:g}", "--steps", str(identity["steps"]), "--seeds", str(max(row.seeds) + 1)]
+            asked = ["--norms", row.norm, "--batch-sizes", str(row.batch_size)]
+            words = ["normwise", *_task_words(row.task, identity), *([] if row.task in PAPERS else asked)]
+            words += [] if row.task in PAPERS else ["--lr", f"{rate:g}"]
+            words += ["--steps", str(identity["steps"]), "--seeds", str(max(row.seeds) + 1)]
             backend = identity["backend"]
             prefix = "" if backend == "auto" else f"NORMWISE_BACKEND={shlex.quote(backend)} "
             found.append((row, rate, f"{prefix}{shlex.join(words)} --out again"))
     return found
 
 
+def _task_words(name: str, identity: Mapping[str, Any]) -> list[str]:
+    """The command for a task, with a word in capitals for what only the user knows: where a file or folder is."""
+    if name in PAPERS:
+        return ["reproduce", name, "--data", "DIR"]
+    if name not in TASKS:
+        return ["compare", "--task", f"FILE.py:{identity['source'].rpartition(':')[2]}"]
+    own_text = name in TEXTS and identity["settings"].get("data") != TASKS[name]().fingerprint
+    return ["compare", name, *(["--text", "FILE"] if own_text else [])]
+
+
+def shown(row: Row, value: float) -> str:
+    """A value of what decides between norms, as the page prints it; ``unit`` goes behind."""
+    return f"{100 * value:.1f}" if row.criterion == "accuracy" else f"{value:.3f}"
+
+
+def unit(row: Row) -> str:
+    return "%" if row.criterion == "accuracy" else ""
+
+
 def verdict(rows: Sequence[Row]) -> str:
     """One sentence on which norm to use at one batch size."""
-    accuracy = {row.norm: f"{100 * row.stats['accuracy'].mean:.1f}%" for row in rows if row.stats}
+    means = {row.norm: f"{shown(row, row.stats[row.criterion].mean)}{unit(row)}" for row in rows if row.stats}
     marked = [row for row in rows if row.mark]
-    marked.sort(key=lambda row: -row.stats["accuracy"].mean)
+    marked.sort(key=lambda row: -row.merit().mean)
     behind = [row for row in rows if row.stats and not row.mark]
-    if not accuracy:
+    if not means:
         return "no norm finished."
     if not marked:
         return "one seed or one norm: no spread to tell norms apart by."
-    named = ", ".join(f"{row.norm} {accuracy[row.norm]}" for row in marked)
+    named = ", ".join(f"{row.norm} {means[row.norm]}" for row in marked)
     if marked[0].mark == "best":
         return f"{named} is best."
     if not behind:

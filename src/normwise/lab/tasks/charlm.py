@@ -56,7 +56,7 @@ class CharLm(Task, ABC):
     batch_sizes: ClassVar[tuple[int, ...]] = (16, 4)
     learning_rates: ClassVar[tuple[float, ...]] = (0.003, 0.01)
     steps: ClassVar[int] = 100
-    looks: ClassVar[int] = 4
+    looks: ClassVar[int] = 3
 
     path: str = field(default="", metadata={"place": True})
     length: int = 64

@@ -44,6 +44,7 @@ class CharLmTransformer(CharLm):
     more_norms: ClassVar[tuple[str, ...]] = ("layer-plain",)
     watched: ClassVar[str] = "blocks.1.relu"
 
+    width: int = 48
     heads: int = 4
     blocks: int = 2
 

@@ -27,6 +27,7 @@ class OnIdx(Task, ABC):
 
     quick_steps: ClassVar[int]
     looks: ClassVar[int] = 100
+    looks_apart: ClassVar[int] = 20
     probe_cases: ClassVar[int] = 1500
     curve_cases: ClassVar[int] = 10_000
     """How many of the test cases, the first ones, the curves over the steps are of; the final numbers are of all."""
