@@ -196,12 +196,15 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _count(self, moved: Moved) -> None:
         """One batch more, tracked or, where its statistics were not finite, skipped."""
-        tracked, skipped = self.num_batches_tracked, self.num_batches_skipped
+        tracked = self.num_batches_tracked
+        if moved is True:  # looked at first: it is nearly always so
+            if tracked is not None:
+                tracked.add_(1)
+            return
+        skipped = self.num_batches_skipped
         if tracked is None or skipped is None:
             return
-        if moved is True:
-            tracked.add_(1)
-        elif moved is False:
+        if moved is False:
             skipped.add_(1)
             self._say_skipped()
         else:
