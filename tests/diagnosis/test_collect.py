@@ -142,6 +142,36 @@ def test_the_gradient_over_time_is_the_total_one():
     assert inside.gradient == pytest.approx([float(g.norm()) for g in gradients], rel=1e-4)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell, normwise.LSTMCell, normwise.GRUCell])
+def test_a_loop_over_cells_is_seen_like_a_layer(kind):
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = kind(4, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            state = None
+            for step in x:
+                state = self.cell(step, state)
+            return state[0] if isinstance(state, tuple) else state
+
+    loop, x, target = Loop().double(), torch.randn(7, 6, 4).double(), torch.randn(6, 5).double()
+
+    def loss(output: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return (output - wanted).square().mean()
+
+    (inside,) = diagnose(loop, [(x, target)], loss=loss).layer("cell").recurrence
+    assert inside.error < tolerance(torch.float64, "composed")["rtol"]
+    layer = getattr(nn if kind.__module__.startswith("torch") else normwise, kind.__name__.removesuffix("Cell"))(4, 5)
+    layer = layer.double()
+    layer.load_state_dict({f"{name}_l0": value for name, value in loop.cell.state_dict().items()})
+    found = diagnose(layer, [(x, target)], loss=lambda out, y: loss(out[0][-1], y))
+    whole = found.layers[0].recurrence[0]
+    assert inside.gradient == pytest.approx(whole.gradient, rel=1e-6)
+    assert inside.summed == pytest.approx(whole.summed, rel=1e-6)
+    assert [gate.name for gate in inside.gates] == [gate.name for gate in whole.gates]
+
+
 def test_saturated_gates_are_counted_by_step():
     lstm = nn.LSTM(4, 5)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from torch import nn
 
 import normwise
 from normwise.diagnosis import DiagnosisError, diagnose
-from normwise.diagnosis.recommend import CHOICES
+from normwise.diagnosis.choices import CHOICES
 from normwise.diagnosis.rules.circumstances import Circumstances
 from normwise.diagnosis.rules.claims import SOURCES
 from normwise.diagnosis.rules.table import RULES

@@ -103,7 +103,8 @@ class Recurrence:
     where fewer than five sequences go on.
 
     Attributes:
-        place: as torch ends the names of its parameters: "l0", "l0_reverse", "l1".
+        place: as torch ends the names of its parameters: "l0", "l0_reverse", "l1"; "cell" for a cell, whose calls of a
+            pass are the steps.
         cell: "lstm", "gru", "rnn".
         norm: what is normalized inside: "layer", "rms", "batch", or None.
         shared_statistics: batch statistics, and one running estimate for all time steps.

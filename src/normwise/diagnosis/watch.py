@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.rnn import RNNBase
+from torch.nn.modules.rnn import RNNBase, RNNCellBase
 
 from normwise.diagnosis.batches import Batch, Loss, scalar
+from normwise.diagnosis.cells import CellWatch
 from normwise.diagnosis.distributions import PART, SMALL_PART, Layout, Watched
 from normwise.diagnosis.errors import DiagnosisError
 from normwise.diagnosis.layers import Layouts, Named, layers_of, own_parameters, tensors_in, units_of
@@ -30,7 +31,11 @@ class Seen:
         units = units_of(self.module)
         self.units = None if units is None else UnitWatch(*units)
         self.norm = NormWatch(self.module, was_training) if self.role == "norm" else None
-        self.recurrent = RecurrentWatch(self.module) if isinstance(self.module, RNNBase) else None
+        self.recurrent: RecurrentWatch | CellWatch | None = None
+        if isinstance(self.module, RNNBase):
+            self.recurrent = RecurrentWatch(self.module)
+        elif isinstance(self.module, RNNCellBase):
+            self.recurrent = CellWatch(self.module)
         self.output_gradient: list[float] = []
         self.weight_gradients: dict[str, list[float]] = {}
         self.bias_sum: Tensor | None = None
