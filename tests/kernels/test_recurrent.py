@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from normwise.kernels import recurrent as kernels
 from normwise.kernels.library import load
-from normwise.ops.recurrent_cpu import _kernel_weights, _layer
+from normwise.ops.recurrent_cpu import kernel_layer, kernel_weights
 from normwise.reference.recurrence import PRESETS, Recurrence, Weights, preset
 from normwise.reference.recurrent import recurrence
 from recurrences import random_weights
@@ -70,7 +72,14 @@ class Sample:
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            given = _layer(self.how), _kernel_weights(self.weights), self.x.flatten(0, 1), self.h0, self.c0, self.order
+            given = (
+                kernel_layer(self.how),
+                kernel_weights(self.weights),
+                self.x.flatten(0, 1),
+                self.h0,
+                self.c0,
+                self.order,
+            )
             found = kernels.forward(*given, save=True)
             again = kernels.forward(*given, save=False)
             assert torch.equal(found.output, again.output)  # keeping values changes none
@@ -113,6 +122,22 @@ def test_every_instruction_set_and_number_of_threads(name: str, threads: int, is
         sample.check(threads)
 
 
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(sorted(HOWS)),
+    # One or two units under a layer norm have no deviation to speak of: its gradient is then all rounding.
+    size=st.tuples(st.integers(1, 6), st.integers(0, 12), st.integers(1, 9), st.integers(3, 70)),
+    reverse=st.booleans(),
+    threads=st.integers(1, 4),
+    seed=st.integers(0, 1 << 30),
+)
+def test_any_size_of_any_recurrence(
+    name: str, size: tuple[int, int, int, int], reverse: bool, threads: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    Sample(HOWS[name], size, reverse=reverse).check(threads)
+
+
 def test_outputs_do_not_depend_on_the_number_of_threads() -> None:
     sample = Sample(HOWS["lstm ba2016"], (12, 9, 40, 200))
     one = sample.by_kernel(1)[:3]
@@ -150,7 +175,7 @@ def test_memory_stays_flat() -> None:
 
 def test_what_is_refused() -> None:
     sample = Sample(HOWS["lstm plain"], (2, 3, 4, 5))
-    given = [_layer(sample.how), _kernel_weights(sample.weights), sample.x.flatten(0, 1), sample.h0, sample.c0]
+    given = [kernel_layer(sample.how), kernel_weights(sample.weights), sample.x.flatten(0, 1), sample.h0, sample.c0]
     with pytest.raises(ValueError, match=r"x: expected \(6, 4\) of torch.float32 on the CPU, but got \(5, 4\)"):
         kernels.forward(given[0], given[1], given[2][:5], *given[3:], sample.order, save=False)
     grown = kernels.Steps(2, 3, torch.tensor([2, 3]))  # samples cannot come back

@@ -111,11 +111,12 @@ def test_a_second_derivative_is_the_references(cell, name, norm):
 def test_layers_of_odd_sizes_are_as_exact_as_atens_loop(steps, batch, hidden, threads):
     """Norms of small deviations magnify roundings over many steps, so ATen's loop in float32 is the measure.
 
-    Of one draw either may be several times the luckier: the median over draws and tensors is held to 1.5 times the
-    loop's error, and each single error to what no wrong formula would keep to.
+    Of one draw either may be several times the luckier, and of four together still one time in five: the median over
+    draws and tensors is held to 1.5 times the loop's error, and each single error to what no wrong formula would keep
+    to.
     """
     ratios = []
-    for _ in range(4):
+    for _ in range(10):
         layer = normwise.LSTM(INPUT, hidden, 2, bidirectional=True)
         exact = normwise.LSTM(INPUT, hidden, 2, bidirectional=True, dtype=torch.float64)
         exact.load_state_dict(layer.state_dict())

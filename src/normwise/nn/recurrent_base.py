@@ -227,13 +227,15 @@ class Recurrent(RNNBase):
             "dropout": self.dropout,
             "training": self.training,
         }
-        if isinstance(x, PackedSequence) or recurrent.is_plain(how, reset):
+        plain = isinstance(x, PackedSequence) or recurrent.is_plain(how, reset)
+        if plain and not recurrent.compiled_plain(x, weights, how):
             if lengths is None:
                 output, h, c = recurrent.plain(x, *inputs, **shared)
             else:
                 assert isinstance(x, Tensor)
                 output, h, c = recurrent.plain_padded(x, *inputs, lengths, **shared)
         else:
+            assert isinstance(x, Tensor)
             tables = [parameters.running_of(self, how, suffix) for suffix in suffixes]
             given = tables if how.norm == "batch" and not self.training else None
             output, h, c, statistics = recurrent.stack(

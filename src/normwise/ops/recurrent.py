@@ -155,6 +155,21 @@ def is_plain(how: Recurrence, reset: Tensor | None) -> bool:
     return reset is None and how == same and forced() in (None, "torch") and not transforming()
 
 
+# Multiplications in a layer up to which ATen's one call costs less than what Python does around our kernel.
+_FEW_PRODUCTS = 1 << 19
+
+
+def compiled_plain(x: Tensor | PackedSequence, weights: Sequence[Weights], how: Recurrence) -> bool:
+    """Whether `stack`, with our kernels, is the faster way to run what `is_plain`: padded input that is not small."""
+    if isinstance(x, PackedSequence) or forced() is not None or x.dim() != 3:
+        return False
+    products = x.shape[0] * x.shape[1] * min(w.weight_ih.numel() + w.weight_hh.numel() for w in weights)
+    if products < _FEW_PRODUCTS:
+        return False
+    uncompiled = next((o for w in weights if (o := recurrent_cpu.obstacle(x, w, how, None))), None)
+    return choose(Call("recurrence", x, (), uncompiled=uncompiled)).backend == "cpu"
+
+
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, which torch.compile calls without looking inside: torch.compiler.disable at the first call.
 

@@ -138,7 +138,8 @@ def rows_of(call: Call, x: Tensor) -> Rows:
     return Rows(kernels.Steps(int((sizes > 0).sum()), batch, sizes[sizes > 0], reset), source, order)
 
 
-def _layer(how: Recurrence) -> kernels.Layer:
+def kernel_layer(how: Recurrence) -> kernels.Layer:
+    """The recurrence in the words of the kernels."""
     return kernels.Layer(
         cell=f"rnn_{how.nonlinearity}" if how.cell == "rnn" else how.cell,
         terms="plain" if how.norm is None else how.terms,
@@ -152,7 +153,7 @@ def _layer(how: Recurrence) -> kernels.Layer:
     )
 
 
-def _kernel_weights(weights: Weights) -> kernels.Weights:
+def kernel_weights(weights: Weights) -> kernels.Weights:
     """A norm over the sum has its gain where the kernel keeps the hidden term's."""
     w = weights
     gain = w.gain_hh if w.gain_sum is None else w.gain_sum
@@ -179,8 +180,8 @@ def forward(call: Call, tensors: Tensors, *, save: bool) -> tuple[Tensor, Tensor
     assert h0 is not None
     rows = rows_of(call, x)
     taken = rows.take(x), rows.sort(h0), rows.sort(c0)
-    weights = _kernel_weights(Weights(*rest))  # type: ignore[arg-type]
-    result = kernels.forward(_layer(call.how), weights, *taken, rows.steps, save=save)  # type: ignore[arg-type]
+    weights = kernel_weights(Weights(*rest))  # type: ignore[arg-type]
+    result = kernels.forward(kernel_layer(call.how), weights, *taken, rows.steps, save=save)  # type: ignore[arg-type]
     h, c = rows.restore(result.h), rows.restore(result.c)
     assert h is not None
     return rows.put(result.output, x), h, c, Kept(rows, result.output, result.saved)
@@ -213,8 +214,8 @@ def backward(
     assert h0 is not None
     rows, (doutput, dh, dc) = kept.rows, grads
     found = kernels.backward(
-        _layer(call.how),
-        _kernel_weights(Weights(*rest)),  # type: ignore[arg-type]
+        kernel_layer(call.how),
+        kernel_weights(Weights(*rest)),  # type: ignore[arg-type]
         rows.take(x),  # type: ignore[arg-type]
         rows.sort(h0),  # type: ignore[arg-type]
         rows.sort(c0),

@@ -151,7 +151,7 @@ def _widths(call: Call, inputs: int, units: int) -> tuple[int, ...]:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     with unset_fake_temporarily():
-        return kernels._saved_widths(recurrent_cpu._layer(call.how), int(inputs), int(units))
+        return kernels._saved_widths(recurrent_cpu.kernel_layer(call.how), int(inputs), int(units))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
