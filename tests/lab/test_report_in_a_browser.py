@@ -97,6 +97,7 @@ def test_a_norm_is_filtered_from_figures_tables_and_tooltips(open_page, report):
 def test_claims_are_filtered_by_verdict_and_unfolded(open_page, report):
     page = open_page(report)
     assert visible(page, ".claim") == 3
+    assert visible(page, ".filter.norms") == 0  # it has no norms to filter
     page.get_by_label("supported", exact=True).check()
     assert visible(page, ".claim") == 2
     page.get_by_label("undecided", exact=True).check()
