@@ -9,6 +9,7 @@ import typer
 import normwise
 from normwise.cli.claims import claims
 from normwise.cli.compare import compare
+from normwise.cli.diagnose import diagnose
 from normwise.cli.explain import explain
 from normwise.cli.info import info
 from normwise.cli.report import report
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command(short_help="Train the same network with different norms on real data.")(compare)
 app.command(short_help="Check what is claimed about normalization by runs.")(claims)
+app.command(short_help="Show what normalization does in your model.")(diagnose)
 app.command(short_help="Show what BatchNorm and LayerNorm do to a small table.")(explain)
 app.command(short_help="Show what runs on this machine, and why.")(info)
 app.command(short_help="Draw what is stored: one page, and pictures.")(report)

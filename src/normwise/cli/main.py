@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
+from normwise.diagnosis.errors import DiagnosisError
 from normwise.lab.errors import LabError, StoreError
 
 # Which extra installs a package; a test keeps it equal to pyproject.toml.
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         from normwise.cli.app import app
 
         app(arguments, prog_name="normwise")
-    except (LabError, StoreError) as error:
+    except (LabError, StoreError, DiagnosisError) as error:
         _fail(str(error))
     except ModuleNotFoundError as missing:
         package = (missing.name or "").partition(".")[0]

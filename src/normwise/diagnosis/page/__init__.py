@@ -7,13 +7,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from normwise.diagnosis.records import Diagnosis
 
 
 def page(diagnosis: Diagnosis) -> str:
     """The page. Findings are text; what is drawn comes from the diagnosis's JSON, which the page carries."""
+    import jinja2  # only here: a diagnosis itself needs torch alone
+
     here = files(__package__)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["short"] = short

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from normwise.lab import user_file
 from normwise.lab.errors import LabError, unknown
 from normwise.lab.tasks.base import Batch, Task
 from normwise.lab.tasks.bn_mnist import BnMnist
@@ -70,41 +68,21 @@ def load_task(reference: str) -> LoadedTask:
     name, at, place = reference.partition("@")
     if at and (name in TEXTS or name in PAPERS):
         made: Task = (PAPERS | TASKS)[name](path=place)  # type: ignore[call-arg]
-        return LoadedTask(made, _sha256(*_files(type(made))))
+        return LoadedTask(made, user_file.sha256(*_files(type(made))))
     if ".py" not in reference:
         if reference not in TASKS:
             raise unknown("task", reference, TASKS)
         task = TASKS[reference]()
-        return LoadedTask(task, _sha256(*_files(type(task))))
-    path, function = _parse(reference)
-    task = _call(path, function)
+        return LoadedTask(task, user_file.sha256(*_files(type(task))))
+    path, function = user_file.parsed(reference, "examples/custom_task.py:make_task")
+    task = _made(path, function)
     if task.name in TASKS or task.name in PAPERS:
         raise LabError(f"{reference}: the name {task.name!r} belongs to a built-in task; give yours another name")
-    return LoadedTask(task, f"{_sha256(path)}:{function}")
+    return LoadedTask(task, f"{user_file.sha256(path)}:{function}")
 
 
-def _parse(reference: str) -> tuple[Path, str]:
-    file, colon, function = reference.rpartition(":")
-    if not colon or not function.isidentifier():
-        raise LabError(f"{reference!r} is not of the form FILE.py:function, as in examples/custom_task.py:make_task")
-    path = Path(file)
-    if not path.is_file():
-        raise LabError(f"{file!r}: no such file")
-    return path, function
-
-
-def _call(path: Path, function: str) -> Task:
-    name = f"normwise_task_{_sha256(path)[:16]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up there while the file runs
-    spec.loader.exec_module(module)
-    make = getattr(module, function, None)
-    if make is None:
-        raise LabError(f"{path}: no function {function!r} in this file")
-    task = make()
+def _made(path: Path, function: str) -> Task:
+    task = user_file.called(path, function)
     if not isinstance(task, Task):
         raise LabError(f"{path}:{function} returned {type(task).__name__}, expected a normwise.lab.tasks.Task")
     return task
@@ -114,7 +92,3 @@ def _files(task: type[Task]) -> list[Path]:
     """The files of a built-in task's class and of those that it extends, up to ``Task``, each once."""
     classes = [c for c in task.__mro__ if issubclass(c, Task) and c is not Task]
     return [Path(file) for file in dict.fromkeys(map(inspect.getfile, classes))]
-
-
-def _sha256(*paths: Path) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()

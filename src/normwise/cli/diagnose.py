@@ -1,0 +1,82 @@
+"""`normwise diagnose`: what normalization does in a user's model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from normwise.diagnosis import Diagnosis
+
+EXAMPLE = "examples/diagnose_me.py:make"
+
+
+def diagnose(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE.py:make",
+            help="make() returns (model, batches, loss) or (model, batches, loss, optimizer); batches yields "
+            "(inputs, target), and loss(output, target) is a scalar.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", file_okay=False, help="Where diagnosis.html is written.")] = Path(
+        "normwise-out"
+    ),
+    max_batches: Annotated[int, typer.Option(metavar="N", min=1, help="Look at no more batches than this.")] = 8,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CODE[:LAYERS]",
+            help="Silence a code, everywhere or in layers of a pattern: NW005, NW001:encoder.*; may be repeated. "
+            "What [tool.normwise.diagnose] in pyproject.toml says is silenced too.",
+        ),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if anything is found: for CI.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs, instead.")] = False,
+) -> None:
+    """Show what normalization does in your model, and what is wrong with it.
+
+    A few batches are enough, and nothing is trained; with an optimizer a few steps are watched as well. The model is
+    afterwards what it was. Findings come first, each with its cause and its cure; then a line for each layer. The page
+    DIR/diagnosis.html has all numbers, layer by layer.
+    """
+    from normwise.diagnosis.page import write_page
+    from normwise.diagnosis.table import as_text
+
+    found = _diagnosed(source, max_batches, ignore or [])
+    page = out / "diagnosis.html"
+    try:
+        write_page(found, page)
+    except OSError as error:
+        raise typer.BadParameter(f"{page} cannot be written: {error.strerror or error}", param_hint="'--out'") from None
+    if json:
+        typer.echo(found.to_json(indent=2))
+    else:
+        typer.echo(as_text(found))
+        typer.echo(f"Page: {page}")
+    if strict and found.findings:
+        raise typer.Exit(1)
+
+
+def _diagnosed(source: str, max_batches: int, ignore: list[str]) -> Diagnosis:
+    from normwise.diagnosis import diagnose as diagnosis_of
+    from normwise.lab import user_file
+
+    path, function = user_file.parsed(source, EXAMPLE)
+    model, batches, loss, optimizer = _given(source, user_file.called(path, function))
+    return diagnosis_of(model, batches, loss=loss, optimizer=optimizer, max_batches=max_batches, ignore=ignore)
+
+
+def _given(source: str, made: Any) -> tuple[Any, Any, Any, Any]:
+    from normwise.diagnosis import DiagnosisError
+
+    if not isinstance(made, tuple) or len(made) not in (3, 4):
+        what = f"a tuple of {len(made)}" if isinstance(made, tuple) else type(made).__name__
+        raise DiagnosisError(
+            f"{source} returned {what}: expected (model, batches, loss) or (model, batches, loss, optimizer), as in "
+            f"{EXAMPLE}"
+        )
+    return (*made, None)[:4]

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import normwise
+
+EXAMPLE = f"{Path(__file__).parent.parent.parent / 'examples' / 'diagnose_me.py'}:make"
+PLANTED = ["NW001", "NW006", "NW005", "NW011"]
+
+
+def test_text_and_page(normwise_command, tmp_path):
+    status, out, err = normwise_command("diagnose", EXAMPLE, "--out", str(tmp_path / "new"))
+    assert (status, err) == (0, "")
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    assert [line[:5] for line in out.splitlines() if line.startswith("NW")] == PLANTED
+    assert "<h1>What normalization does in Classifier</h1>" in (tmp_path / "new" / "diagnosis.html").read_text("utf-8")
+
+
+def test_json_is_the_diagnosis(normwise_command, tmp_path):
+    status, out, err = normwise_command("diagnose", EXAMPLE, "--out", str(tmp_path), "--json", "--max-batches", "3")
+    assert (status, err) == (0, "")
+    found = normwise.Diagnosis.from_dict(json.loads(out))
+    assert [f.code for f in found.findings] == PLANTED
+    assert found.data.batches == 3
+
+
+def test_strict_fails_until_all_is_silenced(normwise_command, tmp_path):
+    out = ("--out", str(tmp_path))
+    assert normwise_command("diagnose", EXAMPLE, "--strict", *out).status == 1
+    silenced = [word for code in PLANTED[1:] for word in ("--ignore", code)]
+    assert normwise_command("diagnose", EXAMPLE, "--strict", *silenced, *out).status == 1
+    done = normwise_command("diagnose", EXAMPLE, "--strict", *silenced, "--ignore", "NW001:norm?", *out)
+    assert done.status == 0
+    assert "4 more silenced: NW001, NW005, NW006, NW011" in done.out
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("nowhere.py:make", "'nowhere.py': no such file"),
+        ("model.py", "is not of the form FILE.py:function, as in examples/diagnose_me.py:make"),
+        ("{dir}/model.py:other", "no function 'other' in this file"),
+        ("{dir}/model.py:two", "returned a tuple of 2: expected (model, batches, loss)"),
+        ("{dir}/model.py:raises", "the weather is bad"),
+    ],
+    ids=["no file", "no function named", "no such function", "too little", "forward raises"],
+)
+def test_what_cannot_be_diagnosed(normwise_command, tmp_path, source, says):
+    (tmp_path / "model.py").write_text(
+        "import torch\n"
+        "def two():\n    return torch.nn.Linear(2, 2), []\n"
+        "class Bad(torch.nn.Linear):\n    def forward(self, x):\n        raise RuntimeError('the weather is bad')\n"
+        "def raises():\n    return Bad(2, 2), [(torch.ones(2, 2), torch.ones(2, 2))], torch.nn.MSELoss()\n",
+        encoding="utf-8",
+    )
+    status, out, err = normwise_command("diagnose", source.format(dir=tmp_path), "--out", str(tmp_path / "out"))
+    assert (status, out) == (2, "")
+    assert says in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written(normwise_command, tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    status, _, err = normwise_command("diagnose", EXAMPLE, "--out", str(tmp_path / "file" / "in it"))
+    assert status == 2
+    assert "cannot be written" in err
