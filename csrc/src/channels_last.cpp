@@ -16,7 +16,8 @@ inline Chunks chunks_of(int64_t rows) { return Chunks(rows, 256, 64); }
 inline int64_t gather(const uint8_t* mask, int64_t& begin, int64_t end, int64_t limit, int64_t* rows) {
   int64_t count = 0;
   for (; begin < end && count < limit; ++begin) {
-    if (!mask || mask[begin]) rows[count++] = begin;
+    rows[count] = begin;
+    count += !mask || mask[begin];  // no branch: nobody could predict it
   }
   return count;
 }
@@ -153,13 +154,16 @@ template <class C> struct Columns {
 // others. Within a block rows ascend, which is what the processor expects when it fetches ahead.
 template <class Body, class Skip>
 void blocks_from_the_end(const uint8_t* mask, int64_t channels, int64_t begin, int64_t end, Body body, Skip skip) {
-  int64_t rows[block_rows];
+  int64_t rows[block_rows], skipped[block_rows];
   const int64_t each = 16384 / channels < 4 ? 4 : (16384 / channels > block_rows ? block_rows : 16384 / channels);
   while (end > begin) {
     const int64_t first = end - begin < each ? begin : end - each;
+    int64_t holes = 0;
     for (int64_t row = first; mask && row < end; ++row) {
-      if (!mask[row]) skip(row);
+      skipped[holes] = row;
+      holes += !mask[row];
     }
+    for (int64_t i = 0; i < holes; ++i) skip(skipped[i]);
     int64_t from = first;
     body(rows, gather(mask, from, end, each, rows));
     end = first;

@@ -78,7 +78,7 @@ template <bool masked, class T> NW_INLINE Moments block_moments(const T* x, cons
     const uint8_t* mask = r.mask + p * r.mask_stride;
     sweep_sums<C>(r.length, [&](int64_t i, auto part, int k) NW_LAMBDA {
       if constexpr (masked) {
-        total[k] += load(run + i, part, load_valid<C>(mask + i, part));
+        add(total[k], load(run + i, part), load_valid<C>(mask + i, part));
       } else {
         total[k] += load(run + i, part);
       }
@@ -93,12 +93,14 @@ template <bool masked, class T> NW_INLINE Moments block_moments(const T* x, cons
     sweep_sums<C>(r.length, [&](int64_t i, auto part, int k) NW_LAMBDA {
       vec<C> d = load(run + i, part) - mean;
       if constexpr (masked) {
-        d = pick(d, load_valid<C>(mask + i, part));
+        const Valid<C> valid = load_valid<C>(mask + i, part);
+        add(first[k], d, valid);
+        add_square(second[k], d, valid);
       } else {
         d = keep<C>(d, part);
+        first[k] += d;
+        second[k] += d * d;
       }
-      first[k] += d;
-      second[k] += d * d;
     });
   }
   double s1 = sum_lanes<C>(first);

@@ -196,7 +196,7 @@ NW_INLINE void finish_output() {
 }
 
 // Which lanes the mask bytes at p call valid; lanes past the head are not. load(p, part, valid) reads 0 in the others,
-// whatever stands there, and pick(v, valid) puts 0 there.
+// whatever stands there, pick(v, valid) puts 0 there, and add and add_square leave them out of a sum.
 #if defined(NW_AVX512)
 template <class C> using Valid = __mmask16;
 NW_INLINE __mmask16 nonzero(__m128i bytes) { return _mm_test_epi8_mask(bytes, bytes); }
@@ -220,6 +220,18 @@ template <class Part> NW_INLINE vec<double> load(const double* p, Part, __mmask1
 template <class Part> NW_INLINE vec<float> load(const bf16* p, Part, __mmask16 valid) {
   return widen((half_vector)_mm256_maskz_loadu_epi16(valid, p));
 }
+NW_INLINE void add(vec<float>& sum, vec<float> v, __mmask16 valid) {
+  sum = (vec<float>)_mm512_mask_add_ps((__m512)sum, valid, (__m512)sum, (__m512)v);
+}
+NW_INLINE void add(vec<double>& sum, vec<double> v, __mmask16 valid) {
+  sum = (vec<double>)_mm512_mask_add_pd((__m512d)sum, __mmask8(valid), (__m512d)sum, (__m512d)v);
+}
+NW_INLINE void add_square(vec<float>& sum, vec<float> v, __mmask16 valid) {
+  sum = (vec<float>)_mm512_mask3_fmadd_ps((__m512)v, (__m512)v, (__m512)sum, valid);
+}
+NW_INLINE void add_square(vec<double>& sum, vec<double> v, __mmask16 valid) {
+  sum = (vec<double>)_mm512_mask3_fmadd_pd((__m512d)v, (__m512d)v, (__m512d)sum, __mmask8(valid));
+}
 #else
 template <class C> using Valid = vmask<C>;
 // Bytes are widened by their sign, since a compiler takes a conversion of so many lanes apart.
@@ -241,6 +253,11 @@ NW_INLINE vec<float> pick(vec<float> v, vmask<float> valid) { return valid ? v :
 NW_INLINE vec<double> pick(vec<double> v, vmask<double> valid) { return valid ? v : vec<double>{}; }
 template <class T, class Part> NW_INLINE vec<compute_t<T>> load(const T* p, Part part, Valid<compute_t<T>> valid) {
   return pick(load(p, part), valid);
+}
+template <class V, class M> NW_INLINE void add(V& sum, V v, M valid) { sum += pick(v, valid); }
+template <class V, class M> NW_INLINE void add_square(V& sum, V v, M valid) {
+  v = pick(v, valid);
+  sum += v * v;
 }
 #endif
 

@@ -356,7 +356,10 @@ def enough_values(x: Tensor, valid: Tensor | None, needed: int) -> None:
         return
     if not values_visible(valid) or x.numel() == 0:
         return
-    count = int(count_valid(x, (0, *range(2, x.dim())), valid).min())
+    if valid.shape[1] == 1:  # the mask is that of all channels
+        count = int(torch.count_nonzero(valid)) * (x.numel() // (x.shape[1] * valid.numel()))
+    else:
+        count = int(count_valid(x, (0, *range(2, x.dim())), valid).min())
     if count == 0:
         raise ValueError(
             "mask (or lengths) leaves no valid element for a channel: there is nothing to take statistics of. Leave "
