@@ -150,3 +150,32 @@ def test_a_task_on_sequences_has_its_parts_in_the_table(normwise_command, tmp_pa
     for heading in ("held-out accuracy, %", "accuracy on longer, %", "accuracy on longer-cut, %", "training loss"):
         assert heading in out
     assert max(map(len, out.splitlines()[:-2])) <= 80
+
+
+def test_text_of_the_user_s_is_compared_by_bits_per_character(normwise_command, tmp_path):
+    text = tmp_path / "text"
+    text.write_text("to be or not to be, that is the question. " * 200)
+    arguments = ("compare", "charlm", "--text", str(text), "--norms", "none,layer", "--steps", "2", "--seeds", "1")
+    arguments += ("--lr", "0.01", "--batch-sizes", "4", "--jobs", "1", "--out", str(tmp_path))
+    status, out, _ = normwise_command(*arguments)
+    assert status == 0
+    for task in ("charlm-lstm", "charlm-gru", "charlm-transformer"):
+        assert f"\n{task} " in f"\n{out}"
+    assert "held-out bits per character" in out
+    assert "accuracy, %" not in out
+
+
+def test_a_text_for_tasks_that_read_none_is_refused(normwise_command, tmp_path):
+    status, _, err = normwise_command("compare", "mlp", "--text", "x", "--out", str(tmp_path / "out"))
+    assert status == 2
+    assert "only tasks on text read a file: charlm," in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scheduler_that_is_not_there_is_one_line(normwise_command, tmp_path):
+    pytest.importorskip("distributed", reason="the extra normwise[cluster] is not installed")
+    arguments = ("compare", "mlp", *SMALL, "--scheduler", "nonsense://x", "--out", str(tmp_path))
+    status, out, err = normwise_command(*arguments)
+    assert (status, out) == (2, "")
+    assert "normwise: error: no Dask scheduler answers at 'nonsense://x'" in err
+    assert stored(tmp_path / "runs.sqlite") == 0

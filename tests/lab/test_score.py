@@ -146,3 +146,21 @@ def test_band():
     assert (result.mean, result.low, result.high) == ([2.0, 5.0], [1.0, 5.0], [3.0, 5.0])
     assert band([one], "missing") is None
     assert band([one], "x").mean == [0, 2, 4, 6]
+
+
+def test_on_text_the_fewest_bits_per_character_are_best():
+    def of_text(norm, bits, accuracies):
+        runs = runs_of(norm, accuracies)
+        for run, value in zip(runs, bits, strict=True):
+            run.series["final/bits-per-character"] = Curve([20], [value])
+        return runs
+
+    rows = score(
+        of_text("layer", [2.0, 2.1, 2.05], [0.5, 0.5, 0.5]) + of_text("none", [2.5, 2.6, 2.55], [0.6, 0.6, 0.6])
+    )
+    assert {row.norm: (row.criterion, row.mark) for row in rows} == {
+        "layer": ("bits_per_character", "best"),
+        "none": ("bits_per_character", ""),
+    }
+    assert as_json(rows)[0]["bits_per_character"]["mean"] == pytest.approx(2.05)
+    assert score(runs_of("batch", [0.8]))[0].criterion == "accuracy"
