@@ -125,3 +125,12 @@ def test_padding_told_in_other_ways():
 def test_how_many_values_a_statistic_comes_from(norm, samples, values):
     found = diagnose(mlp(norm), batches(samples), loss=nn.functional.cross_entropy).findings
     assert [f.evidence["values"] for f in found if f.code == "NW001"] == ([] if values is None else [values])
+
+
+def test_an_eps_that_the_dtype_cannot_hold():
+    """1e-12, as many language models have it, is 0 in float16."""
+    for eps, raised in ((1e-12, True), (1e-5, False)):
+        model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8, eps=eps), nn.Linear(8, 3)).half()
+        data = [(inputs.half(), target) for inputs, target in batches()]
+        found = diagnose(model, data, loss=lambda output, target: nn.functional.cross_entropy(output.float(), target))
+        assert ("NW009" in codes(found)) == raised

@@ -78,13 +78,9 @@ def test_there_is_something_to_test():
     assert len(blocks(ROOT / "docs" / "cli.md", "sh")) >= 2
 
 
-# Announced in CONTRIBUTING.md as not there yet.
-ANNOUNCED = ("src/normwise/diagnosis/", "tests/diagnosis/")
-
-
 def test_contributing_names_files_that_exist():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`((?:src|tests|csrc|docs|scripts|benchmarks|examples)/[\w./-]*)`", text))
     assert len(named) > 20
-    wanted = [path for path in named if "NAME" not in path and path not in ANNOUNCED]
+    wanted = [path for path in named if "NAME" not in path]
     assert [path for path in wanted if not (ROOT / path).exists()] == []

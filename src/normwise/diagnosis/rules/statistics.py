@@ -107,9 +107,16 @@ def small_eps(diagnosis: Diagnosis) -> Iterator[Match]:
         dtype = getattr(torch, layer.input.dtype) if layer.input is not None else torch.float32
         vanishes = not float(torch.tensor(norm.eps, dtype=dtype)) and norm.kind != "rms"
         if vanishes or norm.noise > NOISE:
-            needed = max(norm.needed_eps, 1e-5)
-            evidence = {"eps": norm.eps, "dtype": str(dtype).removeprefix("torch."), "noise": norm.noise}
-            yield Match(layer.name, evidence | {"needed": 10.0 ** math.ceil(math.log10(needed) - 1e-9)})
+            name = str(dtype).removeprefix("torch.")
+            what = f"eps={norm.eps:g} is 0 in {name}, the input's dtype: a constant input is divided by 0"
+            if not vanishes:
+                what = (
+                    f"Some variances of the {name} input are mere rounding, which eps={norm.eps:g} lets the norm scale "
+                )
+                what += f"up to {norm.noise:.2g} of its output's deviation"
+            needed = 10.0 ** math.ceil(math.log10(max(norm.needed_eps, 1e-5)) - 1e-9)
+            evidence = {"eps": norm.eps, "dtype": name, "noise": norm.noise, "needed": needed}
+            yield Match(layer.name, evidence | {"what": what})
 
 
 def in_a_recurrence(diagnosis: Diagnosis) -> Iterator[Match]:

@@ -99,8 +99,7 @@ RULES: tuple[Rule, ...] = (
         "eps too small",
         "warning",
         statistics.small_eps,
-        "eps={eps:g} is not enough for {dtype} input: where its variance is mere rounding, the norm scales that up to "
-        "{noise:.2g} of the output's deviation (eps itself becomes 0 below the dtype's smallest number).",
+        "{what}.",
         "eps={needed:g}; or run the layers before in float32",
     ),
     Rule(
