@@ -65,6 +65,11 @@ def test_a_task_that_is_not_built_in_has_no_code(store):
     assert study(store).tasks == {"mine": None}
 
 
+def test_a_built_in_task_with_other_settings_is_not_taken_for_the_one_at_hand(store):
+    add(store, cnn(2, settings={"width": 99}))
+    assert study(store).tasks == {"cnn": None}
+
+
 def test_an_empty_store_is_an_error_with_the_cure(store):
     with pytest.raises(LabError, match=r"has no runs yet; `normwise claims --out"):
         study(store)

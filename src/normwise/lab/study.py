@@ -52,10 +52,17 @@ def study(store: Store) -> Study:
     judged = [judge(claim, whole.values(), seeds) for claim in claims().values()]
     return Study(
         rows=score(whole[run.key] for run in drawn),
-        tasks={name: TASKS[name]() if name in TASKS else None for name in names},
+        tasks={name: _task(name, drawn) for name in names},
         judged=judged,
         left_out=len(index) - len(drawn),
     )
+
+
+def _task(name: str, runs: Sequence[Run]) -> Task | None:
+    """The built-in task of this name, if the runs are of its own settings: a text of the user's is not at hand here."""
+    task = TASKS[name]() if name in TASKS else None
+    settings = next(run.identity["settings"] for run in runs if run.identity["task"] == name)
+    return task if task is not None and json.loads(json.dumps(task.settings)) == settings else None
 
 
 def _by_task(runs: Iterable[Run]) -> dict[str, list[Run]]:
