@@ -22,7 +22,7 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks --json bench.json
 
 docs: $(STAMP)
-	$(BIN)/mkdocs build --quiet --site-dir site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir site
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

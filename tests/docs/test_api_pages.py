@@ -1,0 +1,28 @@
+"""The reference pages name everything that the package exports, and nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import normwise
+
+PAGES = sorted((Path(__file__).parent.parent.parent / "docs" / "api").glob("*.md"))
+SHOWN = [name for page in PAGES for name in re.findall(r"^::: (\S+)", page.read_text(encoding="utf-8"), re.MULTILINE)]
+
+
+def exported(dotted: str) -> object:
+    """The object of a dotted path whose beginning is a module."""
+    module, _, name = dotted.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def test_everything_exported_is_on_a_page():
+    shown = {id(exported(name)) for name in SHOWN}
+    missing = [n for n in normwise.__all__ if n != "__version__" and id(getattr(normwise, n)) not in shown]
+    assert missing == []
+
+
+def test_a_page_shows_a_thing_once():
+    assert len(SHOWN) == len(set(SHOWN))
