@@ -31,8 +31,8 @@ LEVEL = {"cli": 5, "lab": 4, "diagnosis": 4, "surgery": 4, PACKAGE: 3, "nn": 2, 
 # shows its bar by rich where that is installed).
 OUTSIDE = {
     "cli": {"typer", "rich"},
-    "lab": {"numpy", "rich", "plotly", "jinja2", "joblib", "distributed", "pyarrow"},
-    "diagnosis": {"numpy", "rich", "plotly", "jinja2"},
+    "lab": {"numpy", "rich", "jinja2", "joblib", "distributed", "pyarrow"},
+    "diagnosis": {"numpy", "rich", "jinja2"},
     "surgery": {"rich"},
     "kernels": {"triton"},
 }

@@ -124,7 +124,7 @@ from normwise.cli.main import main
 try:
     main(["--help"])
 finally:
-    print(sorted({"numpy", "plotly", "jinja2"} & set(sys.modules)), file=sys.stderr)
+    print(sorted({"numpy", "jinja2"} & set(sys.modules)), file=sys.stderr)
 """
     torch_alone = subprocess.run(
         [sys.executable, "-c", "import torch, sys; print('numpy' in sys.modules)"], capture_output=True, text=True

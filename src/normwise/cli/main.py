@@ -13,7 +13,7 @@ from normwise.lab.errors import LabError, StoreError
 
 # Which extra installs a package; a test keeps it equal to pyproject.toml.
 EXTRAS = {
-    **dict.fromkeys(("numpy", "typer", "rich", "plotly", "jinja2", "joblib"), "lab"),
+    **dict.fromkeys(("numpy", "typer", "rich", "jinja2", "joblib"), "lab"),
     "distributed": "cluster",
     "pyarrow": "parquet",
 }
