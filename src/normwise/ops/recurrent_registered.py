@@ -14,7 +14,7 @@ from torch import Tensor
 
 from normwise.kernels import cpu
 from normwise.kernels import recurrent as kernels
-from normwise.ops import recurrent_cpu, recurrent_loop
+from normwise.ops import recurrent_cpu
 from normwise.ops.choose import forced
 from normwise.ops.recurrent_cpu import Call, Kept, Tensors
 from normwise.reference.recurrence import Recurrence, Weights
@@ -22,9 +22,13 @@ from normwise.reference.recurrent import Result
 
 
 def fits(x: Tensor, weights: Weights, how: Recurrence, zoned: Tensor | None) -> bool:
-    """Whether a call becomes the node: while compiling, of float32 on the CPU, where the kernels know the cell."""
+    """Whether a call becomes the node: while compiling, of float32 on the CPU, where the kernels know the cell.
+
+    Not in an export to ONNX, which has no such node: there the steps stand one by one.
+    """
     return (
         torch.compiler.is_compiling()
+        and not torch.onnx.is_in_onnx_export()
         and forced() in (None, "cpu")
         and x.device.type == "cpu"
         and all(t is None or t.dtype == torch.float32 for t in (x, *weights))
@@ -132,18 +136,6 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     saved = [x.new_empty((rows, width) if width else 0) for width in widths]
     output = x.new_empty(*x.shape[:2], units)
     return output, torch.empty_like(h0), x.new_empty(0) if c0 is None else torch.empty_like(c0), *saved
-
-
-@torch._decomp.register_decomposition(torch.ops.normwise.recurrence.default)
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    """What takes the node's place in an export to a format that has no such node, as ONNX: the steps one by one."""
-    (x, h0, c0, *weights), (*described, _) = arguments[:_DIFFERENTIABLE], arguments[_DIFFERENTIABLE:]
-    call = _call_of(tuple(described))
-    loop = recurrent_loop.recurrence(
-        x, h0, c0, Weights(*weights), call.how, lengths=call.lengths, reset=call.reset, reverse=call.reverse
-    )
-    nothing = x.new_empty(0)
-    return loop.output, loop.h, nothing if loop.c is None else loop.c, *[nothing] * _KEPT
 
 
 def _widths(call: Call, inputs: int, units: int) -> tuple[int, ...]:
