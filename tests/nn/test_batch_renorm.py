@@ -136,6 +136,19 @@ def test_a_batch_of_one_stands_on_the_running_averages(dtype: torch.dtype, backe
     assert layer.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_layer_in_half_precision_is_the_float32_layer_rounded(n: int, dtype: torch.dtype) -> None:
+    """As model.half() makes it: parameters and running averages in half precision too."""
+    half = normwise.BatchRenorm2d(3, r_max=2, d_max=1).to(dtype)
+    wide = copy.deepcopy(half).float()
+    x = torch.randn(n, 3, 4, 4, dtype=dtype)
+    assert_close(half(x), wide(x.float()).to(dtype))
+    for name in ("running_mean", "running_var"):
+        assert half.get_buffer(name).dtype is dtype
+        assert_close(half.get_buffer(name), wide.get_buffer(name).to(dtype))
+
+
 def test_limits_follow_the_step() -> None:
     layer = normwise.BatchRenorm1d(2)
     assert (layer.r_max(0), layer.r_max(5_000), layer.r_max(22_500), layer.r_max(90_000)) == (1, 1, 2, 3)

@@ -335,7 +335,9 @@ def _aten(
         return None if batch_statistics and loses_digits(*used) else (y, True)
     # ATen moves copies: what it makes of a batch may not be wanted, and it saves them for a backward that does not
     # read them in training, so that moving the averages again before the backward is no error.
-    mean, var = (average.detach().clone() for average in averages)
+    # In the wider dtype of averages and gain (BatchRenorm's): ATen takes no two.
+    dtype = averages[0].dtype if weight is None else torch.promote_types(averages[0].dtype, weight.dtype)
+    mean, var = (average.detach().to(dtype, copy=True) for average in averages)
     if watched:
         y, *used = torch.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps)
         if loses_digits(*used):
