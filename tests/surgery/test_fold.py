@@ -267,6 +267,8 @@ def test_errors_name_the_cure():
         normwise.fold(net())
     with pytest.raises(ValueError, match="no norm that can be folded"):
         normwise.fold(nn.Sequential(nn.Linear(2, 2)).eval())
+    with pytest.raises(TypeError, match=r"OptimizedModule.*fold the model before it is wrapped"):
+        normwise.fold(torch.compile(net(), backend="eager").eval())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -176,23 +176,26 @@ def _described(new: nn.Module) -> str:
 
 
 def _convertible(model: nn.Module, inplace: bool) -> None:
-    require_module("convert", model)
-    for name, module in model.named_modules():
-        kind = type(module).__name__
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(
-                f"{name or 'the model'} is a ScriptModule, whose layers are fixed: convert before scripting"
-            )
-        if kind in ("DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule"):
-            raise TypeError(
-                f"{name or 'the model'} is of class {kind}, which has taken note of the layers inside: convert the "
-                "model before it is wrapped"
-            )
+    changeable("convert", model)
     if inplace and isinstance(model, (*NORMS, *RECURRENT)):
         raise ValueError(
             f"the model is itself a {type(model).__name__}, which cannot become another layer in place: use the "
             "returned one, without inplace=True"
         )
+
+
+def changeable(verb: str, model: nn.Module) -> None:
+    """Raises TypeError for what is no model, or one whose layers something outside has taken note of."""
+    require_module(verb, model)
+    for name, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(f"{name or 'the model'} is a ScriptModule, whose layers are fixed: {verb} before scripting")
+        if kind in ("DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule"):
+            raise TypeError(
+                f"{name or 'the model'} is of class {kind}, which has taken note of the layers inside: {verb} the "
+                "model before it is wrapped"
+            )
 
 
 def copied(model: nn.Module, verb: str) -> nn.Module:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from normwise.surgery.convert import ACTIVATIONS, copied
+from normwise.surgery.convert import ACTIVATIONS, changeable, copied
 from normwise.surgery.graph import CONVS, LINEAR, TRANSPOSED, Calls, ways_through
 from normwise.surgery.report import Change, Refusal, Report, Skip, Surgery
-from normwise.surgery.select import BATCH, Layer, Where, chosen, kind_of, layers, require_module
+from normwise.surgery.select import BATCH, Layer, Where, chosen, kind_of, layers
 
 _BY_FEATURES = (nn.LayerNorm, nn.RMSNorm)
 _ROWS = "taken to be of rows (N, C), as BatchNorm beside a Linear is: pass example= to be sure"
@@ -45,9 +45,10 @@ def fold(model: nn.Module, example: Any = None, *, where: Where = None, inplace:
 
     Raises:
         ValueError: the model is in training mode, has no norm that can be folded, or cannot be followed.
+        TypeError: not a model; a compiled, scripted or distributed one.
         After an error the model is as it was.
     """
-    require_module("fold", model)
+    changeable("fold", model)
     if model.training:
         raise ValueError(
             "fold needs the model in evaluation, where norms are fixed numbers: call model.eval() first (in training "
