@@ -78,7 +78,7 @@ def test_ctrl_c_exits_130(normwise_command, monkeypatch):
 @pytest.mark.parametrize("seconds", [0.05, 0.3, 0.8])
 def test_ctrl_c_while_torch_is_loading_is_silent_too(seconds):
     (script,) = (e for e in entry_points(group="console_scripts") if e.name == "normwise")
-    program = f"print('up', flush=True); from {script.module} import {script.attr}; {script.attr}()"
+    program = f"from {script.module} import {script.attr}; print('up', flush=True); {script.attr}()"
     command = [sys.executable, "-c", program, "info"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "up\n"
