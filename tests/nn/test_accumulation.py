@@ -145,6 +145,10 @@ def test_what_is_refused() -> None:
         normwise.accumulated_backward(model, [torch.randn(1, 32)], loss)
     with pytest.raises(ValueError, match="must return a scalar"):
         normwise.accumulated_backward(model, [torch.randn(4, 32)], model)
+    with pytest.raises(TypeError, match=r"got float: leave .item\(\) out"):
+        normwise.accumulated_backward(model, [torch.randn(4, 32)], lambda x: loss(x).item())
+    with pytest.raises(RuntimeError, match=r"does not require grad.*Leave .detach\(\)"):
+        normwise.accumulated_backward(model, [torch.randn(4, 32)], lambda x: loss(x).detach())
     with pytest.raises(ValueError, match=r"1 is a torch BatchNorm1d.*convert\(model, to='batch'\)"):
         normwise.accumulated_backward(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), [1], loss)
     with pytest.raises(ValueError, match="1 is a normwise BatchRenorm1d"):

@@ -51,7 +51,9 @@ def accumulated_backward(model: nn.Module, micro_batches: Iterable[Any], loss: L
     Raises:
         ValueError: no micro-batch; a training BatchNorm layer of torch.nn, or one whose statistics are not simply
             those of its batch; a batch with one value a channel in total.
-        RuntimeError: the micro-batches run different layers, or a layer runs under activation checkpointing.
+        TypeError: `loss` returns no tensor.
+        RuntimeError: the micro-batches run different layers, or a layer runs under activation checkpointing; a loss
+            without a gradient.
         On an error the model's buffers are as before.
     """
     batches = list(micro_batches)
@@ -190,8 +192,15 @@ class _Passes:
         with torch.random.fork_rng(self.devices):
             torch.manual_seed(seed)
             value = self.loss(batch)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"loss must return a scalar tensor, but got {type(value).__name__}: leave .item() out")
         if value.dim() != 0:
             raise ValueError(f"loss must return a scalar, but got a tensor of shape {tuple(value.shape)}: use .sum()")
+        if leaves is not None and not value.requires_grad:
+            raise RuntimeError(
+                "element 0 of tensors does not require grad and does not have a grad_fn: the loss of a micro-batch "
+                "does not depend on the model's parameters. Leave .detach() and torch.no_grad() out of loss"
+            )
         if leaves is not None and self._at != len(self.sites):
             raise RuntimeError(_DIFFERENT)
         return value

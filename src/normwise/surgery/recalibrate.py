@@ -194,7 +194,14 @@ class _Run:
         """One pass in which all layers normalize by the batch's own statistics."""
         for one in wanted:
             one.module.training = True
-        pools = self.over_all(wanted, self.show(self.batches, 1))
+        try:
+            pools = self.over_all(wanted, self.show(self.batches, 1))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                f"{error}\nrecalibrate: give larger batches, or exact=True, for which those of one sample will do"
+            ) from error
         self.put_back()
         self.share([pools[one.name] for one in wanted], wanted)
         return pools
