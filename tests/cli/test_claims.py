@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from normwise.cli.claims import numbers
 from normwise.lab.claims import claims
 from normwise.lab.store import Store
 from normwise.lab.sweep import sweep
+from normwise.lab.verdict import Effect, Measured
 
 
 @pytest.fixture
@@ -77,3 +79,8 @@ def test_bad_arguments_exit_2_and_make_nothing(normwise_command, tmp_path, argum
     assert (status, out) == (2, "")
     assert message in " ".join(err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_difference_of_rounding_is_shown_as_0():
+    part = Effect("accuracy", "points", 0.5, Measured({0: 0.1 + 0.2 - 0.3, 1: 1.0, 2: -1.0}))
+    assert numbers(part).startswith("0 ± 1 points over 3 seeds")

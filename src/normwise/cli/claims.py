@@ -113,7 +113,7 @@ def numbers(part: Part) -> str:
         return f"{part.value:.3g}; expected at {'most' if part.at_most else 'least'} {part.limit:.3g}"
     if part.mean is None:
         return "no runs"
-    text = f"{part.mean:.3g}"
+    text = f"{round(part.mean, 9):.3g}"  # equal runs differ by rounding: 0, not 5e-15
     if part.interval is not None and part.spread is not None:
         low, high = part.interval
         text += f" ± {part.spread:.2g} {part.unit} over {len(part.values)} seeds, 95% {low:.3g} to {high:.3g}"
