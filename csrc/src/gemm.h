@@ -114,8 +114,8 @@ NW_INLINE void transpose(vec<float> (&v)[lanes<float>]) {
     for (int i = 0; i < n; ++i) {
       if (i & half) continue;
       const vec<float> a = v[i], b = v[i + half];
-      v[i] = __builtin_shuffle(a, b, low);
-      v[i + half] = __builtin_shuffle(a, b, high);
+      v[i] = shuffle<float>(a, b, low);
+      v[i + half] = shuffle<float>(a, b, high);
     }
   }
 }

@@ -273,9 +273,20 @@ inline int64_t count_valid(const uint8_t* mask, int64_t n) {
   return count;
 }
 
+// Lane i of the result is lane from[i] of a followed by b. Clang's own takes constants only, and sees that these are.
+template <class C> NW_INLINE vec<C> shuffle(vec<C> a, vec<C> b, vmask<C> from) {
+#if defined(__clang__)
+  vec<C> out;
+  for (int i = 0; i < lanes<C>; ++i) out[i] = from[i] < lanes<C> ? a[from[i]] : b[from[i] - lanes<C>];
+  return out;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
 // Adds the upper half of the lanes to the lower one until one is left.
 template <int half, class C> NW_INLINE vec<C> fold(vec<C> v) {
-  v += __builtin_shuffle(v, iota<C>() ^ half);
+  v += shuffle<C>(v, v, iota<C>() ^ half);
   if constexpr (half > 1) {
     return fold<half / 2, C>(v);
   } else {

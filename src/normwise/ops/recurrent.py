@@ -327,9 +327,18 @@ def _cast_for_autocast(
 ) -> tuple[Tensor, Tensor, Tensor | None, Sequence[Weights], AbstractContextManager[None]]:
     """Under autocast all in its dtype, as torch's own layers do; norms and states stay in float32 inside the loop."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if not _has_autocast(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x, h0, c0, weights, nullcontext()
     dtype = torch.get_autocast_dtype(kind)
     matrices = ("weight_ih", "weight_hh", "weight_hr")
     cast = [w._replace(**{m: v.to(dtype) for m in matrices if (v := getattr(w, m)) is not None}) for w in weights]
     return x.to(dtype), h0.to(dtype), None if c0 is None else c0.to(dtype), cast, torch.autocast(kind, enabled=False)
+
+
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
+# torch.compile of 2.11 cannot look into it. This is what torch.compiler.assume_constant_result does; calling that here
+# would load the compiler, which costs a second.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
