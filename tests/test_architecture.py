@@ -197,5 +197,6 @@ def test_what_is_imported_from_outside_is_declared():
     """Everything that OUTSIDE allows is in an extra (triton comes with torch's GPU wheels)."""
     needed = [requirement.partition(";") for requirement in requires(PACKAGE) or []]
     assert [name.split(">")[0] for name, _, condition in needed if not condition] == ["torch"]
-    used = {name.split(">")[0] for name, _, condition in needed if re.search("extra == .(lab|cluster|parquet)", condition)}
+    ours = re.compile("extra == .(lab|cluster|parquet)")
+    used = {name.split(">")[0] for name, _, condition in needed if ours.search(condition)}
     assert set().union(*OUTSIDE.values()) - {"triton"} == used - {"normwise[lab]"}
