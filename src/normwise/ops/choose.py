@@ -39,7 +39,7 @@ RUNNING_SUM_LIMIT = 1 << 14
 SMALLEST_RSTD = 1e-19
 
 # Elements up to which ATen's own call and gradient take less time than an autograd function written in Python.
-SMALL = 1 << 13
+SMALL = 1 << 15
 
 
 class BackendError(RuntimeError):
