@@ -95,8 +95,9 @@ def best(layer: nn.Module, x: Tensor, upstream: Tensor) -> tuple[str, Step]:
     wanted = layer(x)[0][:10]
     steps: dict[str, Step] = {}
     for name, way in ways.items():
-        # Of the first steps: differences in rounding grow from step to step.
-        torch.testing.assert_close(way()[:10], wanted, rtol=1e-3, atol=1e-3, msg=f"{name} is not the same layer")
+        # Of the first steps: differences in rounding grow from step to step. Over ten of them they were up to 3e-6
+        # at these sizes, a tenth of what is allowed.
+        torch.testing.assert_close(way()[:10], wanted, rtol=0, atol=3e-5, msg=f"{name} is not the same layer")
         steps[name] = _training(way, [x, *w], upstream)
     name = min(steps, key=lambda name: _fastest(steps[name]))
     return name, steps[name]
