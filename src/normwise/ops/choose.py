@@ -88,44 +88,48 @@ class Call(NamedTuple):
 
 
 class _Forced:
-    """The forced backend. A class attribute, because torch.compile can read and guard it (a ContextVar it cannot)."""
+    """The forced backend. An object's attribute, because torch.compile can read and guard it: a ContextVar it cannot
+    read, and 2.11 does not guard a class's attribute."""
 
     name: str | None = None
+
+
+_forced = _Forced()
 
 
 def force(name: str | None) -> None:
     """Force backend `name` from now on; None lets `choose` decide again. ValueError names the known backends."""
     if name is not None and name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(map(repr, BACKENDS))}")
-    _Forced.name = name
+    _forced.name = name
 
 
 def forced() -> str | None:
     """The forced backend, or None."""
-    return _Forced.name
+    return _forced.name
 
 
 @contextmanager
 def backend(name: str | None) -> Iterator[None]:
     """Force a backend inside a `with` block, in all threads; None lifts an outer block's choice."""
-    before = _Forced.name
+    before = _forced.name
     force(name)
     try:
         yield
     finally:
-        _Forced.name = before
+        _forced.name = before
 
 
 def choose(call: Call) -> Choice:
     """The backend for `call` and the reason. Raises `BackendError` if a forced backend cannot run it."""
-    if _Forced.name is not None:
-        obstacle = _OBSTACLES[_Forced.name](call)
+    if _forced.name is not None:
+        obstacle = _OBSTACLES[_forced.name](call)
         if obstacle is not None:
             raise BackendError(
-                f"backend {_Forced.name!r} was forced but cannot run {call.op}: {obstacle}. "
+                f"backend {_forced.name!r} was forced but cannot run {call.op}: {obstacle}. "
                 "Leave the choice to normwise with normwise.backend(None), or force 'reference', which runs everything."
             )
-        return Choice(_Forced.name, "forced")
+        return Choice(_forced.name, "forced")
     if transforming():
         return Choice("reference", "inside a torch.func transform")
     uncompiled = _cpu_obstacle(call)
@@ -168,7 +172,7 @@ def watches_digits(x: Tensor) -> bool:
     Only on the CPU (on a GPU a look at a value would wait for the queue, and ATen's kernels there subtract the mean
     first), and not when a backend was forced, which never falls back.
     """
-    return _Forced.name is None and x.device.type == "cpu" and x.numel() > 0 and values_visible(x)
+    return _forced.name is None and x.device.type == "cpu" and x.numel() > 0 and values_visible(x)
 
 
 def plain(x: Tensor) -> bool:
@@ -179,7 +183,7 @@ def plain(x: Tensor) -> bool:
         and x.dtype is torch.float32
         and x.is_cpu
         and x.layout is torch.strided
-        and _Forced.name is None
+        and _forced.name is None
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not x.is_nested

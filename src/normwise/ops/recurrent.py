@@ -175,15 +175,16 @@ def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Not earlier, because torch.compiler.disable loads the compiler, which costs a second.
     """
-    disabled: list[Callable[..., Any]] = []
+    disabled: Callable[..., Any] | None = None
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal disabled
         if not torch.compiler.is_compiling():
             return function(*args, **kwargs)
-        if not disabled:
-            disabled.append(torch.compiler.disable(function))
-        return disabled[0](*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(function)
+        return disabled(*args, **kwargs)
 
     return call
 
