@@ -86,6 +86,7 @@ def test_the_example_of_a_user_s_own_task(normwise_command, tmp_path):
     ("arguments", "message"),
     [
         (["mpl"], "unknown task 'mpl'; did you mean mlp?"),
+        (["clm"], "unknown task 'clm'; did you mean charlm or lstm?"),
         (["--norms", "bacth"], "unknown norm for task 'mlp' 'bacth'; did you mean batch?"),
         (["--batch-sizes", "8,x"], "'8,x' is not a list of integers"),
         (["--batch-sizes", "0"], "batch size 0 is not in 1..4000"),

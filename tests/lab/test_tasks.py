@@ -120,6 +120,7 @@ def test_feature_norms():
     ("reference", "text", "message"),
     [
         ("mpl", None, r"unknown task 'mpl'; did you mean mlp\?"),
+        ("charlm", None, "'charlm' stands for several tasks: name one of charlm-lstm, charlm-gru, charlm-transformer"),
         ("task.py", "", "not of the form FILE.py:function"),
         ("missing.py:make", None, "no such file"),
         ("task.py:make", "x = 1", "no function 'make'"),

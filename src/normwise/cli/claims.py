@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from normwise.cli.compare import train
+from normwise.cli.options import OUT, Jobs, Scheduler
 
 if TYPE_CHECKING:
     from normwise.lab.claim import Judged, Part
@@ -33,16 +34,9 @@ def claims(
     stored: Annotated[
         bool, typer.Option("--stored", help="Train nothing: judge by the runs that DIR/runs.sqlite has.")
     ] = False,
-    out: Annotated[Path, typer.Option(metavar="DIR", file_okay=False, help="Where runs.sqlite is.")] = Path(
-        "normwise-out"
-    ),
-    jobs: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Processes. Default: one a core.", show_default=False)
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Train on the workers of this Dask scheduler: tcp://host:8786."),
-    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", file_okay=False, help="Where runs.sqlite is.")] = OUT,
+    jobs: Jobs = None,
+    scheduler: Scheduler = None,
     json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs.")] = False,
 ) -> None:
     """Check what is claimed about normalization: supported, contradicted or undecided here.

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from normwise.cli.options import OUT, Jobs, Scheduler, Seeds, TableAsJson
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -34,7 +36,7 @@ def compare(
         typer.Option(metavar="A,B,..", help="As in none,batch,layer; an unknown one lists the task's. Default: all."),
     ] = None,
     batch_sizes: Annotated[str | None, typer.Option(metavar="N,N,..", help="Default: the task's own.")] = None,
-    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="How many: seeds 0 to N-1.")] = 3,
+    seeds: Seeds = 3,
     steps: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Batches to train on. Default: the task's own.")
     ] = None,
@@ -55,15 +57,10 @@ def compare(
     ] = None,
     out: Annotated[
         Path, typer.Option(metavar="DIR", file_okay=False, help="Where runs.sqlite and report.html go.")
-    ] = Path("normwise-out"),
-    jobs: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Processes. Default: one a core.", show_default=False)
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Train on the workers of this Dask scheduler: tcp://host:8786."),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the table as JSON, for programs.")] = False,
+    ] = OUT,
+    jobs: Jobs = None,
+    scheduler: Scheduler = None,
+    json: TableAsJson = False,
 ) -> None:
     """Train the same network with different norms, batch sizes and seeds on real data, and show which to use.
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from normwise.cli.options import OUT
+
 if TYPE_CHECKING:
     from normwise.diagnosis import Diagnosis
 
@@ -22,9 +24,7 @@ def diagnose(
             "(inputs, target), and loss(output, target) is a scalar.",
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", file_okay=False, help="Where diagnosis.html is written.")] = Path(
-        "normwise-out"
-    ),
+    out: Annotated[Path, typer.Option(metavar="DIR", file_okay=False, help="Where diagnosis.html is written.")] = OUT,
     max_batches: Annotated[int, typer.Option(metavar="N", min=1, help="Look at no more batches than this.")] = 8,
     ignore: Annotated[
         list[str] | None,

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
+from normwise.cli.options import OUT
+
 
 def report(
     out: Annotated[
         Path, typer.Option(metavar="DIR", file_okay=False, help="Where runs.sqlite is and report.html goes.")
-    ] = Path("normwise-out"),
+    ] = OUT,
     png: Annotated[
         Path | None,
         typer.Option(metavar="DIR", file_okay=False, help="Write every figure as a PNG too; takes a Chromium."),

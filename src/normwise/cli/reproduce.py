@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from normwise.cli.options import OUT, Jobs, Scheduler, Seeds, TableAsJson
+
 
 def reproduce(
     paper: Annotated[str, typer.Argument(metavar="PAPER", help="bn-mnist, ln-mnist or rbn-pmnist.")],
@@ -16,19 +18,14 @@ def reproduce(
     steps: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Updates of each run. Default: the paper's.")
     ] = None,
-    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="How many: seeds 0 to N-1.")] = 1,
+    seeds: Seeds = 1,
     quick: Annotated[bool, typer.Option("--quick", help="A few updates, to see that it runs: minutes.")] = False,
     out: Annotated[
         Path, typer.Option(metavar="DIR", file_okay=False, help="Where runs.sqlite and PAPER.html go.")
-    ] = Path("normwise-out"),
-    jobs: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Processes. Default: one a core.", show_default=False)
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(metavar="ADDRESS", help="Train on the workers of this Dask scheduler: tcp://host:8786."),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the table as JSON, for programs.")] = False,
+    ] = OUT,
+    jobs: Jobs = None,
+    scheduler: Scheduler = None,
+    json: TableAsJson = False,
 ) -> None:
     """Repeat a paper's experiment at its size and redraw its figure.
 

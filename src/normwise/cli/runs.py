@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from normwise.cli.options import OUT
+
 if TYPE_CHECKING:
     from normwise.lab.store import Run, Store
 
@@ -24,7 +26,6 @@ OfStatus = Annotated[
     str | None, typer.Option("--status", metavar="WORD", help="Only these: done, undefined or diverged.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-DEFAULT = Path("normwise-out")
 
 
 def _store(out: Path) -> Store:
@@ -35,7 +36,7 @@ def _store(out: Path) -> Store:
 
 @app.command("list", short_help="List the stored runs, one a line.")
 def list_runs(
-    out: Out = DEFAULT, task: OfTask = None, norm: OfNorm = None, status: OfStatus = None, json: AsJson = False
+    out: Out = OUT, task: OfTask = None, norm: OfNorm = None, status: OfStatus = None, json: AsJson = False
 ) -> None:
     """List the stored runs, one a line, in the order in which they were finished.
 
@@ -82,7 +83,7 @@ def show(
     series: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Print this series, step by step. May be repeated.")
     ] = None,
-    out: Out = DEFAULT,
+    out: Out = OUT,
     json: AsJson = False,
 ) -> None:
     """Show one run: what determined it, how it ended, and each of its series with its last value."""
@@ -127,7 +128,7 @@ def export(
     summary: Annotated[
         bool, typer.Option("--summary", help="A row a run, with the last value of each series as JSON.")
     ] = False,
-    out: Out = DEFAULT,
+    out: Out = OUT,
     task: OfTask = None,
     norm: OfNorm = None,
     status: OfStatus = None,

@@ -63,15 +63,18 @@ def load_task(reference: str) -> LoadedTask:
     ``FILE.py:function`` for a user's own, where the function takes no arguments and returns a ``Task``.
 
     Raises:
-        LabError: no such task, file or function; the function returns something else; the name is a built-in's.
+        LabError: no such task, file or function; a name for several tasks; the function returns something else; the
+            name is a built-in's.
     """
     name, at, place = reference.partition("@")
     if at and (name in TEXTS or name in PAPERS):
         made: Task = (PAPERS | TASKS)[name](path=place)  # type: ignore[call-arg]
         return LoadedTask(made, user_file.sha256(*_files(type(made))))
     if ".py" not in reference:
+        if reference in GROUPS:
+            raise LabError(f"{reference!r} stands for several tasks: name one of {', '.join(GROUPS[reference])}")
         if reference not in TASKS:
-            raise unknown("task", reference, TASKS)
+            raise unknown("task", reference, [*TASKS, *GROUPS])
         task = TASKS[reference]()
         return LoadedTask(task, user_file.sha256(*_files(type(task))))
     path, function = user_file.parsed(reference, "examples/custom_task.py:make_task")
