@@ -7,8 +7,8 @@
 #include <atomic>
 
 #include "../include/normwise.h"
-#include "gemm.h"
 #include "parallel.h"
+#include "products.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -35,6 +35,8 @@ struct Layer {
   float thin_gram[4][16];    // of each group: the averages of products of two columns of thin_weight
 };
 
+inline int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
 // All scratch memory of one call, in pieces that begin at a cache line.
 class Memory {
  public:
@@ -44,15 +46,15 @@ class Memory {
   }
   Memory(const Memory&) = delete;
   Memory& operator=(const Memory&) = delete;
-  float* take(int64_t n) {
-    void* piece = std::aligned_alloc(64, (size_t(n > 0 ? n : 1) * sizeof(float) + 63) / 64 * 64);
+  float* take(int64_t n) { return static_cast<float*>(take_bytes(n * int64_t(sizeof(float)))); }
+  void* take_bytes(int64_t n) {
+    void* piece = std::aligned_alloc(64, size_t(whole_lines(n > 0 ? n : 1)));
     if (!piece || count_ == most) {
       std::free(piece);
       failed_ = true;
       return nullptr;
     }
-    pieces_[count_++] = piece;
-    return static_cast<float*>(piece);
+    return pieces_[count_++] = piece;
   }
   bool failed() const { return failed_; }
 
@@ -271,21 +273,6 @@ template <class F> inline void in_team(int threads, F f) {
   f(0, 1);
 }
 
-// One thread's part of packing a row-major matrix.
-inline void pack_shared(const float* b, int64_t depth, int64_t columns, float* panels, int index, int count) {
-  const int64_t n = panel_count(columns);
-  for (int64_t p = n * index / count; p < n * (index + 1) / count; ++p) {
-    pack_panel(b, columns, depth, columns, p, panels);
-  }
-}
-// The same of the transpose of weights (columns, depth).
-inline void pack_weights(const float* w, int64_t depth, int64_t columns, float* panels, int index, int count) {
-  const int64_t n = panel_count(columns);
-  for (int64_t p = n * index / count; p < n * (index + 1) / count; ++p) {
-    pack_transposed(w, depth, depth, columns, p, panels);
-  }
-}
-
 // Writes v less its mean to `to`, which may be v, so that nobody needs the mean again; returns 1 / sqrt(var + eps), the
 // variance being about the mean. Without `center` v stays and its mean square is taken.
 NW_INLINE float centre(const float* v, int64_t n, bool center, float eps, float* to) {
@@ -307,12 +294,13 @@ NW_INLINE float centre(const float* v, int64_t n, bool center, float eps, float*
 // W_ih x of some steps, plus b_inner, and centred where it has a norm of its own: as one product for all of a thread's
 // rows of a chunk of steps, since then each panel of W_ih comes from far away once. `data` holds all rows, or those of
 // the present chunk.
-struct InputTerms {
+template <class P> struct InputTerms {
   const nw_recurrent& a;
   const Layer& k;
   const Rows& rows;
   int64_t stacked;
-  float *panels, *data;
+  Packed weight;
+  float* data;
   bool whole;
   float* rstd;  // (rows as in data, groups), null: p has no norm of its own
 
@@ -322,20 +310,23 @@ struct InputTerms {
     return rstd + (row - (whole ? 0 : chunk_first)) * k.group_count;
   }
 
-  // Steps s .. end-1: of the thread's samples, or of its part of all rows.
-  void project(Share share, int64_t s, int64_t end) const {
-    const int64_t first = rows.first(s, end), count = rows.count(s, end), all = panel_count(stacked);
+  // Steps s .. end-1: of the thread's samples, or of its part of all rows. `memory`: ready_bytes of the inputs.
+  void project(Share share, int64_t s, int64_t end, void* memory) const {
+    const int64_t first = rows.first(s, end), count = rows.count(s, end), all = panels_of<P>(stacked);
     if (share.together || share.count == 1) {
       const int64_t from = count * share.index / share.count, to = count * (share.index + 1) / share.count;
-      project_rows(first + from, 1, to - from, first, 0, all);
+      project_rows(first + from, 1, to - from, first, 0, all, memory);
       centre_rows(first + from, 1, to - from, first);
     } else if (!a.batch_sizes && a.batch % share.count == 0) {
-      project_rows(first + share.index, share.count, count / share.count, first, 0, all);
+      project_rows(first + share.index, share.count, count / share.count, first, 0, all, memory);
       centre_rows(first + share.index, share.count, count / share.count, first);
     } else {
-      for (int64_t panel = 0; panel < all; ++panel) {
+      // Rows that must be made ready are made so once: then all panels pass at every step.
+      const int64_t each = P::as_they_are ? 1 : all;
+      for (int64_t panel = 0; panel < all; panel += each) {
         for (int64_t t = s; t < end; ++t) {
-          project_rows(rows.start(t) + share.index, share.count, share.of(rows.samples(t)), first, panel, panel + 1);
+          project_rows(rows.start(t) + share.index, share.count, share.of(rows.samples(t)), first, panel, panel + each,
+                       memory);
         }
       }
       for (int64_t t = s; t < end; ++t) {
@@ -345,18 +336,19 @@ struct InputTerms {
   }
 
  private:
-  void project_rows(int64_t from, int64_t stride, int64_t n, int64_t chunk_first, int64_t panel, int64_t last) const {
+  void project_rows(int64_t from, int64_t stride, int64_t n, int64_t chunk_first, int64_t panel, int64_t last,
+                    void* memory) const {
     const float* inner = a.terms == NW_SUM ? a.bias_inner : nullptr;
     float* to = row(from, chunk_first);
     if (inner) {
-      const int64_t at = panel * panel_width;
-      const int64_t width = (last * panel_width < stacked ? last * panel_width : stacked) - at;
+      const int64_t at = panel * P::panel_width;
+      const int64_t width = (last * P::panel_width < stacked ? last * P::panel_width : stacked) - at;
       for (int64_t i = 0; i < n; ++i) {
         std::memcpy(to + i * stride * stacked + at, inner + at, size_t(width) * sizeof *to);
       }
     }
-    multiply(n, static_cast<const float*>(a.x) + from * a.inputs, stride * a.inputs, {panels, a.inputs, stacked},
-             panel, last, to, stride * stacked, inner != nullptr);
+    multiply_rows<P>(n, static_cast<const float*>(a.x) + from * a.inputs, stride * a.inputs, weight, panel, last, to,
+                     stride * stacked, inner != nullptr, memory);
   }
 
   void centre_rows(int64_t from, int64_t stride, int64_t n, int64_t chunk_first) const {

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t chunk_rows = 512;
 
-struct Backward {
+template <class P> struct Backward {
   const nw_recurrent_backward_args& args;
   const nw_recurrent& a;
   const Layer& k;
@@ -16,23 +16,26 @@ struct Backward {
   BackwardCell cell;
   int64_t chunk;  // steps
   bool apart, thin;       // p and q are apart; the cells multiply the inputs
-  float *panels_x, *panels_h;    // W_ih and W_hh
+  Packed weight_ih, weight_hh;
   float *dp, *dq, *h_before;     // of the chunk's rows
-  float *right_x, *right_h;      // x and h_before of the chunk in panels
+  void *right_x, *right_h;       // x and h_before of the chunk in panels
   float *dh[2];           // together: of even and odd steps
   const float* zeros;     // units
   float* private_memory;  // for each thread
   int64_t private_size;
+  char* left;             // for each thread: left-hand rows
+  int64_t left_size;
   double* totals;         // for each thread, sums over chunks
   Barrier& barrier;
 
   struct Mine {
-    float *sums, *scratch, *left, *dc, *direct, *dp, *dq;
+    float *sums, *scratch, *dc, *direct, *dp, *dq;
+    void* left;
   };
   static int64_t scratch_row(const Layer& k) { return 2 * k.stacked + 2 * k.units; }
-  static int64_t size_of_private(const nw_recurrent& a, const Layer& k, int64_t chunk, bool together) {
+  static int64_t size_of_private(const nw_recurrent& a, const Layer& k, bool together) {
     const int64_t state = a.batch * k.units;
-    const int64_t size = Sums::size(k) + row_block * scratch_row(k) + chunk * a.batch * left_block +
+    const int64_t size = Sums::size(k) + row_block * scratch_row(k) +
                          (together ? 2 * state + (a.batch + row_block) * k.stacked : 0);
     return (size + 15) / 16 * 16;
   }
@@ -40,11 +43,11 @@ struct Backward {
     Mine m;
     m.sums = private_memory + share.index * private_size;
     m.scratch = m.sums + Sums::size(k);
-    m.left = m.scratch + row_block * scratch_row(k);
-    m.dc = m.left + chunk * a.batch * left_block;
+    m.dc = m.scratch + row_block * scratch_row(k);
     m.direct = m.dc + a.batch * k.units;
     m.dp = m.direct + a.batch * k.units;
     m.dq = m.dp + row_block * k.stacked;
+    m.left = left + share.index * left_size;
     return m;
   }
 
@@ -61,10 +64,9 @@ struct Backward {
       if (args.dc) std::memcpy(m.dc, args.dc, size_t(state) * sizeof(float));
     }
     const int index = share.index, count = share.count;
-    if (args.dx && !thin) {
-      pack_shared(static_cast<const float*>(a.weight_ih), k.stacked, a.inputs, panels_x, index, count);
-    }
-    pack_shared(static_cast<const float*>(a.weight_hh), k.stacked, k.units, panels_h, index, count);
+    P::begin();
+    if (args.dx && !thin) pack_shared<P>(static_cast<const float*>(a.weight_ih), weight_ih, index, count);
+    pack_shared<P>(static_cast<const float*>(a.weight_hh), weight_hh, index, count);
     barrier.wait(count);
     for (int64_t end = a.steps; end > 0; end -= chunk) {
       const int64_t s = end > chunk ? end - chunk : 0;
@@ -75,6 +77,7 @@ struct Backward {
       products(share, m, s, end);
       barrier.wait(count);
     }
+    P::end();
     if (share.together && index == 0) {
       std::memcpy(args.dh, dh[1], size_t(state) * sizeof(float));
       if (args.dc) std::memcpy(args.dc, m.dc, size_t(state) * sizeof(float));
@@ -124,18 +127,18 @@ struct Backward {
       }
       cell(k, block, count, Sums(k, m.sums));
     }
-    const int64_t panels = panel_count(units);
+    const int64_t panels = panels_of<P>(units);
     const int64_t from = share.panel_begin(panels), last = share.panel_end(panels);
-    const int64_t column = from * panel_width;
-    const int64_t width = (last * panel_width < units ? last * panel_width : units) - column;
+    const int64_t column = from * P::panel_width;
+    const int64_t width = (last * P::panel_width < units ? last * P::panel_width : units) - column;
     const bool add = a.cell == NW_GRU;
     if (add && by_step) {
       for (int64_t i = 0; i < n; ++i) {
         std::memcpy(dh_before + i * units + column, m.direct + i * units + column, size_t(width) * sizeof *dc);
       }
     }
-    multiply(n, dq_first + first * stacked, stride * stacked, {panels_h, stacked, units}, from, last,
-             dh_before + first * units, stride * units, add);
+    multiply_rows<P>(n, dq_first + first * stacked, stride * stacked, weight_hh, from, last,
+                     dh_before + first * units, stride * units, add, m.left);
     if (a.reset) {
       for (int64_t i = first; i < past; i += stride) {
         if (!a.reset[start + i]) continue;
@@ -152,27 +155,26 @@ struct Backward {
     const int index = share.index, count = share.count;
     const bool add = end < a.steps;
     const float* x = static_cast<const float*>(a.x) + first * a.inputs;
-    if (args.dweight_ih && !thin) pack_shared(x, n, a.inputs, right_x, index, count);
-    if (args.dweight_hh) pack_shared(h_before, n, k.units, right_h, index, count);
+    if (args.dweight_ih && !thin) pack_shared<P>(x, {right_x, n, a.inputs}, index, count);
+    if (args.dweight_hh) pack_shared<P>(h_before, {right_h, n, k.units}, index, count);
     barrier.wait(count);
     const int64_t blocks = (k.stacked + left_block - 1) / left_block;
     const int64_t from = blocks * index / count * left_block;
     const int64_t last = blocks * (index + 1) / count * left_block;
     const int64_t to = last < k.stacked ? last : k.stacked;
     if (args.dweight_ih && !thin) {
-      multiply_transposed(dp, k.stacked, {right_x, n, a.inputs}, from, to, args.dweight_ih, a.inputs, add, m.left);
+      P::multiply_transposed(dp, k.stacked, right_x, n, a.inputs, from, to, args.dweight_ih, a.inputs, add, m.left);
     }
     if (args.dweight_hh) {
-      multiply_transposed(dq, k.stacked, {right_h, n, k.units}, from, to, args.dweight_hh, k.units, add, m.left);
+      P::multiply_transposed(dq, k.stacked, right_h, n, k.units, from, to, args.dweight_hh, k.units, add, m.left);
     }
     if (args.dx && !thin) {
       const int64_t mine = n * index / count, past = n * (index + 1) / count;
       float* dx = static_cast<float*>(args.dx) + first * a.inputs;
       constexpr int64_t block = 64;  // rows of dp that stay in the cache while the panels pass
       for (int64_t row = mine; row < past; row += block) {
-        multiply(past - row < block ? past - row : block, dp + row * k.stacked, k.stacked,
-                 {panels_x, k.stacked, a.inputs}, 0, panel_count(a.inputs),
-                 dx + row * a.inputs, a.inputs, false);
+        multiply_rows<P>(past - row < block ? past - row : block, dp + row * k.stacked, k.stacked, weight_ih, 0,
+                         panels_of<P>(a.inputs), dx + row * a.inputs, a.inputs, false, m.left);
       }
     }
   }
@@ -191,18 +193,16 @@ void zero(float* to, int64_t n) {
   if (to && n > 0) std::memset(to, 0, size_t(n) * sizeof *to);
 }
 
-}  // namespace
-
-int recurrent_backward(const nw_recurrent_backward_args* args) {
-  const nw_recurrent& a = args->layer;
-  if (!well_formed(a)) return NW_BAD_ARGUMENT;
+bool has_all_saved(const nw_recurrent& a) {
   int64_t widths[4];
   saved_widths(a, widths);
+  return a.rows == 0 || ((!widths[0] || a.input_terms) && (!widths[1] || a.hidden_terms) && (!widths[2] || a.cells) &&
+                         (!widths[3] || a.stats));
+}
+
+template <class P> int backward_in(const nw_recurrent_backward_args* args) {
+  const nw_recurrent& a = args->layer;
   const bool apart = terms_apart(a);
-  if (a.rows > 0 && ((widths[0] && !a.input_terms) || (widths[1] && !a.hidden_terms) || (widths[2] && !a.cells) ||
-                     (widths[3] && !a.stats))) {
-    return NW_BAD_ARGUMENT;
-  }
   const int threads = useful_threads(a);
   const bool together = threads > 1 && work_together(a, threads);
   const int64_t chunk = chunk_steps(a, chunk_rows), most = chunk * a.batch;
@@ -212,25 +212,28 @@ int recurrent_backward(const nw_recurrent_backward_args* args) {
   if (memory.failed() || !rows) return NW_OUT_OF_MEMORY;
   const Layer k = prepare(a, vectors);
   const bool thin = few_inputs(a);
-  float* panels_x = args->dx && !thin ? memory.take(packed_size(k.stacked, a.inputs)) : nullptr;
-  float* panels_h = memory.take(packed_size(k.stacked, k.units));
+  void* panels_x = args->dx && !thin ? memory.take_bytes(P::packed_bytes(k.stacked, a.inputs)) : nullptr;
+  void* panels_h = memory.take_bytes(P::packed_bytes(k.stacked, k.units));
   float* dq = memory.take(most * k.stacked);
   float* dp = apart && !thin ? memory.take(most * k.stacked) : dq;
   float* h_before = memory.take(most * k.units);
-  float* right_x = thin ? nullptr : memory.take(packed_size(most, a.inputs));
-  float* right_h = memory.take(packed_size(most, k.units));
+  void* right_x = thin ? nullptr : memory.take_bytes(P::packed_bytes(most, a.inputs));
+  void* right_h = memory.take_bytes(P::packed_bytes(most, k.units));
   float* dh = together ? memory.take(2 * a.batch * k.units) : nullptr;
   float* zeros = memory.take(k.units);
-  const int64_t private_size = Backward::size_of_private(a, k, chunk, together);
+  const int64_t private_size = Backward<P>::size_of_private(a, k, together);
   float* private_memory = memory.take(threads * private_size);
+  const int64_t ready = ready_bytes<P>(k.stacked), transposed = P::transposed_bytes(most);
+  const int64_t left_size = whole_lines(ready < transposed ? transposed : ready);
+  char* left = static_cast<char*>(memory.take_bytes(threads * left_size));
   Scratch<double> totals(threads * Sums::size(k));
   if (memory.failed() || !totals) return NW_OUT_OF_MEMORY;
   zero(zeros, k.units);
   Barrier barrier;
-  const Backward backward{*args, a, k, rows, backward_cell(a), chunk, apart, thin,
-                          panels_x, panels_h, dp, dq, h_before, right_x, right_h,
-                          {dh, together ? dh + a.batch * k.units : nullptr}, zeros, private_memory, private_size,
-                          totals.get(), barrier};
+  const Backward<P> backward{*args, a, k, rows, backward_cell(a), chunk, apart, thin,
+                             {panels_x, k.stacked, a.inputs}, {panels_h, k.stacked, k.units}, dp, dq, h_before,
+                             right_x, right_h, {dh, together ? dh + a.batch * k.units : nullptr}, zeros,
+                             private_memory, private_size, left, left_size, totals.get(), barrier};
   int used = 1;
   if (a.rows > 0) {
     in_team(threads, [&](int index, int count) {
@@ -259,6 +262,13 @@ int recurrent_backward(const nw_recurrent_backward_args* args) {
     finish_thin(k, products, products + most_thin * n, args->dweight_ih, args->dgain_ih);
   }
   return NW_OK;
+}
+
+}  // namespace
+
+int recurrent_backward(const nw_recurrent_backward_args* args) {
+  if (!well_formed(args->layer) || !has_all_saved(args->layer)) return NW_BAD_ARGUMENT;
+  return backward_in<Float32>(args);
 }
 
 }  // namespace NW_ISA

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t chunk_rows = 512;
 
-struct Forward {
+template <class P> struct Forward {
   const nw_recurrent& a;
   const Layer& k;
   const Rows& rows;
@@ -16,12 +16,14 @@ struct Forward {
   int64_t chunk;         // steps
   bool added;            // q is added to p
   bool thin;             // the cells multiply the inputs
-  InputTerms inputs;     // p; p + q if added
-  float* panels_hh;
+  InputTerms<P> inputs;  // p; p + q if added
+  Packed weight_hh;
   float* q;              // unless added: of all rows if q_whole, else of the samples of an even and of an odd step
   bool q_whole, copied;
   float* private_memory; // for each thread
   int64_t private_size;
+  char* ready;           // for each thread: left-hand rows
+  int64_t ready_size;
   float *h, *c;
   Barrier& barrier;
 
@@ -30,6 +32,7 @@ struct Forward {
   void run(Share share) const {
     const int64_t state = a.batch * k.units;
     float* mine = private_memory + share.index * private_size;
+    void* left = ready + share.index * ready_size;
     float *h_state = h, *c_state = c;
     if (share.together) {
       h_state = mine + row_block * scratch_row(k);
@@ -41,25 +44,28 @@ struct Forward {
       if (c) std::memcpy(c_state + at, a.c0 + at, size_t(k.units) * sizeof *c);
     }
     const float *w_ih = static_cast<const float*>(a.weight_ih), *w_hh = static_cast<const float*>(a.weight_hh);
-    if (!thin) pack_weights(w_ih, a.inputs, k.stacked, inputs.panels, share.index, share.count);
-    pack_weights(w_hh, a.units, k.stacked, panels_hh, share.index, share.count);
+    P::begin();
+    if (!thin) pack_weights<P>(w_ih, inputs.weight, share.index, share.count);
+    pack_weights<P>(w_hh, weight_hh, share.index, share.count);
     barrier.wait(share.count);
     for (int64_t s = 0; s < a.steps; s += chunk) {
       const int64_t end = s + chunk < a.steps ? s + chunk : a.steps;
       if (!thin) {
         if (share.together && s > 0) barrier.wait(share.count);  // the others may still read the chunk before
-        inputs.project(share, s, end);
+        inputs.project(share, s, end, left);
         if (share.together) barrier.wait(share.count);
       }
-      for (int64_t t = s; t < end; ++t) step(share, t, rows.first(s, end), h_state, c_state, mine);
+      for (int64_t t = s; t < end; ++t) step(share, t, rows.first(s, end), h_state, c_state, mine, left);
     }
+    P::end();
     if (share.together && share.index == 0) {
       std::memcpy(h, h_state, size_t(state) * sizeof *h);
       if (c) std::memcpy(c, c_state, size_t(state) * sizeof *c);
     }
   }
 
-  void step(Share share, int64_t s, int64_t chunk_first, float* h_state, float* c_state, float* scratch) const {
+  void step(Share share, int64_t s, int64_t chunk_first, float* h_state, float* c_state, float* scratch,
+            void* left) const {
     const int64_t n = share.of(rows.samples(s)), start = rows.start(s);
     const int64_t first = share.first(), stride = share.stride();
     if (a.reset) {
@@ -69,12 +75,11 @@ struct Forward {
         if (c) std::memset(c_state + i * k.units, 0, size_t(k.units) * sizeof *c);
       }
     }
-    const int64_t panels = panel_count(k.stacked);
+    const int64_t panels = panels_of<P>(k.stacked);
     float* p_first = thin ? nullptr : inputs.row(start, chunk_first);
     float* q_first = added ? p_first : q_whole ? q + start * k.stacked : q + (s & 1) * a.batch * k.stacked;
-    multiply(n, h_state + first * k.units, stride * k.units, {panels_hh, k.units, k.stacked},
-             share.panel_begin(panels), share.panel_end(panels), q_first + first * k.stacked, stride * k.stacked,
-             added);
+    multiply_rows<P>(n, h_state + first * k.units, stride * k.units, weight_hh, share.panel_begin(panels),
+                     share.panel_end(panels), q_first + first * k.stacked, stride * k.stacked, added, left);
     if (share.together) barrier.wait(share.count);
     const bool writes = share.writes();
     const float* x = static_cast<const float*>(a.x);
@@ -106,11 +111,8 @@ struct Forward {
   }
 };
 
-}  // namespace
-
-int recurrent_forward(const nw_recurrent_forward_args* args) {
+template <class P> int forward_in(const nw_recurrent_forward_args* args) {
   const nw_recurrent& a = args->layer;
-  if (!well_formed(a)) return NW_BAD_ARGUMENT;
   const int64_t stacked = gates_of(a.cell) * a.units, state = a.batch * a.units;
   if (a.rows == 0) {
     if (state) std::memcpy(args->h, a.h0, size_t(state) * sizeof(float));
@@ -128,21 +130,31 @@ int recurrent_forward(const nw_recurrent_forward_args* args) {
   Rows rows(a);
   Memory memory;
   float* vectors = memory.take(prepared_size(a));
-  float* panels_ih = thin ? nullptr : memory.take(packed_size(a.inputs, stacked));
-  float* panels_hh = memory.take(packed_size(a.units, stacked));
+  void* panels_ih = thin ? nullptr : memory.take_bytes(P::packed_bytes(a.inputs, stacked));
+  void* panels_hh = memory.take_bytes(P::packed_bytes(a.units, stacked));
   float* p = thin ? nullptr : p_saved ? p_saved : memory.take(whole_chunk);
   float* q = added ? nullptr : q_saved ? q_saved : memory.take(2 * a.batch * stacked);
   float* rstd_p = a.terms == NW_SEPARATE && !thin ? memory.take(4 * (p_saved ? a.rows : chunk * a.batch)) : nullptr;
   const int64_t private_size = (row_block * (2 * a.units + stacked) + (together ? 2 * state : 0) + 15) / 16 * 16;
   float* private_memory = memory.take(threads * private_size);
+  const int64_t ready_size = whole_lines(ready_bytes<P>(thin || a.inputs < a.units ? a.units : a.inputs));
+  char* ready = static_cast<char*>(memory.take_bytes(threads * ready_size));
   if (memory.failed() || !rows) return NW_OUT_OF_MEMORY;
   const Layer k = prepare(a, vectors);
   Barrier barrier;
-  const Forward forward{a, k, rows, forward_cell(a), chunk, added, thin,
-                        {a, k, rows, stacked, panels_ih, p, p_saved != nullptr, rstd_p}, panels_hh, q,
-                        q_saved != nullptr, copied, private_memory, private_size, args->h, args->c, barrier};
+  const Forward<P> forward{a, k, rows, forward_cell(a), chunk, added, thin,
+                           {a, k, rows, stacked, {panels_ih, a.inputs, stacked}, p, p_saved != nullptr, rstd_p},
+                           {panels_hh, a.units, stacked}, q, q_saved != nullptr, copied, private_memory, private_size,
+                           ready, ready_size, args->h, args->c, barrier};
   in_team(threads, [&](int index, int count) { forward.run({index, count, together && count > 1}); });
   return NW_OK;
+}
+
+}  // namespace
+
+int recurrent_forward(const nw_recurrent_forward_args* args) {
+  if (!well_formed(args->layer)) return NW_BAD_ARGUMENT;
+  return forward_in<Float32>(args);
 }
 
 int recurrent_saves(const nw_recurrent* a, int64_t widths[4]) {
