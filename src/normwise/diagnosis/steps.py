@@ -15,6 +15,7 @@ from normwise.diagnosis.distributions import by_axis
 from normwise.diagnosis.errors import DiagnosisError
 from normwise.diagnosis.layers import Layouts, Named, own_parameters, tensors_in
 from normwise.diagnosis.preserve import buffers_kept
+from normwise.reference import shift
 
 # Internal covariate shift takes a forward and backward pass for each layer and step: evenly spread ones, and the first.
 SHIFT_LAYERS, SHIFT_STEPS = 8, 4
@@ -38,10 +39,10 @@ def watch_steps(
         value, gradients = run.gradients(dict(model.named_parameters()))
         losses.append(value)
         norms.append(float(torch.stack([g.double().square().sum().cpu() for g in gradients.values()]).sum().sqrt()))
-        shift = _ShiftOfStep(run, layers, gradients) if number < SHIFT_STEPS else None
+        of_step = _ShiftOfStep(run, layers, gradients) if number < SHIFT_STEPS else None
         _step(model, optimizer, run, gradients)
-        if shift is not None:
-            shift.after_step(shifts)
+        if of_step is not None:
+            of_step.after_step(shifts)
     return records.Training(losses, norms), shifts
 
 
@@ -145,7 +146,7 @@ class _ShiftOfStep:
     def __init__(self, run: _Run, layers: Sequence[Named], gradients: dict[str, Tensor]) -> None:
         self.run, self.layers, self.gradients = run, layers, gradients
         self.before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-        self.chosen = _spread([named for named in layers if self._weights(named)])
+        self.chosen = shift.spread([named for named in layers if self._weights(named)], SHIFT_LAYERS)
         self.inputs = self._inputs()
 
     def after_step(self, shifts: dict[str, records.Shift]) -> None:
@@ -154,7 +155,7 @@ class _ShiftOfStep:
             shifts.setdefault(named.name, records.Shift([], [], []))
         for name, now in self._inputs().items():
             if name in self.inputs and self.inputs[name].shape == now.shape:
-                shifts[name].inputs.append(distance(self.inputs[name], now))
+                shifts[name].inputs.append(shift.moved(self.inputs[name], now))
         for name, gradient, cosine in self._moved():
             shifts[name].gradient.append(gradient)
             shifts[name].cosine.append(cosine)
@@ -179,7 +180,7 @@ class _ShiftOfStep:
         return seen
 
     def _moved(self) -> Iterator[tuple[str, float, float]]:
-        """(layer, |G' - G| / |G|, cosine): from the last layer to the first, ever more is as before the step."""
+        """(layer, both parts of `shift.changed`): from the last layer to the first, ever more is as before the step."""
         parameters = dict(self.run.model.named_parameters())
         with _values_kept(list(parameters.values())):
             places = [named.name for named in self.layers]
@@ -196,9 +197,9 @@ class _ShiftOfStep:
                     _, moved = self.run.gradients(wanted)
                 old = torch.cat([self.gradients[name].flatten() for name in moved]).double()
                 new = torch.cat([gradient.flatten() for gradient in moved.values()]).double()
-                if float(old.norm()) > 0:
-                    cosine = float(nn.functional.cosine_similarity(old, new, dim=0))
-                    yield named.name, float((new - old).norm() / old.norm()), cosine
+                change = shift.changed(old, new)
+                if change is not None:
+                    yield named.name, *change
 
     @torch.no_grad()
     def _set_back(self, names: Sequence[str], parameters: dict[str, nn.Parameter]) -> None:
@@ -208,13 +209,6 @@ class _ShiftOfStep:
 
 def _owns(named: Named, parameter: nn.Parameter) -> bool:
     return any(p is parameter for _, p in own_parameters(named.module))
-
-
-def _spread(layers: Sequence[Named]) -> list[Named]:
-    """Up to `SHIFT_LAYERS`, evenly spread, without the first: no layer stands before it."""
-    later = list(layers)[1:]
-    count = min(SHIFT_LAYERS, len(later))
-    return [later[(place + 1) * len(later) // count - 1] for place in range(count)]
 
 
 def _keeper(seen: dict[str, Tensor], named: Named, layouts: Layouts) -> Callable[..., None]:
@@ -239,11 +233,3 @@ def _values_kept(parameters: Sequence[Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for parameter, value in zip(parameters, kept, strict=True):
                 parameter.copy_(value)
-
-
-def distance(before: Tensor, after: Tensor) -> float:
-    """Wasserstein distance of (features, values) over the standard deviation before; the mean over lively features."""
-    std = before.std(dim=1, correction=0)
-    moved = (before.sort(dim=1).values - after.sort(dim=1).values).abs().mean(dim=1)
-    lively = std > 1e-6
-    return float((moved[lively] / std[lively]).mean()) if bool(lively.any()) else 0.0

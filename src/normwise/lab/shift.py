@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from normwise.lab.tasks import Batch, Task
 from normwise.lab.watch import unchanged, weights
+from normwise.reference import shift as reference
 
 LAYERS = 3
 TAKE_FEATURES = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -16,13 +17,11 @@ class Shift:
     """Made between ``backward`` and the optimizer's step of one batch; ``after_update`` then measures, for each of
     up to ``LAYERS`` weights W_i, evenly spread and without the first, on which nothing acts:
 
-    - ``shift/gradient/LAYER``: |G' - G| / |G|, where G is the gradient of the batch's loss with respect to W_i before
-      the update, and G' the same with the layers before i updated and the others, i included, as they were
-      (Santurkar et al. 2018, definition 2.1; divided by |G|, since norms change the size of gradients);
-    - ``shift/cosine/LAYER``: the cosine between G and G';
-    - ``shift/inputs/LAYER``: how far the update moves the distribution of what the layer gets, over the batch and its
-      positions: Wasserstein distance over standard deviation, of each feature, mean over the features. For layers
-      that are linear maps or convolutions.
+    - ``shift/gradient/LAYER``, ``shift/cosine/LAYER``: `reference.shift.changed`, where G is the gradient of the
+      batch's loss with respect to W_i before the update, and G' the same with the layers before i updated and the
+      others, i included, as they were;
+    - ``shift/inputs/LAYER``: `reference.shift.moved`, of what the layer gets, over the batch and its positions. For
+      layers that are linear maps or convolutions.
 
     All in train mode; running statistics, weights and random state are put back.
     """
@@ -30,9 +29,7 @@ class Shift:
     def __init__(self, model: nn.Module, task: Task, batch: Batch) -> None:
         self.model, self.task, self.batch = model, task, batch
         self.before = [parameter.detach().clone() for parameter in model.parameters()]
-        later = list(weights(model))[1:]
-        count = min(LAYERS, len(later))
-        self.layers = [later[(place + 1) * len(later) // count - 1] for place in range(count)]
+        self.layers = reference.spread(list(weights(model)), LAYERS)
         found = dict(model.named_parameters())
         self.gradients = {
             name: grad.flatten().clone() for name in self.layers if (grad := found[name].grad) is not None
@@ -44,13 +41,11 @@ class Shift:
         found = {}
         now = self._inputs()
         for name, values in self.inputs.items():
-            found[f"shift/inputs/{name}"] = distance(values, now[name])
-        for name, moved in self._moved().items():
-            old = self.gradients[name]
-            size = float(old.norm())
-            if size > 0:
-                found[f"shift/gradient/{name}"] = float((moved - old).norm()) / size
-                found[f"shift/cosine/{name}"] = float(nn.functional.cosine_similarity(old, moved, dim=0))
+            found[f"shift/inputs/{name}"] = reference.moved(values, now[name])
+        for name, gradient in self._moved().items():
+            change = reference.changed(self.gradients[name], gradient)
+            if change is not None:
+                found[f"shift/gradient/{name}"], found[f"shift/cosine/{name}"] = change
         self.gradients.clear()
         return found
 
@@ -98,12 +93,3 @@ class Shift:
                 for name, value in zip(names, updated, strict=True):
                     parameters[name].copy_(value)
         return {name: found[name] for name in self.layers if name in found}
-
-
-def distance(before: Tensor, after: Tensor) -> float:
-    """Wasserstein-1 between (features, values) ``before`` and ``after``, over the standard deviation before; mean over
-    the features, those left out that are constant."""
-    std = before.std(dim=1, correction=0)
-    moved = (before.sort(dim=1).values - after.sort(dim=1).values).abs().mean(dim=1)
-    lively = std > 1e-6
-    return float((moved[lively] / std[lively]).mean()) if bool(lively.any()) else 0.0
