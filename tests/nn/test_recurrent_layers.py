@@ -9,25 +9,16 @@ from torch import nn
 import normwise
 from normwise.reference.recurrence import PRESETS
 from recurrences import EQUATIONS, run
+from recurrent_cases import CELLS, LAYERS, away_from_start
 from tolerances import assert_close
 
 T, B, INPUT, HIDDEN = 5, 3, 4, 6
-LAYERS = {"lstm": normwise.LSTM, "gru": normwise.GRU, "rnn": normwise.RNN}
-CELLS = {"lstm": normwise.LSTMCell, "gru": normwise.GRUCell, "rnn": normwise.RNNCell}
 TORCH = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 KINDS = [(cell, norm) for cell in LAYERS for norm in ("layer", "rms", "batch")]
 
 
 def build(cell, *args, **options):
-    """A layer in float64 whose norms and biases do not stand where they start."""
-    made = LAYERS[cell](INPUT, HIDDEN, *args, dtype=torch.float64, **options)
-    with torch.no_grad():
-        for name, value in made.named_parameters():
-            if not name.startswith("weight"):
-                value.add_(torch.randn_like(value) * 0.3)
-        for name, value in made.named_buffers():
-            value.copy_(torch.rand_like(value) + 0.5 if "var" in name else torch.randn_like(value))
-    return made
+    return away_from_start(LAYERS[cell](INPUT, HIDDEN, *args, dtype=torch.float64, **options))
 
 
 def parts(state):

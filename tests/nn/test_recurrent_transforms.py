@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import normwise
+from recurrent_cases import LAYERS
 from tolerances import assert_close
 
 T, B, INPUT, HIDDEN = 4, 3, 4, 6
-LAYERS = {"lstm": normwise.LSTM, "gru": normwise.GRU, "rnn": normwise.RNN}
 KINDS = [(cell, norm) for cell in LAYERS for norm in ("layer", "rms", "batch")]
 
 

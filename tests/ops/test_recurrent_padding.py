@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-import normwise
 from normwise.reference.recurrence import PRESETS
+from recurrent_cases import LAYERS, away_from_start
 from tolerances import assert_close
 
 T, INPUT, HIDDEN = 6, 3, 4
 LENGTHS = [3, 6, 0, 5, 1]
 B = len(LENGTHS)
-LAYERS = {"lstm": normwise.LSTM, "gru": normwise.GRU, "rnn": normwise.RNN}
 CASES = [
     (cell, name, norm)
     for cell, presets in PRESETS.items()
@@ -23,13 +22,7 @@ CASES = [
 
 def layer(cell, name, norm, **options):
     made = LAYERS[cell](INPUT, HIDDEN, 2, bidirectional=True, dtype=torch.float64, norm=norm, variant=name, **options)
-    with torch.no_grad():
-        for key, value in made.named_parameters():
-            if not key.startswith("weight"):
-                value.add_(torch.randn_like(value) * 0.3)
-        for key, value in made.named_buffers():
-            value.copy_(torch.rand_like(value) + 0.5 if "var" in key else torch.randn_like(value))
-    return made.eval()  # samples do not depend on each other, also with batch norm
+    return away_from_start(made).eval()  # samples do not depend on each other, also with batch norm
 
 
 def states_of(cell, batch):

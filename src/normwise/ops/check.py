@@ -138,6 +138,28 @@ def validity(x: Tensor, mask: Tensor | None, lengths: Tensor | None, channel_dim
     return mask.reshape(padded)
 
 
+def one_length_each(lengths: Tensor, samples: int, steps: int, of: str) -> None:
+    """`lengths` must be an integer in [0, steps] for each sample of the input, which `of` names.
+
+    Raises:
+        TypeError: not integers.
+        ShapeError: not one for each sample.
+        ValueError: outside [0, steps].
+    """
+    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"lengths must be of an integer dtype, but got {lengths.dtype}: use lengths.long()")
+    if tuple(lengths.shape) != (samples,):
+        raise ShapeError(
+            f"lengths must be of shape ({samples},), one for each sample of {of}, but got {tuple(lengths.shape)}"
+        )
+    if samples and values_visible(lengths):
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > steps:
+            raise ValueError(
+                f"lengths must lie in [0, {steps}], the number of steps of {of}, but got values from {low} to {high}"
+            )
+
+
 def _from_lengths(x: Tensor, lengths: Tensor) -> Tensor:
     if x.dim() < 3:
         raise ShapeError(
@@ -145,20 +167,7 @@ def _from_lengths(x: Tensor, lengths: Tensor) -> Tensor:
             f"{tuple(x.shape)}: "
             "use mask="
         )
-    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"lengths must be of an integer dtype, but got {lengths.dtype}: use lengths.long()")
     n, steps = x.shape[0], x.shape[-1]
-    if tuple(lengths.shape) != (n,):
-        raise ShapeError(
-            f"lengths must be of shape ({n},), one for each sample of an input of shape {tuple(x.shape)}, "
-            f"but got {tuple(lengths.shape)}"
-        )
-    if n and values_visible(lengths):
-        low, high = int(lengths.min()), int(lengths.max())
-        if low < 0 or high > steps:
-            raise ValueError(
-                f"lengths must lie in [0, {steps}], the number of steps along the last axis of {tuple(x.shape)}, "
-                f"but got values from {low} to {high}"
-            )
+    one_length_each(lengths, n, steps, f"an input of shape {tuple(x.shape)}")
     valid = torch.arange(steps, device=x.device) < lengths.to(x.device)[:, None]
     return valid.view(n, *(1,) * (x.dim() - 2), steps)

@@ -263,29 +263,11 @@ def pack_like(output: Tensor, lengths: Tensor, packed: PackedSequence) -> Packed
 def checked_lengths(
     lengths: Tensor | Sequence[int], steps: int, batch: int, device: torch.device, batched: bool = True
 ) -> Tensor:
-    """`lengths` as int64 on `device`; without a batch a single number will do.
-
-    Raises:
-        TypeError: not integers.
-        ShapeError: not one for each sample.
-        ValueError: outside [0, steps].
-    """
+    """`lengths` as int64 on `device`; without a batch a single number will do. Raises as `check.one_length_each`."""
     lengths = torch.as_tensor(lengths)
     if not batched:
         lengths = lengths.reshape(-1)
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        raise TypeError(f"lengths must be of an integer dtype, but got {lengths.dtype}: use lengths.long()")
-    if tuple(lengths.shape) != (batch,):
-        raise check.ShapeError(
-            f"lengths must be of shape ({batch},), one for each sample of the batch, but got {tuple(lengths.shape)}"
-        )
-    if batch and values_visible(lengths):
-        low, high = int(lengths.min()), int(lengths.max())
-        if low < 0 or high > steps:
-            raise ValueError(
-                f"lengths must lie in [0, {steps}], the number of steps of the input, but got values from {low} to "
-                f"{high}"
-            )
+    check.one_length_each(lengths, batch, steps, "the input")
     return lengths.to(device, torch.int64)
 
 
