@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -94,17 +96,28 @@ def test_per_sample_gradients() -> None:
         assert_close(got["bias"][i], truth[1], kind="grad")
 
 
-def compare_compiled(layer: nn.Module, compiled_layer: nn.Module, x: Tensor, **kwargs: Tensor) -> None:
+def compare_compiled(
+    layer: nn.Module,
+    compiled_layer: nn.Module,
+    x: Tensor,
+    residual: Tensor | None = None,
+    backend: str = "aot_eager",
+    **kwargs: Tensor,
+) -> None:
+    """Results, gradients and buffers of two steps in one graph, against the layer as it is."""
     fresh_compiler()
-    compiled = torch.compile(compiled_layer, fullgraph=True, backend="aot_eager")
-    upstream = torch.randn_like(x)
+    compiled = torch.compile(compiled_layer, fullgraph=True, backend=backend)
+    upstream = [torch.randn_like(x), torch.randn_like(x)]
     for _ in range(2):
         results = []
         for f in (layer, compiled):
-            leaf = x.clone().requires_grad_()
-            y = f(leaf, **kwargs)
+            leaves = [t.clone().requires_grad_() for t in (x, residual) if t is not None]
+            more = kwargs if residual is None else kwargs | {"residual": leaves[1]}
+            y = f(leaves[0], **more)
+            outputs = list(y) if isinstance(y, tuple) else [y]
             parameters = list((layer if f is layer else compiled_layer).parameters())
-            results.append([y, *torch.autograd.grad(y, [leaf, *parameters], upstream)])
+            grads = torch.autograd.grad(outputs, [*leaves, *parameters], upstream[: len(outputs)])
+            results.append([*outputs, *grads])
         for expected, got in zip(*results, strict=True):
             assert_close(got, expected, kind="grad", count=x.numel())
     for name, buffer in layer.named_buffers():
@@ -129,14 +142,41 @@ def test_compile_fullgraph_masked(name: str, training: bool) -> None:
     compare_compiled(layer, other, torch.randn(shape), mask=mask[:, None].expand(shape))
 
 
-def test_inductor_trains_a_masked_batch_norm() -> None:
-    """Once through the default backend, with generated code."""
-    fresh_compiler()
-    layer, other = normwise.BatchNorm1d(4, act="relu"), normwise.BatchNorm1d(4, act="relu")
-    x = torch.randn(3, 4, 5)
-    compiled = torch.compile(other, fullgraph=True)
-    assert_close(compiled(x, lengths=LENGTHS), layer(x, lengths=LENGTHS), kind="composed", count=15)
-    assert_close(other.running_var, layer.running_var, count=15)
+@pytest.mark.parametrize("mode", ["train", "eval", "train masked"])
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda: normwise.BatchNorm1d(4, act="relu"), (3, 4, 5)),
+        (lambda: normwise.BatchNorm2d(4, act="silu"), (3, 4, 2, 5)),
+        (lambda: normwise.LayerNorm(4, act="gelu"), (3, 5, 4)),
+        (lambda: normwise.LayerNorm(4, dim=1, act="leaky_relu"), (3, 4, 5)),
+        (lambda: normwise.RMSNorm(4, act="silu"), (3, 5, 4)),
+    ],
+    ids=["BatchNorm1d", "BatchNorm2d", "LayerNorm", "LayerNorm dim", "RMSNorm"],
+)
+def test_compile_fullgraph_fused(build: Callable[[], nn.Module], shape: tuple[int, ...], mode: str) -> None:
+    training = mode != "eval"
+    layer, other = randomize(build()).train(training), build().train(training)
+    other.load_state_dict(layer.state_dict())
+    x, residual = torch.randn(shape), torch.randn(shape)
+    if "masked" not in mode:
+        compare_compiled(layer, other, x, residual)
+        return
+    features = 1 if shape[1] == 4 else 2
+    without_features = [size for axis, size in enumerate(shape) if axis != features]
+    mask = torch.rand(without_features) < 0.6
+    x.movedim(features, -1)[~mask] = float("nan")
+    compare_compiled(layer, other, x, residual, mask=mask)
+
+
+@pytest.mark.parametrize("name", ["BatchNorm1d", "LayerNorm", "RMSNorm"])
+def test_inductor_trains_fused_layers(name: str) -> None:
+    """Through the default backend, with generated code."""
+    layer, other = (randomize(getattr(normwise, name)(4, act="gelu")) for _ in range(2))
+    other.load_state_dict(layer.state_dict())
+    call = {"lengths": LENGTHS} if name == "BatchNorm1d" else {"mask": torch.rand(3, 4) < 0.6}
+    x, residual = torch.randn(2, 3, 4, 5 if name == "BatchNorm1d" else 4)
+    compare_compiled(layer, other, x, residual, backend="inductor", **call)
 
 
 def test_compiled_function_follows_a_forced_backend() -> None:
