@@ -90,6 +90,7 @@ def check_groups(
     residual: bool = False,
     masked: bool = False,
     affine: bool = True,
+    channels_last: bool = False,
     offset: int = 0,
     threads: int = 1,
 ) -> None:
@@ -97,8 +98,8 @@ def check_groups(
     torch.set_num_threads(threads)
     batch, channels, positions = shape[0], shape[1], prod(shape[2:])
     wider = wide(dtype)
-    x, dy = (truth.tensor(*shape, dtype=dtype, offset=offset) for _ in range(2))
-    r = truth.tensor(*shape, dtype=dtype) if residual else None
+    x, dy = (truth.tensor(*shape, dtype=dtype, offset=offset, channels_last=channels_last) for _ in range(2))
+    r = truth.tensor(*shape, dtype=dtype, channels_last=channels_last) if residual else None
     weight, bias = torch.randn(2, channels).to(dtype) if affine else (None, None)
     mask, valid = None, None
     if masked:
@@ -126,6 +127,7 @@ def check_groups(
     expected = dict(zip(leaves, torch.autograd.grad(expected_y, list(leaves.values()), upstream), strict=True))
 
     count = max(batch, channels // groups) * positions
+    assert y.stride() == x.stride() or not channels_last
     assert_close(y, expected_y, count=count, name="y")
     empty = torch.zeros_like(mean) if keep is None else (keep.sum([2, 3], keepdim=True) == 0).double()
     assert_close(stats[0], mean.reshape(-1), dtype=wider, count=count, name="mean")

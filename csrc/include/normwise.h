@@ -25,7 +25,7 @@
 extern "C" {
 #endif
 
-#define NW_ABI 2 /* raised whenever a struct or function below changes or is added */
+#define NW_ABI 3 /* raised whenever a struct or function below changes or is added */
 
 enum nw_status { NW_OK = 0, NW_BAD_ARGUMENT = 1, NW_OUT_OF_MEMORY = 2, NW_NOT_MOVED = 3 };
 enum nw_dtype { NW_FLOAT32 = 0, NW_BFLOAT16 = 1, NW_FLOAT64 = 2 };
@@ -87,41 +87,42 @@ typedef struct nw_rows_backward_args {
 } nw_rows_backward_args;
 int nw_rows_backward(const nw_rows_backward_args* args);
 
-/* ---- groups: GroupNorm, and InstanceNorm with groups = channels; channels-first only ----------------------------
+/* ---- groups: GroupNorm, and InstanceNorm with groups = channels -------------------------------------------------
  *
  *   y = act((x - mean) * rstd * weight + bias + residual), statistics over the channels/groups channels of a group
  *   and all valid positions of one sample.
+ *   x is (batch, channels, positions) in memory, or (batch, positions, channels) with layout NW_CHANNELS_LAST.
  */
 typedef struct nw_groups_forward_args {
-  const void* x;        /* T (batch, channels, positions) */
-  const void* residual; /* T (batch, channels, positions), may be null */
+  const void* x;        /* T, shape above */
+  const void* residual; /* T, x's shape and layout, may be null */
   const uint8_t* mask;  /* (batch, positions), may be null */
   const void* weight;   /* P (channels), may be null: 1 */
   const void* bias;     /* P (channels), may be null: 0 */
-  void* y;              /* T (batch, channels, positions): filled */
+  void* y;              /* T, x's shape and layout: filled */
   double* mean;         /* (batch, groups): filled; 0 where nothing is valid */
   double* rstd;         /* (batch, groups): filled; 0 where nothing is valid */
   int64_t batch, channels, positions, groups; /* groups divides channels */
   double eps;
-  int32_t dtype, act, threads;
+  int32_t dtype, layout, act, threads;
 } nw_groups_forward_args;
 int nw_groups_forward(const nw_groups_forward_args* args);
 
 typedef struct nw_groups_backward_args {
-  const void* dy;       /* T (batch, channels, positions) */
-  const void* x;        /* T (batch, channels, positions) */
+  const void* dy;       /* T, shape above */
+  const void* x;        /* T */
   const void* residual; /* as in the forward; read only where act is not the identity */
   const uint8_t* mask;  /* as in the forward */
   const void* weight;   /* as in the forward */
   const void* bias;     /* as in the forward; read only where act is not the identity */
   const double* mean;   /* (batch, groups): from the forward */
   const double* rstd;   /* (batch, groups): from the forward */
-  void* dx;             /* T (batch, channels, positions): filled */
-  void* dresidual;      /* T (batch, channels, positions): filled; may be null */
+  void* dx;             /* T: filled */
+  void* dresidual;      /* T: filled; may be null */
   void* dweight;        /* P (channels): filled; may be null */
   void* dbias;          /* P (channels): filled; may be null */
   int64_t batch, channels, positions, groups;
-  int32_t dtype, act, threads;
+  int32_t dtype, layout, act, threads;
 } nw_groups_backward_args;
 int nw_groups_backward(const nw_groups_backward_args* args);
 

@@ -30,20 +30,15 @@ template <class C, class Args> Line<C> line_of(const Args& a, int64_t c) {
   return Line<C>(a.mean[c], a.rstd[c], parameter<C>(a.weight, c, 1), parameter<C>(a.bias, c, 0));
 }
 
-// dx = g * gain - offset - distance * slope. In eval the statistics are constants and only the gain is left.
-template <class C> struct Backward {
-  C gain, offset = 0, slope = 0;
-  Backward(const nw_channels_backward_args& a, int64_t c, const Sums& s, double count) {
-    const double rstd = a.rstd[c], scale = rstd * parameter<C>(a.weight, c, 1);
-    gain = C(scale);
-    if (a.training && count > 0) {
-      offset = C(scale * s.g / count);
-      slope = C(scale * rstd * rstd * s.gx / count);
-    }
-    if (a.dweight) static_cast<C*>(a.dweight)[c] = C(s.gx * rstd);
-    if (a.dbias) static_cast<C*>(a.dbias)[c] = C(s.g);
-  }
-};
+// From the sums of channel c the gradients of its gain and bias, and what those of x take. In eval the statistics are
+// constants and only the gain is left.
+template <class C> Slope<C> settle(const nw_channels_backward_args& a, int64_t c, const Sums& s, double count) {
+  const double rstd = a.rstd[c], scale = rstd * parameter<C>(a.weight, c, 1);
+  if (a.dweight) static_cast<C*>(a.dweight)[c] = C(s.gx * rstd);
+  if (a.dbias) static_cast<C*>(a.dbias)[c] = C(s.g);
+  if (!a.training || count == 0) return {C(scale)};
+  return {C(scale), C(scale * s.g / count), C(scale * rstd * rstd * s.gx / count)};
+}
 
 // How many values a channel has.
 template <class Args> double count_values(const Args& a) {

@@ -16,8 +16,6 @@ template <class Args> int threads_for(const Args& a) {
   return worth_threads(a.batch * a.channels * a.positions, a.threads);
 }
 
-inline bool channel_each(int64_t channels, int threads) { return threads == 1 || channels >= 4 * threads; }
-
 template <class T, int act>
 void normalize_block(const nw_channels_forward_args& a, int64_t at, const Region& r, int64_t c, int64_t ahead) {
   const T* residual = a.residual ? static_cast<const T*>(a.residual) + at : nullptr;
@@ -38,7 +36,7 @@ template <class T, int act> int forward(const nw_channels_forward_args& a) {
     all.counts = counts.get();
   }
 
-  if (channel_each(a.channels, threads)) {
+  if (one_thread_each(a.channels, threads)) {
     parallel_for(a.channels, threads, [&](int64_t c) {
       const int64_t start = c * a.positions;
       if (a.training) {
@@ -92,12 +90,11 @@ template <class T, int act> int backward(const nw_channels_backward_args& a) {
   T *dx = static_cast<T*>(a.dx), *dresidual = static_cast<T*>(a.dresidual);
   const bool past_cache = goes_past_cache(dx, a.batch * a.channels * a.positions, a.positions);
 
-  if (channel_each(a.channels, threads)) {
+  if (one_thread_each(a.channels, threads)) {
     parallel_for(a.channels, threads, [&](int64_t c) {
       const Line<C> line = line_of<C>(a, c);
-      const Backward<C> b(a, c, region_sums<act>(gradient, c * a.positions, all, line), count);
-      input_gradient<act>(gradient, c * a.positions, all, line, b.gain, b.offset, b.slope, dx, dresidual,
-                          a.positions, past_cache);
+      const Slope<C> slope = settle<C>(a, c, region_sums<act>(gradient, c * a.positions, all, line), count);
+      input_gradient<act>(gradient, c * a.positions, all, line, slope, dx, dresidual, a.positions, past_cache);
     });
     return NW_OK;
   }
@@ -111,16 +108,13 @@ template <class T, int act> int backward(const nw_channels_backward_args& a) {
   });
   for (int64_t c = 0; c < a.channels; ++c) {
     Sums s;
-    for (int64_t i = 0; i < blocks.count; ++i) {
-      s.g += partial.get()[c * blocks.count + i].g;
-      s.gx += partial.get()[c * blocks.count + i].gx;
-    }
-    const Backward<C> b(a, c, s, count);
+    for (int64_t i = 0; i < blocks.count; ++i) s.add(partial.get()[c * blocks.count + i]);
+    const Slope<C> slope = settle<C>(a, c, s, count);
     parallel_for(blocks.count, threads, [&](int64_t i) {
       int64_t offset;
       Region block = blocks.at(all, i, offset);
-      input_gradient<act>(gradient, c * a.positions + offset, block, line_of<C>(a, c), b.gain, b.offset, b.slope, dx,
-                          dresidual, 0, past_cache);
+      input_gradient<act>(gradient, c * a.positions + offset, block, line_of<C>(a, c), slope, dx, dresidual, 0,
+                          past_cache);
     });
   }
   return NW_OK;

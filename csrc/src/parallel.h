@@ -14,6 +14,12 @@ constexpr int64_t serial_below = 32768;
 
 inline int worth_threads(int64_t elements, int threads) { return elements < serial_below || threads < 1 ? 1 : threads; }
 
+// Whether n items, one after the other on one thread each, keep all threads busy nearly to the end.
+inline bool one_thread_each(int64_t n, int threads) {
+  const int64_t rounds = (n + threads - 1) / threads;
+  return threads == 1 || 4 * rounds * threads <= 5 * n;
+}
+
 // f(i) for i = 0 .. n-1, neighbours on one thread, so that two loops over the same n meet the same caches.
 template <class F> inline void parallel_for(int64_t n, int threads, F f) {
 #ifdef _OPENMP

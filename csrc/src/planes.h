@@ -65,6 +65,15 @@ template <class T> struct Gradient {
 
 struct Sums {
   double g = 0, gx = 0;  // sum of g, and of g times the distance from the mean
+  void add(const Sums& other) {
+    g += other.g;
+    gx += other.gx;
+  }
+};
+
+// dx = g * gain - offset - distance * slope.
+template <class C> struct Slope {
+  C gain, offset = 0, slope = 0;
 };
 
 template <int act, class T>
@@ -92,18 +101,15 @@ Sums region_sums(const Gradient<T>& gradient, int64_t start, const Region& r, co
   for (int64_t i = 0; i < blocks.count; ++i) {
     int64_t offset;
     Region block = blocks.at(r, i, offset);
-    Sums s = block_sums<act>(gradient, start + offset, block, line);
-    all.g += s.g;
-    all.gx += s.gx;
+    all.add(block_sums<act>(gradient, start + offset, block, line));
   }
   return all;
 }
 
-// dx = g * gain - offset - distance * slope, from the last plane to the first: the last ones are still in cache.
+// The gradient of every element, from the last plane to the first: the last ones are still in cache.
 template <int act, class T>
 void input_gradient(const Gradient<T>& gradient, int64_t start, const Region& r, const Line<compute_t<T>>& line,
-                    compute_t<T> gain, compute_t<T> offset, compute_t<T> slope, T* dx, T* dresidual, int64_t ahead,
-                    bool past_cache) {
+                    const Slope<compute_t<T>>& s, T* dx, T* dresidual, int64_t ahead, bool past_cache) {
   using C = compute_t<T>;
   for (int64_t p = r.planes - 1; p >= 0; --p) {
     const int64_t at = start + p * r.stride;
@@ -111,7 +117,7 @@ void input_gradient(const Gradient<T>& gradient, int64_t start, const Region& r,
     sweep<C>(r.length, [&](int64_t i, auto part) NW_LAMBDA {
       vec<C> distance;
       vec<C> g = gradient.template at<act>(at + i, part, line, mask ? mask + i : nullptr, distance);
-      vec<C> d = g * gain - offset - distance * slope;
+      vec<C> d = g * s.gain - s.offset - distance * s.slope;
       if (ahead) {
         prefetch_l2(gradient.x + at + i + ahead);
         prefetch_l2(gradient.dy + at + i + ahead);

@@ -1,5 +1,6 @@
 // One instruction set's table; compiled once for each.
 #include "channels.h"
+#include "groups.h"
 #include "kernels.h"
 
 namespace NW_ISA {
@@ -8,6 +9,17 @@ namespace {
 template <class Args> bool well_formed(const Args& a) {
   return a.batch >= 0 && a.channels >= 1 && a.positions >= 0 &&
          (a.layout == NW_CHANNELS_FIRST || a.layout == NW_CHANNELS_LAST);
+}
+template <class Args> bool divides(const Args& a) { return a.groups >= 1 && a.channels % a.groups == 0; }
+
+int groups_forward(const nw_groups_forward_args* a) {
+  if (!well_formed(*a) || !divides(*a)) return NW_BAD_ARGUMENT;
+  return a->layout == NW_CHANNELS_LAST ? groups_last_forward(*a) : groups_first_forward(*a);
+}
+
+int groups_backward(const nw_groups_backward_args* a) {
+  if (!well_formed(*a) || !divides(*a)) return NW_BAD_ARGUMENT;
+  return a->layout == NW_CHANNELS_LAST ? groups_last_backward(*a) : groups_first_backward(*a);
 }
 
 int channels_forward(const nw_channels_forward_args* a) {

@@ -156,26 +156,28 @@ void positions_masked(size_t n, size_t positions, std::unique_ptr<uint8_t[]>& ma
   for (size_t i = 0; i < n * positions; ++i) mask[i] = uint8_t(i % 3 != 1);
 }
 
-void groups(size_t n, size_t channels, size_t positions, size_t count, int dtype, int act, bool masked) {
+void groups(size_t n, size_t channels, size_t positions, size_t count, int layout, int dtype, int act, bool masked) {
   std::unique_ptr<uint8_t[]> mask;
   positions_masked(n, positions, mask);
-  const size_t plane = positions, group = channels / count * positions;
-  Problem p{n * channels * positions, n * count, channels, [=](size_t i) { return i / group; },
-            [=](size_t i) { return i / plane % channels; },
-            [&](size_t i) { return !masked || mask[i / (channels * positions) * positions + i % positions]; }, true,
-            false, dtype, act, 1e-3};
+  const bool last = layout == NW_CHANNELS_LAST;
+  const size_t sample = channels * positions;
+  auto channel = [=](size_t i) { return last ? i % channels : i / positions % channels; };
+  Problem p{n * sample, n * count, channels,
+            [=](size_t i) { return i / sample * count + channel(i) / (channels / count); }, channel,
+            [&](size_t i) { return !masked || mask[last ? i / channels : i / sample * positions + i % positions]; },
+            true, false, dtype, act, 1e-3};
   Tensors t(p);
   const uint8_t* m = masked ? mask.get() : nullptr;
   nw_groups_forward_args f{t.x.data(), t.residual.data(), m, t.weight.data(), t.bias.data(), t.y.data(), t.mean.data(),
                            t.rstd.data(), int64_t(n), int64_t(channels), int64_t(positions), int64_t(count), p.eps,
-                           dtype, act, 3};
+                           dtype, layout, act, 3};
   check_status("groups forward", nw_groups_forward(&f));
   nw_groups_backward_args b{t.dy.data(), t.x.data(), t.residual.data(), m, t.weight.data(), t.bias.data(),
                             t.mean.data(), t.rstd.data(), t.dx.data(), t.dresidual.data(), t.dweight.data(),
                             t.dbias.data(), int64_t(n), int64_t(channels), int64_t(positions), int64_t(count), dtype,
-                            act, 3};
+                            layout, act, 3};
   check_status("groups backward", nw_groups_backward(&b));
-  verify("groups", p, t, t.x, true);
+  verify(last ? "groups last" : "groups first", p, t, t.x, true);
 }
 
 void channels(size_t n, size_t channels, size_t positions, int layout, int dtype, int act, bool masked) {
@@ -220,15 +222,20 @@ void all_kernels() {
           rows(6, cols, dtype, act, false, masked);
         }
         for (size_t positions : {1, 7, 50}) {
-          groups(2, 6, positions, 3, dtype, act, masked);
-          for (int layout : {NW_CHANNELS_FIRST, NW_CHANNELS_LAST}) channels(5, 7, positions, layout, dtype, act, masked);
+          for (int layout : {NW_CHANNELS_FIRST, NW_CHANNELS_LAST}) {
+            groups(2, 6, positions, 3, layout, dtype, act, masked);
+            channels(5, 7, positions, layout, dtype, act, masked);
+          }
         }
       }
     }
   }
   // Large enough for several threads, blocks and chunks.
   rows(70, 600, NW_FLOAT32, NW_IDENTITY, true, true);
-  groups(2, 4, 5001, 2, NW_FLOAT32, NW_GELU, true);
+  groups(2, 4, 5001, 2, NW_CHANNELS_FIRST, NW_FLOAT32, NW_GELU, true);
+  groups(1, 4, 9001, 1, NW_CHANNELS_FIRST, NW_FLOAT32, NW_IDENTITY, false);
+  groups(1, 34, 999, 17, NW_CHANNELS_LAST, NW_FLOAT32, NW_GELU, true);
+  groups(12, 34, 99, 2, NW_CHANNELS_LAST, NW_BFLOAT16, NW_IDENTITY, false);
   channels(2, 2, 9001, NW_CHANNELS_FIRST, NW_FLOAT32, NW_GELU, true);
   channels(4, 20, 500, NW_CHANNELS_FIRST, NW_BFLOAT16, NW_IDENTITY, false);
   channels(3, 17, 999, NW_CHANNELS_LAST, NW_FLOAT32, NW_GELU, true);

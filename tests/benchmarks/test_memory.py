@@ -36,24 +36,28 @@ def tensors_kept(layer: nn.Module, forward: Callable[[Tensor], object], x: Tenso
         (lambda: normwise.BatchNorm2d(64, act="relu"), 1),
         (lambda: normwise.BatchNorm2d(64, act="gelu").eval(), 1),
         (lambda: normwise.GroupNorm(8, 64), 1),
+        (lambda: normwise.GroupNorm(8, 64, act="silu"), 1),
         (lambda: normwise.InstanceNorm2d(64, affine=True), 1),
     ],
-    ids=["batch", "batch relu", "batch gelu eval", "group", "instance"],
+    ids=["batch", "batch relu", "batch gelu eval", "group", "group silu", "instance"],
 )
 def test_norms_over_positions_keep_their_input(
     make: Callable[[], nn.Module], expected: int, channels_last: bool
 ) -> None:
     layer, x = make(), torch.randn(SHAPE)
-    if channels_last and not isinstance(layer, normwise.BatchNorm2d):
-        pytest.skip("runs channels-first")
     x = x.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format).requires_grad_()
     assert tensors_kept(layer, layer, x) == pytest.approx(expected, rel=0.02)
 
 
 @NEEDS_KERNELS
-def test_a_residual_before_an_activation_is_kept_and_one_without_is_not() -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [normwise.BatchNorm2d, lambda channels, **more: normwise.GroupNorm(8, channels, **more), normwise.InstanceNorm2d],
+    ids=["batch", "group", "instance"],
+)
+def test_a_residual_before_an_activation_is_kept_and_one_without_is_not(kind: Callable[..., nn.Module]) -> None:
     x, residual = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE, requires_grad=True)
-    plain, relu = normwise.BatchNorm2d(64), normwise.BatchNorm2d(64, act="relu")
+    plain, relu = kind(64), kind(64, act="relu")
     assert tensors_kept(plain, lambda x: plain(x, residual=residual), x) == pytest.approx(1, rel=0.02)
     assert tensors_kept(relu, lambda x: relu(x, residual=residual), x) == pytest.approx(2, rel=0.02)
 

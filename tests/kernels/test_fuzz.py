@@ -39,12 +39,13 @@ def test_rows(isa, rows, cols, dtype, center, dsum, options):
     batch=st.integers(1, 5),
     groups=st.integers(1, 4),
     each=st.integers(1, 4),
-    positions=SIZES,
+    positions=st.one_of(SIZES, st.integers(71, 2000)),
     dtype=st.sampled_from(truth.DTYPES),
+    channels_last=st.booleans(),
     options=st.fixed_dictionaries(OPTIONS),
 )
-def test_groups(isa, batch, groups, each, positions, dtype, options):
-    check_groups((batch, groups * each, positions), groups, dtype, **options)
+def test_groups(isa, batch, groups, each, positions, dtype, channels_last, options):
+    check_groups((batch, groups * each, positions), groups, dtype, channels_last=channels_last, **options)
 
 
 @FUZZ

@@ -29,6 +29,8 @@ def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiled_kernels_first() -> None:
     assert choice() == choice("batch_norm", (0, 2)) == choice("group_norm", (2, 3)) == "cpu"
     assert choice(mask=torch.ones(4, 6, 1, dtype=torch.bool)) == "cpu"
+    assert choice("group_norm", (2, 3), torch.randn(2, 5, 6).mT) == "cpu"
+    assert choice("instance_norm", averages=(torch.zeros(6), torch.ones(6))) == "cpu"
     assert choice(tensor=x.half()) == "torch"
 
 
@@ -40,8 +42,8 @@ def test_compiled_kernels_first() -> None:
         ({"op": "batch_norm", "mask": torch.ones(4, 6, 5, dtype=torch.bool)}, "one mask for all channels"),
         ({"residual": x.double()}, "do not mix"),
         ({"op": "batch_norm", "averages": (torch.zeros(6).half(),) * 2}, "running averages of torch.float32"),
-        ({"op": "instance_norm", "averages": (torch.zeros(6),) * 2}, "does not move running averages"),
-        ({"op": "group_norm", "tensor": torch.randn(2, 5, 6).mT}, "channels-first"),
+        ({"op": "group_norm", "mask": torch.ones(4, 6, 5, dtype=torch.bool)}, "one mask for all channels"),
+        ({"op": "group_norm", "residual": x.bfloat16()}, "do not mix"),
         ({"op": "softmax"}, "no C\\+\\+ kernel for softmax"),
         ({"tensor": torch.randn(3, device="meta")}, "run on the CPU, not on meta"),
     ],

@@ -189,8 +189,11 @@ def test_an_activation_goes_along():
     assert [type(part) for part in plain] == [nn.BatchNorm2d, nn.ReLU]
     assert_close(plain(x), layer(x))
     assert "activation" in report.changed[0].note
-    grouped = normwise.convert(layer, to="group", num_groups=2).model
-    assert (grouped(x) >= 0).all()
+    grouped, report = normwise.convert(layer, to="group", num_groups=2)
+    assert grouped.act == "relu"
+    assert "activation" not in report.changed[0].note
+    assert_close(grouped(x, residual=x), torch.relu(nn.functional.group_norm(x, 2, layer.weight, layer.bias) + x))
+    assert [type(part) for part in normwise.convert(grouped, to="torch").model] == [nn.GroupNorm, nn.ReLU]
     assert normwise.convert(layer, to="layer").model.act == "relu"
 
 

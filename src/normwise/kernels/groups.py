@@ -10,12 +10,12 @@ import struct
 import torch
 from torch import Tensor
 
-from normwise.kernels.arguments import ACTS, DTYPES, at, like, mask_bytes, sizes, vector, wide
+from normwise.kernels.arguments import ACTS, DTYPES, at, dense, like, mask_bytes, sizes, vector, wide
 from normwise.kernels.library import kernel
 
-# The argument structs of normwise.h: pointers, int64, double, int32, padding.
-_FORWARD = struct.Struct("@8P4qd3i4x")
-_BACKWARD = struct.Struct("@12P4q3i4x")
+# The argument structs of normwise.h: pointers, int64, double, int32.
+_FORWARD = struct.Struct("@8P4qd4i")
+_BACKWARD = struct.Struct("@12P4q4i")
 STRUCTS = (_FORWARD, _BACKWARD)
 
 _forward = kernel("nw_groups_forward")
@@ -35,9 +35,10 @@ def groups_forward(
 ) -> tuple[Tensor, Tensor]:
     """GroupNorm of (N, C, ...), InstanceNorm with groups = C: (y, stats), stats (2, N * groups): mean and rstd.
 
-    y = act((x - mean) * rstd * weight + bias + residual). `mask` (N, positions): bool, True = valid.
+    y = act((x - mean) * rstd * weight + bias + residual), in x's memory layout. `mask` (N, positions): bool, True =
+    valid.
     """
-    x = x.contiguous()
+    x, layout = dense(x)
     batch, channels, positions = sizes(x)
     dtype = wide(x)
     weight, bias = vector(weight, dtype, channels), vector(bias, dtype, channels)
@@ -63,6 +64,7 @@ def groups_forward(
             groups,
             eps,
             DTYPES[x.dtype],
+            layout,
             ACTS[act],
             torch.get_num_threads(),
         )
@@ -83,7 +85,7 @@ def groups_backward(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias, dresidual)."""
-    x = x.contiguous()
+    x, layout = dense(x)
     batch, channels, positions = sizes(x)
     dtype = wide(x)
     weight, bias = vector(weight, dtype, channels), vector(bias, dtype, channels)
@@ -116,6 +118,7 @@ def groups_backward(
             positions,
             groups,
             DTYPES[x.dtype],
+            layout,
             ACTS[act],
             torch.get_num_threads(),
         )

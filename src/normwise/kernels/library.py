@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch  # noqa: F401  # before the library, see above
 
-ABI = 2
+ABI = 3
 NAME = {"Darwin": "libnormwise.dylib"}.get(platform.system(), "libnormwise.so")
 NOT_MOVED = 3  # NW_NOT_MOVED
 ISA_LEVELS = ("avx512", "avx2", "baseline")

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from normwise.nn.construct import affine_without_bias, reset_affine
-from normwise.ops import check, running
+from normwise.ops import check, ragged, running
 from normwise.ops.instance_norm import instance_norm
+from normwise.reference import activation
 
 
 class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
     """The part of InstanceNorm that does not depend on the input's rank; a subclass of torch's own."""
 
     batched_rank: int
+    act: str | None = None  # also of layers that were pickled before there was one
 
     def __init__(
         self,
@@ -28,26 +32,46 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        act: str | None = None,
     ) -> None:
         check.positive_eps(eps)
         check.momentum_range(momentum)
+        if act is not None:
+            activation(act)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         affine_without_bias(self, affine and not bias)
+        self.act = act
 
     def reset_parameters(self) -> None:
         """Gain 1, bias 0, running mean 0 and variance 1."""
         self.reset_running_stats()
         reset_affine(self)
 
-    def forward(self, input: Tensor, *, mask: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
-        """See `normwise.functional.instance_norm` for shapes and errors; an input without batch axis is one sample."""
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        *,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        residual: Tensor | PackedSequence | None = None,
+    ) -> Any:
+        """act(in(input) + residual); see `normwise.functional.instance_norm` for shapes and errors.
+
+        An input without batch axis is one sample, and so are then `mask` and `residual`.
+        """
+        if ragged.is_ragged(input):
+            if self.batched_rank != 3:
+                raise check.ShapeError(f"{type(self).__name__} takes no ragged input: InstanceNorm1d does")
+            return ragged.by_sequences(self.forward, input, mask=mask, lengths=lengths, residual=residual)
+        assert isinstance(input, Tensor)
         check.rank(input, (self.batched_rank - 1, self.batched_rank))
         if input.dim() < self.batched_rank:
-            if mask is not None:
-                mask = mask.unsqueeze(0)
+            check.same_shape("residual", residual, input)
+            assert residual is None or isinstance(residual, Tensor)
+            mask, residual = (None if t is None else t.unsqueeze(0) for t in (mask, residual))
             if lengths is not None:
                 lengths = lengths.reshape(1)
-            return self.forward(input.unsqueeze(0), mask=mask, lengths=lengths).squeeze(0)
+            return self.forward(input.unsqueeze(0), mask=mask, lengths=lengths, residual=residual).squeeze(0)
         self._check_channels(input)
         mean, var = self.running_mean, self.running_var
         if self.training and mean is not None and var is not None and running.recomputing():
@@ -63,7 +87,12 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
             self.eps,
             mask=mask,
             lengths=lengths,
+            act=self.act,
+            residual=residual,
         )
+
+    def extra_repr(self) -> str:
+        return str(super().extra_repr()) + ("" if self.act is None else f", act={self.act!r}")
 
     def _check_channels(self, input: Tensor) -> None:
         found = input.shape[1]
@@ -82,13 +111,14 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
 
 
 class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
-    r"""Instance normalization of (N, C, L) or (C, L).
+    r"""Instance normalization of (N, C, L) or (C, L), a PackedSequence or a jagged nested tensor.
 
-    y = gamma * (x - E[x]) / sqrt(Var[x] + eps) + beta, with mean and variance over the positions of one sample and
-    channel. By default there is neither gain nor bias, and no running average.
+    y = act(gamma * (x - E[x]) / sqrt(Var[x] + eps) + beta + residual), with mean and variance over the positions of one
+    sample and channel. By default there is neither gain nor bias, and no running average.
 
-    A drop-in for `torch.nn.InstanceNorm1d`: same arguments, state_dict and results. Beyond it, in the call: `mask`
-    (bool, True = valid; (N, L), or broadcastable to the input) or `lengths` (valid steps of each sample).
+    A drop-in for `torch.nn.InstanceNorm1d`: same arguments, state_dict and results. Beyond it, `act` at construction
+    ("relu", "leaky_relu", "silu", "gelu" or None), and in the call: `mask` (bool, True = valid; (N, L), or
+    broadcastable to the input) or `lengths` (valid steps of each sample), and `residual`, added before `act`.
 
     Source: Ulyanov, Vedaldi & Lempitsky 2016.
     """

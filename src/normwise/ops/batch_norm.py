@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.ops import check, compiled, ragged, ranks, running
 from normwise.ops.choose import Call, choose, compiles_plain, loses_digits, plain, values_visible, watches_digits
-from normwise.ops.norm import norm
+from normwise.ops.norm import finished, norm
 from normwise.ops.running import Moved
 from normwise.ops.sync_batch_norm import sync_batch_norm
 from normwise.reference import activation, count_valid
@@ -202,13 +202,7 @@ def applied(
     if choose(call).backend == "cpu":
         return _compiled(call, bias, momentum, eps, act)
     y, moved = standardized(x, averages, weight, bias, batch_statistics, momentum, eps, valid, group)
-    if residual is not None:
-        y = y + residual
-    if act is not None:
-        y = activation(act)(y)
-    if valid is not None and residual is not None:
-        y = y.masked_fill(~valid, 0)
-    return y, moved
+    return finished(y, residual, act, valid), moved
 
 
 def standardized(
@@ -271,17 +265,13 @@ def _compiled(
     call: Call, bias: Tensor | None, momentum: float | Tensor, eps: float, act: str | None
 ) -> tuple[Tensor, Moved]:
     """By the kernel of channels, activation and residual included."""
-    x = call.x
-    if not x.movedim(1, -1).is_contiguous():
-        x = x.contiguous()
-    mask = None if call.mask is None else call.mask.squeeze(1).expand(x.shape[0], *x.shape[2:]).reshape(x.shape[0], -1)
     return compiled.channels(
-        x,
+        compiled.dense(call.x),
         call.residual,
         call.weight,
         bias,
         call.averages,
-        mask,
+        compiled.mask_of_positions(call),
         call.batch_statistics,
         float(momentum),
         eps,

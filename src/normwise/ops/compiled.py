@@ -16,6 +16,7 @@ from normwise import reference
 from normwise.kernels.channels import channels_backward, channels_forward
 from normwise.kernels.groups import groups_backward, groups_forward
 from normwise.kernels.rows import rows_backward, rows_forward
+from normwise.ops.choose import Call
 
 
 def rows(
@@ -40,13 +41,25 @@ def rows(
     return (out, x) if residual is None else out
 
 
-def groups(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, groups: int, eps: float
-) -> Tensor:
-    """GroupNorm of a contiguous (N, C, ...); `mask` (N, positions)."""
-    if not _differentiates(x, weight, bias):
-        return groups_forward(x, groups, weight, bias, eps, mask=mask)[0]
-    return _Groups.apply(x, weight, bias, mask, groups, eps)  # type: ignore[no-any-return]
+def groups(call: Call, bias: Tensor | None, groups: int, eps: float, act: str | None) -> tuple[Tensor, Tensor]:
+    """(act(GroupNorm of (N, C, ...) + residual), stats (2, N * groups): mean and 1 / sqrt(var + eps) in float64)."""
+    x, residual, weight, mask = dense(call.x), call.residual, call.weight, mask_of_positions(call)
+    if not _differentiates(x, residual, weight, bias):
+        return groups_forward(x, groups, weight, bias, eps, act=act, residual=residual, mask=mask)
+    return _Groups.apply(x, residual, weight, bias, mask, (groups, eps, act))  # type: ignore[no-any-return]
+
+
+def dense(x: Tensor) -> Tensor:
+    """(N, C, ...) in a layout that the kernels walk through, channels-first or channels-last, copied if need be."""
+    return x if x.movedim(1, -1).is_contiguous() else x.contiguous()
+
+
+def mask_of_positions(call: Call) -> Tensor | None:
+    """The mask of (N, C, ...), which is that of all channels, as (N, positions)."""
+    if call.mask is None:
+        return None
+    samples, _, *positions = call.x.shape
+    return call.mask.squeeze(1).expand(samples, *positions).reshape(samples, -1)
 
 
 def channels(
@@ -126,34 +139,42 @@ class _Groups(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
+        residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         mask: Tensor | None,
-        groups: int,
-        eps: float,
-    ) -> Tensor:
-        y, stats = groups_forward(x, groups, weight, bias, eps, mask=mask)
-        ctx.save_for_backward(x, weight, bias, mask, stats)
-        ctx.settings = groups, eps
-        return y
+        settings: tuple[int, float, str | None],
+    ) -> tuple[Tensor, Tensor]:
+        groups, eps, act = settings
+        y, stats = groups_forward(x, groups, weight, bias, eps, act=act, residual=residual, mask=mask)
+        # The residual is needed again only to know where the activation was flat.
+        ctx.save_for_backward(x, residual if act is not None else None, weight, bias, mask, stats)
+        ctx.mark_non_differentiable(stats)
+        ctx.settings = settings
+        return y, stats
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, bias, mask, stats = ctx.saved_tensors
-        groups, eps = ctx.settings
+    def backward(ctx: Any, dy: Tensor, _: None) -> Any:
+        x, residual, weight, bias, mask, stats = ctx.saved_tensors
+        groups, eps, act = ctx.settings
+        wants_residual = ctx.needs_input_grad[1]
+        dresidual: Tensor | None
         if torch.is_grad_enabled():
             grouped = (x.shape[0], groups, x.shape[1] // groups, -1)
-            per_channel = (1, groups, -1, 1)
-            gain, shift = (None if t is None else t.view(per_channel) for t in (weight, bias))
-            valid = None if mask is None else mask.view(x.shape[0], 1, 1, -1)
-            options = {"mask": valid, "eps": eps, "center": True}
-            dx, dweight, dbias, _ = _differentiable(
-                dy.reshape(grouped), x.view(grouped), (2, 3), gain, shift, options, None, None
-            )
-            dx = dx.view_as(x)
+            gain, shift = (None if t is None else t.view(1, groups, -1, 1) for t in (weight, bias))
+            upstream, wide, added = (None if t is None else t.reshape(grouped) for t in (dy, x, residual))
+            assert upstream is not None
+            assert wide is not None
+            options = {"mask": None if mask is None else mask.view(x.shape[0], 1, 1, -1), "eps": eps, "center": True}
+            dx, dweight, dbias, dz = _differentiable(upstream, wide, (2, 3), gain, shift, options, act, added)
+            dx, dresidual = dx.reshape(x.shape), dz.reshape(x.shape)
         else:
-            dx, dweight, dbias, _ = groups_backward(dy, x, stats, groups, weight, bias, mask=mask)
-        return dx, _as(dweight, weight), _as(dbias, bias), None, None, None
+            dx, dweight, dbias, dresidual = groups_backward(
+                dy, x, stats, groups, weight, bias, act=act, residual=residual, mask=mask
+            )
+            if residual is None and wants_residual:
+                dresidual = _passed(dy, x, mask)
+        return dx, dresidual if wants_residual else None, _as(dweight, weight), _as(dbias, bias), None, None
 
 
 class _Channels(torch.autograd.Function):
@@ -199,9 +220,14 @@ class _Channels(torch.autograd.Function):
         dx, dweight, dbias, dresidual = channels_backward(
             dy, x, stats, weight, bias, batch_statistics, act=act, residual=residual, mask=mask
         )
-        if residual is None and wants_residual:  # no activation between: the gradient passes as it is
-            dresidual = dy if mask is None else dy.masked_fill(~mask.view(x.shape[0], 1, *x.shape[2:]), 0)
+        if residual is None and wants_residual:
+            dresidual = _passed(dy, x, mask)
         return dx, dresidual if wants_residual else None, _as(dweight, weight), _as(dbias, bias), *(None,) * 6
+
+
+def _passed(dy: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The gradient of a residual that no activation follows."""
+    return dy if mask is None else dy.masked_fill(~mask.view(x.shape[0], 1, *x.shape[2:]), 0)
 
 
 def _differentiable(

@@ -10,8 +10,9 @@ from torch import Tensor
 from normwise.ops import check, running
 from normwise.ops.batch_norm import applied, checked, enough_values
 from normwise.ops.choose import values_visible
+from normwise.ops.norm import finished
 from normwise.ops.running import Moved
-from normwise.reference import Moments, accumulation_dtype, activation, combined
+from normwise.reference import Moments, accumulation_dtype, combined
 
 
 def ghost_batch_norm_moved(
@@ -62,12 +63,7 @@ def ghost_batch_norm_moved(
         if x[rows].shape[0]
     ]
     y = torch.cat([piece[0] for piece in pieces])
-    if residual is not None:
-        y = y + residual
-    if act is not None:
-        y = activation(act)(y)
-    if valid is not None and residual is not None:
-        y = y.masked_fill(~valid, 0)
+    y = finished(y, residual, act, valid)
     if averages is None:
         return y, True
     parts = Moments(*(torch.cat(column) for column in zip(*(piece[1] for piece in pieces), strict=True)))

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops import check, compiled
+from normwise.ops import check, compiled, ragged
 from normwise.ops.choose import Call, choose, loses_digits, watches_digits
 from normwise.ops.features import as_autocast
-from normwise.ops.norm import norm
+from normwise.ops.norm import finished, norm
+from normwise.reference import activation
 
 
 def group_norm(
-    input: Tensor,
+    input: Tensor | PackedSequence,
     num_groups: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -22,16 +26,22 @@ def group_norm(
     *,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> Tensor:
-    r"""gamma * (x - mean) / sqrt(var + eps) + beta, statistics over a group of channels and all positions of a sample.
+    act: str | None = None,
+    residual: Tensor | PackedSequence | None = None,
+) -> Any:
+    r"""act(gamma * (x - mean) / sqrt(var + eps) + beta + residual), statistics over a group of channels of a sample.
+
+    Mean and (biased) variance are those of all positions of C / num_groups neighbouring channels of one sample.
 
     Args:
-        input: (N, C, ...).
+        input: (N, C, ...); or a PackedSequence or jagged nested tensor of N sequences of rows of C channels.
         num_groups: into how many groups of neighbouring channels C is divided.
-        weight, bias: (C,).
-        eps: added to the (biased) variance.
+        weight, bias: (C,): gamma and beta.
+        eps: added to the variance.
         mask: bool, True = valid: (N, ...), the input without its channel axis, or broadcastable to the input.
         lengths: (N,) integers, valid steps along the last axis of (N, C, ..., L).
+        act: "relu", "leaky_relu", "silu" or "gelu", applied last.
+        residual: like the input, added before `act`.
 
     Returns:
         Like the input; 0 at invalid positions, which neither enter the statistics nor receive a gradient. A sample
@@ -43,6 +53,10 @@ def group_norm(
 
     Source: Wu & He 2018, eq. 7.
     """
+    if ragged.is_ragged(input):
+        sequences = partial(group_norm, num_groups=num_groups, weight=weight, bias=bias, eps=eps, act=act)
+        return ragged.by_sequences(sequences, input, mask=mask, lengths=lengths, residual=residual)
+    assert isinstance(input, Tensor)
     x = input
     check.floating("group_norm", x)
     check.positive_eps(eps)
@@ -54,18 +68,31 @@ def group_norm(
     groups_divide(num_groups, channels)
     check.per_channel("weight", weight, channels)
     check.per_channel("bias", bias, channels)
+    check.same_shape("residual", residual, x)
+    assert residual is None or isinstance(residual, Tensor)
+    if act is not None:
+        activation(act)
     valid = check.validity(x, mask, lengths, channel_dim=1)
     check.more_than_one(
         samples * channels // num_groups * prod(positions),
         x,
         "Use fewer groups, so that each holds several channels, or LayerNorm.",
     )
+    dims = tuple(range(2, x.dim() + 1))
+    call = Call("group_norm", x, dims, weight=weight, mask=valid, residual=residual)
+    if choose(call).backend == "cpu":
+        return compiled.groups(call, bias, num_groups, eps, act)[0]
+    y = _standardized(call._replace(residual=None), bias, num_groups, eps)
+    return finished(y, residual, act, valid)
 
-    call = Call("group_norm", x, tuple(range(2, x.dim() + 1)), weight=weight, mask=valid)
+
+def _standardized(call: Call, bias: Tensor | None, num_groups: int, eps: float) -> Tensor:
+    """gamma * (x - mean) / sqrt(var + eps) + beta by the chosen backend."""
+    x, weight, valid = call.x, call.weight, call.mask
+    samples, channels, *positions = x.shape
     backend = choose(call).backend
     if backend == "cpu":
-        rows = None if valid is None else valid.squeeze(1).expand(samples, *positions).reshape(samples, -1)
-        return compiled.groups(x.contiguous(), weight, bias, rows, num_groups, eps)
+        return compiled.groups(call, bias, num_groups, eps, None)[0]
     if backend == "torch":
         if not watches_digits(x):
             return torch.group_norm(x, num_groups, weight, bias, eps, torch.backends.cudnn.enabled)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops import check, compiled, running
-from normwise.ops.batch_norm import standardized
+from normwise.ops import check, compiled, ragged, running
+from normwise.ops.batch_norm import applied
 from normwise.ops.choose import Call, choose, loses_digits, watches_digits
-from normwise.ops.norm import norm
+from normwise.ops.norm import finished, norm
+from normwise.reference import Moments, activation, count_valid
 
 
 def instance_norm(
-    input: Tensor,
+    input: Tensor | PackedSequence,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     weight: Tensor | None = None,
@@ -25,19 +29,24 @@ def instance_norm(
     *,
     mask: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> Tensor:
-    r"""gamma * (x - mean) / sqrt(var + eps) + beta, statistics over the positions of one sample and channel.
+    act: str | None = None,
+    residual: Tensor | PackedSequence | None = None,
+) -> Any:
+    r"""act(gamma * (x - mean) / sqrt(var + eps) + beta + residual), statistics over positions, by sample and channel.
 
     Args:
-        input: (N, C, ...) with at least one axis of positions.
+        input: (N, C, ...) with at least one axis of positions; or a PackedSequence or jagged nested tensor of N
+            sequences of rows of C channels.
         running_mean, running_var: (C,), moved in place towards the average over samples if `use_input_stats`,
             otherwise the statistics that are used.
-        weight, bias: (C,).
+        weight, bias: (C,): gamma and beta.
         use_input_stats: take the statistics from the input.
         momentum: weight of the new batch in the running averages, in [0, 1].
         eps: added to the (biased) variance.
         mask: bool, True = valid: (N, ...), the input without its channel axis, or broadcastable to the input.
         lengths: (N,) integers, valid steps along the last axis of (N, C, ..., L).
+        act: "relu", "leaky_relu", "silu" or "gelu", applied last.
+        residual: like the input, added before `act`.
 
     Returns:
         Like the input; 0 at invalid positions, which neither enter the statistics nor receive a gradient. A sample
@@ -49,6 +58,20 @@ def instance_norm(
 
     Source: Ulyanov, Vedaldi & Lempitsky 2016, eq. 2.
     """
+    if ragged.is_ragged(input):
+        sequences = partial(
+            instance_norm,
+            running_mean=running_mean,
+            running_var=running_var,
+            weight=weight,
+            bias=bias,
+            use_input_stats=use_input_stats,
+            momentum=momentum,
+            eps=eps,
+            act=act,
+        )
+        return ragged.by_sequences(sequences, input, mask=mask, lengths=lengths, residual=residual)
+    assert isinstance(input, Tensor)
     x = input
     check.floating("instance_norm", x)
     check.positive_eps(eps)
@@ -57,7 +80,7 @@ def instance_norm(
         raise check.ShapeError(
             f"expected 3D input or more (got {x.dim()}D input): (N, C, ...) with an axis of positions"
         )
-    samples, channels, *positions = x.shape
+    channels, *positions = x.shape[1:]
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var go together: give both or neither")
     for name, value in (
@@ -67,6 +90,10 @@ def instance_norm(
         ("bias", bias),
     ):
         check.per_channel(name, value, channels)
+    check.same_shape("residual", residual, x)
+    assert residual is None or isinstance(residual, Tensor)
+    if act is not None:
+        activation(act)
     valid = check.validity(x, mask, lengths, channel_dim=1)
     averages = None if running_mean is None or running_var is None else (running_mean, running_var)
     if not use_input_stats:
@@ -76,7 +103,7 @@ def instance_norm(
                 "take the "
                 "input's own statistics"
             )
-        return standardized(x, averages, weight, bias, False, momentum, eps, valid)[0]
+        return applied(x, averages, weight, bias, False, momentum, eps, valid, act, residual)[0]
     if prod(positions) == 1:
         raise ValueError(
             f"Expected more than 1 spatial element when training, got input size {x.shape}: one value standardizes "
@@ -84,34 +111,48 @@ def instance_norm(
             "whatever it is. Use LayerNorm or GroupNorm, whose statistics also run over channels"
         )
 
-    call = Call("instance_norm", x, tuple(range(2, x.dim())), weight=weight, mask=valid, averages=averages)
+    dims = tuple(range(2, x.dim()))
+    call = Call("instance_norm", x, dims, weight=weight, mask=valid, residual=residual, averages=averages)
+    if choose(call).backend == "cpu":
+        return _compiled(call, bias, momentum, eps, act)
+    y = _standardized(call._replace(residual=None), bias, momentum, eps)
+    return finished(y, residual, act, valid)
+
+
+def _compiled(call: Call, bias: Tensor | None, momentum: float, eps: float, act: str | None) -> Tensor:
+    """By the kernel of groups, every channel a group of its own; it says what the running averages move towards."""
+    samples, channels = call.x.shape[:2]
+    y, stats = compiled.groups(call, bias, channels, eps, act)
+    if call.averages is not None and samples:
+        mean, rstd = stats.view(2, samples, channels)
+        counted = count_valid(call.x, call.dims, call.mask).to(torch.float64).flatten(1).expand(samples, channels)
+        moments = Moments(mean, (rstd.pow(-2) - eps).clamp(min=0), counted)
+        running.move_over_samples(*call.averages, moments, momentum)
+    return y
+
+
+def _standardized(call: Call, bias: Tensor | None, momentum: float, eps: float) -> Tensor:
+    """gamma * (x - mean) / sqrt(var + eps) + beta by the chosen backend; moves the running averages, if any."""
+    x, weight, averages = call.x, call.weight, call.averages
+    samples, channels, *positions = x.shape
     backend = choose(call).backend
     if backend == "cpu":
-        rows = None if valid is None else valid.squeeze(1).expand(samples, *positions).reshape(samples, -1)
-        return compiled.groups(x.contiguous(), weight, bias, rows, channels, eps)
+        return _compiled(call, bias, momentum, eps, None)
     if backend == "torch":
+        mean, var = averages or (None, None)
         if not watches_digits(x):
-            return torch.instance_norm(
-                x,
-                weight,
-                bias,
-                running_mean,
-                running_var,
-                True,
-                momentum,
-                eps,
-                torch.backends.cudnn.enabled,
-            )
+            cudnn = torch.backends.cudnn.enabled
+            return torch.instance_norm(x, weight, bias, mean, var, True, momentum, eps, cudnn)
         if averages is None:
             # ATen's own way: every sample's channels are channels of one large sample.
             folded = x.reshape(1, samples * channels, *positions)
             gain, shift = (None if t is None else t.repeat(samples) for t in (weight, bias))
-            y, mean, rstd = torch.native_batch_norm(folded, gain, shift, None, None, True, momentum, eps)
-            if not loses_digits(mean, rstd):
+            y, *used = torch.native_batch_norm(folded, gain, shift, None, None, True, momentum, eps)
+            if not loses_digits(*used):
                 return y.reshape(x.shape)
     per_channel = (1, channels, *(1,) * len(positions))
     gain, shift = (None if t is None else t.view(per_channel) for t in (weight, bias))
-    y, moments = norm(x, call.dims, gain, shift, mask=valid, eps=eps)
+    y, moments = norm(x, call.dims, gain, shift, mask=call.mask, eps=eps)
     if averages is not None and samples:
         running.move_over_samples(*averages, moments, momentum)
     return y

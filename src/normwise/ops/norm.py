@@ -36,6 +36,15 @@ def norm(
     return y, Moments(*(m.detach() for m in moments))
 
 
+def finished(y: Tensor, residual: Tensor | None, act: str | None, valid: Tensor | None) -> Tensor:
+    """act(y + residual), where `y` is a norm's output and so 0 at invalid positions; it stays so."""
+    if residual is not None:
+        y = y + residual
+    if act is not None:
+        y = reference.activation(act)(y)
+    return y if valid is None or residual is None else y.masked_fill(~valid, 0)
+
+
 @torch.library.custom_op("normwise::norm", mutates_args=())
 def _norm(
     x: Tensor,

@@ -1,7 +1,7 @@
 """Sequences of different lengths without padding: PackedSequence and jagged nested tensors.
 
 Both keep all valid steps in one dense tensor of rows, so a norm of rows needs no mask: it takes the rows out and puts
-the result back in the same wrapping.
+the result back in the same wrapping. A norm whose statistics are those of one sequence gets them padded.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+
+from normwise.ops import check
 
 Ragged: TypeAlias = Tensor | PackedSequence
 
@@ -44,6 +46,53 @@ def by_rows(
         )
     y = op(_rows(x), residual=None if residual is None else _rows(residual))
     return tuple(_wrap(rows, x) for rows in y) if isinstance(y, tuple) else _wrap(y, x)
+
+
+def by_sequences(
+    op: Callable[..., Tensor],
+    x: Ragged,
+    *,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    residual: Ragged | None,
+) -> Any:
+    """`op(padded, lengths=..., residual=padded)` of (N, C, L) in the wrapping of `x`, whose rows hold C channels.
+
+    Raises:
+        as `by_rows`; ShapeError for rows of several axes.
+    """
+    sample, step, counts = _places(x)
+
+    def rows(data: Tensor, residual: Tensor | None) -> Tensor:
+        if data.dim() != 2:
+            raise check.ShapeError(
+                f"expected rows of channels, (N, L, C) or (N, C, L) with L ragged, but got a {_kind(x)} with rows of "
+                f"shape {tuple(data.shape[1:])}"
+            )
+        longest = int(counts.max()) if len(counts) else 0
+
+        def padded(t: Tensor) -> Tensor:
+            zeros = t.new_zeros(len(counts), longest, t.shape[1])
+            return zeros.index_put((sample, step), t).transpose(1, 2)
+
+        y = op(padded(data), lengths=counts, residual=None if residual is None else padded(residual))
+        return y.transpose(1, 2)[sample, step]
+
+    return by_rows(rows, x, mask=mask, lengths=lengths, residual=residual)
+
+
+def _places(x: Ragged) -> tuple[Tensor, Tensor, Tensor]:
+    """The sequence and step of each row, and the steps of each sequence; packed ones in their packed order."""
+    if isinstance(x, PackedSequence):
+        batch_sizes = x.batch_sizes.to(x.data.device)
+        samples = int(x.batch_sizes[0])
+        step, sample = (torch.arange(samples, device=x.data.device) < batch_sizes[:, None]).nonzero(as_tuple=True)
+        return sample, step, torch.bincount(sample, minlength=samples)
+    _rows(x)  # which refuses what is not jagged
+    counts = _jagged(x).offsets().diff()
+    steps = torch.arange(int(counts.max()) if len(counts) else 0, device=counts.device)
+    sample, step = (steps < counts[:, None]).nonzero(as_tuple=True)
+    return sample, step, counts
 
 
 def _kind(x: Any) -> str:

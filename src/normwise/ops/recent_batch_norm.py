@@ -10,8 +10,9 @@ from torch import Tensor
 
 from normwise.ops import ragged, running
 from normwise.ops.batch_norm import checked, enough_values
+from normwise.ops.norm import finished
 from normwise.ops.running import Moved
-from normwise.reference import Moments, activation, combined, moments, norm
+from normwise.reference import Moments, combined, moments, norm
 
 
 def recent_batch_norm_moved(
@@ -74,12 +75,7 @@ def recent_batch_norm_moved(
     shape = (1, -1, *(1,) * (x.dim() - 2))
     gain, shift = (None if t is None else t.view(shape) for t in (weight, bias))
     y, _ = norm(x, dims, gain, shift, mask=valid, mean=pooled.mean.view(shape), var=pooled.var.view(shape), eps=eps)
-    if residual is not None:
-        y = y + residual
-    if act is not None:
-        y = activation(act)(y)
-    if valid is not None and residual is not None:
-        y = y.masked_fill(~valid, 0)
+    y = finished(y, residual, act, valid)
     if running_mean is None or running_var is None or x.numel() == 0:
         return y, True
     return y, running.move(running_mean, running_var, Moments(*(m.detach() for m in pooled)), momentum)

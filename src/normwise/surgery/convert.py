@@ -60,8 +60,8 @@ it (SyncBatchNorm, GroupNorm) | the same
     several places still does. An activation (`act=`) that the new layer lacks follows it as a module. The random state
     is left alone. What changed, what did not carry over, and what was skipped and why is in the report.
 
-    What a forward passes beyond the input (`mask=`, `lengths=`, `residual=`) the new layer must know: torch.nn's do
-    not, and GroupNorm knows no residual.
+    What a forward passes beyond the input (`mask=`, `lengths=`, `residual=`) the new layer must know, and torch.nn's do
+    not. LayerNorm adds a residual before it normalizes, and returns the sum too; the others add it behind the norm.
 
     Args:
         model: left as it is, unless `inplace`.
