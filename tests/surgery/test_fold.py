@@ -58,7 +58,7 @@ def test_batch_norm_behind_a_convolution(transposed, nd, groups, bias):
 def test_batch_norm_behind_and_before_a_linear_layer(norm, bias):
     model = nn.Sequential(nn.Linear(5, 6, bias=bias), randomize(norm))
     report = assert_folded(model, torch.randn(4, 5))
-    assert "rows" in report.changed[0].note
+    assert "taken to be of rows (N, C): pass example= to be sure" in report.changed[0].note
     report = assert_folded(model, torch.randn(4, 5), example=torch.randn(2, 5))
     assert report.changed[0].note == ""
     assert_folded(nn.Sequential(norm, nn.Linear(6, 5, bias=bias)), torch.randn(4, 6))
@@ -267,6 +267,11 @@ def test_errors_name_the_cure():
         normwise.fold(net())
     with pytest.raises(ValueError, match="no norm that can be folded"):
         normwise.fold(nn.Sequential(nn.Linear(2, 2)).eval())
+    for lone in (nn.BatchNorm1d(3), normwise.BatchNorm2d(3), nn.LayerNorm(3)):
+        with pytest.raises(
+            ValueError, match=r"no norm that can be folded(?s:.*)\(the model\): .*Norm.*no layer beside"
+        ):
+            normwise.fold(lone.eval())
     with pytest.raises(TypeError, match=r"OptimizedModule.*fold the model before it is wrapped"):
         normwise.fold(torch.compile(net(), backend="eager").eval())
 

@@ -14,7 +14,7 @@ from normwise.surgery.report import Change, Refusal, Report, Skip, Surgery
 from normwise.surgery.select import BATCH, Layer, Where, chosen, kind_of, layers
 
 _BY_FEATURES = (nn.LayerNorm, nn.RMSNorm)
-_ROWS = "taken to be of rows (N, C), as BatchNorm beside a Linear is: pass example= to be sure"
+_ROWS = "taken to be of rows (N, C): pass example= to be sure"
 
 
 def fold(model: nn.Module, example: Any = None, *, where: Where = None, inplace: bool = False) -> Surgery:
@@ -32,7 +32,8 @@ def fold(model: nn.Module, example: Any = None, *, where: Where = None, inplace:
 
     Only what is exact is folded: torch.fx follows the model's forward, and where the result between the two layers is
     used elsewhere too, a layer is called twice or shares a weight, or anything else looks on, the pair is left alone
-    and the report says why. The report may note what the result relies on.
+    and the report says why. The report notes what the result relies on: beside a linear layer, which works on the last
+    axis, a BatchNorm, which works on axis 1, is taken to be of rows (N, C) unless there is an `example`.
 
     Args:
         model: in evaluation; left as it is, unless `inplace`.
@@ -58,7 +59,8 @@ def fold(model: nn.Module, example: Any = None, *, where: Where = None, inplace:
         model = copied(model, "fold")
     candidates = layers(model, (*BATCH, *_BY_FEATURES))
     meant = chosen(candidates, where)
-    ways, note = ways_through(model) if candidates else ([], "")
+    inside = any(one.module is not model for one in candidates)
+    ways, note = ways_through(model) if inside else ([], "")
     if example is not None:
         arguments = example if isinstance(example, tuple) else (example,)
         with torch.no_grad():
@@ -85,6 +87,8 @@ def fold(model: nn.Module, example: Any = None, *, where: Where = None, inplace:
 def _fold(model: nn.Module, one: Layer, ways: list[Calls]) -> list[str] | Refusal:
     """Fold one norm; where it went and what the result relies on, or why it stays."""
     norm = one.module
+    if norm is model:
+        return Refusal("it is the whole model: there is no layer beside it")
     try:
         _foldable(norm, ways)
         if isinstance(norm, _BY_FEATURES):
