@@ -185,6 +185,9 @@ int nw_channels_backward(const nw_channels_backward_args* args);
  *     reset_candidate; h' = z * h + (1 - z) * n, or (1 - z) * h + z * n with update_paper.
  *   NW_RNN_TANH, NW_RNN_RELU: h' = tanh or relu of the summed input.
  *   Statistics are float; sums of gradients of gains and biases depend on `threads` in their last digits.
+ *   With products = NW_BFLOAT16 both operands of every matrix product, W_ih x, W_hh h and those of the backward, are
+ *   rounded to bfloat16 and their products summed in float; up to four inputs are multiplied as they are. All else, and
+ *   all memory, is float.
  */
 enum nw_cell { NW_LSTM = 0, NW_GRU = 1, NW_RNN_TANH = 2, NW_RNN_RELU = 3 };
 enum nw_terms { NW_PLAIN = 0, NW_SEPARATE = 1, NW_SUM = 2 };
@@ -216,7 +219,8 @@ typedef struct nw_recurrent {
   int32_t dtype, cell, terms, center, cell_norm, reset_candidate, update_paper;
   int32_t reverse; /* run from the last step to the first; only without batch_sizes */
   int32_t groups[4];
-  int32_t threads, reserved;
+  int32_t threads;
+  int32_t products; /* nw_dtype in which matrices are multiplied, NW_FLOAT32 or NW_BFLOAT16: see above */
 } nw_recurrent;
 
 /* Columns of input_terms, hidden_terms, cells and stats for this description; 0: not used, pass null. */

@@ -183,9 +183,11 @@ inline void multiply(int64_t rows, const float* a, int64_t stride, const Panels&
   }
 }
 
-// c (+)= a^T * b for rows first .. last-1 of c. a is (b.depth, rows of c); `packed` holds left_block * b.depth elements.
+// c (+)= a^T * b for rows first .. last-1 of c. a is (b.depth, rows of c); `packed` holds left_block * b.depth elements,
+// each of them `change` of one of a.
+template <class Change>
 inline void multiply_transposed(const float* a, int64_t a_stride, const Panels& b, int64_t first, int64_t last,
-                                float* c, int64_t c_stride, bool add, float* packed) {
+                                float* c, int64_t c_stride, bool add, float* packed, Change change) {
   const int64_t piece = left_width * b.depth;
   for (int64_t row = first; row < last; row += left_block) {
     const int64_t height = last - row < left_block ? last - row : left_block;
@@ -195,7 +197,7 @@ inline void multiply_transposed(const float* a, int64_t a_stride, const Panels& 
         for (int64_t r = 0; r < height; r += left_width) __builtin_prefetch(from + 8 * a_stride + r);
       }
       sweep<float>(height, [&](int64_t r, auto part) NW_LAMBDA {
-        store(packed + r / left_width * piece + k * left_width + r % left_width, load(from + r, part), part);
+        store(packed + r / left_width * piece + k * left_width + r % left_width, change(load(from + r, part)), part);
       });
     }
     for (int64_t p = 0; p < panel_count(b.columns); ++p) {

@@ -46,10 +46,48 @@ struct Float32 {
   static void multiply_transposed(const float* a, int64_t a_stride, const void* panels, int64_t depth, int64_t columns,
                                   int64_t first, int64_t last, float* c, int64_t c_stride, bool add, void* memory) {
     NW_ISA::multiply_transposed(a, a_stride, {static_cast<const float*>(panels), depth, columns}, first, last, c,
-                                c_stride, add, static_cast<float*>(memory));
+                                c_stride, add, static_cast<float*>(memory), [](vec<float> v) NW_LAMBDA { return v; });
   }
   static void begin() {}
   static void end() {}
+};
+
+// What bfloat16 can hold, in float.
+NW_INLINE vec<float> rounded(vec<float> v) { return widen(narrow(v)); }
+
+// Operands rounded to bfloat16, as processors without instructions for it can do it: by the tiles of float32.
+struct RoundedToBfloat16 : Float32 {
+  static constexpr bool as_they_are = false;
+
+  static void round_panel(int64_t depth, int64_t panel, void* panels) {
+    float* at = static_cast<float*>(panels) + panel * panel_width * depth;
+    for (int64_t i = 0; i < panel_width * depth; i += lanes<float>) store(at + i, rounded(load(at + i)));
+  }
+  static void pack(const float* b, int64_t stride, int64_t depth, int64_t columns, int64_t panel, void* panels) {
+    Float32::pack(b, stride, depth, columns, panel, panels);
+    round_panel(depth, panel, panels);
+  }
+  static void pack_transposed(const float* b, int64_t stride, int64_t depth, int64_t columns, int64_t panel,
+                              void* panels) {
+    Float32::pack_transposed(b, stride, depth, columns, panel, panels);
+    round_panel(depth, panel, panels);
+  }
+  static int64_t left_bytes(int64_t rows, int64_t depth) { return rows * depth * int64_t(sizeof(float)); }
+  static Left left(int64_t rows, const float* a, int64_t stride, int64_t depth, void* memory) {
+    float* to = static_cast<float*>(memory);
+    for (int64_t r = 0; r < rows; ++r) {
+      sweep<float>(depth, [&](int64_t k, auto part) NW_LAMBDA {
+        store(to + r * depth + k, rounded(load(a + r * stride + k, part)), part);
+      });
+    }
+    return {to, rows, depth};
+  }
+  static void multiply_transposed(const float* a, int64_t a_stride, const void* panels, int64_t depth, int64_t columns,
+                                  int64_t first, int64_t last, float* c, int64_t c_stride, bool add, void* memory) {
+    NW_ISA::multiply_transposed(a, a_stride, {static_cast<const float*>(panels), depth, columns}, first, last, c,
+                                c_stride, add, static_cast<float*>(memory),
+                                [](vec<float> v) NW_LAMBDA { return rounded(v); });
+  }
 };
 
 // A right-hand matrix (depth, columns) in panels.

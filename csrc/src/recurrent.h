@@ -76,6 +76,7 @@ inline bool well_formed(const nw_recurrent& a) {
   const bool known = a.cell >= NW_LSTM && a.cell <= NW_RNN_RELU && a.terms >= NW_PLAIN && a.terms <= NW_SUM &&
                      a.cell_norm >= NW_CELL_NONE && a.cell_norm <= NW_CELL_CARRIED;
   if (!known || a.dtype != NW_FLOAT32 || a.steps < 0 || a.batch < 0 || a.inputs < 0 || a.units < 1) return false;
+  if (a.products != NW_FLOAT32 && a.products != NW_BFLOAT16) return false;
   if (a.reverse && a.batch_sizes) return false;
   if (a.cell_norm != NW_CELL_NONE && (a.cell != NW_LSTM || a.terms == NW_PLAIN)) return false;
   if (a.cell == NW_GRU && a.terms == NW_SUM && !a.reset_candidate) return false;

@@ -268,7 +268,7 @@ template <class P> int backward_in(const nw_recurrent_backward_args* args) {
 
 int recurrent_backward(const nw_recurrent_backward_args* args) {
   if (!well_formed(args->layer) || !has_all_saved(args->layer)) return NW_BAD_ARGUMENT;
-  return backward_in<Float32>(args);
+  return args->layer.products == NW_BFLOAT16 ? backward_in<RoundedToBfloat16>(args) : backward_in<Float32>(args);
 }
 
 }  // namespace NW_ISA

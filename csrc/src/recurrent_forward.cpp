@@ -154,7 +154,7 @@ template <class P> int forward_in(const nw_recurrent_forward_args* args) {
 
 int recurrent_forward(const nw_recurrent_forward_args* args) {
   if (!well_formed(args->layer)) return NW_BAD_ARGUMENT;
-  return forward_in<Float32>(args);
+  return args->layer.products == NW_BFLOAT16 ? forward_in<RoundedToBfloat16>(args) : forward_in<Float32>(args);
 }
 
 int recurrent_saves(const nw_recurrent* a, int64_t widths[4]) {

@@ -3,8 +3,6 @@ not, every number of threads, every instruction set, and memory full of NaN."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -14,9 +12,7 @@ from torch import Tensor
 from normwise.kernels import recurrent as kernels
 from normwise.kernels.library import load
 from normwise.ops.recurrent_cpu import kernel_layer, kernel_weights
-from normwise.reference.recurrence import PRESETS, Recurrence, Weights, preset
-from normwise.reference.recurrent import recurrence
-from recurrences import random_weights
+from recurrent_samples import HOWS, Sample
 
 # (T, B, I, H): one of everything; partial vectors; whole panels and a rest; few samples and many units, which threads
 # share; more rows than a chunk; no sample.
@@ -31,77 +27,6 @@ SIZES = [
     (24, 33, 2, 17),
 ]
 EMPTY = (3, 0, 5, 6)
-
-HOWS: dict[str, Recurrence] = {f"{cell} plain": Recurrence(cell, None) for cell in PRESETS} | {
-    f"{cell} {name}": how for cell, presets in PRESETS.items() for name, how in presets.items() if how.norm != "batch"
-}
-HOWS["lstm rms"] = preset("lstm", "rms")
-HOWS["gru paper"] = replace(PRESETS["gru"]["ba2016"], update_gate="paper")
-HOWS["gru plain candidate"] = Recurrence("gru", None, reset_gate="candidate")
-HOWS["gru candidate"] = replace(PRESETS["gru"]["haste"], reset_gate="candidate")
-HOWS["rnn relu"] = Recurrence("rnn", None, nonlinearity="relu")
-
-
-class Sample:
-    """Inputs of one call, its gradients from above, and what comes of them: exactly, and by a loop in float32."""
-
-    def __init__(self, how: Recurrence, size: tuple[int, int, int, int], *, reverse: bool = False) -> None:
-        self.how, (self.steps, self.batch, self.inputs, self.units) = how, size
-        shapes = how.shapes(self.inputs, self.units)
-        # Half the size, or long recurrences are chaotic and no two orders of summation agree.
-        self.weights = Weights(**{name: w.float() / 2 for name, w in random_weights(shapes).items()})
-        self.x = torch.randn(self.steps, self.batch, self.inputs)
-        self.h0 = torch.randn(self.batch, self.units)
-        self.c0 = torch.randn(self.batch, self.units) if how.cell == "lstm" else None
-        self.order = kernels.Steps(self.steps, self.batch, reverse=reverse)
-        self.upstream = [torch.randn(self.steps, self.batch, self.units)]
-        self.upstream += [torch.randn_like(t) for t in (self.h0, self.c0) if t is not None]
-        self.truth, self.eager = self.by_loop(torch.float64), self.by_loop(torch.float32)
-
-    def by_loop(self, dtype: torch.dtype) -> list[Tensor]:
-        """Output, final state and all gradients by the reference."""
-        tensors = (self.x, self.h0, self.c0, *self.weights)
-        at = [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
-        found = recurrence(*at[:3], Weights(*at[3:]), self.how, reverse=self.order.reverse)
-        outputs = [t for t in (found.output, found.h, found.c) if t is not None]
-        leaves, upstream = [t for t in at if t is not None], [g.to(dtype) for g in self.upstream]
-        return [t.detach() for t in outputs] + list(torch.autograd.grad(outputs, leaves, upstream))
-
-    def by_kernel(self, threads: int) -> list[Tensor]:
-        """The same by the kernels."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            given = (
-                kernel_layer(self.how),
-                kernel_weights(self.weights),
-                self.x.flatten(0, 1),
-                self.h0,
-                self.c0,
-                self.order,
-            )
-            found = kernels.forward(*given, save=True)
-            again = kernels.forward(*given, save=False)
-            assert torch.equal(found.output, again.output)  # keeping values changes none
-            doutput, *dstate = self.upstream
-            dstate += [None] * (2 - len(dstate))
-            back = kernels.backward(*given, found.output, found.saved, doutput.flatten(0, 1), *dstate)
-        finally:
-            torch.set_num_threads(before)
-        of = dict(back.weights._asdict(), gain_sum=back.weights.gain_hh)
-        weights = [of[name] for name, w in self.weights._asdict().items() if w is not None]
-        found_first = found.output.view_as(self.upstream[0]), found.h, found.c, back.x.view_as(self.x), back.h0, back.c0
-        return [t for t in found_first if t is not None] + weights
-
-    def check(self, threads: int) -> None:
-        """As exact as the loop in float32, up to the luck of rounding: errors are shares of the largest element."""
-        scale = max((float(t.abs().max()) for t in self.truth if t.numel()), default=1.0)
-        for got, eager, true in zip(self.by_kernel(threads), self.eager, self.truth, strict=True):
-            assert got.shape == true.shape
-            if true.numel():
-                size = max(float(true.abs().max()), 1e-3 * scale, 1e-30)
-                error, allowed = (float((t.double() - true).abs().max()) / size for t in (got, eager))
-                assert error <= 3e-5 + 5 * allowed  # fails for NaN too
 
 
 @pytest.mark.parametrize("size", [*SIZES, EMPTY], ids=str)
@@ -176,7 +101,9 @@ def test_memory_stays_flat() -> None:
 def test_what_is_refused() -> None:
     sample = Sample(HOWS["lstm plain"], (2, 3, 4, 5))
     given = [kernel_layer(sample.how), kernel_weights(sample.weights), sample.x.flatten(0, 1), sample.h0, sample.c0]
-    with pytest.raises(ValueError, match=r"x: expected \(6, 4\) of torch.float32 on the CPU, but got \(5, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"x: expected \(6, 4\) of torch.float32 or torch.bfloat16 on the CPU, but got \(5, 4\)"
+    ):
         kernels.forward(given[0], given[1], given[2][:5], *given[3:], sample.order, save=False)
     grown = kernels.Steps(2, 3, torch.tensor([2, 3]))  # samples cannot come back
     with pytest.raises(ValueError, match="a kernel refused its arguments"):

@@ -152,7 +152,7 @@ def differentiated(layer, backend, x, upstream):
         (Recurrence("lstm", "layer", "input"), {}, "no norm on the input term alone"),
         (Recurrence("lstm"), {"proj_size": 2}, "no projection"),
         (Recurrence("lstm", zoneout=0.1), {}, "no zoneout"),
-        (Recurrence("lstm"), {"dtype": torch.float64}, "take float32, not torch.float64"),
+        (Recurrence("lstm"), {"dtype": torch.float64}, "take float32 or bfloat16, not torch.float64"),
     ],
 )
 def test_what_the_kernels_cannot_do_is_said(how, options, message):
@@ -167,3 +167,20 @@ def test_what_the_kernels_cannot_do_is_said(how, options, message):
 
 def test_float32_layers_take_the_kernels_unasked():
     assert choose(Call("recurrence", torch.randn(T, B, INPUT), ())).backend == "cpu"
+
+
+@pytest.mark.parametrize("cast", ["dtype", "autocast"])
+def test_bfloat16_layers_take_the_kernels_with_state_and_statistics_in_float32(cast, monkeypatch):
+    """Also under autocast, which leaves gains and biases in float32."""
+    seen = []
+    run = recurrent_cpu.recurrence
+    monkeypatch.setattr(recurrent_cpu, "recurrence", lambda *a, **k: seen.append(a[3]) or run(*a, **k))
+    layer = normwise.LSTM(INPUT, HIDDEN, 2, bidirectional=True, dtype=torch.bfloat16 if cast == "dtype" else None)
+    x = torch.randn(T, B, INPUT, dtype=layer.weight_ih_l0.dtype, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast == "autocast"):
+        output, (h, c) = layer(x, lengths=torch.tensor([6, 2, 4, 3, 5]))
+    assert {t.dtype for t in (output, h, c)} == {torch.bfloat16}
+    assert [w.weight_hh.dtype for w in seen] == [torch.bfloat16] * 4
+    assert [w.gain_hh.dtype for w in seen] == [layer.gain_hh_l0.dtype] * 4
+    grads = torch.autograd.grad(output, [x, *layer.parameters()], torch.randn_like(output))
+    assert [g.dtype for g in grads] == [t.dtype for t in (x, *layer.parameters())]

@@ -32,20 +32,26 @@ KINDS = [
 LENGTHS = {"full": None, "ragged": torch.tensor([2, 4, 0])}
 
 
-def arguments(cell: str, norm: str | None, variant: str | None, lengths: Tensor | None) -> list[Any]:
+def arguments(
+    cell: str, norm: str | None, variant: str | None, lengths: Tensor | None, dtype: torch.dtype
+) -> list[Any]:
     """What the op takes, `save` left out."""
     how = preset(cell, norm, variant)
     shapes = how.shapes(INPUT, HIDDEN)
-    weights = Weights(**{name: w.float().requires_grad_() for name, w in random_weights(shapes).items()})
-    x, h0, c0 = (torch.randn(*s, requires_grad=True) for s in ((T, B, INPUT), (B, HIDDEN), (B, HIDDEN)))
+    weights = Weights(**{name: w.to(dtype).requires_grad_() for name, w in random_weights(shapes).items()})
+    shapes_of_x = (T, B, INPUT), (B, HIDDEN), (B, HIDDEN)
+    x, h0, c0 = (torch.randn(*s, dtype=dtype, requires_grad=True) for s in shapes_of_x)
     described = [how.cell, how.norm, how.terms, list(how.groups), how.cell_norm, how.eps, how.reset_gate]
     described += [how.update_gate, how.update_offset, how.nonlinearity]
     return [x, h0, c0 if cell == "lstm" else None, *weights, lengths, torch.rand(T, B) < 0.3, True, *described]
 
 
-@pytest.mark.parametrize(("cell", "norm", "variant", "lengths"), KINDS)
-def test_opcheck(cell: str, norm: str | None, variant: str | None, lengths: str) -> None:
-    args = arguments(cell, norm, variant, LENGTHS[lengths])
+@pytest.mark.parametrize(
+    ("cell", "norm", "variant", "lengths", "dtype"),
+    [(*kind, torch.float32) for kind in KINDS] + [(*kind, torch.bfloat16) for kind in KINDS[1:3]],
+)
+def test_opcheck(cell: str, norm: str | None, variant: str | None, lengths: str, dtype: torch.dtype) -> None:
+    args = arguments(cell, norm, variant, LENGTHS[lengths], dtype)
     torch.library.opcheck(torch.ops.normwise.recurrence.default, [*args, True])
     plain = [a.detach() if isinstance(a, Tensor) else a for a in args]
     torch.library.opcheck(torch.ops.normwise.recurrence.default, [*plain, False])
@@ -66,6 +72,7 @@ def recurrences_in(graphs: list[torch.fx.GraphModule]) -> list[str]:
         ("LSTM", {"bidirectional": True}, 2, "ragged"),
         ("GRU", {"variant": "haste"}, 1, "full"),
         ("RNN", {"num_layers": 2}, 2, "ragged"),
+        ("LSTM", {"dtype": torch.bfloat16}, 1, "ragged"),
     ],
 )
 def test_a_compiled_layer_is_one_node_a_direction(kind: str, options: dict[str, Any], nodes: int, lengths: str) -> None:
@@ -79,7 +86,7 @@ def test_a_compiled_layer_is_one_node_a_direction(kind: str, options: dict[str, 
 
     twin = copy.deepcopy(layer)
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
-    x = torch.randn(T, B, INPUT, requires_grad=True)
+    x = torch.randn(T, B, INPUT, dtype=options.get("dtype"), requires_grad=True)
     call = {"lengths": LENGTHS[lengths], "reset": torch.rand(T, B) < 0.3}
     results = []
     for net in (compiled, twin):

@@ -2,6 +2,10 @@
 
 One layer in one direction, all steps in one call; csrc/include/normwise.h has the equations. Rows are (step, sample)
 pairs as in torch's PackedSequence. Nothing here knows of autograd.
+
+All is float32, or x, the state and the two matrices are bfloat16 and the vectors bfloat16 or float32. With bfloat16
+matrices are multiplied in it, and everything else is computed, and kept for the backward, in float32; results and
+gradients come in the dtype of what they belong to.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from normwise.kernels.arguments import DTYPES
 from normwise.kernels.library import fault, load
 
 _RECURRENT = "19P5q2d14i"
@@ -76,6 +81,7 @@ class Saved(NamedTuple):
     hidden_terms: Tensor | None = None
     cells: Tensor | None = None
     stats: Tensor | None = None
+    output: Tensor | None = None  # (rows, units) in float32, where the caller's is rounded
 
 
 class Result(NamedTuple):
@@ -95,19 +101,22 @@ class Gradients(NamedTuple):
 def forward(
     layer: Layer, weights: Weights, x: Tensor, h0: Tensor, c0: Tensor | None, steps: Steps, *, save: bool
 ) -> Result:
-    """All steps from x (rows, inputs) and the state (batch, units), float32; keeps what `backward` needs if `save`."""
+    """All steps from x (rows, inputs) and the state (batch, units); keeps what `backward` needs if `save`."""
+    dtype = x.dtype
     x, h0, c0, weights, steps = _checked(layer, weights, x, h0, c0, steps)
     rows, units = len(x), weights.weight_hh.shape[1]
-    output = torch.empty((rows, units), dtype=x.dtype)
+    output = torch.empty((rows, units))
     saved = Saved()
     if save:
-        widths = _saved_widths(layer, x.shape[1], units)
+        *widths, _ = saved_widths(layer, x.shape[1], units, dtype)
         saved = Saved(*(torch.empty((rows, width)) if width else None for width in widths))
     h = torch.empty_like(h0)
     c = None if c0 is None else torch.empty_like(c0)
-    arguments = _arguments(layer, weights, x, h0, c0, steps, output, saved)
+    arguments = _arguments(layer, weights, x, h0, c0, steps, output, saved, dtype)
     _call("nw_recurrent_forward", _FORWARD.pack(*arguments, _at(h), _at(c)))
-    return Result(output, h, c, saved)
+    if save and dtype != output.dtype:
+        saved = saved._replace(output=output)
+    return Result(output.to(dtype), h.to(dtype), None if c is None else c.to(dtype), saved)
 
 
 def backward(
@@ -127,65 +136,79 @@ def backward(
     needs_weights: bool = True,
 ) -> Gradients:
     """Gradients from those of the forward's output, h and c; None stands for zeros."""
+    dtype, given = x.dtype, weights
     x, h0, c0, weights, steps = _checked(layer, weights, x, h0, c0, steps)
+    if saved.output is not None:
+        output = saved.output
     if doutput is not None:
         doutput = doutput.to(output.dtype).contiguous()
-        _expect("doutput", doutput, output.shape, output.dtype)
+        _expect("doutput", doutput, output.shape, (output.dtype,))
     dh = torch.zeros_like(h0) if dh is None else _fresh(dh)
-    _expect("dh", dh, h0.shape, h0.dtype)
+    _expect("dh", dh, h0.shape, (h0.dtype,))
     if c0 is not None:
         dc = torch.zeros_like(c0) if dc is None else _fresh(dc)
-        _expect("dc", dc, c0.shape, c0.dtype)
+        _expect("dc", dc, c0.shape, (c0.dtype,))
     else:
         dc = None
     dx = torch.empty_like(x) if needs_x else None
     gradients = Weights(*(None if w is None else torch.empty_like(w) for w in weights)) if needs_weights else None  # type: ignore[arg-type]
-    arguments = _arguments(layer, weights, x, h0, c0, steps, output, saved)
+    arguments = _arguments(layer, weights, x, h0, c0, steps, output, saved, dtype)
     at = [0] * len(weights) if gradients is None else [_at(g) for g in gradients]
     _call("nw_recurrent_backward", _BACKWARD.pack(*arguments, _at(doutput), _at(dh), _at(dc), _at(dx), *at))
-    return Gradients(dx, dh, dc, gradients)
+    if gradients is not None:
+        pairs = zip(gradients, given, strict=True)
+        gradients = Weights(*(None if g is None or w is None else g.to(w.dtype) for g, w in pairs))  # type: ignore[arg-type]
+    return Gradients(
+        None if dx is None else dx.to(dtype), dh.to(dtype), None if dc is None else dc.to(dtype), gradients
+    )
 
 
 def _checked(
     layer: Layer, weights: Weights, x: Tensor, h0: Tensor, c0: Tensor | None, steps: Steps
 ) -> tuple[Tensor, Tensor, Tensor | None, Weights, Steps]:
-    """Everything contiguous, and of the shapes that the kernel will read."""
+    """Everything contiguous, in float32, and of the shapes that the kernel will read."""
     units, inputs = weights.weight_hh.shape[1], x.shape[1]
     stacked = _GATES[layer.cell] * units
     shapes: list[tuple[int, ...]] = [(stacked, inputs), (stacked, units), *[(stacked,)] * 5, *[(units,)] * 2]
+    matrix, vector = (x.dtype,), (x.dtype, torch.float32)
     for name, w, shape in zip(Weights._fields, weights, shapes, strict=True):
         if w is not None:
-            _expect(name, w, shape, torch.float32)
+            _expect(name, w, shape, matrix if len(shape) == 2 else vector)
     state = (steps.batch, units)
-    _expect("h0", h0, state, torch.float32)
+    _expect("h0", h0, state, matrix)
     if (c0 is None) == (layer.cell == "lstm"):
         raise ValueError("an LSTM, and it alone, has a cell state c0")
     if c0 is not None:
-        _expect("c0", c0, state, torch.float32)
-        c0 = c0.contiguous()
+        _expect("c0", c0, state, matrix)
+        c0 = _wide(c0)
     rows = steps.steps * steps.batch
     if steps.batch_sizes is not None:
         sizes = steps.batch_sizes
-        _expect("batch_sizes", sizes, (steps.steps,), torch.int64)
+        _expect("batch_sizes", sizes, (steps.steps,), (torch.int64,))
         rows = int(sizes.sum())
         steps = steps._replace(batch_sizes=sizes.contiguous())
-    _expect("x", x, (rows, inputs), torch.float32)
+    _expect("x", x, (rows, inputs), (torch.float32, torch.bfloat16))
     if steps.reset is not None:
-        _expect("reset", steps.reset, (rows,), torch.bool)
+        _expect("reset", steps.reset, (rows,), (torch.bool,))
         steps = steps._replace(reset=steps.reset.contiguous())
-    weights = Weights(*(None if w is None else w.contiguous() for w in weights))  # type: ignore[arg-type]
-    return x.contiguous(), h0.contiguous(), c0, weights, steps
+    weights = Weights(*(None if w is None else _wide(w) for w in weights))  # type: ignore[arg-type]
+    return _wide(x), _wide(h0), c0, weights, steps
 
 
-def _expect(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tuple(t.shape) != tuple(shape) or t.dtype != dtype or t.device.type != "cpu":
+def _expect(name: str, t: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    if tuple(t.shape) != tuple(shape) or t.dtype not in dtypes or t.device.type != "cpu":
         found = f"{tuple(t.shape)} of {t.dtype} on {t.device}"
-        raise ValueError(f"{name}: expected {tuple(shape)} of {dtype} on the CPU, but got {found}")
+        accepted = " or ".join(map(str, dict.fromkeys(dtypes)))
+        raise ValueError(f"{name}: expected {tuple(shape)} of {accepted} on the CPU, but got {found}")
+
+
+def _wide(t: Tensor) -> Tensor:
+    return t.to(torch.float32).contiguous()
 
 
 def _fresh(t: Tensor) -> Tensor:
     """A copy, since the kernel writes its result over it."""
-    return t.clone(memory_format=torch.contiguous_format)
+    return t.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
 
 def _at(t: Tensor | None) -> int:
@@ -201,7 +224,9 @@ def _arguments(
     steps: Steps,
     output: Tensor,
     saved: Saved,
+    products: torch.dtype,
 ) -> list[int | float]:
+    """The fields of nw_recurrent, all tensors in float32."""
     gates = _GATES[layer.cell]
     groups = () if layer.terms == "plain" else layer.groups or (gates,)
     return [
@@ -212,7 +237,7 @@ def _arguments(
         h0.data_ptr(),
         _at(c0),
         output.data_ptr(),
-        *(_at(t) for t in saved),
+        *(_at(t) for t in saved[:-1]),
         steps.steps,
         steps.batch,
         len(x),
@@ -220,7 +245,7 @@ def _arguments(
         weights.weight_hh.shape[1],
         layer.eps,
         layer.update_offset,
-        0,  # float32
+        DTYPES[torch.float32],
         CELLS[layer.cell],
         TERMS[layer.terms],
         layer.center,
@@ -231,23 +256,24 @@ def _arguments(
         *groups,
         *[0] * (4 - len(groups)),
         torch.get_num_threads(),
-        0,
+        DTYPES[products],
     ]
 
 
 @cache
-def _saved_widths(layer: Layer, inputs: int, units: int) -> tuple[int, ...]:
+def saved_widths(layer: Layer, inputs: int, units: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """The columns of each field of `Saved`, 0 for None, for inputs of `dtype`."""
     nothing = torch.empty(0)
     shape = Steps(0, 0)
     weights = Weights(nothing, torch.empty((0, units)))
-    description = _arguments(layer, weights, torch.empty((0, inputs)), nothing, None, shape, nothing, Saved())
+    description = _arguments(layer, weights, torch.empty((0, inputs)), nothing, None, shape, nothing, Saved(), dtype)
     widths = (ctypes.c_int64 * 4)()
     function = _library().nw_recurrent_saves
     function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_void_p], ctypes.c_int
     status = function(struct.pack("@" + _RECURRENT, *description), widths)
     if status:
         raise fault(status)
-    return tuple(widths)
+    return *widths, 0 if dtype == torch.float32 else units
 
 
 def _library() -> ctypes.CDLL:

@@ -24,9 +24,9 @@ def obstacle(x: Tensor, weights: Weights, how: Recurrence, zoned: Tensor | None)
         return unknown
     if not _built():
         return "the compiled library was built before it had recurrent kernels: reinstall normwise"
-    dtypes = {t.dtype for t in (x, *weights) if t is not None}
-    if dtypes != {torch.float32}:
-        return f"the recurrent C++ kernels take float32, not {', '.join(sorted(map(str, dtypes)))}"
+    if not known_dtypes(x, weights):
+        dtypes = sorted({str(t.dtype) for t in (x, *weights) if t is not None})
+        return f"the recurrent C++ kernels take float32 or bfloat16, not {', '.join(dtypes)}"
     if any(type(w) not in (Tensor, torch.nn.Parameter) or w.device != x.device for w in weights if w is not None):
         return "the C++ kernels take plain tensors on the CPU as weights"
     return None
@@ -43,6 +43,14 @@ def unsupported(weights: Weights, how: Recurrence, zoned: Tensor | None) -> str 
     if how.zoneout or zoned is not None:
         return "the C++ kernels take no zoneout"
     return None
+
+
+def known_dtypes(x: Tensor, weights: Weights) -> bool:
+    """All float32; or bfloat16, where gains and biases may be float32, as under autocast."""
+    dtype, matrices = x.dtype, (weights.weight_ih, weights.weight_hh)
+    if dtype not in (torch.float32, torch.bfloat16) or any(w.dtype != dtype for w in matrices):
+        return False
+    return all(w is None or w.dtype in (dtype, torch.float32) for w in weights)
 
 
 @cache
@@ -169,7 +177,7 @@ class Kept(NamedTuple):
     """What the backward needs beside the inputs."""
 
     rows: Rows
-    output: Tensor  # row by row
+    output: Tensor  # row by row, as returned
     saved: kernels.Saved
 
 

@@ -22,7 +22,7 @@ from normwise.reference.recurrent import Result
 
 
 def fits(x: Tensor, weights: Weights, how: Recurrence, zoned: Tensor | None) -> bool:
-    """Whether a call becomes the node: while compiling, of float32 on the CPU, where the kernels know the cell.
+    """Whether a call becomes the node: while compiling, on the CPU, where the kernels know the cell and the dtypes.
 
     Not in an export to ONNX, which has no such node: there the steps stand one by one.
     """
@@ -31,7 +31,7 @@ def fits(x: Tensor, weights: Weights, how: Recurrence, zoned: Tensor | None) -> 
         and not torch.onnx.is_in_onnx_export()
         and forced() in (None, "cpu")
         and x.device.type == "cpu"
-        and all(t is None or t.dtype == torch.float32 for t in (x, *weights))
+        and recurrent_cpu.known_dtypes(x, weights)
         and recurrent_cpu.unsupported(weights, how, zoned) is None
         and _available()
     )
@@ -118,7 +118,7 @@ def _run(*arguments: Any) -> tuple[Tensor, ...]:
     x, h0, *_ = tensors
     output, h, c, kept = recurrent_cpu.forward(_call_of(tuple(described)), tensors, save=save)
     every_row = len(x) * len(h0)
-    saved = [x.new_empty(0) if t is None else _with_rows(t, every_row) for t in kept.saved]
+    saved = [torch.empty(0) if t is None else _with_rows(t, every_row) for t in kept.saved]
     return output, h, x.new_empty(0) if c is None else c, *saved
 
 
@@ -132,18 +132,18 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, (*described, save) = arguments[:_DIFFERENTIABLE], arguments[_DIFFERENTIABLE:]
     x, h0, c0, *_ = tensors
     rows, units = x.shape[0] * x.shape[1], h0.shape[1]
-    widths = _widths(_call_of(tuple(described)), x.shape[2], units) if save else (0,) * _KEPT
-    saved = [x.new_empty((rows, width) if width else 0) for width in widths]
+    widths = _widths(_call_of(tuple(described)), x.shape[2], units, x.dtype) if save else (0,) * _KEPT
+    saved = [x.new_empty((rows, width) if width else 0, dtype=torch.float32) for width in widths]
     output = x.new_empty(*x.shape[:2], units)
     return output, torch.empty_like(h0), x.new_empty(0) if c0 is None else torch.empty_like(c0), *saved
 
 
-def _widths(call: Call, inputs: int, units: int) -> tuple[int, ...]:
+def _widths(call: Call, inputs: int, units: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Columns of what the kernel keeps: the library says, and it knows nothing of fake tensors."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     with unset_fake_temporarily():
-        return kernels._saved_widths(recurrent_cpu.kernel_layer(call.how), int(inputs), int(units))
+        return kernels.saved_widths(recurrent_cpu.kernel_layer(call.how), int(inputs), int(units), dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -189,7 +189,7 @@ def _(*arguments: Any) -> list[Tensor]:
     x = tensors[0]
     assert x is not None
     return [
-        x.new_empty(t.shape) if t is not None and want else x.new_empty(0)
+        torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and want else x.new_empty(0)
         for t, want in zip(tensors, wanted, strict=True)
     ]
 
