@@ -48,6 +48,32 @@ def test_at_once_the_first_layers_are_those_of_all_data():
     assert_close(one[1], rows().double().var(0), count=11)
 
 
+def tables_and_averages(sizes: list[int]) -> list[Tensor]:
+    """Of a recurrent batch norm and of an InstanceNorm, this rank having `sizes[rank]` of the samples."""
+    torch.manual_seed(3)
+    net = nn.ModuleList(
+        [normwise.RNN(3, 4, norm="batch", max_length=3), nn.InstanceNorm1d(3, track_running_stats=True)]
+    )
+    x = torch.randn(9, 3, 5)
+    start = sum(sizes[: torch.distributed.get_rank()]) if torch.distributed.is_initialized() else 0
+    mine = x[start : start + sizes[torch.distributed.get_rank() if torch.distributed.is_initialized() else 0]]
+
+    def forward(net: nn.Module, x: Tensor) -> None:
+        net[0](x.permute(2, 0, 1))
+        net[1](x)
+
+    normwise.recalibrate(net, [mine] if len(mine) else [], forward=forward)
+    return [net[0].running_mean_ih_l0, net[0].running_var_ih_l0, net[1].running_mean, net[1].running_var]
+
+
+@pytest.mark.filterwarnings("ignore:a sequence of .* steps is longer")
+def test_recurrent_tables_and_instance_norms_of_all_ranks():
+    one, other = on_ranks(2, tables_and_averages, [6, 3])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(one, other, strict=True))
+    for mine, truth in zip(one, tables_and_averages([9]), strict=True):
+        assert_close(mine, truth, kind="composed", count=45)
+
+
 def without_any() -> str:
     net = model()
     try:

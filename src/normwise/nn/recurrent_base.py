@@ -12,7 +12,7 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.nn import recurrent_parameters as parameters
-from normwise.ops import check, recurrent, recurrent_running
+from normwise.ops import check, recurrent
 from normwise.reference.recurrence import Cell, NormKind, Recurrence
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -26,6 +26,7 @@ class Recurrent(RNNBase):
     """
 
     cell: ClassVar[Cell]
+    meets: parameters.Meets | None = None
 
     def _build(
         self,
@@ -237,15 +238,15 @@ class Recurrent(RNNBase):
         else:
             assert isinstance(x, Tensor)
             tables = [parameters.running_of(self, how, suffix) for suffix in suffixes]
-            given = tables if how.norm == "batch" and not self.training else None
+            learns = self.training or self.meets is not None
+            given = tables if how.norm == "batch" and not learns else None
             output, h, c, statistics = recurrent.stack(
                 x, *inputs, lengths=lengths, reset=reset, running=given, first=first, **shared
             )
             if how.norm == "batch":
                 self._warn_of_length(first + len(x))
-            for table, used in zip(tables, statistics, strict=True):
-                for site, moments in used.items():
-                    recurrent_running.move(*table[site], moments, self.momentum, first)
+            for suffix, table, used in zip(suffixes, tables, statistics, strict=True):
+                parameters.learn(self, table, used, first, suffix)
         return output, [s for s in (h, c) if s is not None]
 
     def _warn_of_length(self, steps: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.nn import recurrent_parameters as parameters
-from normwise.ops import check, recurrent, recurrent_running
+from normwise.ops import check, recurrent
 from normwise.reference.recurrence import Cell, NormKind, Recurrence
 
 
@@ -17,6 +17,7 @@ class _Cell(nn.modules.rnn.RNNCellBase):
 
     cell: ClassVar[Cell]
     recurrence: Recurrence
+    meets: parameters.Meets | None = None
 
     def _build(
         self,
@@ -67,7 +68,7 @@ class _Cell(nn.modules.rnn.RNNCellBase):
         size = (1, x.shape[1], self.hidden_size)
         given = [x.new_zeros(size) if s is None else s.reshape(size) for s in states]
         table = parameters.running_of(self, how)
-        learns = how.norm == "batch" and self.training
+        learns = how.norm == "batch" and (self.training or self.meets is not None)
         output = recurrent.stack(
             x,
             given[0],
@@ -78,8 +79,7 @@ class _Cell(nn.modules.rnn.RNNCellBase):
             running=None if learns else [table],
             first=first,
         )
-        for site, moments in output.statistics[0].items():
-            recurrent_running.move(*table[site], moments, self.momentum, first)
+        parameters.learn(self, table, output.statistics[0], first)
         return [s[0].reshape(expected) for s in (output.h, output.c) if s is not None]
 
     def extra_repr(self) -> str:

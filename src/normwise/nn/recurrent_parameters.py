@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from normwise.ops import recurrent_running
+from normwise.reference import Moments
 from normwise.reference.recurrence import DEFAULTS, Cell, NormKind, Recurrence, Weights, preset
 from normwise.reference.recurrent import Running
+
+# Told, while `recalibrate` runs, the moments of each call: the end of the tables' names, the moments, the first step.
+# Then the layer takes batch statistics in evaluation too, and moves nothing.
+Meets: TypeAlias = Callable[[str, Moments, int], None]
 
 
 def describe(
@@ -155,6 +162,15 @@ def running_of(layer: nn.Module, how: Recurrence, suffix: str = "") -> Running:
         site: (getattr(layer, f"running_mean_{site}{suffix}"), getattr(layer, f"running_var_{site}{suffix}"))
         for site in how.sites(units)
     }
+
+
+def learn(layer: Any, table: Running, used: dict[str, Moments], first: int, suffix: str = "") -> None:
+    """What a batch norm does with the moments of a call, by site: its tables move, or `layer.meets` is told."""
+    for site, moments in used.items():
+        if layer.meets is None:
+            recurrent_running.move(*table[site], moments, layer.momentum, first)
+        else:
+            layer.meets(site + suffix, moments, first)
 
 
 def start_from(layer: nn.Module, plain: nn.Module, suffix: str = "") -> None:

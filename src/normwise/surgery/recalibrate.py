@@ -1,4 +1,4 @@
-"""recalibrate: the running statistics of a model's batch norms, taken anew from data."""
+"""recalibrate: the running statistics of a model's norms, taken anew from data."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normwise.ops import check, ragged, ranks
-from normwise.reference import Moments, combined, moments
+from normwise.nn.frozen_batch_norm import FrozenBatchNorm
+from normwise.ops import ranks
+from normwise.reference import Moments
 from normwise.surgery.freeze import is_frozen
+from normwise.surgery.pools import Pool, pool_of
 from normwise.surgery.progress import Progress, shown
 from normwise.surgery.report import Change, Report, Skip
 from normwise.surgery.select import BATCH, INSTANCE, RECURRENT, Layer, Where, chosen, has_norm, layers, require_module
@@ -28,7 +30,7 @@ def recalibrate(
     process_group: Any = None,
     progress: Progress = False,
 ) -> Report:
-    r"""Set the running statistics of a model's BatchNorm layers to those of the data, in place.
+    r"""Set the running statistics of a model's norms to those of the data, in place.
 
     After weight averaging (EMA, SWA), after weights were changed or loaded, or where training's running averages lag
     behind or came from batches that were too small. Mean and variance of each channel are pooled over all values that
@@ -40,16 +42,22 @@ def recalibrate(
     Batches of different sizes weigh by their values, and their order does not matter. A BatchNorm with `momentum=None`
     averages batches instead, and loses the second term: how far the batches' means lie apart.
 
+    Recurrent layers and cells with norm="batch" get this for each row of their tables: step by step, over the samples
+    running at that step, the last row over all steps that share it; a row whose step no two samples reach stays.
+    InstanceNorm averages means and unbiased variances of single samples, as in training, here all samples alike.
+
     The model's other layers run in evaluation, so dropout is off. What a deeper layer sees depends on how the layers
     before it normalize while the data go through:
 
     - by default as in training, by each batch's own statistics, in one pass over the data. The usual choice, and what
       torch.optim.swa_utils.update_bn does; it needs batches as large as those of training.
     - `exact=True`: by the statistics that are already set, layer after layer, in one pass over the data for each
-      layer. The result is what evaluation will meet, and the same however the data are cut into batches.
+      layer. The result is what evaluation will meet, and the same however the data are cut into batches. (But what is
+      inside a recurrent layer always runs by the batch's own statistics: a step needs those of the step before.)
 
     Args:
-        model: torch.nn's and normwise's BatchNorm layers of it are recalibrated; those that `freeze` froze are not.
+        model: its layers of torch.nn and normwise that keep running statistics are recalibrated; those that `freeze`
+            froze are not.
         batches: what to run, e.g. a DataLoader. A tensor is the model's argument, of a tuple or list the first element
             is, a mapping gives keyword arguments. With `exact` it must be one that can be gone over many times.
         forward: runs the model on a batch, for other structures and devices:
@@ -89,7 +97,7 @@ def recalibrate(
             report.skipped.append(Skip(one.name, one.kind, reason))
     if not wanted:
         raise ValueError(
-            "recalibrate found no BatchNorm with running statistics in the model: other norms keep none and need no "
+            "recalibrate found no norm with running statistics in the model: the others keep none and need no "
             "recalibration" + "".join(f"\n  {name}: {kind}: {reason}" for name, kind, reason in report.skipped)
         )
     if exact and iter(batches) is iter(batches):
@@ -110,7 +118,7 @@ def _recalibrate(run: _Run, wanted: list[Layer], exact: bool, report: Report) ->
             pool = found[one.name]
             reason = pool.why_not()
             if reason is None:
-                pool.store(one.module)
+                pool.store()
                 report.changed.append(Change(one.name, one.kind, "recalibrated", str(pool)))
             else:
                 report.skipped.append(Skip(one.name, one.kind, reason))
@@ -119,59 +127,6 @@ def _recalibrate(run: _Run, wanted: list[Layer], exact: bool, report: Report) ->
             if not run.done:
                 reasons = " no batch came: an iterator that was gone over before is empty, a DataLoader is not"
             raise ValueError(f"recalibrate found nothing to take statistics of:{reasons}")
-
-
-class _Pool:
-    """The values that one layer has met, as moments (C,) in float64."""
-
-    def __init__(self) -> None:
-        self.moments: Moments | None = None
-        self.batches = 0
-        self.skipped = 0
-
-    def add(self, x: Any, mask: Tensor | None = None, lengths: Tensor | None = None) -> None:
-        if ragged.is_ragged(x):
-
-            def by_rows(rows: Tensor, residual: None) -> Tensor:
-                self.add(rows)
-                return rows
-
-            ragged.by_rows(by_rows, x, mask=mask, lengths=lengths, residual=None)
-            return
-        dims = (0, *range(2, x.dim()))
-        found = moments(x, dims, check.validity(x, mask, lengths, channel_dim=1))
-        mean, var, count = (t.double().reshape(-1).expand(x.shape[1]) for t in found)
-        if not (mean.isfinite().all() and var.isfinite().all()):
-            self.skipped += 1
-            return
-        self.batches += 1
-        new = Moments(mean, var, count)
-        both = new if self.moments is None else [torch.stack(pair) for pair in zip(self.moments, new, strict=True)]
-        self.moments = new if self.moments is None else combined(Moments(*both))
-
-    def why_not(self) -> str | None:
-        if self.moments is None or int(self.moments.count.min()) < 2:
-            if self.skipped:
-                return (
-                    f"no finite value in {self.skipped} batches: look for NaN in the data or in the weights before it"
-                )
-            return "the model's forward did not come by, or with fewer than two values a channel"
-        return None
-
-    def store(self, layer: nn.Module) -> None:
-        assert self.moments is not None
-        mean, var, count = self.moments
-        layer.get_buffer("running_mean").copy_(mean)
-        layer.get_buffer("running_var").copy_(var * count / (count - 1))
-        if layer._buffers.get("num_batches_tracked") is not None:
-            layer.get_buffer("num_batches_tracked").fill_(self.batches)
-
-    def __str__(self) -> str:
-        assert self.moments is not None
-        low, high = int(self.moments.count.min()), int(self.moments.count.max())
-        values = f"{low}" if low == high else f"{low} to {high}"
-        left = f", {self.skipped} not finite batches left out" if self.skipped else ""
-        return f"{values} values a channel{left}"
 
 
 class _Run:
@@ -190,14 +145,15 @@ class _Run:
         self.done = 0
         self.kept: list[tuple[Tensor, Tensor]] = []
 
-    def at_once(self, wanted: list[Layer]) -> dict[str, _Pool]:
+    def at_once(self, wanted: list[Layer]) -> dict[str, Pool]:
         """One pass in which all layers normalize by the batch's own statistics."""
         for one in wanted:
-            one.module.training = True
+            one.module.training = not isinstance(one.module, RECURRENT)  # whose pools make it take batch statistics
         try:
             pools = self.over_all(wanted, self.show(self.batches, 1))
         except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
+            recurrent = any(isinstance(one.module, RECURRENT) for one in wanted)
+            if recurrent or "more than 1 value per channel" not in str(error):
                 raise
             raise ValueError(
                 f"{error}\nrecalibrate: give larger batches, or exact=True, for which those of one sample will do"
@@ -206,15 +162,15 @@ class _Run:
         self.share([pools[one.name] for one in wanted], wanted)
         return pools
 
-    def layer_by_layer(self, wanted: list[Layer]) -> dict[str, _Pool]:
+    def layer_by_layer(self, wanted: list[Layer]) -> dict[str, Pool]:
         """One pass a layer, in the order in which the model calls them; each is set before the next is looked at."""
         passes = len(wanted)
-        found: dict[str, _Pool] = {}
+        found: dict[str, Pool] = {}
         for one in self.in_order(wanted):
             found |= self.over_all([one], self.show(self.batches, passes))
             self.share([found[one.name]], [one])
             if found[one.name].why_not() is None:
-                found[one.name].store(one.module)
+                found[one.name].store()
         return found
 
     def in_order(self, wanted: list[Layer]) -> list[Layer]:
@@ -236,30 +192,27 @@ class _Run:
         position = [float(place.mean) if place.count else float("inf") for place in agreed]
         return [wanted[n] for n in sorted(range(len(wanted)), key=position.__getitem__)]
 
-    def over_all(self, wanted: list[Layer], batches: Iterator[Any]) -> dict[str, _Pool]:
+    def over_all(self, wanted: list[Layer], batches: Iterator[Any]) -> dict[str, Pool]:
         """The model on every batch; what these layers met."""
-        pools = {one.name: _Pool() for one in wanted}
+        pools = {one.name: pool_of(one.module) for one in wanted}
         with ExitStack() as hooks:
-            for one in wanted:
-                hook = one.module.register_forward_pre_hook(_meeting(pools[one.name]), with_kwargs=True)
-                hooks.callback(hook.remove)
+            for pool in pools.values():
+                hooks.callback(pool.listen())
             for batch in batches:
                 self.forward(self.model, batch)
                 self.done += 1
         return pools
 
-    def share(self, pools: list[_Pool], wanted: list[Layer]) -> None:
+    def share(self, pools: list[Pool], wanted: list[Layer]) -> None:
         """Pool over the ranks, in one exchange."""
-        mine = []
-        for pool, one in zip(pools, wanted, strict=True):
-            nothing = torch.zeros(one.module.get_buffer("running_mean").shape, dtype=torch.float64)
-            mine.append(pool.moments or Moments(nothing, nothing, nothing))
         counts = torch.tensor([[pool.batches, pool.skipped] for pool in pools], dtype=torch.float64)
+        mine = [part for pool in pools for part in pool.parts.values()]
         mine.append(Moments(counts, torch.zeros_like(counts), torch.ones_like(counts)))
         *all_moments, sums = ranks.pooled([_on(m, wanted[0].module) for m in mine], self.process_group)
         totals = (sums.mean * sums.count).round().long().tolist()
-        for pool, one, found, total in zip(pools, wanted, all_moments, totals, strict=True):
-            pool.moments = _on(found, one.module)
+        found = iter(all_moments)
+        for pool, one, total in zip(pools, wanted, totals, strict=True):
+            pool.parts = {name: _on(next(found), one.module) for name in pool.parts}
             pool.batches, pool.skipped = total
 
     @contextmanager
@@ -287,14 +240,6 @@ class _Run:
                 buffer.copy_(value)
 
 
-def _meeting(pool: _Pool) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["input"]
-        pool.add(x, kwargs.get("mask"), kwargs.get("lengths"))
-
-    return hook
-
-
 def _may_keep(layer: nn.Module) -> bool:
     """Whether one may think of a layer as keeping running statistics."""
     if isinstance(layer, RECURRENT):
@@ -303,15 +248,11 @@ def _may_keep(layer: nn.Module) -> bool:
 
 
 def _why_not(layer: nn.Module) -> str | None:
-    if isinstance(layer, RECURRENT):
-        return "its statistics, a row for each step, are taken by training alone"
-    if isinstance(layer, INSTANCE):
-        return "it averages the statistics of single samples, which training alone takes"
-    if not isinstance(layer, nn.modules.batchnorm._BatchNorm):
+    if isinstance(layer, FrozenBatchNorm):
         return "its statistics are fixed"
     if is_frozen(layer):
         return "it is frozen: normwise.unfreeze first"
-    if layer.running_mean is None:
+    if not isinstance(layer, RECURRENT) and layer.running_mean is None:
         return "track_running_stats=False: it keeps no statistics"
     return None
 
@@ -323,7 +264,8 @@ def _call(model: nn.Module, batch: Any) -> Any:
 
 
 def _on(found: Moments, layer: nn.Module) -> Moments:
-    return Moments(*(t.to(layer.get_buffer("running_mean").device) for t in found))
+    device = next(layer.buffers()).device
+    return Moments(*(t.to(device) for t in found))
 
 
 @contextmanager

@@ -1,0 +1,211 @@
+"""What the layers that keep running statistics meet in a pass over data, and what they keep of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normwise.nn import recurrent_base, recurrent_cells
+from normwise.ops import check, ragged
+from normwise.ops.running import unbiased_var
+from normwise.reference import Moments, combined, moments
+from normwise.surgery.select import INSTANCE
+
+
+class Pool(ABC):
+    """What one layer has met.
+
+    Attributes:
+        parts: moments in float64 by name, empty ones to begin with; what ranks pool is this.
+        batches, skipped: how many were met and, of them, not finite.
+    """
+
+    def __init__(self, layer: Any, shapes: dict[str, tuple[torch.Size, torch.Size]]) -> None:
+        self.layer = layer
+        self.parts = {
+            name: Moments(*(torch.zeros(size, dtype=torch.float64) for size in (shape, shape, counts)))
+            for name, (shape, counts) in shapes.items()
+        }
+        self.batches = self.skipped = 0
+
+    @abstractmethod
+    def listen(self) -> Callable[[], None]:
+        """Look on from now on; the result ends it."""
+
+    @abstractmethod
+    def enough(self) -> bool:
+        """Whether something can be kept."""
+
+    @abstractmethod
+    def store(self) -> None:
+        """Set the layer's running statistics."""
+
+    @abstractmethod
+    def values(self) -> str:
+        """How much was met, in words."""
+
+    def why_not(self) -> str | None:
+        """Why there is nothing to be kept."""
+        if self.enough():
+            return None
+        if self.skipped:
+            return f"no finite value in {self.skipped} batches: look for NaN in the data or in the weights before it"
+        return "the model's forward did not come by, or with fewer than two values a channel"
+
+    def pour(self, name: str, new: Moments) -> None:
+        """Pool `new` with what there is."""
+        old = self.parts[name]
+        new = Moments(*(t.double() for t in new))
+        both = [torch.stack([t.to(n.device), n]) for t, n in zip(old, new, strict=True)]
+        self.parts[name] = combined(Moments(*both))
+
+    def __str__(self) -> str:
+        return self.values() + (f", {self.skipped} not finite batches left out" if self.skipped else "")
+
+
+class _OfInputs(Pool):
+    """The moments of what a layer is called with."""
+
+    @abstractmethod
+    def add(self, x: Any, mask: Tensor | None, lengths: Tensor | None) -> None:
+        """One call's input."""
+
+    def listen(self) -> Callable[[], None]:
+        def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.add(args[0] if args else kwargs["input"], kwargs.get("mask"), kwargs.get("lengths"))
+
+        return self.layer.register_forward_pre_hook(look, with_kwargs=True).remove  # type: ignore[no-any-return]
+
+
+class _OfBatchNorm(_OfInputs):
+    """The values of each channel, (C,)."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        size = layer.get_buffer("running_mean").shape
+        super().__init__(layer, {"": (size, size)})
+
+    def add(self, x: Any, mask: Tensor | None, lengths: Tensor | None) -> None:
+        if ragged.is_ragged(x):
+
+            def by_rows(rows: Tensor, residual: None) -> Tensor:
+                self.add(rows, None, None)
+                return rows
+
+            ragged.by_rows(by_rows, x, mask=mask, lengths=lengths, residual=None)
+            return
+        found = moments(x, (0, *range(2, x.dim())), check.validity(x, mask, lengths, channel_dim=1))
+        if not (found.mean.isfinite().all() and found.var.isfinite().all()):
+            self.skipped += 1
+            return
+        self.batches += 1
+        self.pour("", Moments(*(t.reshape(-1).expand(x.shape[1]) for t in found)))
+
+    def enough(self) -> bool:
+        return int(self.parts[""].count.min()) > 1
+
+    def store(self) -> None:
+        found = self.parts[""]
+        self.layer.running_mean.copy_(found.mean)
+        self.layer.running_var.copy_(unbiased_var(found))
+        if self.layer.num_batches_tracked is not None:
+            self.layer.num_batches_tracked.fill_(self.batches)
+
+    def values(self) -> str:
+        low, high = (int(count) for count in torch.aminmax(self.parts[""].count))
+        return f"{low} values a channel" if low == high else f"{low} to {high} values a channel"
+
+
+class _OfInstanceNorm(_OfInputs):
+    """The moments (C,) of each sample, averaged over the samples that have some: as in training, but all alike."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        size = layer.get_buffer("running_mean").shape
+        super().__init__(layer, {"mean": (size, size), "var": (size, size)})
+
+    def add(self, x: Any, mask: Tensor | None, lengths: Tensor | None) -> None:
+        if x.dim() == self.layer._get_no_batch_dim():
+            x = x.unsqueeze(0)
+            mask = None if mask is None else mask.unsqueeze(0)
+            lengths = None if lengths is None else lengths.reshape(1)
+        found = moments(x, range(2, x.dim()), check.validity(x, mask, lengths, channel_dim=1))
+        mean, var, count = (t.reshape(*t.shape[:2]).expand(x.shape[:2]) for t in found)
+        var = unbiased_var(Moments(mean, var, count))
+        finite = mean.isfinite() & var.isfinite()
+        if not finite.all():
+            self.skipped += 1
+        self.batches += 1
+        for name, each, needed in (("mean", mean, 1), ("var", var, 2)):
+            usable = (count >= needed) & finite
+            one = Moments(torch.where(usable, each, 0), torch.zeros_like(each), usable)
+            self.pour(name, combined(Moments(*(t.double() for t in one))))
+
+    def enough(self) -> bool:
+        return int(self.parts["var"].count.min()) > 0
+
+    def store(self) -> None:
+        self.layer.running_mean.copy_(self.parts["mean"].mean)
+        self.layer.running_var.copy_(self.parts["var"].mean)
+
+    def values(self) -> str:
+        return f"averages over {int(self.parts['mean'].count.max())} samples"
+
+
+class _OfRecurrent(Pool):
+    """The values at each step, a row (features,) for each row of the tables."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        prefix = "running_mean_"
+        tables = {name[len(prefix) :]: t for name, t in layer.named_buffers(recurse=False) if name.startswith(prefix)}
+        super().__init__(layer, {name: (t.shape, t[:, :1].shape) for name, t in tables.items()})
+
+    def listen(self) -> Callable[[], None]:
+        def end() -> None:
+            self.layer.meets = None
+
+        self.layer.meets = self.add
+        return end
+
+    def add(self, name: str, new: Moments, first: int) -> None:
+        """The moments of steps `first` and later; those without a row of their own share the last one."""
+        finite = (new.mean.isfinite() & new.var.isfinite()).all(-1, keepdim=True)
+        mean, var, count = (torch.where(finite, t, 0).double() for t in new)
+        if name == next(iter(self.parts)):  # once a call, not once a table
+            self.skipped += int(not finite.all())
+            self.batches += 1
+        rows = len(self.parts[name].mean)
+        own = max(0, min(rows - 1 - first, len(mean)))
+        table = [t.new_zeros(rows, t.shape[1]) for t in (mean, var, count)]
+        for row, t in zip(table, (mean, var, count), strict=True):
+            row[first : first + own] = t[:own]
+        if own < len(mean):
+            shared = combined(Moments(mean[own:], var[own:], count[own:]))
+            for row, value in zip(table, shared, strict=True):
+                row[-1] = value
+        self.pour(name, Moments(*table))
+
+    def enough(self) -> bool:
+        return all(bool((part.count > 1).any()) for part in self.parts.values())
+
+    def store(self) -> None:
+        for name, found in self.parts.items():
+            met = found.count > 1
+            for kind, new in (("mean", found.mean), ("var", unbiased_var(found))):
+                table = self.layer.get_buffer(f"running_{kind}_{name}")
+                table.copy_(torch.where(met, new.to(table.dtype), table))
+
+    def values(self) -> str:
+        count = next(iter(self.parts.values())).count[:, 0]
+        met = int((count > 1).sum())
+        some = f"{met} of {len(count)} steps" if len(count) > 1 else "all steps together"
+        return f"{some}, {int(count.max())} values at most"
+
+
+def pool_of(layer: nn.Module) -> Pool:
+    """An empty pool for a layer that keeps running statistics."""
+    if isinstance(layer, (recurrent_base.Recurrent, recurrent_cells._Cell)):
+        return _OfRecurrent(layer)
+    return _OfInstanceNorm(layer) if isinstance(layer, INSTANCE) else _OfBatchNorm(layer)
