@@ -19,7 +19,8 @@ Shape = tuple[int, int, int, int]
 Step = Callable[[], object]
 
 # The error allowed to an output or a gradient, as a share of its largest element: roundings add up over the steps.
-ALLOWED = 1e-4
+# Of torch's operations in bfloat16 these are up to 3.4e-2.
+ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 CHECKED_STEPS, CHECKED_BATCH = 12, 3
 
 
@@ -38,6 +39,8 @@ def cases() -> Iterator[Case]:
         yield against_rivals(shape, must=0.15 if shape[1] == 1 else 0.60, aim=0.08 if shape[1] == 1 else 0.40)
     for shape in SHAPES[::3]:
         yield lengths_against_padded(shape, must=0.65, aim=0.55)
+    yield bfloat16_against_float32(SHAPES[2], must=0.60, aim=0.35)
+    yield bfloat16_against_torch(SHAPES[2])
 
 
 def against_torch(
@@ -82,6 +85,23 @@ def lengths_against_padded(shape: Shape, *, must: float, aim: float) -> Case:
     return _case(f"LN-LSTM train {shape}, lengths", layer, ragged, padded, "padded", shape, must, aim)
 
 
+def bfloat16_against_float32(shape: Shape, *, must: float, aim: float) -> Case:
+    """Parameters, input and output in bfloat16 against the same layer in float32."""
+    ours, theirs = normwise.LSTM(*shape[2:], dtype=torch.bfloat16), normwise.LSTM(*shape[2:])
+    x, upstream = _input(shape), torch.randn(*shape[:2], shape[3])
+    step = _training_step(ours, x.detach().bfloat16().requires_grad_(), upstream.bfloat16())
+    name = f"LN-LSTM train {shape}, bfloat16"
+    return _case(name, ours, step, _training_step(theirs, x, upstream), "float32", shape, must, aim)
+
+
+def bfloat16_against_torch(shape: Shape) -> Case:
+    """The same against torch.nn's layer without norms, which oneDNN runs."""
+    ours, theirs = normwise.LSTM(*shape[2:], dtype=torch.bfloat16), nn.LSTM(*shape[2:], dtype=torch.bfloat16)
+    x, upstream = _input(shape).detach().bfloat16().requires_grad_(), torch.randn(*shape[:2], shape[3]).bfloat16()
+    steps = _training_step(ours, x, upstream), _training_step(theirs, x, upstream)
+    return _case(f"LN-LSTM train {shape}, both bfloat16", ours, *steps, "nn.LSTM", shape)
+
+
 def _input(shape: Shape) -> Tensor:
     return torch.randn(*shape[:3], requires_grad=True)
 
@@ -108,11 +128,18 @@ def _with_backend(name: str, step: Step) -> Step:
 
 
 def _case(
-    name: str, layer: nn.Module, ours: Step, theirs: Step, against: str, shape: Shape, must: float, aim: float
+    name: str,
+    layer: nn.Module,
+    ours: Step,
+    theirs: Step,
+    against: str,
+    shape: Shape,
+    must: float | None = None,
+    aim: float | None = None,
 ) -> Case:
     _, batch, inputs, units = shape
-    rows, stacked = shape[0] * batch, layer.weight_hh_l0.shape[0]
-    x, w = torch.randn(rows, inputs + units), torch.randn(inputs + units, stacked)
+    rows, stacked, dtype = shape[0] * batch, layer.weight_hh_l0.shape[0], layer.weight_hh_l0.dtype
+    x, w = torch.randn(rows, inputs + units, dtype=dtype), torch.randn(inputs + units, stacked, dtype=dtype)
     products = 1 if " forward " in name else 3
     return Case(
         name,
@@ -130,8 +157,8 @@ def _case(
 
 def _error(layer: nn.Module, shape: Shape) -> float:
     """Of outputs and gradients over fewer steps and samples: the truth is a slow loop in float64."""
-    steps, batch = min(CHECKED_STEPS, shape[0]), min(CHECKED_BATCH, shape[1])
-    x, upstream = torch.randn(steps, batch, shape[2]), torch.randn(steps, batch, shape[3])
+    steps, batch, dtype = min(CHECKED_STEPS, shape[0]), min(CHECKED_BATCH, shape[1]), layer.weight_hh_l0.dtype
+    x, upstream = torch.randn(steps, batch, shape[2], dtype=dtype), torch.randn(steps, batch, shape[3], dtype=dtype)
     lengths = torch.randint(1, steps + 1, (batch,))
 
     def run(layer: nn.Module, dtype: torch.dtype, backend: str) -> list[Tensor]:
@@ -141,5 +168,5 @@ def _error(layer: nn.Module, shape: Shape) -> float:
         return [output.detach(), *torch.autograd.grad(output, [at, *layer.parameters()], upstream.to(dtype))]
 
     truth = run(copy.deepcopy(layer).double(), torch.float64, "reference")
-    pairs = zip(run(layer, torch.float32, "cpu"), truth, strict=True)
-    return max(float((got.double() - true).abs().max() / true.abs().max()) for got, true in pairs) / ALLOWED
+    pairs = zip(run(layer, dtype, "cpu"), truth, strict=True)
+    return max(float((got.double() - true).abs().max() / true.abs().max()) for got, true in pairs) / ALLOWED[dtype]

@@ -35,7 +35,8 @@ enum nw_act { NW_IDENTITY = 0, NW_RELU = 1, NW_LEAKY_RELU = 2, NW_SILU = 3, NW_G
 enum nw_layout { NW_CHANNELS_FIRST = 0, NW_CHANNELS_LAST = 1 };
 
 int nw_abi(void);
-/* The instruction set in use: "avx512", "avx2" or "baseline"; the best that this processor and this build have. */
+/* The instruction set in use: "avx512_amx", which is "avx512" with matrix products in the processor's tile registers,
+ * "avx512", "avx2" or "baseline"; the best that this processor, this build and the system have. */
 const char* nw_isa(void);
 /* Switches to the named set. Returns NW_BAD_ARGUMENT, and changes nothing, if the processor or the build lacks it. */
 int nw_use_isa(const char* name);

@@ -28,27 +28,32 @@ namespace {
 struct Level {
   const char* name;
   const KernelTable* table;
+  bool tiles;
   bool (*runs_here)();
 };
 
 // Best first. The features asked for are those of the x86-64-v4 and x86-64-v3 levels that the kernels are compiled for.
+#ifdef NW_HAVE_AVX512
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("fma");
+}
+#endif
+
 const Level levels[] = {
 #ifdef NW_HAVE_AVX512
-    {"avx512", &avx512::table,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("fma");
-     }},
+    {"avx512_amx", &avx512::table, true, [] { return has_avx512() && avx512::table.has_tiles(); }},
+    {"avx512", &avx512::table, false, has_avx512},
 #endif
 #ifdef NW_HAVE_AVX2
-    {"avx2", &avx2::table,
+    {"avx2", &avx2::table, false,
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
               __builtin_cpu_supports("bmi2");
      }},
 #endif
-    {"baseline", &baseline::table, [] { return true; }},
+    {"baseline", &baseline::table, false, [] { return true; }},
 };
 
 const Level* best() {
@@ -113,5 +118,9 @@ NW_EXPORT int nw_channels_backward(const nw_channels_backward_args* a) { return 
 NW_EXPORT int nw_recurrent_saves(const nw_recurrent* a, int64_t widths[4]) {
   return active->table->recurrent_saves(a, widths);
 }
-NW_EXPORT int nw_recurrent_forward(const nw_recurrent_forward_args* a) { return active->table->recurrent_forward(a); }
-NW_EXPORT int nw_recurrent_backward(const nw_recurrent_backward_args* a) { return active->table->recurrent_backward(a); }
+NW_EXPORT int nw_recurrent_forward(const nw_recurrent_forward_args* a) {
+  return active->table->recurrent_forward(a, active->tiles);
+}
+NW_EXPORT int nw_recurrent_backward(const nw_recurrent_backward_args* a) {
+  return active->table->recurrent_backward(a, active->tiles);
+}

@@ -13,6 +13,9 @@
 #pragma once
 
 #include "gemm.h"
+#if defined(NW_TILES)
+#include "gemm_amx.h"
+#endif
 
 namespace NW_ISA {
 namespace {

@@ -261,6 +261,15 @@ inline bool work_together(const nw_recurrent& a, int threads) {
   return a.batch <= 2 * threads && gates_of(a.cell) * a.units * a.units >= serial_step;
 }
 
+// f(policy of products.h) by the one that is to multiply for this layer.
+template <class F> inline int with_products(const nw_recurrent& a, bool tiles, F f) {
+#if defined(NW_TILES)
+  if (tiles && a.products == NW_BFLOAT16) return f(Tiles<1>{});
+#endif
+  (void)tiles;
+  return a.products == NW_BFLOAT16 ? f(RoundedToBfloat16{}) : f(Float32{});
+}
+
 // f(share-less thread index, number of threads) in a team of `threads`.
 template <class F> inline void in_team(int threads, F f) {
 #ifdef _OPENMP

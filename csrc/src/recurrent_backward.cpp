@@ -266,9 +266,9 @@ template <class P> int backward_in(const nw_recurrent_backward_args* args) {
 
 }  // namespace
 
-int recurrent_backward(const nw_recurrent_backward_args* args) {
+int recurrent_backward(const nw_recurrent_backward_args* args, bool tiles) {
   if (!well_formed(args->layer) || !has_all_saved(args->layer)) return NW_BAD_ARGUMENT;
-  return args->layer.products == NW_BFLOAT16 ? backward_in<RoundedToBfloat16>(args) : backward_in<Float32>(args);
+  return with_products(args->layer, tiles, [&](auto products) { return backward_in<decltype(products)>(args); });
 }
 
 }  // namespace NW_ISA

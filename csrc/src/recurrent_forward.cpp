@@ -152,9 +152,17 @@ template <class P> int forward_in(const nw_recurrent_forward_args* args) {
 
 }  // namespace
 
-int recurrent_forward(const nw_recurrent_forward_args* args) {
+int recurrent_forward(const nw_recurrent_forward_args* args, bool tiles) {
   if (!well_formed(args->layer)) return NW_BAD_ARGUMENT;
-  return args->layer.products == NW_BFLOAT16 ? forward_in<RoundedToBfloat16>(args) : forward_in<Float32>(args);
+  return with_products(args->layer, tiles, [&](auto products) { return forward_in<decltype(products)>(args); });
+}
+
+bool has_tiles() {
+#if defined(NW_TILES)
+  return Tiles<1>::here();
+#else
+  return false;
+#endif
 }
 
 int recurrent_saves(const nw_recurrent* a, int64_t widths[4]) {

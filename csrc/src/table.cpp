@@ -38,6 +38,7 @@ int channels_backward(const nw_channels_backward_args* a) {
 
 extern const KernelTable table = {rows_forward,    rows_backward,    groups_forward,
                                   groups_backward, channels_forward, channels_backward,
-                                  recurrent_saves, recurrent_forward, recurrent_backward};
+                                  recurrent_saves, recurrent_forward, recurrent_backward,
+                                  has_tiles};
 
 }  // namespace NW_ISA

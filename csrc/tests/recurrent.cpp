@@ -169,11 +169,11 @@ struct Floats {
   float* get() const { return data.get(); }
 };
 
-void check(const Form& form, const Size& size, Rows how, int threads) {
+void check(const Form& form, const Size& size, Rows how, int threads, int products) {
   const Problem p(form, size, how);
   const std::vector<Numbers> v = p.inputs();
   const std::string what = "recurrent cell " + std::to_string(form.cell) + " terms " + std::to_string(form.terms) +
-                           " norm of c " + std::to_string(form.cell_norm) + " rows " + std::to_string(how);
+                           " norm of c " + std::to_string(form.cell_norm) + " rows " + std::to_string(how) + " products " + std::to_string(products);
   std::vector<Floats> given;
   for (const Numbers& numbers : v) given.emplace_back(numbers);
   const size_t state = size_t(size.batch * size.units), lstm = form.cell == NW_LSTM ? state : 0;
@@ -196,7 +196,7 @@ void check(const Form& form, const Size& size, Rows how, int threads) {
   layer.eps = p.eps, layer.update_offset = p.offset;
   layer.dtype = NW_FLOAT32, layer.cell = form.cell, layer.terms = form.terms, layer.center = form.center;
   layer.cell_norm = form.cell_norm, layer.reset_candidate = form.reset_candidate, layer.update_paper = form.update_paper;
-  layer.reverse = p.reverse, layer.threads = threads;
+  layer.reverse = p.reverse, layer.threads = threads, layer.products = products;
   std::copy(form.groups, form.groups + 4, layer.groups);
   int64_t widths[4];
   check_status(what + " saves", nw_recurrent_saves(&layer, widths));
@@ -209,7 +209,7 @@ void check(const Form& form, const Size& size, Rows how, int threads) {
   check_status(what + " forward", nw_recurrent_forward(&forward));
   const Outcome exact = truth(p, v);
   auto same = [&](const std::string& name, const Floats& got, const Numbers& expected) {
-    for (size_t i = 0; i < got.n; ++i) close(what + " " + name, NW_FLOAT32, got.get()[i], expected[i], 10);
+    for (size_t i = 0; i < got.n; ++i) close(what + " " + name, products, got.get()[i], expected[i], 10);
   };
   same("output", output, exact.output), same("h", h, exact.h), same("c", c, exact.c);
 
@@ -239,7 +239,7 @@ void check(const Form& form, const Size& size, Rows how, int threads) {
       scale += std::fabs(double(gradient.get()[i]) * direction[i]);
     }
     const double expected = (functional(plus) - functional(minus)) / (2 * step);
-    close(what + " gradient of " + field_names[f], NW_FLOAT32, along, expected, 10 * (1 + scale));
+    close(what + " gradient of " + field_names[f], products, along, expected, 10 * (1 + scale));
   }
 }
 
@@ -261,7 +261,14 @@ void recurrent() {
   const Size sizes[] = {{1, 1, 1, 2}, {3, 5, 2, 7}, {2, 9, 5, 19}, {3, 1, 3, 65}};
   for (const Form& form : forms) {
     for (const Size& size : sizes) {
-      for (Rows how : {EVERY, RAGGED, RESET, REVERSE}) check(form, size, how, how == EVERY ? 3 : 1);
+      for (Rows how : {EVERY, RAGGED, RESET, REVERSE}) check(form, size, how, how == EVERY ? 3 : 1, NW_FLOAT32);
+    }
+  }
+  // Around a tile of 16 rows and columns and of depth 32, which ends where the memory does.
+  const Size tiles[] = {{2, 33, 5, 3}, {2, 3, 33, 17}, {1, 17, 31, 16}};
+  for (const Form& form : forms) {
+    for (const Size& size : tiles) {
+      for (Rows how : {EVERY, RAGGED}) check(form, size, how, how == EVERY ? 2 : 1, NW_BFLOAT16);
     }
   }
 }

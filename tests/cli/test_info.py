@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import normwise
+from normwise.kernels import cpu
 from normwise.ops import choose
 
 
@@ -28,6 +29,14 @@ def test_text_says_for_every_backend_found_or_why_not(normwise_command):
     assert torch.__version__ in out
     for name, obstacle in choose.found().items():
         assert f"  {name:<10} {'found' if obstacle is None else f'not found: {obstacle}'}\n" in out
+
+
+@pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
+@pytest.mark.parametrize(("isa", "how"), [("avx512_amx", "in AMX tiles"), ("baseline", "with operands rounded")])
+def test_the_instruction_set_is_told_and_what_it_does_to_bfloat16(normwise_command, monkeypatch, isa, how):
+    monkeypatch.setattr(cpu, "isa", lambda: isa)
+    assert json.loads(normwise_command("info", "--json").out)["instruction_set"] == isa
+    assert f"  The cpu kernels use {isa}; recurrent layers in bfloat16 multiply {how}" in normwise_command("info").out
 
 
 def test_a_forced_backend_is_named(normwise_command):

@@ -38,12 +38,22 @@ def usable_levels() -> list[str]:
     return usable
 
 
-@pytest.fixture(params=usable_levels())
+@pytest.fixture(params=[level for level in usable_levels() if level != "avx512_amx"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once on each instruction set."""
+    """Runs the test once on each instruction set that all kernels are compiled for."""
+    yield from on(request.param)
+
+
+@pytest.fixture(params=usable_levels())
+def isa_with_tiles(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same for tests of matrix products, which are others in tile registers."""
+    yield from on(request.param)
+
+
+def on(level: str) -> Iterator[str]:
     before = cpu.isa()
-    cpu.use_isa(request.param)
-    yield request.param
+    cpu.use_isa(level)
+    yield level
     cpu.use_isa(before)
 
 

@@ -85,7 +85,7 @@ def test_environment_forces_an_instruction_set(level: str, monkeypatch: pytest.M
 
 @needs_library
 def test_unknown_instruction_set_is_named() -> None:
-    with pytest.raises(ValueError, match="'sse9' cannot run here: expected one of avx512, avx2, baseline"):
+    with pytest.raises(ValueError, match="'sse9' cannot run here: expected one of avx512_amx, avx512, avx2, baseline"):
         cpu.use_isa("sse9")
 
 

@@ -41,7 +41,7 @@ def test_the_kernels_are_the_reference(name: str, size: tuple[int, int, int, int
 
 @pytest.mark.parametrize("threads", [1, 3, 4])
 @pytest.mark.parametrize("name", ["lstm ba2016", "lstm plain", "gru ba2016", "gru plain", "rnn ba2016"])
-def test_every_instruction_set_and_number_of_threads(name: str, threads: int, isa: str) -> None:
+def test_every_instruction_set_and_number_of_threads(name: str, threads: int, isa_with_tiles: str) -> None:
     for size in [(3, 9, 63, 63), (3, 4, 63, 130), (24, 33, 2, 17)]:
         sample = Sample(HOWS[name], size, reverse=True)
         sample.check(threads)

@@ -57,7 +57,9 @@ def small_integers(steps: int, batch: int, inputs: int, units: int) -> list[Tens
     ],
     ids=str,
 )
-def test_products_of_small_integers_are_exact(size: tuple[int, int, int, int], threads: int, isa: str) -> None:
+def test_products_of_small_integers_are_exact(
+    size: tuple[int, int, int, int], threads: int, isa_with_tiles: str
+) -> None:
     x, h0, weight_ih, weight_hh, upstream = small_integers(*size)
     leaves = [t.requires_grad_() for t in (x, h0, weight_ih, weight_hh)]
     true = reference.recurrence(x, h0, None, Weights(weight_ih, weight_hh), RELU)
@@ -96,7 +98,7 @@ def test_the_kernels_are_the_reference(name: str, size: tuple[int, int, int, int
 
 @pytest.mark.parametrize("threads", [1, 4])
 @pytest.mark.parametrize("name", ["lstm ba2016", "lstm plain", "gru ba2016", "gru plain", "rnn ba2016"])
-def test_every_instruction_set_and_number_of_threads(name: str, threads: int, isa: str) -> None:
+def test_every_instruction_set_and_number_of_threads(name: str, threads: int, isa_with_tiles: str) -> None:
     for size in [(3, 9, 63, 63), (3, 4, 63, 130), (24, 33, 2, 17)]:
         Sample(HOWS[name], size, BF16, reverse=True).check(threads)
 

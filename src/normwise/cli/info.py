@@ -31,6 +31,7 @@ def gather() -> dict[str, Any]:
     import torch
 
     import normwise
+    from normwise.kernels import cpu
     from normwise.ops import choose
 
     return {
@@ -52,6 +53,7 @@ def gather() -> dict[str, Any]:
             {"backend": name, "found": obstacle is None, "reason": obstacle}
             for name, obstacle in choose.found().items()
         ],
+        "instruction_set": cpu.isa() if cpu.available() else None,
         "forced": choose.forced(),
     }
 
@@ -66,6 +68,9 @@ def as_text(facts: dict[str, Any]) -> str:
     lines += ["", "Backends"]
     for backend in facts["backends"]:
         lines.append(f"  {backend['backend']:<10} {'found' if backend['found'] else 'not found: ' + backend['reason']}")
+    if isa := facts["instruction_set"]:
+        how = "in AMX tiles" if isa.endswith("amx") else "with operands rounded, at float32's speed"
+        lines.append(f"  The cpu kernels use {isa}; recurrent layers in bfloat16 multiply {how}.")
     forced = facts["forced"]
     lines += ["", f"Forced: {forced}" if forced else "Forced: none; each call takes the best that can run it."]
     return "\n".join(lines)

@@ -20,7 +20,7 @@ def why_not() -> str | None:
 
 
 def isa() -> str:
-    """The instruction set in use: "avx512", "avx2" or "baseline"."""
+    """The instruction set in use, one of ISA_LEVELS; "avx512_amx" multiplies matrices in tile registers."""
     return str(library().nw_isa().decode())
 
 

@@ -19,7 +19,7 @@ import torch  # noqa: F401  # before the library, see above
 ABI = 3
 NAME = {"Darwin": "libnormwise.dylib"}.get(platform.system(), "libnormwise.so")
 NOT_MOVED = 3  # NW_NOT_MOVED
-ISA_LEVELS = ("avx512", "avx2", "baseline")
+ISA_LEVELS = ("avx512_amx", "avx512", "avx2", "baseline")
 CURE = "install a C++ compiler (g++ or clang++) and reinstall normwise with pip install --force-reinstall --no-deps"
 
 
@@ -32,7 +32,7 @@ class Loaded(NamedTuple):
 
 @cache
 def load() -> Loaded:
-    """The loaded library. NORMWISE_ISA (avx512, avx2, baseline) forces an instruction set; it never falls back."""
+    """The loaded library. NORMWISE_ISA, one of ISA_LEVELS, forces an instruction set; it never falls back."""
     path = _find()
     if path is None:
         return Loaded(None, f"normwise was installed without its compiled library {NAME}; to get it, {CURE}")
