@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from normwise import reference
 from normwise.diagnosis.records import PERCENTILES, Activations, Distribution, Histogram, OverTime, Spread
 
 BINS = 40
@@ -141,25 +142,27 @@ class Watched:
         self.dtype = ""
 
     @torch.no_grad()
-    def add(self, x: Tensor, layout: Layout) -> None:
+    def add(self, x: Tensor, layout: Layout, valid: Tensor | None = None) -> None:
+        """One call's `x`; what is not `valid`, a bool tensor like it, does not count."""
         x = x.detach()
         if not self.shape:
             self.shape, self.dtype = list(x.shape), str(x.dtype).removeprefix("torch.")
-        self.all.add(x)
+        self.all.add(x if valid is None else x[valid])
         if not x.numel() or not x.is_floating_point():
             return
         if layout.feature is not None:
             rows = by_axis(x, layout.feature)
             self.features = self.features if self.features and self.features.mean.shape == (len(rows),) else Moments()
-            add_rows(self.features, rows)
+            add_rows(self.features, rows, _rows(valid, layout.feature))
         if layout.sample is not None and sum(map(len, self.sample_means)) < PARTS:
-            std, mean = torch.std_mean(by_axis(x, layout.sample), dim=1, correction=0)
-            self.sample_means.append(mean.double().cpu())
-            self.sample_stds.append(std.double().cpu())
+            count, mean, var = _of_rows(by_axis(x, layout.sample), _rows(valid, layout.sample))
+            self.sample_means.append(mean[count > 0])
+            self.sample_stds.append(var[count > 0].sqrt())
         if layout.time is not None and x.shape[layout.time] > 1:
-            self._add_time(by_axis(x, layout.time)[:LONGEST])
+            steps = _rows(valid, layout.time)
+            self._add_time(by_axis(x, layout.time)[:LONGEST], None if steps is None else steps[:LONGEST])
 
-    def _add_time(self, rows: Tensor) -> None:
+    def _add_time(self, rows: Tensor, valid: Tensor | None) -> None:
         if self.time is None or len(rows) > len(self.time.mean):
             longer = Moments()
             longer.count, longer.mean, longer.square = (torch.zeros(len(rows)).double() for _ in range(3))
@@ -169,11 +172,11 @@ class Watched:
                     getattr(longer, name)[:steps] = getattr(self.time, name)
             self.time = longer
         padded = [torch.zeros(len(self.time.mean)).double() for _ in range(3)]
-        var, mean = torch.var_mean(rows, dim=1, correction=0)
-        for into, of in zip(padded, (torch.full((len(rows),), rows.shape[1]), mean, var), strict=True):
+        for into, of in zip(padded, _of_rows(rows, valid), strict=True):
             into[: len(rows)] = of
         self.time.add(*padded)
         if len(self.time_parts) < 8:
+            rows = rows if valid is None else rows.masked_fill(~valid, math.nan)
             self.time_parts.append(rows[:, :: max(1, rows.shape[1] // 256)].double().cpu())
 
     def activations(self) -> Activations:
@@ -186,16 +189,17 @@ class Watched:
             Spread(distribution(torch.cat(self.sample_means)), distribution(torch.cat(self.sample_stds)))
             if self.sample_means
             else None,
-            None if self.time is None else self._over_time(self.time),
+            None if self.time is None or not bool(self.time.count.any()) else self._over_time(self.time),
         )
 
     def _over_time(self, moments: Moments) -> OverTime:
         quantiles = torch.tensor([p / 100 for p in PERCENTILES], dtype=torch.float64)
         rows = []
-        for t in range(len(moments.mean)):
+        steps = int(moments.count.nonzero().max()) + 1  # padding may reach further than the longest sequence
+        for t in range(steps):
             values = torch.cat([part[t] for part in self.time_parts if t < len(part)] or [moments.mean[t : t + 1]])
             rows.append(torch.nanquantile(values, quantiles))
-        return OverTime(moments.mean.tolist(), moments.std.tolist(), torch.stack(rows).T.tolist())
+        return OverTime(moments.mean[:steps].tolist(), moments.std[:steps].tolist(), torch.stack(rows).T.tolist())
 
 
 def by_axis(x: Tensor, axis: int) -> Tensor:
@@ -204,7 +208,20 @@ def by_axis(x: Tensor, axis: int) -> Tensor:
     return x.movedim(axis, 0).reshape(x.shape[axis], -1)
 
 
-def add_rows(moments: Moments, rows: Tensor) -> None:
-    """One more batch of each row's values."""
-    var, mean = torch.var_mean(rows, dim=1, correction=0)
-    moments.add(torch.tensor(rows.shape[1]), mean.double().cpu(), var.double().cpu())
+def add_rows(moments: Moments, rows: Tensor, valid: Tensor | None = None) -> None:
+    """One more batch of each row's values, of those that are `valid`."""
+    moments.add(*_of_rows(rows, valid))
+
+
+def _rows(valid: Tensor | None, axis: int) -> Tensor | None:
+    """A mask as `by_axis` lays out what it masks."""
+    return None if valid is None else valid.movedim(axis, 0).reshape(valid.shape[axis], -1)
+
+
+def _of_rows(rows: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(count, mean, biased variance) of the values of each row."""
+    if valid is None:
+        var, mean = torch.var_mean(rows, dim=1, correction=0)
+        return torch.full((len(rows),), rows.shape[1]), mean.double().cpu(), var.double().cpu()
+    mean, var, count = (t[:, 0].double().cpu() for t in reference.moments(rows, [1], valid))
+    return count, mean, var

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.diagnosis.distributions import Moments, add_rows, by_axis, distribution
 from normwise.diagnosis.layers import norm_kind
-from normwise.diagnosis.padding import Valid
+from normwise.diagnosis.padding import Valid, counted
 from normwise.diagnosis.records import Norm, Running
 
 # A gain this small beside the layer's median one passes nothing on.
@@ -60,15 +60,15 @@ class NormWatch:
         if x.dim() == 3:
             shortest, longest = self.lengths or (x.shape[2], x.shape[2])
             self.lengths = [min(shortest, x.shape[2]), max(longest, x.shape[2])]
-        mask = _given_mask(kwargs, x) if given else None
+        mask = counted(self.module, x, kwargs)
         if over_batch:
             rows = by_axis(x, 1)
-            if mask is not None:
-                rows = rows[:, mask.reshape(-1)]
-            if rows.shape[1] and not (given and mask is None):
-                self._count(x[0, 0].numel() if self.kind == "instance" else rows.shape[1], samples)
+            within = None if mask is None else mask.movedim(1, 0).flatten(1)
+            values = rows.shape[1] if within is None else int(within.sum(1).min())
+            if values and not (given and mask is None):
+                self._count(x[0, 0].numel() if self.kind == "instance" else values, samples)
                 if not self.moments.count.dim() or len(self.moments.mean) == len(rows):
-                    add_rows(self.moments, rows)
+                    add_rows(self.moments, rows, within)
                     self.total_samples += samples
         if not given and not ragged and self.kind in ("batch", "renorm", "instance", "group") and valid is not None:
             self._look_for_padding(x, valid)
@@ -201,19 +201,6 @@ def dead_gains(gain: Tensor | None) -> list[int]:
     size = gain.detach().abs().flatten()
     reference = size.median() if bool(size.median() > 0) else size.max()
     return torch.nonzero(size <= DEAD_GAIN * reference).flatten().tolist()[:256]
-
-
-def _given_mask(kwargs: dict[str, Any], x: Tensor) -> Tensor | None:
-    """The mask that a call of this library's layer was given, with the shape of `x` without its channels."""
-    shape = (x.shape[0], *x.shape[2:])
-    mask, lengths = kwargs.get("mask"), kwargs.get("lengths")
-    if lengths is not None and x.dim() == 3:
-        return torch.arange(x.shape[2], device=x.device) < torch.as_tensor(lengths, device=x.device)[:, None]
-    if not isinstance(mask, Tensor):
-        return None
-    if mask.dim() == x.dim():
-        mask = mask.select(1, 0)
-    return mask.expand(shape) if mask.dim() == len(shape) else None
 
 
 def _positions(x: Tensor, valid: Valid) -> Tensor | None:

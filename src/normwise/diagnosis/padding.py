@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from normwise.diagnosis.batches import Batch
+from normwise.diagnosis.layers import norm_kind
+from normwise.ops import check
 
 
 class Valid(NamedTuple):
@@ -45,6 +47,25 @@ def valid_positions(batch: Batch, model: nn.Module) -> Valid | None:
         return Valid(real, "padding_idx", True)
     trailing = None if sequence is None else _from_zeros(sequence)
     return None if trailing is None else Valid(trailing[0], "trailing zeros", trailing[1])
+
+
+def counted(module: nn.Module, x: Tensor, given: dict[str, Any]) -> Tensor | None:
+    """Which elements of a norm's input count, by the `mask=` or `lengths=` of its call; None if all do.
+
+    None also where these do not fit, which the norm itself will say.
+    """
+    mask, lengths = given.get("mask"), given.get("lengths")
+    if (mask is None and lengths is None) or x.is_nested:
+        return None
+    dim = getattr(module, "dim", None)
+    if norm_kind(module) not in ("layer", "rms"):
+        dim = 1
+    axis = x.dim() - 1 if dim is None else dim if isinstance(dim, int) else dim[0]
+    try:
+        valid = check.validity(x, mask, None if lengths is None else torch.as_tensor(lengths), channel_dim=axis)
+    except (TypeError, ValueError):
+        return None
+    return None if valid is None else valid.expand_as(x)
 
 
 def _from_mask(tensor: Tensor, main: Tensor) -> tuple[Tensor, bool] | None:

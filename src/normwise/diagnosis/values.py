@@ -58,7 +58,8 @@ class OverTime:
 
 @dataclass(frozen=True)
 class Activations:
-    """A layer's input or output over all batches and calls, in train mode; padding counts as it stands there.
+    """A layer's input or output over all batches and calls, in train mode; padding counts as it stands there,
+    but for that which a norm is told of by `mask=` or `lengths=`.
 
     Attributes:
         shape, dtype: of the first batch.

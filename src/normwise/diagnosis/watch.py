@@ -15,7 +15,7 @@ from normwise.diagnosis.distributions import PART, SMALL_PART, Layout, Watched
 from normwise.diagnosis.errors import DiagnosisError
 from normwise.diagnosis.layers import Layouts, Named, layers_of, own_parameters, tensors_in, units_of
 from normwise.diagnosis.norms import NormWatch
-from normwise.diagnosis.padding import Valid, valid_positions
+from normwise.diagnosis.padding import Valid, counted, valid_positions
 from normwise.diagnosis.recurrent import RecurrentWatch
 from normwise.diagnosis.units import UnitWatch
 
@@ -157,7 +157,7 @@ class Watch:
             return
         layout = self._layout(seen, x)
         if not x.is_nested and not self.lean:
-            seen.input.add(x, layout)
+            seen.input.add(x, layout, counted(module, x, kwargs) if seen.norm is not None else None)
         if seen.units is not None:
             seen.units.add(x, layout)
         if seen.norm is not None:
@@ -174,7 +174,8 @@ class Watch:
         if y is None:
             return
         if not y.is_nested:
-            seen.output.add(y, Layout() if self.lean else self._layout(seen, y))
+            valid = counted(module, y, kwargs) if seen.norm is not None else None
+            seen.output.add(y, Layout() if self.lean else self._layout(seen, y), valid)
         if seen.norm is not None and seen.calls == 1:
             seen.first_output = y
         if y.requires_grad and y.grad_fn is not None:
