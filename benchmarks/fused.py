@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import normwise
 from benchmarks.case import Case
 from benchmarks.layers import layer_case, tensor
-from benchmarks.norms import IMAGES
+from benchmarks.norms import GROUPED, IMAGES
 
 
 def cases() -> Iterator[Case]:
@@ -48,6 +48,15 @@ def cases() -> Iterator[Case]:
         [tensor((8192, 768))],
         their_step=_gelu,
     )
+    for last in (False, True):
+        yield layer_case(
+            f"GroupNorm(32) + SiLU {GROUPED}{' channels-last' if last else ''}",
+            normwise.GroupNorm(32, GROUPED[1], act="silu"),
+            nn.GroupNorm(32, GROUPED[1]),
+            [tensor(GROUPED, channels_last=last)],
+            their_step=_silu,
+            aim=0.70,
+        )
     yield _masked(channels_last=False)
     yield _masked(channels_last=True)
 
@@ -74,6 +83,10 @@ def _relu(layer: nn.Module, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def _gelu(layer: nn.Module, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
     return (F.gelu(layer(inputs[0])),)
+
+
+def _silu(layer: nn.Module, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    return (F.silu(layer(inputs[0])),)  # in place it is slower: autograd then keeps a copy of what is overwritten
 
 
 def _with_residual(layer: nn.Module, inputs: Sequence[Tensor]) -> Sequence[Tensor]:

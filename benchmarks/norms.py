@@ -12,6 +12,7 @@ from benchmarks.case import Case
 from benchmarks.layers import layer_case, tensor
 
 IMAGES = [(32, 64, 56, 56), (128, 256, 14, 14), (2, 64, 112, 112)]
+GROUPED = (8, 128, 56, 56)
 ROWS = [(8192, 768), (4096, 4096), (32768, 256), (512, 64), (1, 4096)]
 
 
@@ -24,10 +25,10 @@ def cases() -> Iterator[Case]:
     for rows in ROWS:
         yield layer_norm(rows, must=0.85, aim=0.70)
     yield layer_case("RMSNorm (8192, 768)", normwise.RMSNorm(768), nn.RMSNorm(768), [tensor((8192, 768))])
-    shape = IMAGES[0]
-    yield layer_case(f"GroupNorm(8) {shape}", normwise.GroupNorm(8, 64), nn.GroupNorm(8, 64), [tensor(shape)])
-    instance_norms = normwise.InstanceNorm2d(64, affine=True), nn.InstanceNorm2d(64, affine=True)
-    yield layer_case(f"InstanceNorm {shape}", *instance_norms, [tensor(shape)])
+    for last in (False, True):
+        yield group_norm(channels_last=last)
+    for last in (False, True):
+        yield instance_norm(channels_last=last)
     yield layer_norm((8192, 768), dtype=torch.bfloat16)
     yield batch_norm(IMAGES[0], dtype=torch.bfloat16)
     # Small ones, where the call itself is what costs.
@@ -58,6 +59,20 @@ def layer_norm(
     ours, theirs = (library.LayerNorm(shape[1]).to(dtype) for library in (normwise, nn))
     name = f"LayerNorm {shape}" + _suffix(dtype)
     return layer_case(name, ours, theirs, [tensor(shape, dtype=dtype)], must=must, aim=aim)
+
+
+def group_norm(*, channels_last: bool) -> Case:
+    shape = GROUPED
+    name = f"GroupNorm(32) {shape}" + (" channels-last" if channels_last else "")
+    ours, theirs = (library.GroupNorm(32, shape[1]) for library in (normwise, nn))
+    return layer_case(name, ours, theirs, [tensor(shape, channels_last=channels_last)], aim=0.70)
+
+
+def instance_norm(*, channels_last: bool) -> Case:
+    shape = (8, 64, 112, 112)
+    name = f"InstanceNorm {shape}" + (" channels-last" if channels_last else "")
+    ours, theirs = (library.InstanceNorm2d(shape[1], affine=True) for library in (normwise, nn))
+    return layer_case(name, ours, theirs, [tensor(shape, channels_last=channels_last)], aim=0.70)
 
 
 def _suffix(dtype: torch.dtype) -> str:

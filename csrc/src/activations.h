@@ -12,30 +12,32 @@ NW_INLINE vec<double> exp(vec<double> x) {
   return x;
 }
 
-// exp(x) = 2^k * exp(r), |r| <= ln(2)/2, Taylor to r^7: relative error below 1.5e-7. ln(2) is split in two so that
-// r keeps its digits; 2^k is applied in two halves, since k may be -150 .. 128.
-NW_INLINE vec<float> exp(vec<float> x) {
-  const vec<float> low = splat(-104.f), high = splat(89.f);
-  vec<float> bounded = x < low ? low : x;
-  bounded = bounded > high ? high : bounded;
+// exp(x) = scale * (1 + p), p = exp(r) - 1 by a polynomial whose greatest error relative to p is least, 3e-10, for
+// |r| <= ln(2)/2. ln(2) is split in two so that r keeps its digits; |x| <= 87.
+NW_INLINE vec<float> exp_minus_one(vec<float> x, vec<float>& scale) {
   const float to_integer = 12582912.f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  vec<float> k = (bounded * 1.44269504f + to_integer) - to_integer;
-  vec<float> r = (bounded - k * 0.693359375f) + k * 2.12194440e-4f;
-  vec<float> p = splat(1.f / 5040);
-  p = p * r + 1.f / 720;
-  p = p * r + 1.f / 120;
-  p = p * r + 1.f / 24;
-  p = p * r + 1.f / 6;
+  const vec<float> k = (x * 1.44269504f + to_integer) - to_integer;
+  const vec<float> r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
+  vec<float> p = splat(0.000198459951f);
+  p = p * r + 0.00139406684f;
+  p = p * r + 0.00833338965f;
+  p = p * r + 0.0416663587f;
+  p = p * r + 0.166666657f;
   p = p * r + 0.5f;
-  p = p * r + 1.f;
-  p = p * r + 1.f;
-  vmask<float> power = __builtin_convertvector(k, vmask<float>);
-  vmask<float> half = power >> 1;
-  p = p * (vec<float>)((half + 127) << 23) * (vec<float>)((power - half + 127) << 23);
-  return x != x ? x : p;
+  scale = power_of_two(k);
+  return p * (r * r) + r;
+}
+NW_INLINE vec<float> exp(vec<float> x) {
+  vec<float> scale;
+  const vec<float> p = exp_minus_one(x, scale);
+  return p * scale + scale;
 }
 
-template <class C> NW_INLINE vec<C> sigmoid(vec<C> z) { return C(1) / (C(1) + exp(-z)); }
+// How far from 0 z is looked at: farther out silu and gelu are 0 or z. exp of the first and its opposite is finite.
+template <class C> constexpr C silu_reach = sizeof(C) == 8 ? 700 : 87;
+template <class C> constexpr C gelu_reach = sizeof(C) == 8 ? 38 : 13;
+
+template <class C> NW_INLINE vec<C> at_least(vec<C> z, C low) { return z < low ? splat(low) : z; }
 
 // Phi(z) = erfc(-z / sqrt(2)) / 2; `density` receives exp(-z^2 / 2).
 NW_INLINE vec<double> normal_cdf(vec<double> z, vec<double>& density) {
@@ -45,11 +47,11 @@ NW_INLINE vec<double> normal_cdf(vec<double> z, vec<double>& density) {
 }
 
 // erfc(a) = exp(-a^2) * t * P(t), t = 1 / (1 + 0.4 a), P of degree 9 interpolating at Chebyshev nodes for a <= 14:
-// relative error 1.2e-7 before rounding, so the left tail keeps its digits too.
+// relative error 1.2e-7 before rounding, so the left tail keeps its digits too; |z| <= 13.
 NW_INLINE vec<float> normal_cdf(vec<float> z, vec<float>& density) {
   density = exp(z * z * -0.5f);
   vec<float> a = (z < 0.f ? -z : z) * 0.707106781f;
-  vec<float> t = 1.f / (1.f + 0.4f * a);
+  vec<float> t = reciprocal(1.f + 0.4f * a);
   vec<float> p = splat(-0.0279613212f);
   p = p * t + 0.188140884f;
   p = p * t - 0.473146439f;
@@ -67,10 +69,14 @@ NW_INLINE vec<float> normal_cdf(vec<float> z, vec<float>& density) {
 template <int act, class C> NW_INLINE vec<C> act_value(vec<C> z) {
   if constexpr (act == NW_RELU) return z <= C(0) ? vec<C>{} : z;
   if constexpr (act == NW_LEAKY_RELU) return z > C(0) ? z : z * C(0.01);
-  if constexpr (act == NW_SILU) return z * sigmoid<C>(z);
+  if constexpr (act == NW_SILU) {
+    constexpr C reach = silu_reach<C>;
+    return at_least(z, -reach) * reciprocal(C(1) + exp(-bounded(z, reach)));
+  }
   if constexpr (act == NW_GELU) {
+    constexpr C reach = gelu_reach<C>;
     vec<C> density;
-    return z * normal_cdf(z, density);
+    return at_least(z, -reach) * normal_cdf(bounded(z, reach), density);
   }
   return z;
 }
@@ -79,13 +85,15 @@ template <int act, class C> NW_INLINE vec<C> act_value(vec<C> z) {
 template <int act, class C> NW_INLINE vec<C> act_slope(vec<C> z) {
   if constexpr (act == NW_RELU) return z <= C(0) ? vec<C>{} : splat(C(1));
   if constexpr (act == NW_LEAKY_RELU) return z > C(0) ? splat(C(1)) : splat(C(0.01));
-  if constexpr (act == NW_SILU) {
-    vec<C> s = sigmoid<C>(z);
-    return s * (C(1) + z * (C(1) - s));
+  if constexpr (act == NW_SILU) {  // s * (1 + z * (1 - s)), s the logistic function and 1 - s = exp(-z) * s
+    z = bounded(z, silu_reach<C>);
+    const vec<C> e = exp(-z), s = reciprocal(C(1) + e);
+    return s * (C(1) + z * (e * s));
   }
   if constexpr (act == NW_GELU) {
+    z = bounded(z, gelu_reach<C>);
     vec<C> density;
-    vec<C> cdf = normal_cdf(z, density);
+    const vec<C> cdf = normal_cdf(z, density);
     return cdf + z * density * C(0.39894228040143267794);
   }
   return splat(C(1));

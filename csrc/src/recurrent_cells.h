@@ -7,51 +7,6 @@
 namespace NW_ISA {
 namespace {
 
-// 1 / x for 1 <= x <= 2^127, within a unit in the last place; a division has several times the latency.
-NW_INLINE vec<float> reciprocal(vec<float> x) {
-#if defined(NW_AVX512)
-  const vec<float> r = (vec<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
-  return r + r * (1.f - x * r);
-#else
-  return 1.f / x;
-#endif
-}
-
-NW_INLINE vec<float> bounded(vec<float> x, float most) {
-#if defined(NW_AVX512)
-  return (vec<float>)_mm512_maskz_min_ps(
-      0xffff, _mm512_maskz_max_ps(0xffff, (__m512)splat(-most), (__m512)x), (__m512)splat(most));
-#else
-  x = x < -most ? splat(-most) : x;
-  return x > most ? splat(most) : x;
-#endif
-}
-
-// 2^k of an integer k
-NW_INLINE vec<float> power_of_two(vec<float> k) {
-#if defined(NW_AVX512)
-  return (vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)splat(1.f), (__m512)k);
-#else
-  return (vec<float>)((__builtin_convertvector(k, vmask<float>) + 127) << 23);
-#endif
-}
-
-// exp(x) = scale * (1 + p), p = exp(r) - 1 by a polynomial whose greatest error relative to p is least, 3e-10, for
-// |r| <= ln(2)/2. ln(2) is split in two so that r keeps its digits; |x| <= 87.
-NW_INLINE vec<float> exp_minus_one(vec<float> x, vec<float>& scale) {
-  const float to_integer = 12582912.f;  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const vec<float> k = (x * 1.44269504f + to_integer) - to_integer;
-  const vec<float> r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
-  vec<float> p = splat(0.000198459951f);
-  p = p * r + 0.00139406684f;
-  p = p * r + 0.00833338965f;
-  p = p * r + 0.0416663587f;
-  p = p * r + 0.166666657f;
-  p = p * r + 0.5f;
-  scale = power_of_two(k);
-  return p * (r * r) + r;
-}
-
 NW_INLINE vec<float> gate(vec<float> z) {
   vec<float> scale;
   const vec<float> p = exp_minus_one(-bounded(z, 87.f), scale);

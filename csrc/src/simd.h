@@ -296,6 +296,38 @@ template <int half, class C> NW_INLINE vec<C> fold(vec<C> v) {
 template <class C> NW_INLINE C sum_lanes(vec<C> v) { return fold<lanes<C> / 2, C>(v)[0]; }
 template <class C> NW_INLINE C sum_lanes(const vec<C> (&v)[4]) { return sum_lanes<C>((v[0] + v[1]) + (v[2] + v[3])); }
 
+// 1 / x for 1 <= x <= 2^127, within a unit in the last place; a division has several times the latency.
+NW_INLINE vec<float> reciprocal(vec<float> x) {
+#if defined(NW_AVX512)
+  const vec<float> r = (vec<float>)_mm512_maskz_rcp14_ps(0xffff, (__m512)x);
+  return r + r * (1.f - x * r);
+#else
+  return 1.f / x;
+#endif
+}
+NW_INLINE vec<double> reciprocal(vec<double> x) { return 1.0 / x; }
+
+// -most .. most; NaN stays NaN.
+template <class V, class C> NW_INLINE V bounded(V x, C most) {
+#if defined(NW_AVX512)
+  if constexpr (sizeof(C) == 4) {
+    return (V)_mm512_maskz_min_ps(0xffff, (__m512)splat(most),
+                                  _mm512_maskz_max_ps(0xffff, (__m512)splat(-most), (__m512)x));
+  }
+#endif
+  x = x < -most ? splat(-most) : x;
+  return x > most ? splat(most) : x;
+}
+
+// 2^k of an integer k
+NW_INLINE vec<float> power_of_two(vec<float> k) {
+#if defined(NW_AVX512)
+  return (vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)splat(1.f), (__m512)k);
+#else
+  return (vec<float>)((__builtin_convertvector(k, vmask<float>) + 127) << 23);
+#endif
+}
+
 // Asks for memory that the next row or channel will want; an address past the end of an array does no harm. The
 // processor fetches ahead by itself within a run, but while it computes it does not start on the next one.
 template <class T> NW_INLINE void prefetch(const T* p) { __builtin_prefetch(static_cast<const void*>(p)); }
