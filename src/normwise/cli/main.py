@@ -1,6 +1,7 @@
 """The `normwise` script: runs the subcommands and turns a user's mistake into one line and a status.
 
-Exit status: 0 done; 2 bad arguments, bad input or a missing package; 130 interrupted with Ctrl-C.
+Exit status: 0 done; 1 `diagnose --strict` found something; 2 bad arguments, bad input or a missing package; 130
+interrupted with Ctrl-C.
 """
 
 from __future__ import annotations
