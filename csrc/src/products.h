@@ -105,15 +105,22 @@ template <class P> inline int64_t panels_of(int64_t columns) { return (columns +
 constexpr int64_t ready_rows = 128;
 template <class P> inline int64_t ready_bytes(int64_t depth) { return P::left_bytes(ready_rows, depth); }
 
-// c (+)= a * b for panels first .. last-1 of b, any number of rows; `memory` holds ready_bytes of b's depth.
+// c (+)= a * b for panels first .. last-1 of b, any number of rows; `memory` holds ready_bytes of b's depth. A matrix
+// that every step reads may just exceed a cache, which then holds nothing of it when the next step begins; with
+// `backwards` at every other step that one begins with what the one before read last.
 template <class P>
 inline void multiply_rows(int64_t rows, const float* a, int64_t stride, const Packed& b, int64_t first, int64_t last,
-                          float* c, int64_t c_stride, bool add, void* memory) {
+                          float* c, int64_t c_stride, bool add, void* memory, bool backwards = false) {
   const int64_t each = P::as_they_are ? rows : ready_rows;
+  constexpr int64_t group = 8;
   for (int64_t row = 0; row < rows; row += each) {
     const int64_t n = rows - row < each ? rows - row : each;
-    P::multiply(P::left(n, a + row * stride, stride, b.depth, memory), b.panels, b.depth, b.columns, first, last,
-                c + row * c_stride, c_stride, add);
+    const auto left = P::left(n, a + row * stride, stride, b.depth, memory);
+    const auto part = [&](int64_t from, int64_t to) {
+      P::multiply(left, b.panels, b.depth, b.columns, from, to, c + row * c_stride, c_stride, add);
+    };
+    if (!backwards) part(first, last);
+    for (int64_t to = last; backwards && to > first; to -= group) part(to - group > first ? to - group : first, to);
   }
 }
 

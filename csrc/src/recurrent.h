@@ -264,7 +264,7 @@ inline bool work_together(const nw_recurrent& a, int threads) {
 // f(policy of products.h) by the one that is to multiply for this layer.
 template <class F> inline int with_products(const nw_recurrent& a, bool tiles, F f) {
 #if defined(NW_TILES)
-  if (tiles && a.products == NW_BFLOAT16) return f(Tiles<1>{});
+  if (tiles && a.products == NW_BFLOAT16) return f(Tiles{});
 #endif
   (void)tiles;
   return a.products == NW_BFLOAT16 ? f(RoundedToBfloat16{}) : f(Float32{});

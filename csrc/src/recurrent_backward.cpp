@@ -138,7 +138,7 @@ template <class P> struct Backward {
       }
     }
     multiply_rows<P>(n, dq_first + first * stacked, stride * stacked, weight_hh, from, last,
-                     dh_before + first * units, stride * units, add, m.left);
+                     dh_before + first * units, stride * units, add, m.left, s & 1);
     if (a.reset) {
       for (int64_t i = first; i < past; i += stride) {
         if (!a.reset[start + i]) continue;
@@ -171,7 +171,8 @@ template <class P> struct Backward {
     if (args.dx && !thin) {
       const int64_t mine = n * index / count, past = n * (index + 1) / count;
       float* dx = static_cast<float*>(args.dx) + first * a.inputs;
-      constexpr int64_t block = 64;  // rows of dp that stay in the cache while the panels pass
+      // Rows of dp that stay in the cache while the panels pass; those that are made ready are cut so in any case.
+      const int64_t block = P::as_they_are ? 64 : past - mine;
       for (int64_t row = mine; row < past; row += block) {
         multiply_rows<P>(past - row < block ? past - row : block, dp + row * k.stacked, k.stacked, weight_ih, 0,
                          panels_of<P>(a.inputs), dx + row * a.inputs, a.inputs, false, m.left);

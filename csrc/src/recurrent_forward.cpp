@@ -79,7 +79,7 @@ template <class P> struct Forward {
     float* p_first = thin ? nullptr : inputs.row(start, chunk_first);
     float* q_first = added ? p_first : q_whole ? q + start * k.stacked : q + (s & 1) * a.batch * k.stacked;
     multiply_rows<P>(n, h_state + first * k.units, stride * k.units, weight_hh, share.panel_begin(panels),
-                     share.panel_end(panels), q_first + first * k.stacked, stride * k.stacked, added, left);
+                     share.panel_end(panels), q_first + first * k.stacked, stride * k.stacked, added, left, s & 1);
     if (share.together) barrier.wait(share.count);
     const bool writes = share.writes();
     const float* x = static_cast<const float*>(a.x);
@@ -159,7 +159,7 @@ int recurrent_forward(const nw_recurrent_forward_args* args, bool tiles) {
 
 bool has_tiles() {
 #if defined(NW_TILES)
-  return Tiles<1>::here();
+  return Tiles::here();
 #else
   return false;
 #endif
