@@ -11,7 +11,7 @@ from torch import Tensor
 
 ACTS: dict[str | None, int] = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "gelu": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
-_FIRST, _LAST = 0, 1
+CHANNELS_FIRST, CHANNELS_LAST = 0, 1
 
 
 def at(t: Tensor | None) -> int:
@@ -30,7 +30,12 @@ def vector(t: Tensor | None, dtype: torch.dtype, size: int) -> Tensor | None:
         return None
     if t.numel() != size:
         raise ValueError(f"expected a vector of {size} elements, but got one of shape {tuple(t.shape)}")
-    return t if t.dtype == dtype and t.is_contiguous() else t.to(dtype).contiguous()
+    if not t.is_cpu:
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but the input is on cpu and a gain or bias on {t.device}: "
+            "move the layer, e.g. layer.to(input.device)"
+        )
+    return t if t.dtype is dtype and t.is_contiguous() and not t.is_neg() else t.to(dtype).resolve_neg().contiguous()
 
 
 def check_running(t: Tensor | None, dtype: torch.dtype, size: int) -> None:
@@ -48,7 +53,7 @@ def like(t: Tensor, x: Tensor) -> Tensor:
         raise ValueError(
             f"expected a tensor like the input, {tuple(x.shape)} of {x.dtype}, but got {tuple(t.shape)} of {t.dtype}"
         )
-    return t if t.stride() == x.stride() else torch.empty_like(x).copy_(t)
+    return t if t.stride() == x.stride() and not t.is_neg() else torch.empty_like(x).copy_(t)
 
 
 def mask_bytes(mask: Tensor | None, size: int) -> Tensor | None:
@@ -72,7 +77,7 @@ def sizes(x: Tensor) -> tuple[int, int, int]:
 def dense(x: Tensor) -> tuple[Tensor, int]:
     """`x`, copied only if its elements are not dense, and where its channels lie."""
     if x.dim() == 2:
-        return x.contiguous(), _LAST
+        return x.contiguous(), CHANNELS_LAST
     if not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
-        return x, _LAST
-    return x.contiguous(), _FIRST
+        return x, CHANNELS_LAST
+    return x.contiguous(), CHANNELS_FIRST

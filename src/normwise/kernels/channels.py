@@ -10,13 +10,28 @@ import struct
 import torch
 from torch import Tensor
 
-from normwise.kernels.arguments import ACTS, DTYPES, at, check_running, dense, like, mask_bytes, sizes, vector, wide
+from normwise.kernels.arguments import (
+    ACTS,
+    CHANNELS_FIRST,
+    CHANNELS_LAST,
+    DTYPES,
+    at,
+    check_running,
+    dense,
+    like,
+    mask_bytes,
+    sizes,
+    vector,
+    wide,
+)
 from normwise.kernels.library import kernel
 
 # The argument structs of normwise.h: pointers, int64, double, int32, padding.
 _FORWARD = struct.Struct("@10P3q2d5i4x")
 _BACKWARD = struct.Struct("@12P3q5i4x")
 STRUCTS = (_FORWARD, _BACKWARD)
+
+_FLOAT32, _IDENTITY = DTYPES[torch.float32], ACTS[None]
 
 _forward = kernel("nw_channels_forward")
 _backward = kernel("nw_channels_backward")
@@ -53,7 +68,7 @@ def channels_forward(
         residual = like(residual, x)
     mask = mask_bytes(mask, batch * positions)
     y = torch.empty_like(x)
-    stats = torch.empty((2, channels), dtype=torch.float64)
+    stats = x.new_empty(2, channels, dtype=torch.float64)
     mean = stats.data_ptr()
     moved = _forward(
         _FORWARD.pack(
@@ -134,3 +149,92 @@ def channels_backward(
         )
     )
     return dx, dweight, dbias, dresidual
+
+
+def plain_channels_forward(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    sizes: tuple[int, int, int],
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, bool]:
+    """(y, stats, moved) of `channels_forward` without residual, mask and activation, where everything is contiguous
+    float32 and `sizes` are (batch, channels, positions).
+
+    On small tensors what Python does takes longer than the kernel: nothing is checked here, callers vouch for it.
+    """
+    batch, channels, positions = sizes
+    y = torch.empty_like(x)
+    stats = x.new_empty(2, channels, dtype=torch.float64)
+    mean = stats.data_ptr()
+    moved = _forward(
+        _FORWARD.pack(
+            x.data_ptr(),
+            0,
+            0,
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if running_mean is None else running_mean.data_ptr(),
+            0 if running_var is None else running_var.data_ptr(),
+            y.data_ptr(),
+            mean,
+            mean + 8 * channels,
+            batch,
+            channels,
+            positions,
+            eps,
+            momentum,
+            _FLOAT32,
+            CHANNELS_LAST if positions == 1 else CHANNELS_FIRST,
+            training,
+            _IDENTITY,
+            torch.get_num_threads(),
+        )
+    )
+    return y, stats, moved
+
+
+def plain_channels_backward(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    has_bias: bool,
+    sizes: tuple[int, int, int],
+    training: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias) of `plain_channels_forward`, with `dy` contiguous float32 too, a bias only with a gain."""
+    batch, channels, positions = sizes
+    dx = torch.empty_like(x)
+    dweight = None if weight is None else torch.empty_like(weight)
+    dbias = torch.empty_like(weight) if weight is not None and has_bias else None
+    mean = stats.data_ptr()
+    _backward(
+        _BACKWARD.pack(
+            dy.data_ptr(),
+            x.data_ptr(),
+            0,
+            0,
+            0 if weight is None else weight.data_ptr(),
+            0,
+            mean,
+            mean + 8 * channels,
+            dx.data_ptr(),
+            0,
+            0 if dweight is None else dweight.data_ptr(),
+            0 if dbias is None else dbias.data_ptr(),
+            batch,
+            channels,
+            positions,
+            _FLOAT32,
+            CHANNELS_LAST if positions == 1 else CHANNELS_FIRST,
+            training,
+            _IDENTITY,
+            torch.get_num_threads(),
+        )
+    )
+    return dx, dweight, dbias

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,7 @@ from normwise.kernels.arguments import DTYPES
 from normwise.kernels.library import ISA_LEVELS, library, load
 
 
+@cache
 def available() -> bool:
     """Whether the compiled kernels can be used in this process."""
     return load().library is not None
@@ -48,4 +52,9 @@ def obstacle(x: Tensor) -> str | None:
 
 def mean_exceeds(mean: Tensor, rstd: Tensor, limit: float) -> bool:
     """Whether any |mean * rstd| is above `limit`; both float32, contiguous and on the CPU."""
-    return bool(library().nw_mean_exceeds(mean.data_ptr(), rstd.data_ptr(), mean.numel(), limit))
+    return bool(_mean_exceeds()(mean.data_ptr(), rstd.data_ptr(), mean.numel(), limit))
+
+
+@cache
+def _mean_exceeds() -> Any:
+    return library().nw_mean_exceeds

@@ -46,7 +46,7 @@ def groups_forward(
         residual = like(residual, x)
     mask = mask_bytes(mask, batch * positions)
     y = torch.empty_like(x)
-    stats = torch.empty((2, batch * groups), dtype=torch.float64)
+    stats = x.new_empty(2, batch * groups, dtype=torch.float64)
     mean = stats.data_ptr()
     _forward(
         _FORWARD.pack(

@@ -19,6 +19,8 @@ _FORWARD = struct.Struct("@9P2qd4i")
 _BACKWARD = struct.Struct("@11P2q4i")
 STRUCTS = (_FORWARD, _BACKWARD)
 
+_FLOAT32, _IDENTITY = DTYPES[torch.float32], ACTS[None]
+
 _forward = kernel("nw_rows_forward")
 _backward = kernel("nw_rows_backward")
 
@@ -53,7 +55,7 @@ def rows_forward(
     dtype = wide(x)
     weight, bias = vector(weight, dtype, cols), vector(bias, dtype, cols)
     y = torch.empty_like(x)
-    stats = torch.empty((2, rows), dtype=torch.float64)
+    stats = x.new_empty(2, rows, dtype=torch.float64)
     s = x
     if residual is not None:
         residual = like(residual, x)
@@ -131,3 +133,68 @@ def rows_backward(
         )
     )
     return ds, dweight, dbias
+
+
+def plain_rows_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rows: int, cols: int, eps: float, center: bool
+) -> tuple[Tensor, Tensor]:
+    """(y, stats) of `rows_forward` without residual, mask and activation, where everything is contiguous float32.
+
+    On small tensors what Python does takes longer than the kernel: nothing is checked here, callers vouch for it.
+    """
+    y = torch.empty_like(x)
+    stats = x.new_empty(2, rows, dtype=torch.float64)
+    mean = stats.data_ptr()
+    _forward(
+        _FORWARD.pack(
+            x.data_ptr(),
+            0,
+            0,
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0,
+            y.data_ptr(),
+            mean,
+            mean + 8 * rows,
+            rows,
+            cols,
+            eps,
+            _FLOAT32,
+            center,
+            _IDENTITY,
+            torch.get_num_threads(),
+        )
+    )
+    return y, stats
+
+
+def plain_rows_backward(
+    dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, has_bias: bool, rows: int, cols: int, center: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias) of `plain_rows_forward`, with `dy` contiguous float32 too, and a bias only with a gain."""
+    dx = torch.empty_like(x)
+    dweight = None if weight is None else torch.empty_like(weight)
+    dbias = torch.empty_like(weight) if weight is not None and has_bias else None
+    mean = stats.data_ptr()
+    _backward(
+        _BACKWARD.pack(
+            dy.data_ptr(),
+            0,
+            x.data_ptr(),
+            0,
+            0 if weight is None else weight.data_ptr(),
+            0,
+            mean,
+            mean + 8 * rows,
+            dx.data_ptr(),
+            0 if dweight is None else dweight.data_ptr(),
+            0 if dbias is None else dbias.data_ptr(),
+            rows,
+            cols,
+            _FLOAT32,
+            center,
+            _IDENTITY,
+            torch.get_num_threads(),
+        )
+    )
+    return dx, dweight, dbias

@@ -12,9 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.nn.construct import affine_without_bias, reset_affine
 from normwise.nn.recall import Recall
-from normwise.ops import check, running
+from normwise.ops import check, choose, plain, running
 from normwise.ops.batch_norm import batch_norm_moved
-from normwise.ops.choose import transforming
 from normwise.ops.ghost_batch_norm import ghost_batch_norm_moved
 from normwise.ops.ragged import is_ragged
 from normwise.ops.ranks import Peers
@@ -23,6 +22,9 @@ from normwise.ops.running import Moved
 from normwise.reference import Moments, activation
 
 Layer = TypeVar("Layer", bound="_BatchNorm")
+
+# As a tensor: adding a number makes one of it first.
+_ONE = torch.tensor(1)
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -36,6 +38,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     num_batches_skipped: Tensor | None
     _said_skipped = False
     _peers: Peers | None = None  # the ranks that share statistics in training
+    _by_batch = True  # `_normalize` is that of BatchNorm
 
     def __init__(
         self,
@@ -79,6 +82,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         skipped = torch.tensor(0, device=device) if track_running_stats else None
         self.register_buffer("num_batches_skipped", skipped, persistent=False)
 
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls._by_batch = cls._normalize is _BatchNorm._normalize
+
     def reset_parameters(self) -> None:
         """Gain 1, bias 0, running mean 0 and variance 1."""
         self.reset_running_stats()
@@ -103,20 +110,43 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         residual: Tensor | PackedSequence | None = None,
     ) -> Any:
         """act(bn(input) + residual); see `normwise.functional.batch_norm` for shapes and errors."""
-        if isinstance(input, Tensor) and not is_ragged(input):
-            check.rank(input, self.ranks)
-        elif 2 not in self.ranks:
-            raise check.ShapeError(f"{type(self).__name__} takes no ragged input: BatchNorm1d does")
         learns = self.training and self.track_running_stats
-        mean, var = (None, None) if self.training and not learns else (self.running_mean, self.running_var)
-        if learns and mean is not None and var is not None and running.recomputing():
-            learns, mean, var = False, mean.clone(), var.clone()  # clones: it must run as it ran the first time
-        momentum = self._momentum() if self.training and mean is not None else 0.0
-        y, moved = self._normalize(input, mean, var, momentum, mask=mask, lengths=lengths, residual=residual)
+        alone = mask is None and lengths is None and residual is None
+        done = self._plainly(input) if alone and choose.plain(input) else None  # type: ignore[arg-type]
+        if done is None:
+            if isinstance(input, Tensor) and not is_ragged(input):
+                check.rank(input, self.ranks)
+            elif 2 not in self.ranks:
+                raise check.ShapeError(f"{type(self).__name__} takes no ragged input: BatchNorm1d does")
+            mean, var = (None, None) if self.training and not learns else (self.running_mean, self.running_var)
+            if learns and mean is not None and var is not None and running.recomputing():
+                learns, mean, var = False, mean.clone(), var.clone()  # clones: it must run as it ran the first time
+            momentum = self._momentum() if self.training and mean is not None else 0.0
+            done = self._normalize(input, mean, var, momentum, mask=mask, lengths=lengths, residual=residual)
+        y, moved = done
         if learns:
             # After the op, so that a refused input is not counted.
             self._count(moved)
         return y
+
+    def _plainly(self, x: Tensor) -> tuple[Any, Moved] | None:
+        """The output, and whether the running averages moved, by the shortest way; None where it is not as simple."""
+        own = self.__dict__  # asking the module for one of its tensors takes as long as all the rest
+        learnt, kept, training = own["_parameters"], own["_buffers"], own["training"]
+        if (
+            own["act"] is not None
+            or self._peers is not None
+            or not own["track_running_stats"]
+            or not self._by_batch
+            or x.dim() not in self.ranks
+            or (training and (own["virtual_batch_size"] or own["accumulate"] or running.recomputing()))
+        ):
+            return None
+        try:
+            mean, var, weight, bias = kept["running_mean"], kept["running_var"], learnt["weight"], learnt["bias"]
+        except KeyError:  # parametrized, say
+            return None
+        return plain.batch_norm(x, mean, var, weight, bias, training, own["momentum"] if training else 0.0, own["eps"])
 
     def _normalize(
         self,
@@ -196,10 +226,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _count(self, moved: Moved) -> None:
         """One batch more, tracked or, where its statistics were not finite, skipped."""
-        tracked = self.num_batches_tracked
+        tracked = self._buffers.get("num_batches_tracked")
         if moved is True:  # looked at first: it is nearly always so
             if tracked is not None:
-                tracked.add_(1)
+                tracked.add_(_ONE)
             return
         skipped = self.num_batches_skipped
         if tracked is None or skipped is None:
@@ -209,7 +239,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             self._say_skipped()
         else:
             tracked.add_(moved)
-            if not transforming():  # functional_call may have been given the buffers of a state_dict, without this one
+            if (
+                not choose.transforming()
+            ):  # functional_call may have been given the buffers of a state_dict, without this one
                 skipped.add_(~moved)
 
     def _say_skipped(self) -> None:

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.nn.construct import reset_affine
-from normwise.ops import check
+from normwise.ops import check, plain
 from normwise.ops.layer_norm import layer_norm
 from normwise.ops.ranks import Peers
 from normwise.ops.rms_norm import rms_norm
 from normwise.reference import activation
+
+_FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
 class LayerNorm(nn.LayerNorm):
@@ -81,6 +83,13 @@ class LayerNorm(nn.LayerNorm):
         residual: Tensor | PackedSequence | None = None,
     ) -> Any:
         """See `normwise.functional.layer_norm` for shapes and errors."""
+        alone = mask is None and lengths is None and residual is None
+        if alone and self.dim is None and self.act is None and self._peers is None:
+            learnt = self._parameters  # asking the module for one of them takes as long as all the rest
+            if "weight" in learnt and "bias" in learnt:
+                y = plain.layer_norm(input, self.normalized_shape, learnt["weight"], learnt["bias"], self.eps)
+                if y is not None:
+                    return y
         return layer_norm(
             input,
             self.normalized_shape,
@@ -150,6 +159,14 @@ class RMSNorm(nn.RMSNorm):
         residual: Tensor | PackedSequence | None = None,
     ) -> Any:
         """See `normwise.functional.rms_norm` for shapes and errors."""
+        alone = mask is None and lengths is None and residual is None
+        if alone and self.dim is None and self.act is None and self._peers is None:
+            learnt = self._parameters
+            if "weight" in learnt:
+                eps = _FLOAT32_EPS if self.eps is None else self.eps
+                y = plain.rms_norm(input, self.normalized_shape, learnt["weight"], eps)
+                if y is not None:
+                    return y
         return rms_norm(
             input,
             self.normalized_shape,

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops import check, compiled, ragged, ranks, running
-from normwise.ops.choose import Call, choose, compiles_plain, loses_digits, plain, values_visible, watches_digits
+from normwise.ops import check, compiled, plain, ragged, ranks, running
+from normwise.ops.choose import Call, choose, loses_digits, values_visible, watches_digits
+from normwise.ops.choose import plain as is_plain
 from normwise.ops.norm import finished, norm
 from normwise.ops.running import Moved
 from normwise.ops.sync_batch_norm import sync_batch_norm
@@ -127,8 +128,8 @@ def batch_norm_moved(
     assert isinstance(input, Tensor)
     x = input
     alone = mask is None and lengths is None and act is None and residual is None and process_group is None
-    if training and alone and plain(x):
-        done = _plain(x, running_mean, running_var, weight, bias, momentum, eps)
+    if alone and is_plain(x):
+        done = plain.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
         if done is not None:
             return done
     valid = checked(
@@ -277,30 +278,6 @@ def _compiled(
         eps,
         act,
     )
-
-
-def _plain(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float | Tensor,
-    eps: float,
-) -> tuple[Tensor, Moved] | None:
-    """A plain call (see `choose.plain`) in training, by the compiled kernel without further ado; None, and nothing
-    moved, where it takes more to say what is right, or wrong."""
-    if x.dim() < 2 or not compiles_plain(x) or type(momentum) is not float or not 0 <= momentum <= 1 or not eps > 0:
-        return None
-    if running_mean is None or running_var is None or x.numel() < 2 * x.shape[1]:
-        return None
-    channels = x.shape[1:2]
-    for t in (running_mean, running_var):
-        if t.shape != channels or t.dtype is not torch.float32 or not t.is_cpu or not t.is_contiguous():
-            return None
-    if (weight is not None and weight.shape != channels) or (bias is not None and bias.shape != channels):
-        return None
-    return compiled.channels(x, None, weight, bias, (running_mean, running_var), None, True, momentum, eps, None)
 
 
 def _aten(

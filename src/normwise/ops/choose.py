@@ -17,10 +17,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch.autograd import forward_ad
 
 from normwise.kernels import cpu
 from normwise.reference import accumulation_dtype
@@ -35,11 +37,18 @@ MEAN_TO_DEVIATION_LIMIT = 32.0
 # thread; up to this many elements the error of that sum stays within a few float32 roundings.
 RUNNING_SUM_LIMIT = 1 << 14
 
+# Elements up to which ATen's LayerNorm, whose gradient needs no Python, takes less time than our kernel.
+SMALL = 1 << 11
+
 # A variance of more than 1e38 leaves float32, in which running averages are kept.
 SMALLEST_RSTD = 1e-19
 
-# Elements up to which ATen's own call and gradient take less time than an autograd function written in Python.
-SMALL = 1 << 15
+
+# What is asked in each call, at hand.
+_float32, _strided = torch.float32, torch.strided
+_transforms_active = torch._C._are_functorch_transforms_active
+_modes_active = torch._C._len_torch_dispatch_stack
+_is_tracing = torch._C._is_tracing
 
 
 class BackendError(RuntimeError):
@@ -175,30 +184,53 @@ def watches_digits(x: Tensor) -> bool:
     return _forced.name is None and x.device.type == "cpu" and x.numel() > 0 and values_visible(x)
 
 
-def plain(x: Tensor) -> bool:
-    """Whether a call with nothing but this input and parameters leaves no question open: no backend is forced, and no
-    compiler or transform looks on. Such calls are short, and what Python does in them counts."""
+def plain(x: Any) -> bool:
+    """Whether a call with nothing but this input and parameters leaves the choice to us: float32 on the CPU, no backend
+    forced, no compiler, torch.func transform or torch.jit.trace looking on. Such calls may be short, and what Python
+    does in them counts."""
     return (
         type(x) is Tensor
-        and x.dtype is torch.float32
+        and x.dtype is _float32
         and x.is_cpu
-        and x.layout is torch.strided
+        and x.layout is _strided
+        and not x.is_nested
         and _forced.name is None
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not x.is_nested
-        and not x.is_neg()
+        and not _transforms_active()
+        and not _is_tracing()
     )
 
 
-def small(x: Tensor) -> bool:
-    """Whether a plain call is so small that calling ATen costs less than anything that Python does."""
-    return 0 < x.numel() <= SMALL
-
-
 def compiles_plain(x: Tensor) -> bool:
-    """Whether our C++ kernels take a plain call."""
-    return x.is_contiguous() and x.numel() > 0 and cpu.available()
+    """Whether our C++ kernels take the input of a plain call as it lies in memory."""
+    return (
+        x.is_contiguous()
+        and x.numel() > 0
+        and not x.is_neg()
+        and not is_functorch_wrapped_tensor(x)
+        and not _modes_active()
+        and forward_ad._current_level < 0
+        and cpu.available()
+    )
+
+
+def observed() -> bool:
+    """Whether somebody looks on who sees ATen's operations only, in eager mode: a torch.func transform, forward-mode
+    derivatives, a dispatch mode (make_fx) or torch.jit.trace. What a compiled kernel does would pass them by."""
+    return _transforms_active() or _modes_active() > 0 or forward_ad._current_level >= 0 or _is_tracing()
+
+
+def may_take(dy: Tensor) -> bool:
+    """Whether a compiled kernel's backward may take this upstream gradient: nobody differentiates it again, or in
+    forward mode, and it is no batch of gradients (torch.func.vmap, is_grads_batched) nor another kind of tensor."""
+    return (
+        type(dy) is Tensor
+        and not torch.is_grad_enabled()
+        and not _transforms_active()
+        and not is_legacy_batchedtensor(dy)
+        and forward_ad._current_level < 0
+        and not torch.compiler.is_compiling()
+    )
 
 
 def loses_digits(mean: Tensor, rstd: Tensor) -> bool:
@@ -230,8 +262,8 @@ def _cpu_obstacle(call: Call) -> str | None:
         return call.uncompiled
     if call.over_ranks:
         return "the C++ kernels know nothing of other ranks"
-    if transforming():
-        return "a torch.func transform does not reach into a C++ kernel"
+    if observed() or is_functorch_wrapped_tensor(x):
+        return "torch.func, forward-mode derivatives, dispatch modes and torch.jit.trace do not see a C++ kernel"
     if call.residual is not None and call.residual.dtype != x.dtype:
         return f"the C++ kernels do not mix an input of {x.dtype} with a residual of {call.residual.dtype}"
     by_features = call.op in ("layer_norm", "rms_norm")

@@ -1,7 +1,7 @@
 """Gradients for the compiled CPU kernels: each forward with its backward, and a second derivative by the reference.
 
 Inputs are dense already (`choose` saw to dtype, device and mask); a kernel without anything to differentiate is called
-directly.
+directly. On small tensors what Python does takes most of the time, so it is kept to what is needed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from normwise import reference
 from normwise.kernels.channels import channels_backward, channels_forward
 from normwise.kernels.groups import groups_backward, groups_forward
 from normwise.kernels.rows import rows_backward, rows_forward
-from normwise.ops.choose import Call
+from normwise.ops.choose import Call, may_take
 
 
 def rows(
@@ -37,7 +37,7 @@ def rows(
     if not _differentiates(x, residual, weight, bias):
         y, s, _ = rows_forward(x, cols, weight, bias, eps, center=center, act=act, residual=residual, mask=mask)
         return y, s
-    out = _Rows.apply(x, residual, weight, bias, mask, (cols, eps, center, act))
+    out = _rows(x, residual, weight, bias, mask, (cols, eps, center, act))
     return (out, x) if residual is None else out
 
 
@@ -46,7 +46,7 @@ def groups(call: Call, bias: Tensor | None, groups: int, eps: float, act: str | 
     x, residual, weight, mask = dense(call.x), call.residual, call.weight, mask_of_positions(call)
     if not _differentiates(x, residual, weight, bias):
         return groups_forward(x, groups, weight, bias, eps, act=act, residual=residual, mask=mask)
-    return _Groups.apply(x, residual, weight, bias, mask, (groups, eps, act))  # type: ignore[no-any-return]
+    return _groups(x, residual, weight, bias, mask, (groups, eps, act))  # type: ignore[no-any-return]
 
 
 def dense(x: Tensor) -> Tensor:
@@ -81,13 +81,22 @@ def channels(
             x, mean, var, weight, bias, batch_statistics, momentum, eps, act=act, residual=residual, mask=mask
         )
         return y, moved
-    return _Channels.apply(  # type: ignore[no-any-return]
-        x, residual, weight, bias, averages, mask, batch_statistics, momentum, eps, act
-    )
+    settings = batch_statistics, momentum, eps, act
+    return _channels(x, residual, weight, bias, averages, mask, settings)  # type: ignore[no-any-return]
 
 
 def _differentiates(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def unwatched(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` without its look for torch.func transforms, which takes longer than a small norm: `choose` has
+    said that there are none."""
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
 
 
 class _Rows(torch.autograd.Function):
@@ -113,25 +122,17 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None = None) -> Any:
         s, weight, bias, mask, stats = ctx.saved_tensors
-        cols, eps, center, act = ctx.settings
+        cols, _, center, act = ctx.settings
         if dy is None:
             dy = torch.zeros_like(s)
-        if torch.is_grad_enabled():
-            wide = s.view(-1, cols)
-            valid = None if mask is None else mask.view(-1, 1)
-            options = {"mask": valid, "eps": eps, "center": center}
-            gain, shift = (None if t is None else t.reshape(1, cols) for t in (weight, bias))
-            upstream = dy.reshape(wide.shape)
-            ds, dweight, dbias, _ = _differentiable(upstream, wide, (1,), gain, shift, options, act, None)
-            ds = ds.view_as(s)
-            if dsum is not None:
-                ds = ds + (dsum if valid is None else dsum.reshape(wide.shape).masked_fill(~valid, 0).view_as(s))
-        else:
+        if may_take(dy) and (dsum is None or may_take(dsum)):
             ds, dweight, dbias = rows_backward(
                 dy, s, stats, cols, weight, bias, center=center, act=act, mask=mask, dsum=dsum
             )
+        else:
+            ds, dweight, dbias = rows_gradients(dy, s, weight, bias, mask, dsum, ctx.settings)
         dresidual = ds if ctx.needs_input_grad[1] else None
-        return ds, dresidual, _as(dweight, weight), _as(dbias, bias), None, None
+        return ds, dresidual, shaped_as(dweight, weight), shaped_as(dbias, bias), None, None
 
 
 class _Groups(torch.autograd.Function):
@@ -159,7 +160,7 @@ class _Groups(torch.autograd.Function):
         groups, eps, act = ctx.settings
         wants_residual = ctx.needs_input_grad[1]
         dresidual: Tensor | None
-        if torch.is_grad_enabled():
+        if not may_take(dy):
             grouped = (x.shape[0], groups, x.shape[1] // groups, -1)
             gain, shift = (None if t is None else t.view(1, groups, -1, 1) for t in (weight, bias))
             upstream, wide, added = (None if t is None else t.reshape(grouped) for t in (dy, x, residual))
@@ -174,7 +175,7 @@ class _Groups(torch.autograd.Function):
             )
             if residual is None and wants_residual:
                 dresidual = _passed(dy, x, mask)
-        return dx, dresidual if wants_residual else None, _as(dweight, weight), _as(dbias, bias), None, None
+        return dx, dresidual if wants_residual else None, shaped_as(dweight, weight), shaped_as(dbias, bias), None, None
 
 
 class _Channels(torch.autograd.Function):
@@ -187,42 +188,96 @@ class _Channels(torch.autograd.Function):
         bias: Tensor | None,
         averages: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
-        batch_statistics: bool,
-        momentum: float,
-        eps: float,
-        act: str | None,
+        settings: tuple[bool, float, float, str | None],
     ) -> tuple[Tensor, bool]:
+        batch_statistics, momentum, eps, act = settings
         mean, var = averages or (None, None)
         y, stats, moved = channels_forward(
             x, mean, var, weight, bias, batch_statistics, momentum, eps, act=act, residual=residual, mask=mask
         )
         # The residual is needed again only to know where the activation was flat.
         ctx.save_for_backward(x, residual if act is not None else None, weight, bias, mask, stats)
-        ctx.settings = batch_statistics, eps, act
+        ctx.settings = settings
         return y, moved
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: None) -> Any:
         x, residual, weight, bias, mask, stats = ctx.saved_tensors
-        batch_statistics, eps, act = ctx.settings
+        batch_statistics, _, _, act = ctx.settings
         wants_residual = ctx.needs_input_grad[1]
-        if torch.is_grad_enabled():
-            per_channel = (1, -1) + (1,) * (x.dim() - 2)
-            gain, shift = (None if t is None else t.view(per_channel) for t in (weight, bias))
-            valid = None if mask is None else mask.view(x.shape[0], 1, *x.shape[2:])
-            options: dict[str, Any] = {"mask": valid, "eps": eps, "center": True}
-            if not batch_statistics:
-                mean, rstd = (t.view(per_channel).to(torch.float64) for t in stats)
-                options |= {"mean": mean, "var": rstd.pow(-2) - eps}
-            dims = (0, *range(2, x.dim()))
-            dx, dweight, dbias, dz = _differentiable(dy, x, dims, gain, shift, options, act, residual)
-            return dx, dz if wants_residual else None, _as(dweight, weight), _as(dbias, bias), *(None,) * 6
+        if not may_take(dy):
+            dx, dweight, dbias, dz = channels_gradients(dy, x, stats, weight, bias, mask, residual, ctx.settings)
+            return (
+                dx,
+                dz if wants_residual else None,
+                shaped_as(dweight, weight),
+                shaped_as(dbias, bias),
+                None,
+                None,
+                None,
+            )
         dx, dweight, dbias, dresidual = channels_backward(
             dy, x, stats, weight, bias, batch_statistics, act=act, residual=residual, mask=mask
         )
         if residual is None and wants_residual:
             dresidual = _passed(dy, x, mask)
-        return dx, dresidual if wants_residual else None, _as(dweight, weight), _as(dbias, bias), *(None,) * 6
+        return (
+            dx,
+            dresidual if wants_residual else None,
+            shaped_as(dweight, weight),
+            shaped_as(dbias, bias),
+            None,
+            None,
+            None,
+        )
+
+
+_rows, _groups, _channels = (unwatched(function) for function in (_Rows, _Groups, _Channels))
+
+
+def rows_gradients(
+    dy: Tensor,
+    s: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    dsum: Tensor | None,
+    settings: tuple[int, float, bool, str | None],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(ds, dweight, dbias) of `rows` in operations that autograd can differentiate again."""
+    cols, eps, center, act = settings
+    wide = s.view(-1, cols)
+    valid = None if mask is None else mask.view(-1, 1)
+    options = {"mask": valid, "eps": eps, "center": center}
+    gain, shift = (None if t is None else t.reshape(1, cols) for t in (weight, bias))
+    ds, dweight, dbias, _ = _differentiable(dy.reshape(wide.shape), wide, (1,), gain, shift, options, act, None)
+    ds = ds.view_as(s)
+    if dsum is not None:
+        ds = ds + (dsum if valid is None else dsum.reshape(wide.shape).masked_fill(~valid, 0).view_as(s))
+    return ds, dweight, dbias
+
+
+def channels_gradients(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    residual: Tensor | None,
+    settings: tuple[bool, float, float, str | None],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """(dx, dweight, dbias, dresidual) of `channels` in operations that autograd can differentiate again."""
+    batch_statistics, _, eps, act = settings
+    per_channel = (1, -1) + (1,) * (x.dim() - 2)
+    gain, shift = (None if t is None else t.view(per_channel) for t in (weight, bias))
+    valid = None if mask is None else mask.view(x.shape[0], 1, *x.shape[2:])
+    options: dict[str, Any] = {"mask": valid, "eps": eps, "center": True}
+    if not batch_statistics:
+        mean, rstd = (t.view(per_channel).to(torch.float64) for t in stats)
+        options |= {"mean": mean, "var": rstd.pow(-2) - eps}
+    dims = (0, *range(2, x.dim()))
+    return _differentiable(dy, x, dims, gain, shift, options, act, residual)
 
 
 def _passed(dy: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -259,10 +314,10 @@ def _through(act: Callable[[Tensor], Tensor], z: Tensor, dy: Tensor) -> Tensor:
     return slope * dy
 
 
-def _as(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+def shaped_as(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
     """A gain's or bias's gradient in its own dtype and shape."""
     if grad is None or parameter is None:
         return None
     if grad.dtype == parameter.dtype and grad.shape == parameter.shape:
         return grad
-    return grad.to(parameter.dtype).view(parameter.shape)
+    return grad.to(parameter.dtype).reshape(parameter.shape)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from normwise.ops import check, compiled, ragged, ranks
-from normwise.ops.choose import Call, choose, compiles_plain
+from normwise.ops.choose import Call, choose
 from normwise.ops.norm import norm
 from normwise.ops.pooled_norm import pooled_norm
 from normwise.reference import activation
@@ -89,24 +89,6 @@ def feature_norm(
     if transform is not None:
         y = transform(y)  # of 0 is 0: invalid positions stay so
     return y if residual is None else (y, x)
-
-
-def plain_rows(
-    x: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    *,
-    center: bool,
-) -> Tensor | None:
-    """A plain call (see `choose.plain`) over trailing axes, by the compiled kernel; None where it takes more."""
-    shape = torch.Size(normalized_shape)
-    if not shape or x.shape[-len(shape) :] != shape or not compiles_plain(x):
-        return None
-    if (weight is not None and weight.shape != shape) or (bias is not None and bias.shape != shape):
-        return None
-    return compiled.rows(x, None, weight, bias, None, shape.numel(), eps, center, None)[0]
 
 
 def feature_dims(x: Tensor, normalized_shape: Sequence[int], dim: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops.choose import loses_digits, plain, small, watches_digits
-from normwise.ops.features import feature_norm, plain_rows
+from normwise.ops import plain
+from normwise.ops.choose import loses_digits, watches_digits
+from normwise.ops.features import feature_norm
 
 
 def layer_norm(
@@ -55,16 +56,11 @@ def layer_norm(
 
     Source: Ba, Kiros & Hinton 2016, eq. 3 and 4.
     """
-    if (
-        dim is None
-        and mask is None
-        and lengths is None
-        and act is None
-        and residual is None
-        and process_group is None
-        and eps > 0
-    ):
-        y = _plain(input, normalized_shape, weight, bias, eps)
+    alone = (
+        dim is None and mask is None and lengths is None and act is None and residual is None and process_group is None
+    )
+    if alone:
+        y = plain.layer_norm(input, normalized_shape, weight, bias, eps)
         if y is not None:
             return y
     return feature_norm(  # type: ignore[no-any-return]
@@ -83,21 +79,6 @@ def layer_norm(
         residual=residual,
         process_group=process_group,
     )
-
-
-def _plain(
-    x: Tensor | PackedSequence, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor | None:
-    """The result without further ado; None where it takes more to say what is right, or wrong."""
-    if not isinstance(x, Tensor) or not plain(x):
-        return None
-    if not small(x):
-        return plain_rows(x, normalized_shape, weight, bias, eps, center=True)
-    try:
-        y, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
-    except (RuntimeError, TypeError):
-        return None  # the full path says what does not fit
-    return None if loses_digits(mean, rstd) else y
 
 
 def _aten(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops.choose import plain
-from normwise.ops.features import feature_norm, plain_rows
+from normwise.ops import plain
+from normwise.ops.features import feature_norm
 from normwise.reference import accumulation_dtype
 
 
@@ -40,8 +40,8 @@ def rms_norm(
     alone = (
         dim is None and mask is None and lengths is None and act is None and residual is None and process_group is None
     )
-    if alone and eps > 0 and isinstance(input, Tensor) and plain(input):
-        y = plain_rows(input, normalized_shape, weight, None, eps, center=False)
+    if alone:
+        y = plain.rms_norm(input, normalized_shape, weight, eps)
         if y is not None:
             return y
     return feature_norm(  # type: ignore[no-any-return]

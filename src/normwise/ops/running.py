@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from normwise.ops.choose import values_visible
+from normwise.ops.choose import observed, values_visible
 from normwise.reference import Moments
 
 # Whether running averages moved: a bool, or a 0-d bool tensor where a look at it would wait for a device or is not
@@ -62,7 +62,7 @@ def replace(averages: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Move
         # In the averages' own dtype, in which a finite number may have become infinite.
         rows = torch.stack([now.to(old.dtype) for old, now in zip(averages, new, strict=True)])
         finite = (rows * 0).sum() == 0  # 0 * NaN and 0 * inf are NaN
-        if finite.is_cpu and values_visible(finite):
+        if finite.is_cpu and values_visible(finite) and not observed():
             if not finite:
                 return False
             for old, now in zip(averages, rows, strict=True):

@@ -1,0 +1,170 @@
+"""Plain calls of the norms: an input, a gain and a bias, float32 on the CPU, and nothing else.
+
+They are the most frequent calls, and may be short. On a few thousand elements what Python does takes longer than a
+kernel: what must be known is asked once, and a call that leaves any question open is left to the full path, which
+answers it, or says what does not fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normwise.kernels import cpu
+from normwise.kernels.channels import plain_channels_backward, plain_channels_forward
+from normwise.kernels.rows import plain_rows_backward, plain_rows_forward
+from normwise.ops import compiled
+from normwise.ops.choose import MEAN_TO_DEVIATION_LIMIT, SMALL, compiles_plain, may_take, plain
+
+
+def layer_norm(
+    x: Any, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor | None:
+    """`functional.layer_norm` of a plain call; None where it takes more to say what is right, or wrong."""
+    if not plain(x) or not eps > 0:
+        return None
+    if x.numel() > SMALL or not cpu.available():
+        return _by_rows(x, normalized_shape, weight, bias, eps, center=True)
+    try:
+        y, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
+    except (RuntimeError, TypeError):
+        return None  # the full path says what does not fit
+    return None if cpu.mean_exceeds(mean, rstd, MEAN_TO_DEVIATION_LIMIT) else y
+
+
+def rms_norm(x: Any, normalized_shape: Sequence[int], weight: Tensor | None, eps: float) -> Tensor | None:
+    """`functional.rms_norm` of a plain call; None as in `layer_norm`."""
+    return _by_rows(x, normalized_shape, weight, None, eps, center=False) if plain(x) and eps > 0 else None
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+) -> tuple[Tensor, bool] | None:
+    """`functional.batch_norm` of an input that is `choose.plain`, and whether running averages moved; None, and nothing
+    moved, as in `layer_norm`."""
+    if not compiles_plain(x) or not eps > 0 or type(momentum) is not float or not 0 <= momentum <= 1:
+        return None
+    shape = x.shape
+    if len(shape) < 2:
+        return None
+    batch, channels = shape[0], shape[1]
+    positions = 1 if len(shape) == 2 else math.prod(shape[2:])
+    if training:
+        if batch * positions < 2 or (running_mean is None) is not (running_var is None):
+            return None
+    elif running_mean is None or running_var is None:
+        return None
+    if not _read_by_kernels((running_mean, running_var, weight, bias), shape[1:2]) or (
+        weight is None and bias is not None
+    ):
+        return None
+    settings = ((batch, channels, positions), training, momentum, eps)
+    if torch.is_grad_enabled() and (x.requires_grad or _learnt(weight, bias)):
+        return _channels(x, running_mean, running_var, weight, bias, settings)  # type: ignore[no-any-return]
+    y, _, moved = plain_channels_forward(x, running_mean, running_var, weight, bias, *settings)
+    return y, moved
+
+
+def _by_rows(
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float, center: bool
+) -> Tensor | None:
+    shape = tuple(normalized_shape)
+    if not compiles_plain(x) or not shape or x.shape[-len(shape) :] != shape:
+        return None
+    if not _read_by_kernels((weight, bias), shape) or (weight is None and bias is not None):
+        return None
+    cols = math.prod(shape)
+    settings = (x.numel() // cols, cols, eps, center)
+    if torch.is_grad_enabled() and (x.requires_grad or _learnt(weight, bias)):
+        return _rows(x, weight, bias, settings)  # type: ignore[no-any-return]
+    return plain_rows_forward(x, weight, bias, *settings)[0]
+
+
+def _read_by_kernels(tensors: tuple[Tensor | None, ...], shape: tuple[int, ...]) -> bool:
+    """Whether the plain kernels read these gains, biases and running averages as they lie in memory."""
+    for t in tensors:
+        if t is not None and (
+            t.dtype is not torch.float32
+            or t.shape != shape
+            or not t.is_contiguous()
+            or not t.is_cpu
+            or type(t) not in _TENSORS
+        ):
+            return False
+    return True
+
+
+_TENSORS = (torch.nn.Parameter, Tensor)
+
+
+def _learnt(weight: Tensor | None, bias: Tensor | None) -> bool:
+    return (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, settings: tuple[int, int, float, bool]
+    ) -> Tensor:
+        y, stats = plain_rows_forward(x, weight, bias, *settings)
+        ctx.save_for_backward(x, weight, stats)
+        ctx.settings = bias is not None, settings
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight, stats = ctx.saved_tensors
+        has_bias, (rows, cols, eps, center) = ctx.settings
+        if may_take(dy):
+            if not dy.is_contiguous() or dy.is_neg():
+                dy = torch.empty_like(x).copy_(dy)
+            return *plain_rows_backward(dy, x, stats, weight, has_bias, rows, cols, center), None
+        shift = weight if has_bias else None  # only whether there is one counts
+        dx, dweight, dbias = compiled.rows_gradients(dy, x, weight, shift, None, None, (cols, eps, center, None))
+        return dx, compiled.shaped_as(dweight, weight), compiled.shaped_as(dbias, shift), None
+
+
+class _Channels(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        settings: tuple[tuple[int, int, int], bool, float, float],
+    ) -> tuple[Tensor, bool]:
+        y, stats, moved = plain_channels_forward(x, running_mean, running_var, weight, bias, *settings)
+        ctx.save_for_backward(x, weight, stats)
+        ctx.settings = bias is not None, settings
+        return y, moved
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: None) -> Any:
+        x, weight, stats = ctx.saved_tensors
+        has_bias, (sizes, training, momentum, eps) = ctx.settings
+        if may_take(dy):
+            if not dy.is_contiguous() or dy.is_neg():
+                dy = torch.empty_like(x).copy_(dy)
+            dx, dweight, dbias = plain_channels_backward(dy, x, stats, weight, has_bias, sizes, training)
+            return dx, None, None, dweight, dbias, None
+        shift = weight if has_bias else None
+        settings = (training, momentum, eps, None)
+        found = compiled.channels_gradients(dy, x, stats, weight, shift, None, None, settings)
+        dx, dweight, dbias = found[:3]
+        return dx, None, None, compiled.shaped_as(dweight, weight), compiled.shaped_as(dbias, shift), None
+
+
+_rows, _channels = (compiled.unwatched(function) for function in (_Rows, _Channels))
