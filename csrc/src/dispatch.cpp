@@ -2,10 +2,7 @@
 #include <cstring>
 
 #include "kernels.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "team.h"
 
 #define NW_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -82,12 +79,9 @@ NW_EXPORT int nw_use_isa(const char* name) {
 
 NW_EXPORT int nw_threads(int threads) {
   int got = 1;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads < 1 ? 1 : threads)
-#pragma omp single
-  got = omp_get_num_threads();
-#endif
-  (void)threads;
+  in_team(threads, [&](int thread, int all) {
+    if (thread == 0) got = all;
+  });
   return got;
 }
 

@@ -5,6 +5,7 @@
 #include <cstdlib>
 
 #include "simd.h"
+#include "team.h"
 
 namespace NW_ISA {
 namespace {
@@ -22,20 +23,10 @@ inline bool one_thread_each(int64_t n, int threads) {
 
 // f(i) for i = 0 .. n-1, neighbours on one thread, so that two loops over the same n meet the same caches.
 template <class F> inline void parallel_for(int64_t n, int threads, F f) {
-#ifdef _OPENMP
-  if (threads > 1 && n > 1) {
-#pragma omp parallel num_threads(threads)
-    {
-#pragma omp for schedule(static) nowait
-      for (int64_t i = 0; i < n; ++i) f(i);
-      finish_output();
-    }
-    return;
-  }
-#endif
-  (void)threads;
-  for (int64_t i = 0; i < n; ++i) f(i);
-  finish_output();
+  in_team(n > 1 ? threads : 1, [&](int64_t thread, int64_t all) {
+    for (int64_t i = n * thread / all, end = n * (thread + 1) / all; i < end; ++i) f(i);
+    finish_output();
+  });
 }
 
 // Rows cut into chunks by the shape alone; each has its own partial sums, added up in order afterwards.

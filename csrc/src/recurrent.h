@@ -10,10 +10,6 @@
 #include "parallel.h"
 #include "products.h"
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 namespace NW_ISA {
 namespace {
 
@@ -268,19 +264,6 @@ template <class F> inline int with_products(const nw_recurrent& a, bool tiles, F
 #endif
   (void)tiles;
   return a.products == NW_BFLOAT16 ? f(RoundedToBfloat16{}) : f(Float32{});
-}
-
-// f(share-less thread index, number of threads) in a team of `threads`.
-template <class F> inline void in_team(int threads, F f) {
-#ifdef _OPENMP
-  if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-    f(omp_get_thread_num(), omp_get_num_threads());
-    return;
-  }
-#endif
-  (void)threads;
-  f(0, 1);
 }
 
 // Writes v less its mean to `to`, which may be v, so that nobody needs the mean again; returns 1 / sqrt(var + eps), the
