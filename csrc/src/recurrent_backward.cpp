@@ -6,7 +6,8 @@
 namespace NW_ISA {
 namespace {
 
-constexpr int64_t chunk_rows = 512;
+// What a chunk's rows need stays allocated beside all that is saved; more of them save no time.
+constexpr int64_t chunk_rows = 128;
 
 template <class P> struct Backward {
   const nw_recurrent_backward_args& args;
