@@ -222,3 +222,18 @@ def test_what_a_layer_prints():
         normwise.RNN(4, 6, norm="batch", variant="laurent2015", max_length=9)
     )
     assert repr(normwise.GRUCell(4, 6, norm="rms")) == "GRUCell(4, 6, norm='rms', variant='ba2016')"
+
+
+@pytest.mark.parametrize("cell", LAYERS)
+@pytest.mark.parametrize("norm", ["layer", None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_default_device_is_not_that_of_the_input(cell, norm, dtype):
+    layer = LAYERS[cell](INPUT, HIDDEN, norm=norm, bidirectional=True, dtype=dtype)
+    x, reset = torch.randn(T, B, INPUT, dtype=dtype, requires_grad=True), torch.rand(T, B) < 0.3
+    for options in ({}, {"lengths": [5, 2, 1]}, {"reset": reset}):
+        results = []
+        for device in ("cpu", "meta"):
+            with torch.device(device):
+                output = layer(x, **options)[0]
+                results.append([output, *torch.autograd.grad(output.square().sum(), [x, *layer.parameters()])])
+        assert all(torch.equal(here, there) for here, there in zip(*results, strict=True))

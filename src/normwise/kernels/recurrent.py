@@ -105,11 +105,11 @@ def forward(
     dtype = x.dtype
     x, h0, c0, weights, steps = _checked(layer, weights, x, h0, c0, steps)
     rows, units = len(x), weights.weight_hh.shape[1]
-    output = torch.empty((rows, units))
+    output = torch.empty((rows, units), device="cpu")  # whatever the default device is
     saved = Saved()
     if save:
         *widths, _ = saved_widths(layer, x.shape[1], units, dtype)
-        saved = Saved(*(torch.empty((rows, width)) if width else None for width in widths))
+        saved = Saved(*(output.new_empty((rows, width)) if width else None for width in widths))
     h = torch.empty_like(h0)
     c = None if c0 is None else torch.empty_like(c0)
     arguments = _arguments(layer, weights, x, h0, c0, steps, output, saved, dtype)
@@ -263,10 +263,12 @@ def _arguments(
 @cache
 def saved_widths(layer: Layer, inputs: int, units: int, dtype: torch.dtype) -> tuple[int, ...]:
     """The columns of each field of `Saved`, 0 for None, for inputs of `dtype`."""
-    nothing = torch.empty(0)
+    nothing = torch.empty(0, device="cpu")
     shape = Steps(0, 0)
-    weights = Weights(nothing, torch.empty((0, units)))
-    description = _arguments(layer, weights, torch.empty((0, inputs)), nothing, None, shape, nothing, Saved(), dtype)
+    weights = Weights(nothing, nothing.new_empty((0, units)))
+    description = _arguments(
+        layer, weights, nothing.new_empty((0, inputs)), nothing, None, shape, nothing, Saved(), dtype
+    )
     widths = (ctypes.c_int64 * 4)()
     function = _library().nw_recurrent_saves
     function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_void_p], ctypes.c_int

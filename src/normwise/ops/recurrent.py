@@ -264,7 +264,8 @@ def checked_lengths(
     lengths: Tensor | Sequence[int], steps: int, batch: int, device: torch.device, batched: bool = True
 ) -> Tensor:
     """`lengths` as int64 on `device`; without a batch a single number will do. Raises as `check.one_length_each`."""
-    lengths = torch.as_tensor(lengths)
+    if not isinstance(lengths, Tensor):
+        lengths = torch.tensor(lengths, device="cpu")  # not a default device: their values are looked at
     if not batched:
         lengths = lengths.reshape(-1)
     check.one_length_each(lengths, batch, steps, "the input")

@@ -118,7 +118,7 @@ def _run(*arguments: Any) -> tuple[Tensor, ...]:
     x, h0, *_ = tensors
     output, h, c, kept = recurrent_cpu.forward(_call_of(tuple(described)), tensors, save=save)
     every_row = len(x) * len(h0)
-    saved = [torch.empty(0) if t is None else _with_rows(t, every_row) for t in kept.saved]
+    saved = [x.new_empty(0, dtype=torch.float32) if t is None else _with_rows(t, every_row) for t in kept.saved]
     return output, h, x.new_empty(0) if c is None else c, *saved
 
 
