@@ -1,5 +1,5 @@
-"""The recurrent kernels in bfloat16: exact but for the rounding of what a matrix product multiplies, on every
-instruction set, at sizes that fill tiles and panels and that do not, with every number of threads."""
+"""What is particular to the recurrent kernels in bfloat16: they are exact but for the rounding of what a matrix product
+multiplies, and take vectors in float32. The tests of test_recurrent.py run in both dtypes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from normwise.kernels import recurrent as kernels
-from normwise.ops.recurrent_cpu import kernel_layer, kernel_weights
+from normwise.ops.recurrent_cpu import kernel_layer
 from normwise.reference import recurrent as reference
 from normwise.reference.recurrence import Recurrence, Weights
 from recurrent_samples import HOWS, Sample
@@ -88,37 +86,6 @@ def test_products_of_small_integers_are_exact(
         assert torch.equal(g.double().view_as(e), e.detach()), name
 
 
-@pytest.mark.parametrize(
-    "size", [(2, 3, 7, 7), (9, 5, 31, 63), (3, 2, 3, 33), (2, 33, 64, 17), (4, 1, 7, 160)], ids=str
-)
-@pytest.mark.parametrize("name", SMOOTH)
-def test_the_kernels_are_the_reference(name: str, size: tuple[int, int, int, int]) -> None:
-    Sample(HOWS[name], size, BF16).check(threads=2)
-
-
-@pytest.mark.parametrize("threads", [1, 4])
-@pytest.mark.parametrize("name", ["lstm ba2016", "lstm plain", "gru ba2016", "gru plain", "rnn ba2016"])
-def test_every_instruction_set_and_number_of_threads(name: str, threads: int, isa_with_tiles: str) -> None:
-    for size in [(3, 9, 63, 63), (3, 4, 63, 130), (24, 33, 2, 17)]:
-        Sample(HOWS[name], size, BF16, reverse=True).check(threads)
-
-
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    name=st.sampled_from(SMOOTH),
-    # A norm over few units may divide a rounding by next to no deviation.
-    size=st.tuples(st.integers(1, 6), st.integers(0, 40), st.integers(1, 70), st.integers(9, 70)),
-    reverse=st.booleans(),
-    threads=st.integers(1, 4),
-    seed=st.integers(0, 1 << 30),
-)
-def test_any_size_of_any_recurrence(
-    name: str, size: tuple[int, int, int, int], reverse: bool, threads: int, seed: int
-) -> None:
-    torch.manual_seed(seed)
-    Sample(HOWS[name], size, BF16, reverse=reverse).check(threads)
-
-
 @pytest.mark.parametrize("name", SMOOTH)
 def test_errors_are_no_larger_than_those_of_an_eager_loop_in_bfloat16(name: str) -> None:
     sample = Sample(HOWS[name], (20, 5, 31, 63), BF16)
@@ -130,31 +97,21 @@ def test_errors_are_no_larger_than_those_of_an_eager_loop_in_bfloat16(name: str)
     assert error(sample.by_kernel(2)) <= 1.1 * error(sample.eager)
 
 
-def test_outputs_do_not_depend_on_the_number_of_threads() -> None:
-    sample = Sample(HOWS["lstm ba2016"], (12, 9, 40, 200), BF16)
-    one = sample.by_kernel(1)[:3]
-    for threads in (2, 3, 4):
-        assert all(torch.equal(a, b) for a, b in zip(one, sample.by_kernel(threads)[:3], strict=True))
-
-
 def test_gains_and_biases_may_be_float32() -> None:
     sample = Sample(HOWS["lstm ba2016"], (5, 3, 7, 20), BF16)
-    wide = sample.weights._replace(
-        **{n: w.float() for n, w in sample.weights._asdict().items() if w is not None and w.dim() == 1}
-    )
-    given = kernel_layer(sample.how), kernel_weights(wide), sample.x.flatten(0, 1), sample.h0, sample.c0, sample.order
-    found = kernels.forward(*given, save=True)
+    layer, weights, *rest = sample.given
+    wide = weights._replace(**{n: w.float() for n, w in weights._asdict().items() if w is not None and w.dim() == 1})
+    found = kernels.forward(layer, wide, *rest, save=True)
     assert torch.equal(found.output.view_as(sample.upstream[0]), sample.by_kernel(1)[0])
-    back = kernels.backward(*given, found.output, found.saved, sample.upstream[0].flatten(0, 1), None, None)
+    back = kernels.backward(layer, wide, *rest, found.output, found.saved, sample.upstream[0].flatten(0, 1), None, None)
     assert back.weights is not None
-    assert [g.dtype for g in back.weights if g is not None] == [w.dtype for w in given[1] if w is not None]
+    assert [g.dtype for g in back.weights if g is not None] == [w.dtype for w in wide if w is not None]
 
 
 def test_what_is_refused() -> None:
-    sample = Sample(HOWS["lstm plain"], (2, 3, 4, 5), BF16)
-    given = [kernel_layer(sample.how), kernel_weights(sample.weights), sample.x.flatten(0, 1), sample.h0, sample.c0]
+    layer, weights, x, *rest = Sample(HOWS["lstm plain"], (2, 3, 4, 5), BF16).given
     with pytest.raises(ValueError, match=r"weight_ih: expected \(20, 4\) of torch.float32 on the CPU, but got"):
-        kernels.forward(*given[:2], given[2].float(), *given[3:], sample.order, save=False)
-    half = given[1]._replace(bias_ih=given[1].bias_ih.half())
+        kernels.forward(layer, weights, x.float(), *rest, save=False)
+    half = weights._replace(bias_ih=weights.bias_ih.half())
     with pytest.raises(ValueError, match=r"bias_ih: expected \(20,\) of torch.bfloat16 or torch.float32 on the CPU"):
-        kernels.forward(given[0], half, *given[2:], sample.order, save=False)
+        kernels.forward(layer, half, x, *rest, save=False)
