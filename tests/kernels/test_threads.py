@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
+import time
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import normwise
+from normwise.kernels import library, rows
 
 # Above the size from which kernels ask for more than one thread.
 SAMPLES = {
@@ -19,6 +22,7 @@ SAMPLES = {
     "group norm": (lambda: normwise.GroupNorm(4, 16), (8, 16, 20, 20)),
     "lstm": (lambda: normwise.LSTM(24, 40), (12, 9, 24)),
     "gru": (lambda: normwise.GRU(24, 40, bidirectional=True), (12, 9, 24)),
+    "lstm, bfloat16": (lambda: normwise.LSTM(24, 40, dtype=torch.bfloat16), (12, 9, 24)),
 }
 
 
@@ -32,7 +36,8 @@ def trained(layer: nn.Module, x: Tensor, upstream: Tensor) -> list[Tensor]:
 def samples() -> list[tuple[nn.Module, Tensor, Tensor]]:
     found = []
     for make, shape in SAMPLES.values():
-        layer, x = make(), torch.randn(shape, requires_grad=True)
+        layer = make()
+        x = torch.randn(shape, dtype=next(layer.parameters(), torch.empty(0)).dtype, requires_grad=True)
         output = layer(x)
         found.append((layer, x, torch.randn_like(output[0] if isinstance(output, tuple) else output)))
     return found
@@ -63,6 +68,37 @@ def test_several_python_threads_at_once(threads: int) -> None:
     for worker in workers:
         worker.join()
     assert not faults
+
+
+def test_python_threads_run_while_a_kernel_does() -> None:
+    """Nobody may take the GIL away here, so others run only where it is let go: in between, by the kernel alone."""
+    x, stats = torch.randn(2, 64, 1 << 16), torch.empty(2, 64, dtype=torch.float64)
+    pointers = x[0].data_ptr(), *[0] * 5, x[1].data_ptr(), *(t.data_ptr() for t in stats)
+    arguments = rows.STRUCTS[0].pack(*pointers, 64, 1 << 16, 1e-5, 0, 1, 0, 1)
+    call = library.kernel("nw_rows_forward")
+    call(arguments)
+    ran, done = [0], threading.Event()
+
+    def work() -> None:
+        while not done.is_set():
+            ran[0] += 1
+            time.sleep(1e-4)
+
+    worker, interval = threading.Thread(target=work), sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)
+    try:
+        worker.start()
+        before = ran[0]
+        for _ in range(100):
+            call(arguments)
+            if ran[0] > before:
+                break
+        meanwhile = ran[0] - before
+    finally:
+        sys.setswitchinterval(interval)
+        done.set()
+        worker.join()
+    assert meanwhile > 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

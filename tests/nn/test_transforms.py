@@ -151,8 +151,20 @@ def test_compile_fullgraph_masked(name: str, training: bool) -> None:
         (lambda: normwise.LayerNorm(4, act="gelu"), (3, 5, 4)),
         (lambda: normwise.LayerNorm(4, dim=1, act="leaky_relu"), (3, 4, 5)),
         (lambda: normwise.RMSNorm(4, act="silu"), (3, 5, 4)),
+        (lambda: normwise.GroupNorm(2, 4, act="silu"), (3, 4, 2, 5)),
+        (lambda: normwise.InstanceNorm1d(4, affine=True, act="relu"), (3, 4, 5)),
+        (lambda: normwise.InstanceNorm2d(4, track_running_stats=True, act="gelu"), (3, 4, 2, 5)),
     ],
-    ids=["BatchNorm1d", "BatchNorm2d", "LayerNorm", "LayerNorm dim", "RMSNorm"],
+    ids=[
+        "BatchNorm1d",
+        "BatchNorm2d",
+        "LayerNorm",
+        "LayerNorm dim",
+        "RMSNorm",
+        "GroupNorm",
+        "InstanceNorm1d",
+        "InstanceNorm2d tracked",
+    ],
 )
 def test_compile_fullgraph_fused(build: Callable[[], nn.Module], shape: tuple[int, ...], mode: str) -> None:
     training = mode != "eval"
@@ -169,13 +181,15 @@ def test_compile_fullgraph_fused(build: Callable[[], nn.Module], shape: tuple[in
     compare_compiled(layer, other, x, residual, mask=mask)
 
 
-@pytest.mark.parametrize("name", ["BatchNorm1d", "LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize("name", ["BatchNorm1d", "GroupNorm", "LayerNorm", "RMSNorm"])
 def test_inductor_trains_fused_layers(name: str) -> None:
     """Through the default backend, with generated code."""
-    layer, other = (randomize(getattr(normwise, name)(4, act="gelu")) for _ in range(2))
+    size = (2, 4) if name == "GroupNorm" else (4,)
+    layer, other = (randomize(getattr(normwise, name)(*size, act="gelu")) for _ in range(2))
     other.load_state_dict(layer.state_dict())
-    call = {"lengths": LENGTHS} if name == "BatchNorm1d" else {"mask": torch.rand(3, 4) < 0.6}
-    x, residual = torch.randn(2, 3, 4, 5 if name == "BatchNorm1d" else 4)
+    by_step = name in ("BatchNorm1d", "GroupNorm")  # (N, C, L)
+    call = {"lengths": LENGTHS} if by_step else {"mask": torch.rand(3, 4) < 0.6}
+    x, residual = torch.randn(2, 3, 4, 5 if by_step else 4)
     compare_compiled(layer, other, x, residual, backend="inductor", **call)
 
 
