@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 import normwise
-from norm_cases import randomize
+from norm_cases import randomize, using
 from tolerances import assert_close
 
 ACTS = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu, "gelu": F.gelu}
@@ -84,17 +86,35 @@ def test_layer_norm_residual_gives_the_pair(norm: type[nn.Module], act: str | No
         assert_close(a, b, kind="grad")
 
 
-def test_padding_stays_zero_beside_a_residual() -> None:
-    x, r = (torch.randn(2, 4, 3, requires_grad=True) for _ in range(2))
-    lengths = torch.tensor([1, 3])
-    padding = torch.arange(3) >= lengths[:, None]
-    y = normwise.BatchNorm1d(4, act="gelu")(x, residual=r, lengths=lengths)
-    pair = normwise.LayerNorm(4, dim=1)(x, residual=r, lengths=lengths)
-    for out in (y, *pair):
-        assert not out.mT[padding].any()
-        for grad in torch.autograd.grad(out, (x, r), torch.randn_like(out), retain_graph=True):
-            assert not grad.mT[padding].any()
-            assert grad.mT[~padding].all()
+@pytest.mark.parametrize("spoilt", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", ["compiled", "uncompiled", "reference"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: normwise.BatchNorm1d(4, act="gelu"),
+        lambda: normwise.BatchNorm1d(4, act="silu").eval(),
+        lambda: normwise.GroupNorm(2, 4, act="silu"),
+        lambda: normwise.InstanceNorm1d(4, act="gelu"),
+        lambda: normwise.LayerNorm(4, dim=1, act="gelu"),
+        lambda: normwise.RMSNorm(4, dim=1),
+    ],
+    ids=["batch", "batch eval", "group", "instance", "layer", "rms"],
+)
+def test_padding_stays_zero_beside_a_residual(make: Callable[[], nn.Module], backend: str, spoilt: float) -> None:
+    """Whatever input, residual and upstream gradient hold there, to the second derivative."""
+    layer, lengths = make(), torch.tensor([3, 5, 4])
+    padding = (torch.arange(5) >= lengths[:, None]).unsqueeze(1).expand(3, 4, 5)
+    x, r, upstream = (torch.randn(3, 4, 5).masked_fill(padding, spoilt) for _ in range(3))
+    leaves = [x.requires_grad_(), r.requires_grad_(), *layer.parameters()]
+    with using(backend):
+        y = layer(x, residual=r, lengths=lengths)
+        outputs = list(y) if isinstance(y, tuple) else [y]
+        first = torch.autograd.grad(outputs, leaves, [upstream] * len(outputs), create_graph=True)
+        second = torch.autograd.grad(first[0], leaves, torch.randn_like(x), allow_unused=True)
+    for tensors in (outputs, first, second):
+        assert all(t.isfinite().all() for t in tensors if t is not None)
+        assert not any(t[padding].any() for t in tensors[:2] if t is not None)
+    assert all(grad[~padding].all() for grad in first[:2])
 
 
 def sequences(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:

@@ -177,7 +177,8 @@ def test_compile_fullgraph_fused(build: Callable[[], nn.Module], shape: tuple[in
     features = 1 if shape[1] == 4 else 2
     without_features = [size for axis, size in enumerate(shape) if axis != features]
     mask = torch.rand(without_features) < 0.6
-    x.movedim(features, -1)[~mask] = float("nan")
+    for t in (x, residual):
+        t.movedim(features, -1)[~mask] = float("nan")
     compare_compiled(layer, other, x, residual, mask=mask)
 
 

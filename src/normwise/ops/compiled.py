@@ -17,6 +17,7 @@ from normwise.kernels.channels import channels_backward, channels_forward
 from normwise.kernels.groups import groups_backward, groups_forward
 from normwise.kernels.rows import rows_backward, rows_forward
 from normwise.ops.choose import Call, may_take
+from normwise.ops.norm import finished
 
 
 def rows(
@@ -296,13 +297,12 @@ def _differentiable(
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """(dx, dweight, dbias, dresidual) in operations that autograd can differentiate again."""
+    mask = options["mask"]
+    if mask is not None:
+        dy = dy.masked_fill(~mask, 0)
     if act is not None:
         z, _ = reference.norm(x, dims, weight, bias, **options)
-        if residual is not None:
-            z = z + residual
-        dy = _through(reference.activation(act), z, dy)
-    if options["mask"] is not None:
-        dy = dy.masked_fill(~options["mask"], 0)
+        dy = _through(reference.activation(act), finished(z, residual, None, mask), dy)
     dx, dweight, dbias = reference.norm_backward(dy, x, dims, weight, bias, **options)
     return dx, dweight, dbias, dy
 

@@ -39,10 +39,9 @@ def norm(
 def finished(y: Tensor, residual: Tensor | None, act: str | None, valid: Tensor | None) -> Tensor:
     """act(y + residual), where `y` is a norm's output and so 0 at invalid positions; it stays so."""
     if residual is not None:
-        y = y + residual
-    if act is not None:
-        y = reference.activation(act)(y)
-    return y if valid is None or residual is None else y.masked_fill(~valid, 0)
+        # Before the sum: act's slope at NaN would spoil the gradient 0 that comes from after it.
+        y = y + (residual if valid is None else residual.masked_fill(~valid, 0))
+    return y if act is None else reference.activation(act)(y)
 
 
 @torch.library.custom_op("normwise::norm", mutates_args=())
