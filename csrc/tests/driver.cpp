@@ -27,6 +27,7 @@ struct Buffer {
   }
   size_t width() const { return dtype == NW_FLOAT64 ? 8 : dtype == NW_FLOAT32 ? 4 : 2; }
   void* data() { return bytes.get(); }
+  void* data_or_null(bool wanted) { return wanted ? data() : nullptr; }
 
   double get(size_t i) const {
     if (dtype == NW_FLOAT64) return reinterpret_cast<const double*>(bytes.get())[i];
@@ -75,24 +76,31 @@ struct Problem {
   std::function<size_t(size_t)> stat, param;
   std::function<bool(size_t)> valid;
   bool center, add_before;  // the residual goes in before the statistics (rows) or before the activation
+  bool bare;                // neither residual nor gain nor bias, and no gradient of them
   int dtype, act;
   double eps;
+  const Buffer *given_mean, *given_var;  // statistics that no gradient flows through; null: those of the input
 };
 
 struct Tensors {
-  Buffer x, residual, dy, weight, bias, y, dx, dresidual, dweight, dbias;
+  Buffer x, residual, dy, dsum, weight, bias, y, dx, dresidual, dweight, dbias;
   std::vector<double> mean, rstd;
   explicit Tensors(const Problem& p)
-      : x(p.dtype, p.elements), residual(p.dtype, p.elements), dy(p.dtype, p.elements), weight(wide(p), p.params),
-        bias(wide(p), p.params), y(p.dtype, p.elements), dx(p.dtype, p.elements), dresidual(p.dtype, p.elements),
+      : x(p.dtype, p.elements), residual(p.dtype, p.elements), dy(p.dtype, p.elements),
+        dsum(p.dtype, p.elements), weight(wide(p), p.params), bias(wide(p), p.params), y(p.dtype, p.elements),
+        dx(p.dtype, p.elements), dresidual(p.dtype, p.elements),
         dweight(wide(p), p.params), dbias(wide(p), p.params), mean(p.stats, NAN), rstd(p.stats, NAN) {
-    for (Buffer* b : {&x, &residual, &dy, &weight, &bias}) b->fill();
+    for (Buffer* b : {&x, &residual, &dy, &dsum, &weight, &bias}) b->fill();
+    for (Buffer* b : {&residual, &dsum, &bias}) {
+      for (size_t i = 0; p.bare && i < b->n; ++i) b->set(i, 0);
+    }
+    for (size_t i = 0; p.bare && i < weight.n; ++i) weight.set(i, 1);
   }
   static int wide(const Problem& p) { return p.dtype == NW_FLOAT64 ? NW_FLOAT64 : NW_FLOAT32; }
 };
 
 // `s` holds what was normalized: x, or the stored sum.
-void verify(const std::string& what, const Problem& p, const Tensors& t, const Buffer& s, bool with_dresidual) {
+void verify(const std::string& what, const Problem& p, const Tensors& t, const Buffer& s) {
   std::vector<double> count(p.stats), mean(p.stats), var(p.stats), sum_g(p.stats), sum_gz(p.stats);
   std::vector<double> z(p.elements), g(p.elements), dweight(p.params), dbias(p.params);
   auto each = [&](const std::function<void(size_t, size_t, size_t)>& body) {
@@ -103,14 +111,17 @@ void verify(const std::string& what, const Problem& p, const Tensors& t, const B
   each([&](size_t i, size_t k, size_t) { count[k] += 1, mean[k] += p.center ? s.get(i) : 0; });
   for (size_t k = 0; k < p.stats; ++k) mean[k] /= count[k] > 0 ? count[k] : 1;
   each([&](size_t i, size_t k, size_t) { var[k] += std::pow(s.get(i) - mean[k], 2) / count[k]; });
+  for (size_t k = 0; p.given_mean && k < p.stats; ++k) mean[k] = p.given_mean->get(k), var[k] = p.given_var->get(k);
   each([&](size_t i, size_t k, size_t c) {
     z[i] = (s.get(i) - mean[k]) / std::sqrt(var[k] + p.eps);
     double in = z[i] * t.weight.get(c) + t.bias.get(c) + (p.add_before ? 0 : t.residual.get(i));
     close(what + " y", p.dtype, t.y.get(i), activate(p.act, in), 1);
     g[i] = t.dy.get(i) * slope(p.act, in);
     if (p.act != NW_IDENTITY && std::fabs(in) < 1e-4) g[i] = NAN;  // at a kink the difference quotient says nothing
-    sum_g[k] += g[i] * t.weight.get(c) / count[k];
-    sum_gz[k] += g[i] * t.weight.get(c) * z[i] / count[k];
+    if (!p.given_mean) {
+      sum_g[k] += g[i] * t.weight.get(c) / count[k];
+      sum_gz[k] += g[i] * t.weight.get(c) * z[i] / count[k];
+    }
     dweight[c] += g[i] * z[i];
     dbias[c] += g[i];
   });
@@ -123,32 +134,37 @@ void verify(const std::string& what, const Problem& p, const Tensors& t, const B
   each([&](size_t i, size_t k, size_t c) {
     double dx = (g[i] * t.weight.get(c) - (p.center ? sum_g[k] : 0) - z[i] * sum_gz[k]) / std::sqrt(var[k] + p.eps);
     if (std::isnan(dx)) return;
+    if (p.add_before) dx += t.dsum.get(i);
     close(what + " dx", p.dtype, t.dx.get(i), dx, 5 / std::sqrt(var[k] + p.eps));
-    if (with_dresidual) close(what + " dresidual", p.dtype, t.dresidual.get(i), g[i], 1);
+    if (!p.add_before && !p.bare) close(what + " dresidual", p.dtype, t.dresidual.get(i), g[i], 1);
   });
-  for (size_t c = 0; c < p.params; ++c) {
+  for (size_t c = 0; !p.bare && c < p.params; ++c) {
     if (std::isnan(dweight[c])) continue;
     close(what + " dweight", Tensors::wide(p), t.dweight.get(c), dweight[c], double(p.elements));
     close(what + " dbias", Tensors::wide(p), t.dbias.get(c), dbias[c], double(p.elements));
   }
 }
 
-void rows(size_t rows, size_t cols, int dtype, int act, bool center, bool masked) {
+void rows(size_t rows, size_t cols, int dtype, int act, bool center, bool masked, bool bare = false) {
   std::unique_ptr<uint8_t[]> mask(new uint8_t[rows]);
   for (size_t i = 0; i < rows; ++i) mask[i] = uint8_t(i % 3 != 1);
   Problem p{rows * cols, rows, cols, [=](size_t i) { return i / cols; }, [=](size_t i) { return i % cols; },
-            [&](size_t i) { return !masked || mask[i / cols]; }, center, true, dtype, act, 1e-3};
+            [&](size_t i) { return !masked || mask[i / cols]; }, center, true, bare, dtype, act, 1e-3, nullptr,
+            nullptr};
   Tensors t(p);
-  Buffer sum(dtype, p.elements);
+  Buffer sum(dtype, bare ? 0 : p.elements);
+  Buffer& s = bare ? t.x : sum;
   const uint8_t* m = masked ? mask.get() : nullptr;
-  nw_rows_forward_args f{t.x.data(), t.residual.data(), m, t.weight.data(), t.bias.data(), sum.data(), t.y.data(),
-                         t.mean.data(), t.rstd.data(), int64_t(rows), int64_t(cols), p.eps, dtype, center, act, 3};
+  nw_rows_forward_args f{t.x.data(), t.residual.data_or_null(!bare), m, t.weight.data_or_null(!bare),
+                         t.bias.data_or_null(!bare), sum.data_or_null(!bare), t.y.data(), t.mean.data(), t.rstd.data(),
+                         int64_t(rows), int64_t(cols), p.eps, dtype, center, act, 3};
   check_status("rows forward", nw_rows_forward(&f));
-  nw_rows_backward_args b{t.dy.data(), nullptr, sum.data(), m, t.weight.data(), t.bias.data(), t.mean.data(),
-                          t.rstd.data(), t.dx.data(), t.dweight.data(), t.dbias.data(), int64_t(rows), int64_t(cols),
+  nw_rows_backward_args b{t.dy.data(), t.dsum.data_or_null(!bare), s.data(), m, t.weight.data_or_null(!bare),
+                          t.bias.data_or_null(!bare), t.mean.data(), t.rstd.data(), t.dx.data(),
+                          t.dweight.data_or_null(!bare), t.dbias.data_or_null(!bare), int64_t(rows), int64_t(cols),
                           dtype, center, act, 3};
   check_status("rows backward", nw_rows_backward(&b));
-  verify("rows", p, t, sum, false);
+  verify("rows", p, t, s);
 }
 
 void positions_masked(size_t n, size_t positions, std::unique_ptr<uint8_t[]>& mask) {
@@ -156,7 +172,8 @@ void positions_masked(size_t n, size_t positions, std::unique_ptr<uint8_t[]>& ma
   for (size_t i = 0; i < n * positions; ++i) mask[i] = uint8_t(i % 3 != 1);
 }
 
-void groups(size_t n, size_t channels, size_t positions, size_t count, int layout, int dtype, int act, bool masked) {
+void groups(size_t n, size_t channels, size_t positions, size_t count, int layout, int dtype, int act, bool masked,
+            bool bare = false) {
   std::unique_ptr<uint8_t[]> mask;
   positions_masked(n, positions, mask);
   const bool last = layout == NW_CHANNELS_LAST;
@@ -165,46 +182,54 @@ void groups(size_t n, size_t channels, size_t positions, size_t count, int layou
   Problem p{n * sample, n * count, channels,
             [=](size_t i) { return i / sample * count + channel(i) / (channels / count); }, channel,
             [&](size_t i) { return !masked || mask[last ? i / channels : i / sample * positions + i % positions]; },
-            true, false, dtype, act, 1e-3};
+            true, false, bare, dtype, act, 1e-3, nullptr, nullptr};
   Tensors t(p);
   const uint8_t* m = masked ? mask.get() : nullptr;
-  nw_groups_forward_args f{t.x.data(), t.residual.data(), m, t.weight.data(), t.bias.data(), t.y.data(), t.mean.data(),
-                           t.rstd.data(), int64_t(n), int64_t(channels), int64_t(positions), int64_t(count), p.eps,
-                           dtype, layout, act, 3};
+  nw_groups_forward_args f{t.x.data(), t.residual.data_or_null(!bare), m, t.weight.data_or_null(!bare),
+                           t.bias.data_or_null(!bare), t.y.data(), t.mean.data(), t.rstd.data(), int64_t(n),
+                           int64_t(channels), int64_t(positions), int64_t(count), p.eps, dtype, layout, act, 3};
   check_status("groups forward", nw_groups_forward(&f));
-  nw_groups_backward_args b{t.dy.data(), t.x.data(), t.residual.data(), m, t.weight.data(), t.bias.data(),
-                            t.mean.data(), t.rstd.data(), t.dx.data(), t.dresidual.data(), t.dweight.data(),
-                            t.dbias.data(), int64_t(n), int64_t(channels), int64_t(positions), int64_t(count), dtype,
-                            layout, act, 3};
+  nw_groups_backward_args b{t.dy.data(), t.x.data(), t.residual.data_or_null(!bare), m, t.weight.data_or_null(!bare),
+                            t.bias.data_or_null(!bare), t.mean.data(), t.rstd.data(), t.dx.data(),
+                            t.dresidual.data_or_null(!bare), t.dweight.data_or_null(!bare),
+                            t.dbias.data_or_null(!bare), int64_t(n), int64_t(channels), int64_t(positions),
+                            int64_t(count), dtype, layout, act, 3};
   check_status("groups backward", nw_groups_backward(&b));
-  verify(last ? "groups last" : "groups first", p, t, t.x, true);
+  verify(last ? "groups last" : "groups first", p, t, t.x);
 }
 
-void channels(size_t n, size_t channels, size_t positions, int layout, int dtype, int act, bool masked) {
+void channels(size_t n, size_t channels, size_t positions, int layout, int dtype, int act, bool masked,
+              bool training = true, bool bare = false) {
   std::unique_ptr<uint8_t[]> mask;
   positions_masked(n, positions, mask);
   const bool last = layout == NW_CHANNELS_LAST;
   auto channel = [=](size_t i) { return last ? i % channels : i / positions % channels; };
+  const int wide = dtype == NW_FLOAT64 ? NW_FLOAT64 : NW_FLOAT32;
+  Buffer running_mean(wide, channels), running_var(wide, channels);
+  running_mean.fill();
+  running_var.fill();
+  for (size_t c = 0; c < channels; ++c) running_var.set(c, 0.5 + std::fabs(running_var.get(c)));
   Problem p{n * channels * positions, channels, channels, channel, channel,
             [&](size_t i) {
               return !masked || mask[last ? i / channels : i / (channels * positions) * positions + i % positions];
             },
-            true, false, dtype, act, 1e-3};
+            true, false, bare, dtype, act, 1e-3, training ? nullptr : &running_mean,
+            training ? nullptr : &running_var};
   Tensors t(p);
-  Buffer running_mean(Tensors::wide(p), channels), running_var(Tensors::wide(p), channels);
-  running_mean.fill();
-  running_var.fill();
+  const bool moves = !(training && bare);
   const uint8_t* m = masked ? mask.get() : nullptr;
-  nw_channels_forward_args f{t.x.data(), t.residual.data(), m, t.weight.data(), t.bias.data(), running_mean.data(),
-                             running_var.data(), t.y.data(), t.mean.data(), t.rstd.data(), int64_t(n),
-                             int64_t(channels), int64_t(positions), p.eps, 0.1, dtype, layout, 1, act, 3};
+  nw_channels_forward_args f{t.x.data(), t.residual.data_or_null(!bare), m, t.weight.data_or_null(!bare),
+                             t.bias.data_or_null(!bare), running_mean.data_or_null(moves),
+                             running_var.data_or_null(moves), t.y.data(), t.mean.data(), t.rstd.data(), int64_t(n),
+                             int64_t(channels), int64_t(positions), p.eps, 0.1, dtype, layout, training, act, 3};
   check_status("channels forward", nw_channels_forward(&f));
-  nw_channels_backward_args b{t.dy.data(), t.x.data(), t.residual.data(), m, t.weight.data(), t.bias.data(),
-                              t.mean.data(), t.rstd.data(), t.dx.data(), t.dresidual.data(), t.dweight.data(),
-                              t.dbias.data(), int64_t(n), int64_t(channels), int64_t(positions), dtype, layout, 1, act,
-                              3};
+  nw_channels_backward_args b{t.dy.data(), t.x.data(), t.residual.data_or_null(!bare), m,
+                              t.weight.data_or_null(!bare), t.bias.data_or_null(!bare), t.mean.data(), t.rstd.data(),
+                              t.dx.data(), t.dresidual.data_or_null(!bare), t.dweight.data_or_null(!bare),
+                              t.dbias.data_or_null(!bare), int64_t(n), int64_t(channels), int64_t(positions), dtype,
+                              layout, training, act, 3};
   check_status("channels backward", nw_channels_backward(&b));
-  verify(last ? "channels last" : "channels first", p, t, t.x, true);
+  verify(last ? "channels last" : "channels first", p, t, t.x);
 }
 
 void all_kernels() {
@@ -220,16 +245,26 @@ void all_kernels() {
         for (size_t cols : {1, 7, 63, 131}) {
           rows(6, cols, dtype, act, true, masked);
           rows(6, cols, dtype, act, false, masked);
+          rows(6, cols, dtype, act, true, masked, true);
         }
         for (size_t positions : {1, 7, 50}) {
           for (int layout : {NW_CHANNELS_FIRST, NW_CHANNELS_LAST}) {
             groups(2, 6, positions, 3, layout, dtype, act, masked);
-            channels(5, 7, positions, layout, dtype, act, masked);
+            groups(2, 6, positions, 3, layout, dtype, act, masked, true);
+            for (bool training : {true, false}) {
+              channels(5, 7, positions, layout, dtype, act, masked, training);
+              channels(5, 7, positions, layout, dtype, act, masked, training, true);
+            }
           }
         }
       }
     }
   }
+  for (int layout : {NW_CHANNELS_FIRST, NW_CHANNELS_LAST}) {
+    groups(0, 6, 5, 3, layout, NW_FLOAT32, NW_GELU, true);
+    channels(0, 7, 5, layout, NW_FLOAT32, NW_GELU, true);
+  }
+  rows(0, 7, NW_FLOAT32, NW_GELU, true, true);
   // Large enough for several threads, blocks and chunks.
   rows(70, 600, NW_FLOAT32, NW_IDENTITY, true, true);
   groups(2, 4, 5001, 2, NW_CHANNELS_FIRST, NW_FLOAT32, NW_GELU, true);
