@@ -23,7 +23,8 @@ inline int64_t panel_count(int64_t columns) { return (columns + panel_width - 1)
 inline int64_t packed_size(int64_t depth, int64_t columns) { return panel_count(columns) * panel_width * depth; }
 
 // c[r][0..n) (+)= sum over k of a(r, k) * b[k][0..n), r < R, n at most V vectors. a(r, k) is a[r * stride + k], or
-// a[k * stride + r] where the left-hand matrix is transposed. Meanwhile a cache line from `ahead` on is fetched for each k.
+// a[k * stride + r] where the left-hand matrix is transposed. Meanwhile a cache line from `ahead` on is fetched for each
+// k; not for a single row, which waits for b's lines in any case: one more to ask for only delays them.
 template <int R, int V, bool transposed, bool add>
 NW_INLINE void tile(int64_t depth, const float* a, int64_t stride, const float* b, float* c, int64_t c_stride,
                     int64_t n, const float* ahead) {
@@ -36,7 +37,7 @@ NW_INLINE void tile(int64_t depth, const float* a, int64_t stride, const float* 
 #pragma GCC unroll 2
   for (int64_t k = 0; k < depth; ++k) {
     vec<float> right[V];
-    __builtin_prefetch(ahead + k * left_width, 0, 2);
+    if (R > 1) __builtin_prefetch(ahead + k * left_width, 0, 2);
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) right[v] = load(b + k * panel_width + v * lanes<float>);
 #pragma GCC unroll 8

@@ -105,7 +105,7 @@ def forward(
     dtype = x.dtype
     x, h0, c0, weights, steps = _checked(layer, weights, x, h0, c0, steps)
     rows, units = len(x), weights.weight_hh.shape[1]
-    output = torch.empty((rows, units), device="cpu")  # whatever the default device is
+    output = torch.empty((rows, units), dtype=torch.float32, device="cpu")  # whatever the defaults are
     saved = Saved()
     if save:
         *widths, _ = saved_widths(layer, x.shape[1], units, dtype)
@@ -114,7 +114,9 @@ def forward(
     c = None if c0 is None else torch.empty_like(c0)
     arguments = _arguments(layer, weights, x, h0, c0, steps, output, saved, dtype)
     _call("nw_recurrent_forward", _FORWARD.pack(*arguments, _at(h), _at(c)))
-    if save and dtype != output.dtype:
+    if dtype is torch.float32:
+        return Result(output, h, c, saved)
+    if save:
         saved = saved._replace(output=output)
     return Result(output.to(dtype), h.to(dtype), None if c is None else c.to(dtype), saved)
 
@@ -141,7 +143,7 @@ def backward(
     if saved.output is not None:
         output = saved.output
     if doutput is not None:
-        doutput = doutput.to(output.dtype).contiguous()
+        doutput = _wide(doutput)
         _expect("doutput", doutput, output.shape, (output.dtype,))
     dh = torch.zeros_like(h0) if dh is None else _fresh(dh)
     _expect("dh", dh, h0.shape, (h0.dtype,))
@@ -151,10 +153,14 @@ def backward(
     else:
         dc = None
     dx = torch.empty_like(x) if needs_x else None
-    gradients = Weights(*(None if w is None else torch.empty_like(w) for w in weights)) if needs_weights else None  # type: ignore[arg-type]
+    gradients = None
+    if needs_weights:
+        gradients = Weights(*[None if w is None else torch.empty_like(w) for w in weights])  # type: ignore[arg-type]
     arguments = _arguments(layer, weights, x, h0, c0, steps, output, saved, dtype)
     at = [0] * len(weights) if gradients is None else [_at(g) for g in gradients]
     _call("nw_recurrent_backward", _BACKWARD.pack(*arguments, _at(doutput), _at(dh), _at(dc), _at(dx), *at))
+    if dtype is torch.float32:
+        return Gradients(dx, dh, dc, gradients)
     if gradients is not None:
         pairs = zip(gradients, given, strict=True)
         gradients = Weights(*(None if g is None or w is None else g.to(w.dtype) for g, w in pairs))  # type: ignore[arg-type]
@@ -169,11 +175,12 @@ def _checked(
     """Everything contiguous, in float32, and of the shapes that the kernel will read."""
     units, inputs = weights.weight_hh.shape[1], x.shape[1]
     stacked = _GATES[layer.cell] * units
-    shapes: list[tuple[int, ...]] = [(stacked, inputs), (stacked, units), *[(stacked,)] * 5, *[(units,)] * 2]
     matrix, vector = (x.dtype,), (x.dtype, torch.float32)
-    for name, w, shape in zip(Weights._fields, weights, shapes, strict=True):
+    _expect("weight_ih", weights.weight_ih, (stacked, inputs), matrix)
+    _expect("weight_hh", weights.weight_hh, (stacked, units), matrix)
+    for name, w in zip(Weights._fields[2:], weights[2:], strict=True):
         if w is not None:
-            _expect(name, w, shape, matrix if len(shape) == 2 else vector)
+            _expect(name, w, (units if name in ("gain_c", "bias_c") else stacked,), vector)
     state = (steps.batch, units)
     _expect("h0", h0, state, matrix)
     if (c0 is None) == (layer.cell == "lstm"):
@@ -191,24 +198,26 @@ def _checked(
     if steps.reset is not None:
         _expect("reset", steps.reset, (rows,), (torch.bool,))
         steps = steps._replace(reset=steps.reset.contiguous())
-    weights = Weights(*(None if w is None else _wide(w) for w in weights))  # type: ignore[arg-type]
+    weights = Weights(*[None if w is None else _wide(w) for w in weights])  # type: ignore[arg-type]
     return _wide(x), _wide(h0), c0, weights, steps
 
 
 def _expect(name: str, t: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-    if tuple(t.shape) != tuple(shape) or t.dtype not in dtypes or t.device.type != "cpu":
+    if t.shape != shape or t.dtype not in dtypes or not t.is_cpu:
         found = f"{tuple(t.shape)} of {t.dtype} on {t.device}"
         accepted = " or ".join(map(str, dict.fromkeys(dtypes)))
         raise ValueError(f"{name}: expected {tuple(shape)} of {accepted} on the CPU, but got {found}")
 
 
 def _wide(t: Tensor) -> Tensor:
-    return t.to(torch.float32).contiguous()
+    if t.dtype is torch.float32 and t.is_contiguous() and not t.is_neg():
+        return t
+    return t.to(torch.float32).resolve_neg().contiguous()
 
 
 def _fresh(t: Tensor) -> Tensor:
     """A copy, since the kernel writes its result over it."""
-    return t.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    return torch.empty(t.shape, dtype=torch.float32, device="cpu").copy_(t)
 
 
 def _at(t: Tensor | None) -> int:
@@ -227,24 +236,32 @@ def _arguments(
     products: torch.dtype,
 ) -> list[int | float]:
     """The fields of nw_recurrent, all tensors in float32."""
-    gates = _GATES[layer.cell]
-    groups = () if layer.terms == "plain" else layer.groups or (gates,)
     return [
         x.data_ptr(),
         _at(steps.batch_sizes),
         _at(steps.reset),
-        *(_at(w) for w in weights),
+        *[_at(w) for w in weights],
         h0.data_ptr(),
         _at(c0),
         output.data_ptr(),
-        *(_at(t) for t in saved[:-1]),
+        *[_at(t) for t in saved[:-1]],
         steps.steps,
         steps.batch,
-        len(x),
-        x.shape[1],
+        *x.shape,
         weights.weight_hh.shape[1],
         layer.eps,
         layer.update_offset,
+        *_codes(layer),
+        steps.reverse,
+        *_group_sizes(layer),
+        torch.get_num_threads(),
+        DTYPES[products],
+    ]
+
+
+@cache
+def _codes(layer: Layer) -> tuple[int, ...]:
+    return (
         DTYPES[torch.float32],
         CELLS[layer.cell],
         TERMS[layer.terms],
@@ -252,12 +269,13 @@ def _arguments(
         CELL_NORMS[layer.cell_norm],
         layer.reset_candidate,
         layer.update_paper,
-        steps.reverse,
-        *groups,
-        *[0] * (4 - len(groups)),
-        torch.get_num_threads(),
-        DTYPES[products],
-    ]
+    )
+
+
+@cache
+def _group_sizes(layer: Layer) -> tuple[int, ...]:
+    groups = () if layer.terms == "plain" else layer.groups or (_GATES[layer.cell],)
+    return *groups, *[0] * (4 - len(groups))
 
 
 @cache

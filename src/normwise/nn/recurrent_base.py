@@ -267,7 +267,8 @@ class Recurrent(RNNBase):
         if self.cell == "lstm":
             sizes.append((count, batch, self.hidden_size))
         if hx is None:
-            return [x.new_zeros(size) for size in sizes]
+            zeros = x.new_zeros(sizes[0])  # nobody writes on an initial state
+            return [zeros if size == sizes[0] else x.new_zeros(size) for size in sizes]
         lstm = self.cell == "lstm"
         if lstm and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
             raise TypeError(f"LSTM: expected hx to be a pair (h_0, c_0), but got {type(hx).__name__}")

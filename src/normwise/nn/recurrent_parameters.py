@@ -150,7 +150,10 @@ def no_projection(proj_size: int) -> None:
 
 def weights_of(layer: nn.Module, suffix: str = "") -> Weights:
     """The parameters of one layer in one direction."""
-    return Weights(*(getattr(layer, name + suffix, None) for name in Weights._fields))  # type: ignore[arg-type]
+    # A parameter that something else stands for, as torch.nn.utils.parametrize has it, is an attribute.
+    held = layer._parameters
+    names = [name + suffix for name in Weights._fields]
+    return Weights(*[held[name] if name in held else getattr(layer, name, None) for name in names])  # type: ignore[arg-type]
 
 
 def running_of(layer: nn.Module, how: Recurrence, suffix: str = "") -> Running:

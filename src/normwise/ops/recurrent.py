@@ -150,9 +150,11 @@ _ATEN: dict[tuple[str, str], Callable[..., tuple[Tensor, ...]]] = {
 
 def is_plain(how: Recurrence, reset: Tensor | None) -> bool:
     """Whether torch's own layer does the whole job: no norm, no zoneout, no reset, and no other backend forced."""
+    if how.norm is not None or reset is not None:
+        return False
     # eps and the start of a bias change nothing without a norm.
     same = Recurrence(how.cell, None, eps=how.eps, forget_bias=how.forget_bias, nonlinearity=how.nonlinearity)
-    return reset is None and how == same and forced() in (None, "torch") and not transforming()
+    return how == same and forced() in (None, "torch") and not transforming()
 
 
 # Multiplications in a layer up to which ATen's one call costs less than what Python does around our kernel.

@@ -11,6 +11,7 @@ from torch import Tensor
 from normwise.kernels import recurrent as kernels
 from normwise.kernels.library import load
 from normwise.ops import recurrent_loop
+from normwise.ops.compiled import unwatched
 from normwise.reference.recurrence import Recurrence, Weights
 from normwise.reference.recurrent import Result
 from normwise.reference.sequences import reverse_reset, valid_steps
@@ -24,12 +25,17 @@ def obstacle(x: Tensor, weights: Weights, how: Recurrence, zoned: Tensor | None)
         return unknown
     if not _built():
         return "the compiled library was built before it had recurrent kernels: reinstall normwise"
+    given = [w for w in weights if w is not None]
     if not known_dtypes(x, weights):
-        dtypes = sorted({str(t.dtype) for t in (x, *weights) if t is not None})
+        dtypes = sorted({str(t.dtype) for t in (x, *given)})
         return f"the recurrent C++ kernels take float32 or bfloat16, not {', '.join(dtypes)}"
-    if any(type(w) not in (Tensor, torch.nn.Parameter) or w.device != x.device for w in weights if w is not None):
-        return "the C++ kernels take plain tensors on the CPU as weights"
+    for w in given:
+        if type(w) not in _TENSORS or not w.is_cpu:
+            return "the C++ kernels take plain tensors on the CPU as weights"
     return None
+
+
+_TENSORS = (torch.nn.Parameter, Tensor)
 
 
 def unsupported(weights: Weights, how: Recurrence, zoned: Tensor | None) -> str | None:
@@ -47,10 +53,13 @@ def unsupported(weights: Weights, how: Recurrence, zoned: Tensor | None) -> str 
 
 def known_dtypes(x: Tensor, weights: Weights) -> bool:
     """All float32; or bfloat16, where gains and biases may be float32, as under autocast."""
-    dtype, matrices = x.dtype, (weights.weight_ih, weights.weight_hh)
-    if dtype not in (torch.float32, torch.bfloat16) or any(w.dtype != dtype for w in matrices):
+    dtype = x.dtype
+    if dtype not in (torch.float32, torch.bfloat16) or not weights.weight_ih.dtype == weights.weight_hh.dtype == dtype:
         return False
-    return all(w is None or w.dtype in (dtype, torch.float32) for w in weights)
+    for w in weights:
+        if w is not None and w.dtype not in (dtype, torch.float32):
+            return False
+    return True
 
 
 @cache
@@ -76,8 +85,8 @@ def recurrence(
     c0 = None if c0 is None else c0.to(x.dtype)
     call = Call(how, lengths, reset, reverse)
     tensors = (x, h0, c0, *weights)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        output, h, c = _Compiled.apply(call, *tensors)
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):
+        output, h, c = _compiled(call, *tensors)
     else:
         output, h, c, _ = forward(call, tensors, save=False)
     return Result(output, h, c, {})
@@ -146,6 +155,7 @@ def rows_of(call: Call, x: Tensor) -> Rows:
     return Rows(kernels.Steps(int((sizes > 0).sum()), batch, sizes[sizes > 0], reset), source, order)
 
 
+@cache
 def kernel_layer(how: Recurrence) -> kernels.Layer:
     """The recurrence in the words of the kernels."""
     return kernels.Layer(
@@ -211,6 +221,9 @@ class _Compiled(torch.autograd.Function):
         if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
             return None, *differentiable(ctx.call, tensors, needs, grads)
         return None, *backward(ctx.call, tensors, ctx.kept, grads, needs)
+
+
+_compiled = unwatched(_Compiled)
 
 
 def backward(
