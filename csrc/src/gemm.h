@@ -121,14 +121,14 @@ NW_INLINE void transpose(vec<float> (&v)[lanes<float>]) {
   }
 }
 
-// Panel `p` of the row-major matrix b[k * stride + n]; what is past its columns becomes 0.
-inline void pack_panel(const float* b, int64_t stride, int64_t depth, int64_t columns, int64_t p, float* panels) {
+// Panel `p` of the matrix whose rows are b[0], b[1], ...; what is past its columns becomes 0.
+inline void pack_panel(const float* const* b, int64_t depth, int64_t columns, int64_t p, float* panels) {
   const int64_t from = p * panel_width;
   const int64_t width = columns - from < panel_width ? columns - from : panel_width;
   float* to = panels + from * depth;
   if (width < panel_width) std::memset(to, 0, size_t(depth * panel_width) * sizeof *to);
   for (int64_t k = 0; k < depth; ++k) {
-    std::memcpy(to + k * panel_width, b + k * stride + from, size_t(width) * sizeof *to);
+    std::memcpy(to + k * panel_width, b[k] + from, size_t(width) * sizeof *to);
   }
 }
 

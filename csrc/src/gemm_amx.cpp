@@ -37,8 +37,8 @@ NW_INLINE vec<float> tile_row(const float* from, int64_t n) {
 }
 
 // Two neighbours in depth, of which n exist, of 16 columns: a row of a right-hand tile.
-NW_INLINE vec<float> tile_pairs(const float* row, int64_t stride, int64_t n, int64_t columns) {
-  const half_vector even = rounded(row, n > 0 ? columns : 0), odd = rounded(row + stride, n > 1 ? columns : 0);
+NW_INLINE vec<float> tile_pairs(const float* first, const float* second, int64_t n, int64_t columns) {
+  const half_vector even = rounded(first, n > 0 ? columns : 0), odd = rounded(second, n > 1 ? columns : 0);
   return (vec<float>)(__builtin_convertvector(even, word_vector) | __builtin_convertvector(odd, word_vector) << 16);
 }
 
@@ -167,14 +167,14 @@ int64_t Tiles::packed_bytes(int64_t depth, int64_t columns) {
   return blocks(columns, panel_width) * blocks(depth, deep) * 2 * area * int64_t(sizeof(uint16_t));
 }
 
-void Tiles::pack(const float* b, int64_t stride, int64_t depth, int64_t columns, int64_t p, void* panels) {
+void Tiles::pack(const float* const* b, int64_t depth, int64_t columns, int64_t p, void* panels) {
   uint16_t* to = static_cast<uint16_t*>(panels) + p * blocks(depth, deep) * 2 * area;
   for (int64_t k = 0; k < depth; k += deep, to += 2 * area) {
     for (int64_t pair = 0; pair < side; ++pair) {
       for (int64_t half = 0; half < 2; ++half) {
-        const int64_t row = k + 2 * pair, column = p * panel_width + half * side;
-        store_row(to + half * area + pair * deep,
-                  tile_pairs(b + row * stride + column, stride, depth - row, columns - column));
+        const int64_t row = k + 2 * pair, column = p * panel_width + half * side, left = depth - row;
+        const float *first = left > 0 ? b[row] + column : nullptr, *second = left > 1 ? b[row + 1] + column : nullptr;
+        store_row(to + half * area + pair * deep, tile_pairs(first, second, left, columns - column));
       }
     }
   }
@@ -228,7 +228,8 @@ void Tiles::multiply_transposed(const float* a, int64_t a_stride, const void* pa
         vec<float> square[side];
         for (int64_t pair = 0; pair < side; ++pair) {
           const int64_t from = k * deep + 2 * pair;
-          square[pair] = tile_pairs(a + from * a_stride + row + at, a_stride, depth - from, rows - at);
+          const float* first = a + from * a_stride + row + at;
+          square[pair] = tile_pairs(first, first + a_stride, depth - from, rows - at);
         }
         store_transposed(square, to + (at / side * k_blocks + k) * area);
       }

@@ -23,7 +23,7 @@ struct Tiles {
   static void end();
 
   static int64_t packed_bytes(int64_t depth, int64_t columns);
-  static void pack(const float* b, int64_t stride, int64_t depth, int64_t columns, int64_t p, void* panels);
+  static void pack(const float* const* b, int64_t depth, int64_t columns, int64_t p, void* panels);
   static void pack_transposed(const float* b, int64_t stride, int64_t depth, int64_t columns, int64_t p, void* panels);
 
   static int64_t left_bytes(int64_t rows, int64_t depth);

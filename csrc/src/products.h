@@ -2,8 +2,8 @@
 // lies between, the packed right-hand matrix and the left-hand rows made ready for it, is a policy's own affair:
 //
 //   panel_width                  columns of a panel of the right-hand matrix
-//   packed_bytes, pack,          memory of all its panels; one of them from the row-major matrix b[k * stride + n], or
-//     pack_transposed            from the transpose of b[n * stride + k]
+//   packed_bytes, pack,          memory of all its panels; one of them from the matrix whose rows are b[0], b[1], ...,
+//     pack_transposed            or from the transpose of b[n * stride + k]
 //   as_they_are, left_bytes,     whether rows need no making ready; memory of `rows` of them, from alignment 64; and
 //     left                       how it is done
 //   multiply                     c (+)= left * b for panels first .. last-1 of b
@@ -31,8 +31,8 @@ struct Float32 {
   static int64_t packed_bytes(int64_t depth, int64_t columns) {
     return packed_size(depth, columns) * int64_t(sizeof(float));
   }
-  static void pack(const float* b, int64_t stride, int64_t depth, int64_t columns, int64_t panel, void* panels) {
-    pack_panel(b, stride, depth, columns, panel, static_cast<float*>(panels));
+  static void pack(const float* const* b, int64_t depth, int64_t columns, int64_t panel, void* panels) {
+    pack_panel(b, depth, columns, panel, static_cast<float*>(panels));
   }
   static void pack_transposed(const float* b, int64_t stride, int64_t depth, int64_t columns, int64_t panel,
                               void* panels) {
@@ -66,8 +66,8 @@ struct RoundedToBfloat16 : Float32 {
     float* at = static_cast<float*>(panels) + panel * panel_width * depth;
     for (int64_t i = 0; i < panel_width * depth; i += lanes<float>) store(at + i, rounded(load(at + i)));
   }
-  static void pack(const float* b, int64_t stride, int64_t depth, int64_t columns, int64_t panel, void* panels) {
-    Float32::pack(b, stride, depth, columns, panel, panels);
+  static void pack(const float* const* b, int64_t depth, int64_t columns, int64_t panel, void* panels) {
+    Float32::pack(b, depth, columns, panel, panels);
     round_panel(depth, panel, panels);
   }
   static void pack_transposed(const float* b, int64_t stride, int64_t depth, int64_t columns, int64_t panel,
@@ -124,12 +124,10 @@ inline void multiply_rows(int64_t rows, const float* a, int64_t stride, const Pa
   }
 }
 
-// One thread's part of packing the row-major matrix b.
-template <class P> inline void pack_shared(const float* b, const Packed& to, int index, int count) {
+// One thread's part of packing the matrix whose rows are b[0], b[1], ...
+template <class P> inline void pack_shared(const float* const* b, const Packed& to, int index, int count) {
   const int64_t n = panels_of<P>(to.columns);
-  for (int64_t p = n * index / count; p < n * (index + 1) / count; ++p) {
-    P::pack(b, to.columns, to.depth, to.columns, p, to.panels);
-  }
+  for (int64_t p = n * index / count; p < n * (index + 1) / count; ++p) P::pack(b, to.depth, to.columns, p, to.panels);
 }
 // The same of the transpose of weights (columns, depth).
 template <class P> inline void pack_weights(const float* w, const Packed& to, int index, int count) {

@@ -6,9 +6,9 @@
 namespace NW_ISA {
 namespace {
 
-// Threads wait for each other twice a chunk: chunks of 128 rows hold 4 MiB less at (100, 32, 256, 256), which brings an
-// LN-LSTM's peak from 0.54 of eager's to 0.50, and take a tenth longer.
-constexpr int64_t chunk_rows = 512;
+// A chunk's gradients take memory, 1 MiB at 128 rows of 1024 gates, and are read again from the cache. With fewer rows
+// the sums of the weights' gradients, which each chunk reads and writes, begin to count: 64 rows take 4 to 7 % longer.
+constexpr int64_t chunk_rows = 128;
 
 template <class P> struct Backward {
   const nw_recurrent_backward_args& args;
@@ -19,7 +19,8 @@ template <class P> struct Backward {
   int64_t chunk;  // steps
   bool apart, thin;       // p and q are apart; the cells multiply the inputs
   Packed weight_ih, weight_hh;
-  float *dp, *dq, *h_before;     // of the chunk's rows
+  float *dp, *dq;                // of the chunk's rows
+  const float** h_before;        // of the chunk's rows: the state before
   void *right_x, *right_h;       // x and h_before of the chunk in panels
   float *dh[2];           // together: of even and odd steps
   const float* zeros;     // units
@@ -27,6 +28,8 @@ template <class P> struct Backward {
   int64_t private_size;
   char* left;             // for each thread: left-hand rows
   int64_t left_size;
+  const float** listed;   // for each thread: where the rows lie of a matrix that it packs
+  int64_t list_size;
   double* totals;         // for each thread, sums over chunks
   Barrier& barrier;
 
@@ -67,8 +70,8 @@ template <class P> struct Backward {
     }
     const int index = share.index, count = share.count;
     P::begin();
-    if (args.dx && !thin) pack_shared<P>(static_cast<const float*>(a.weight_ih), weight_ih, index, count);
-    pack_shared<P>(static_cast<const float*>(a.weight_hh), weight_hh, index, count);
+    if (args.dx && !thin) pack(static_cast<const float*>(a.weight_ih), weight_ih, index, count);
+    pack(static_cast<const float*>(a.weight_hh), weight_hh, index, count);
     barrier.wait(count);
     for (int64_t end = a.steps; end > 0; end -= chunk) {
       const int64_t s = end > chunk ? end - chunk : 0;
@@ -125,7 +128,7 @@ template <class P> struct Backward {
                     writes && thin && dx ? dx + row * a.inputs : nullptr,
                     m.scratch + r * scratch_row(k),
                     (next < past ? row_block * stride : s > 0 ? before + first + r * stride - row : 0) * stacked};
-        if (writes) std::memcpy(h_before + (row - chunk_first) * units, h, size_t(units) * sizeof *h);
+        if (writes) h_before[row - chunk_first] = h;
       }
       cell(k, block, count, Sums(k, m.sums));
     }
@@ -151,13 +154,20 @@ template <class P> struct Backward {
     if (by_step) barrier.wait(share.count);
   }
 
+  // One thread's part of packing a row-major matrix.
+  void pack(const float* b, const Packed& to, int index, int count) const {
+    const float** rows = listed + index * list_size;
+    for (int64_t k = 0; k < to.depth; ++k) rows[k] = b + k * to.columns;
+    pack_shared<P>(rows, to, index, count);
+  }
+
   // dx and what the steps s .. end-1 add to the gradients of the weights.
   void products(Share share, const Mine& m, int64_t s, int64_t end) const {
     const int64_t first = rows.first(s, end), n = rows.count(s, end);
     const int index = share.index, count = share.count;
     const bool add = end < a.steps;
     const float* x = static_cast<const float*>(a.x) + first * a.inputs;
-    if (args.dweight_ih && !thin) pack_shared<P>(x, {right_x, n, a.inputs}, index, count);
+    if (args.dweight_ih && !thin) pack(x, {right_x, n, a.inputs}, index, count);
     if (args.dweight_hh) pack_shared<P>(h_before, {right_h, n, k.units}, index, count);
     barrier.wait(count);
     const int64_t blocks = (k.stacked + left_block - 1) / left_block;
@@ -219,7 +229,9 @@ template <class P> int backward_in(const nw_recurrent_backward_args* args) {
   void* panels_h = memory.take_bytes(P::packed_bytes(k.stacked, k.units));
   float* dq = memory.take(most * k.stacked);
   float* dp = apart && !thin ? memory.take(most * k.stacked) : dq;
-  float* h_before = memory.take(most * k.units);
+  const int64_t pointer = int64_t(sizeof(float*)), list_size = k.stacked < most ? most : k.stacked;
+  const float** h_before = static_cast<const float**>(memory.take_bytes(most * pointer));
+  const float** listed = static_cast<const float**>(memory.take_bytes(threads * list_size * pointer));
   void* right_x = thin ? nullptr : memory.take_bytes(P::packed_bytes(most, a.inputs));
   void* right_h = memory.take_bytes(P::packed_bytes(most, k.units));
   float* dh = together ? memory.take(2 * a.batch * k.units) : nullptr;
@@ -236,7 +248,7 @@ template <class P> int backward_in(const nw_recurrent_backward_args* args) {
   const Backward<P> backward{*args, a, k, rows, backward_cell(a), chunk, apart, thin,
                              {panels_x, k.stacked, a.inputs}, {panels_h, k.stacked, k.units}, dp, dq, h_before,
                              right_x, right_h, {dh, together ? dh + a.batch * k.units : nullptr}, zeros,
-                             private_memory, private_size, left, left_size, totals.get(), barrier};
+                             private_memory, private_size, left, left_size, listed, list_size, totals.get(), barrier};
   int used = 1;
   if (a.rows > 0) {
     in_team(threads, [&](int index, int count) {
