@@ -1,4 +1,4 @@
-"""What norms keep for their backward, in tensors of the input's size, by the same count that the suite prints."""
+"""What layers keep for their backward, in tensors of the input's size, by the same count that the suite prints."""
 
 from __future__ import annotations
 
@@ -70,6 +70,25 @@ def test_norms_of_features_keep_one_tensor_with_residual_or_without(kind: type[n
     x, residual = torch.randn(ROWS, requires_grad=True), torch.randn(ROWS, requires_grad=True)
     assert tensors_kept(layer, layer, x) == pytest.approx(1, rel=0.02)
     assert tensors_kept(layer, lambda x: layer(x, residual=residual), x) == pytest.approx(1, rel=0.02)
+
+
+@NEEDS_KERNELS
+@pytest.mark.parametrize(
+    ("kind", "norm", "expected"),
+    [
+        # Input and output, and: products of both terms and c; activated gates and c; products of both terms, with a
+        # norm or without; the products' sum; nothing.
+        (normwise.LSTM, "layer", 2 + 4 + 4 + 1),
+        (normwise.LSTM, None, 2 + 4 + 1),
+        (normwise.GRU, "layer", 2 + 3 + 3),
+        (normwise.GRU, None, 2 + 3 + 3),
+        (normwise.RNN, "layer", 2 + 1),
+        (normwise.RNN, None, 2),
+    ],
+)
+def test_recurrent_layers_keep_each_product_once(kind: type[nn.Module], norm: str | None, expected: int) -> None:
+    layer, x = kind(64, 64, norm=norm), torch.randn(50, 16, 64, requires_grad=True)
+    assert tensors_kept(layer, lambda x: layer(x)[0], x) == pytest.approx(expected, rel=0.02)
 
 
 def test_the_count_is_that_of_blocks() -> None:
