@@ -67,7 +67,8 @@ def test_padding_that_a_norm_is_told_of_is_not_counted(norm, features, by_length
 
 def test_a_mask_that_differs_between_channels():
     mask = torch.rand(6, 3, 7) < 0.7
-    x = torch.randn(6, 3, 7)
+    mask[2] = False
+    x = torch.randn(6, 3, 7) + 5
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -81,6 +82,8 @@ def test_a_mask_that_differs_between_channels():
     means = [float(x[:, c][mask[:, c]].mean()) for c in range(3)]
     assert found.input.all.count == int(mask.sum())
     assert found.input.features.means.minimum == pytest.approx(min(means), rel=1e-5)
+    of_each = [float(sample[valid].mean()) for sample, valid in zip(x, mask, strict=True) if valid.any()]
+    assert found.input.samples.means.minimum == pytest.approx(min(of_each), rel=1e-5)
     distance = found.norm.running.distance  # running mean 0
     stds = [float(x[:, c][mask[:, c]].std(correction=0)) for c in range(3)]
     assert distance.maximum == pytest.approx(max(abs(m) / s for m, s in zip(means, stds, strict=True)), rel=1e-4)

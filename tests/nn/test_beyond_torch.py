@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 import normwise
@@ -115,6 +115,34 @@ def test_padding_stays_zero_beside_a_residual(make: Callable[[], nn.Module], bac
         assert all(t.isfinite().all() for t in tensors if t is not None)
         assert not any(t[padding].any() for t in tensors[:2] if t is not None)
     assert all(grad[~padding].all() for grad in first[:2])
+
+
+@pytest.mark.parametrize(
+    ("make", "plain"),
+    [
+        (lambda: normwise.BatchNorm1d(4, act="silu"), lambda x, w: F.batch_norm(x, None, None, w, training=True)),
+        (lambda: normwise.GroupNorm(2, 4, act="silu"), lambda x, w: F.group_norm(x, 2, w)),
+        (lambda: normwise.LayerNorm(4, act="silu"), lambda x, w: F.layer_norm(x, (4,), w)),
+    ],
+    ids=["batch", "group", "layer"],
+)
+def test_tensors_stored_with_their_sign_apart(
+    make: Callable[[], nn.Module], plain: Callable[..., torch.Tensor]
+) -> None:
+    """As the imaginary part of a conjugate is: what lies in memory is not what counts."""
+    layer, x = make(), torch.randn(3, 4, 4, requires_grad=True)
+    weight, r, upstream = (torch._neg_view(torch.randn(shape)) for shape in ((4,), (3, 4, 4), (3, 4, 4)))
+    del layer.weight
+    layer.weight = weight
+    with using("compiled"):
+        y = layer(x, residual=r)
+        y = y[0] if isinstance(y, tuple) else y
+        (got,) = torch.autograd.grad(y, x, upstream)
+    exact, w, added = x.detach().double().requires_grad_(), weight.double(), r.double()
+    sum_first = isinstance(layer, normwise.LayerNorm)
+    truth = F.silu(plain(exact + added, w) if sum_first else plain(exact, w) + added)
+    assert_close(y, truth, count=12)
+    assert_close(got, torch.autograd.grad(truth, exact, upstream.double())[0], kind="grad", count=12)
 
 
 def sequences(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:

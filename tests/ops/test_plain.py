@@ -27,6 +27,14 @@ from tolerances import assert_close
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no compiled library: {cpu.why_not()}")
 
 FEATURES = 12
+
+
+def unbiased(layer: nn.Module) -> nn.Module:
+    """Without its bias: torch's BatchNorm takes `bias=False` since 2.13."""
+    layer.register_parameter("bias", None)
+    return layer
+
+
 LAYERS: dict[str, Callable[..., tuple[nn.Module, nn.Module]]] = {
     "LayerNorm": lambda: (normwise.LayerNorm(FEATURES), nn.LayerNorm(FEATURES)),
     "LayerNorm without bias": lambda: (normwise.LayerNorm(FEATURES, bias=False), nn.LayerNorm(FEATURES, bias=False)),
@@ -40,6 +48,7 @@ LAYERS: dict[str, Callable[..., tuple[nn.Module, nn.Module]]] = {
         normwise.BatchNorm1d(FEATURES, affine=False),
         nn.BatchNorm1d(FEATURES, affine=False),
     ),
+    "BatchNorm without bias": lambda: (normwise.BatchNorm1d(FEATURES, bias=False), unbiased(nn.BatchNorm1d(FEATURES))),
     "BatchNorm eval": lambda: (normwise.BatchNorm1d(FEATURES).eval(), nn.BatchNorm1d(FEATURES).eval()),
 }
 each_layer = pytest.mark.parametrize("name", LAYERS)
