@@ -127,7 +127,7 @@ def test_padding_stays_zero_beside_a_residual(make: Callable[[], nn.Module], bac
     ids=["batch", "group", "layer"],
 )
 def test_tensors_stored_with_their_sign_apart(
-    make: Callable[[], nn.Module], plain: Callable[..., torch.Tensor]
+    make: Callable[[], nn.Module], plain: Callable[..., Tensor]
 ) -> None:
     """As the imaginary part of a conjugate is: what lies in memory is not what counts."""
     layer, x = make(), torch.randn(3, 4, 4, requires_grad=True)
@@ -145,7 +145,7 @@ def test_tensors_stored_with_their_sign_apart(
     assert_close(got, torch.autograd.grad(truth, exact, upstream.double())[0], kind="grad", count=12)
 
 
-def sequences(dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+def sequences(dtype: torch.dtype = torch.float64) -> list[Tensor]:
     return [torch.randn(n, 4, dtype=dtype, requires_grad=True) for n in (3, 5, 1)]
 
 
@@ -237,7 +237,7 @@ def test_second_derivatives_with_a_residual(norm: type[nn.Module], act: str | No
     x, r = (torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
     mask = torch.tensor([True, False, True]) if masked else None
 
-    def f(x: torch.Tensor, r: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    def f(x: Tensor, r: Tensor) -> Tensor | tuple[Tensor, ...]:
         return layer(x, residual=r, mask=mask)
 
     assert torch.autograd.gradcheck(f, (x, r))
