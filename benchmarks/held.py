@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from torch import Tensor
 def kept(forward: Callable[[], Sequence[Tensor]], parameters: Iterable[Tensor] = ()) -> dict[int, int]:
     """Bytes of each memory block that the graph of `forward` keeps alive, by its address; parameters left out.
 
-    Counted are tensors that were saved for backward and those that a `torch.autograd.Function` written in Python
-    holds as attributes of its context. A block that is saved twice, or through several views, counts once.
+    Counted are tensors that were saved for backward and those, and arrays of numbers, that a `torch.autograd.Function`
+    written in Python holds as attributes of its context. A block that is saved twice, or through several views, counts
+    once.
     """
     own = {p.untyped_storage().data_ptr() for p in parameters}
     blocks: dict[int, int] = {}
@@ -31,8 +33,11 @@ def kept(forward: Callable[[], Sequence[Tensor]], parameters: Iterable[Tensor] =
     with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
         outputs = forward()
     for node in _nodes(outputs):
-        for t in _tensors(getattr(node, "__dict__", {})):
-            count(t)
+        for t in _held(getattr(node, "__dict__", {})):
+            if isinstance(t, Tensor):
+                count(t)
+            else:
+                blocks[t.buffer_info()[0]] = len(t) * t.itemsize
     return blocks
 
 
@@ -47,15 +52,15 @@ def _nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:
             stack += [following for following, _ in node.next_functions]
 
 
-def _tensors(held: Any) -> Iterator[Tensor]:
-    if isinstance(held, Tensor):
-        yield held
-    elif isinstance(held, dict):
-        for value in held.values():
-            yield from _tensors(value)
-    elif isinstance(held, (tuple, list)):
-        for value in held:
-            yield from _tensors(value)
+def _held(by: Any) -> Iterator[Tensor | array[Any]]:
+    if isinstance(by, (Tensor, array)):
+        yield by
+    elif isinstance(by, dict):
+        for value in by.values():
+            yield from _held(value)
+    elif isinstance(by, (tuple, list)):
+        for value in by:
+            yield from _held(value)
 
 
 def peak(step: Callable[[], object]) -> int:

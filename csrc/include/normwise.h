@@ -25,7 +25,7 @@
 extern "C" {
 #endif
 
-#define NW_ABI 3 /* raised whenever a struct or function below changes or is added */
+#define NW_ABI 4 /* raised whenever a struct or function below changes or is added */
 
 enum nw_status { NW_OK = 0, NW_BAD_ARGUMENT = 1, NW_OUT_OF_MEMORY = 2, NW_NOT_MOVED = 3 };
 enum nw_dtype { NW_FLOAT32 = 0, NW_BFLOAT16 = 1, NW_FLOAT64 = 2 };
@@ -63,8 +63,8 @@ typedef struct nw_rows_forward_args {
   const void* bias;     /* P (cols), may be null: 0 */
   void* sum;            /* T (rows, cols): filled with s where residual is given (0 in masked rows), else unused */
   void* y;              /* T (rows, cols): filled */
-  double* mean;         /* (rows): filled; 0 in masked rows and where center = 0 */
-  double* rstd;         /* (rows): filled; 0 in masked rows */
+  double* mean;         /* (rows): filled; 0 in masked rows and where center = 0; may be null: no backward follows */
+  double* rstd;         /* (rows): filled; 0 in masked rows; null where mean is */
   int64_t rows, cols;   /* cols >= 1 */
   double eps;
   int32_t dtype, center, act, threads;
@@ -147,6 +147,7 @@ typedef struct nw_channels_forward_args {
   void* y;              /* T, x's shape and layout: filled */
   double* mean;         /* (channels): filled */
   double* rstd;         /* (channels): filled; 1 / sqrt(eps) in training where nothing is valid */
+  int64_t* tracked;     /* (1): one more in training, unless the averages must stay (NW_NOT_MOVED); may be null */
   int64_t batch, channels, positions;
   double eps, momentum;
   int32_t dtype, layout, training, act, threads;

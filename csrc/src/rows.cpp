@@ -38,6 +38,12 @@ template <class T> NW_INLINE double mean_square(const T* x, int64_t n) {
   return total / double(n);
 }
 
+NW_INLINE void keep_statistics(const nw_rows_forward_args& a, int64_t row, double mean, double rstd) {
+  if (!a.mean) return;
+  a.mean[row] = mean;
+  a.rstd[row] = rstd;
+}
+
 template <class T, int act> void forward_row(const nw_rows_forward_args& a, int64_t row, bool past_cache) {
   using C = compute_t<T>;
   const int64_t n = a.cols;
@@ -48,7 +54,7 @@ template <class T, int act> void forward_row(const nw_rows_forward_args& a, int6
   if (a.mask && !a.mask[row]) {
     fill_zero(y, n);
     if (sum) fill_zero(sum, n);
-    a.mean[row] = a.rstd[row] = 0;
+    keep_statistics(a, row, 0, 0);
     return;
   }
   if (sum) {
@@ -66,8 +72,7 @@ template <class T, int act> void forward_row(const nw_rows_forward_args& a, int6
   } else {
     rstd = 1.0 / std::sqrt(mean_square(x, n) + a.eps);
   }
-  a.mean[row] = mean;
-  a.rstd[row] = rstd;
+  keep_statistics(a, row, mean, rstd);
 
   const Columns<C> weight(a.weight, C(1)), bias(a.bias, C(0));
   const Centre<C> centre(mean);
@@ -115,8 +120,7 @@ template <int R, class T, int act> void forward_short_rows(const nw_rows_forward
     double s1 = a.center ? double(sum_lanes<C>(first[r])) : 0.0, s2 = double(sum_lanes<C>(second[r]));
     mean[r] = double(near[r]) + s1 / double(n);
     rstd[r] = 1.0 / std::sqrt((s2 - s1 * s1 / double(n)) / double(n) + a.eps);
-    a.mean[row + r] = mean[r];
-    a.rstd[row + r] = rstd[r];
+    keep_statistics(a, row + r, mean[r], rstd[r]);
   }
   const Columns<C> weight(a.weight, C(1)), bias(a.bias, C(0));
   sweep<C>(n, [&](int64_t i, auto part) NW_LAMBDA {

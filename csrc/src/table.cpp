@@ -26,7 +26,9 @@ int channels_forward(const nw_channels_forward_args* a) {
   if (!well_formed(*a) || (!a->training && (!a->running_mean || !a->running_var))) return NW_BAD_ARGUMENT;
   const int status = a->layout == NW_CHANNELS_LAST ? channels_last_forward(*a) : channels_first_forward(*a);
   if (status != NW_OK || !a->training) return status;
-  return a->dtype == NW_FLOAT64 ? move_averages<double>(*a) : move_averages<float>(*a);
+  const int moved = a->dtype == NW_FLOAT64 ? move_averages<double>(*a) : move_averages<float>(*a);
+  if (moved == NW_OK && a->tracked) ++*a->tracked;
+  return moved;
 }
 
 int channels_backward(const nw_channels_backward_args* a) {

@@ -218,11 +218,14 @@ void channels(size_t n, size_t channels, size_t positions, int layout, int dtype
   Tensors t(p);
   const bool moves = !(training && bare);
   const uint8_t* m = masked ? mask.get() : nullptr;
+  int64_t tracked = 41;
   nw_channels_forward_args f{t.x.data(), t.residual.data_or_null(!bare), m, t.weight.data_or_null(!bare),
                              t.bias.data_or_null(!bare), running_mean.data_or_null(moves),
-                             running_var.data_or_null(moves), t.y.data(), t.mean.data(), t.rstd.data(), int64_t(n),
-                             int64_t(channels), int64_t(positions), p.eps, 0.1, dtype, layout, training, act, 3};
+                             running_var.data_or_null(moves), t.y.data(), t.mean.data(), t.rstd.data(), &tracked,
+                             int64_t(n), int64_t(channels), int64_t(positions), p.eps, 0.1, dtype, layout, training,
+                             act, 3};
   check_status("channels forward", nw_channels_forward(&f));
+  close("batches tracked", NW_FLOAT64, double(tracked), 41 + training, 0);
   nw_channels_backward_args b{t.dy.data(), t.x.data(), t.residual.data_or_null(!bare), m,
                               t.weight.data_or_null(!bare), t.bias.data_or_null(!bare), t.mean.data(), t.rstd.data(),
                               t.dx.data(), t.dresidual.data_or_null(!bare), t.dweight.data_or_null(!bare),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -34,6 +36,21 @@ def test_argument_structs_have_the_size_that_the_header_gives_them() -> None:
     structs = [*rows.STRUCTS, *groups.STRUCTS, *channels.STRUCTS]
     assert [s.size for s in structs] == [handle.nw_struct_size(i) for i in range(len(structs))]
     assert handle.nw_struct_size(99) == -1
+
+
+@pytest.mark.parametrize("kernels", [rows, channels])
+def test_a_plain_call_packs_what_a_full_one_does(kernels: ModuleType) -> None:
+    """Null pointers to what it has not, float32 and no activation are the zeros between its numbers."""
+    for full, short in zip(kernels.STRUCTS, kernels.PLAIN_STRUCTS, strict=True):
+        assert short.size == full.size
+        numbers = [float(i) if code == "d" else i for i, code in enumerate(members(short.format), 1)]
+        packed = full.unpack(short.pack(*numbers))
+        assert [n for n in packed if n] == numbers
+
+
+def members(layout: str) -> str:
+    """The code of each member of a struct without those of padding: "@P16x2q" has "Pqq"."""
+    return "".join(code * int(count or 1) for count, code in re.findall(r"(\d*)([a-zA-Z])", layout) if code != "x")
 
 
 @needs_library

@@ -94,6 +94,30 @@ def test_results_gradients_and_averages_are_those_of_torch(name: str, rows: int)
         assert_close(ours(x), theirs(x), count=rows)
 
 
+@each_layer
+@each_size
+def test_an_input_changed_before_the_backward_is_an_error(name: str, rows: int) -> None:
+    x = torch.randn(rows, FEATURES, requires_grad=True)
+    for layer in pair(name):
+        before = x * 1
+        y = layer(before)
+        before.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward(torch.randn(rows, FEATURES))
+
+
+@each_layer
+@each_size
+def test_a_second_backward_needs_the_graph_kept(name: str, rows: int) -> None:
+    x, dy = torch.randn(rows, FEATURES, requires_grad=True), torch.randn(rows, FEATURES)
+    for layer in pair(name):
+        y = layer(x)
+        first, again = (torch.autograd.grad(y, x, dy, retain_graph=keep)[0] for keep in (True, False))
+        assert torch.equal(first, again)
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            y.backward(dy)
+
+
 def test_the_way_that_plain_calls_take(monkeypatch: pytest.MonkeyPatch) -> None:
     def node(layer: nn.Module, rows: int) -> str:
         return type(layer(torch.randn(rows, FEATURES)).grad_fn).__name__

@@ -6,6 +6,7 @@ Tensors in, tensors out: check, allocate, call. csrc/include/normwise.h is the c
 from __future__ import annotations
 
 import struct
+from array import array
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from normwise.kernels.arguments import (
     dense,
     like,
     mask_bytes,
+    numbers,
     sizes,
     vector,
     wide,
@@ -27,11 +29,15 @@ from normwise.kernels.arguments import (
 from normwise.kernels.library import kernel
 
 # The argument structs of normwise.h: pointers, int64, double, int32, padding.
-_FORWARD = struct.Struct("@10P3q2d5i4x")
+_FORWARD = struct.Struct("@11P3q2d5i4x")
 _BACKWARD = struct.Struct("@12P3q5i4x")
 STRUCTS = (_FORWARD, _BACKWARD)
+# The same for plain calls: float32 and no activation are 0, as are null pointers to what such a call has not.
+_PLAIN_FORWARD = struct.Struct("@P16x8P3q2d4x2i4xi4x")
+_PLAIN_BACKWARD = struct.Struct("@2P16xP8x3P8x2P3q4x2i4xi4x")
+PLAIN_STRUCTS = (_PLAIN_FORWARD, _PLAIN_BACKWARD)
 
-_FLOAT32, _IDENTITY = DTYPES[torch.float32], ACTS[None]
+_empty_like, _threads = torch.empty_like, torch.get_num_threads
 
 _forward = kernel("nw_channels_forward")
 _backward = kernel("nw_channels_backward")
@@ -82,6 +88,7 @@ def channels_forward(
             y.data_ptr(),
             mean,
             mean + 8 * channels,
+            0,
             batch,
             channels,
             positions,
@@ -155,27 +162,26 @@ def plain_channels_forward(
     x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    tracked: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     sizes: tuple[int, int, int],
     training: bool,
     momentum: float,
     eps: float,
-) -> tuple[Tensor, Tensor, bool]:
+) -> tuple[Tensor, array[float], bool]:
     """(y, stats, moved) of `channels_forward` without residual, mask and activation, where everything is contiguous
-    float32 and `sizes` are (batch, channels, positions).
+    float32 and `sizes` are (batch, channels, positions). `tracked`, an int64, counts the batch if the averages move.
 
     On small tensors what Python does takes longer than the kernel: nothing is checked here, callers vouch for it.
     """
     batch, channels, positions = sizes
-    y = torch.empty_like(x)
-    stats = x.new_empty(2, channels, dtype=torch.float64)
-    mean = stats.data_ptr()
+    y = _empty_like(x)
+    stats = numbers(2 * channels)
+    mean = stats.buffer_info()[0]
     moved = _forward(
-        _FORWARD.pack(
+        _PLAIN_FORWARD.pack(
             x.data_ptr(),
-            0,
-            0,
             0 if weight is None else weight.data_ptr(),
             0 if bias is None else bias.data_ptr(),
             0 if running_mean is None else running_mean.data_ptr(),
@@ -183,16 +189,15 @@ def plain_channels_forward(
             y.data_ptr(),
             mean,
             mean + 8 * channels,
+            0 if tracked is None else tracked.data_ptr(),
             batch,
             channels,
             positions,
             eps,
             momentum,
-            _FLOAT32,
             CHANNELS_LAST if positions == 1 else CHANNELS_FIRST,
             training,
-            _IDENTITY,
-            torch.get_num_threads(),
+            _threads(),
         )
     )
     return y, stats, moved
@@ -201,7 +206,7 @@ def plain_channels_forward(
 def plain_channels_backward(
     dy: Tensor,
     x: Tensor,
-    stats: Tensor,
+    stats: array[float],
     weight: Tensor | None,
     has_bias: bool,
     sizes: tuple[int, int, int],
@@ -209,32 +214,26 @@ def plain_channels_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias) of `plain_channels_forward`, with `dy` contiguous float32 too, a bias only with a gain."""
     batch, channels, positions = sizes
-    dx = torch.empty_like(x)
-    dweight = None if weight is None else torch.empty_like(weight)
-    dbias = torch.empty_like(weight) if weight is not None and has_bias else None
-    mean = stats.data_ptr()
+    dx = _empty_like(x)
+    dweight = None if weight is None else _empty_like(weight)
+    dbias = _empty_like(weight) if weight is not None and has_bias else None
+    mean = stats.buffer_info()[0]
     _backward(
-        _BACKWARD.pack(
+        _PLAIN_BACKWARD.pack(
             dy.data_ptr(),
             x.data_ptr(),
-            0,
-            0,
             0 if weight is None else weight.data_ptr(),
-            0,
             mean,
             mean + 8 * channels,
             dx.data_ptr(),
-            0,
             0 if dweight is None else dweight.data_ptr(),
             0 if dbias is None else dbias.data_ptr(),
             batch,
             channels,
             positions,
-            _FLOAT32,
             CHANNELS_LAST if positions == 1 else CHANNELS_FIRST,
             training,
-            _IDENTITY,
-            torch.get_num_threads(),
+            _threads(),
         )
     )
     return dx, dweight, dbias

@@ -52,7 +52,7 @@ def obstacle(x: Tensor) -> str | None:
 
 def mean_exceeds(mean: Tensor, rstd: Tensor, limit: float) -> bool:
     """Whether any |mean * rstd| is above `limit`; both float32, contiguous and on the CPU."""
-    return bool(_mean_exceeds()(mean.data_ptr(), rstd.data_ptr(), mean.numel(), limit))
+    return _mean_exceeds()(mean.data_ptr(), rstd.data_ptr(), mean.numel(), limit) != 0  # type: ignore[no-any-return]
 
 
 @cache

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch  # noqa: F401  # before the library, see above
 
-ABI = 3
+ABI = 4
 NAME = {"Darwin": "libnormwise.dylib"}.get(platform.system(), "libnormwise.so")
 NOT_MOVED = 3  # NW_NOT_MOVED
 ISA_LEVELS = ("avx512_amx", "avx512", "avx2", "baseline")

@@ -6,20 +6,25 @@ Tensors in, tensors out: check, allocate, call. csrc/include/normwise.h is the c
 from __future__ import annotations
 
 import struct
+from array import array
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from normwise.kernels.arguments import ACTS, DTYPES, at, like, mask_bytes, vector, wide
+from normwise.kernels.arguments import ACTS, DTYPES, at, like, mask_bytes, numbers, vector, wide
 from normwise.kernels.library import kernel
 
 # The argument structs of normwise.h: pointers, int64, double, int32, padding.
 _FORWARD = struct.Struct("@9P2qd4i")
 _BACKWARD = struct.Struct("@11P2q4i")
 STRUCTS = (_FORWARD, _BACKWARD)
+# The same for plain calls: float32 and no activation are 0, as are null pointers to what such a call has not.
+_PLAIN_FORWARD = struct.Struct("@P16x2P8x3P2qd4xi4xi")
+_PLAIN_BACKWARD = struct.Struct("@P8xP8xP8x5P2q4xi4xi")
+PLAIN_STRUCTS = (_PLAIN_FORWARD, _PLAIN_BACKWARD)
 
-_FLOAT32, _IDENTITY = DTYPES[torch.float32], ACTS[None]
+_empty_like, _threads = torch.empty_like, torch.get_num_threads
 
 _forward = kernel("nw_rows_forward")
 _backward = kernel("nw_rows_backward")
@@ -136,54 +141,54 @@ def rows_backward(
 
 
 def plain_rows_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, rows: int, cols: int, eps: float, center: bool
-) -> tuple[Tensor, Tensor]:
-    """(y, stats) of `rows_forward` without residual, mask and activation, where everything is contiguous float32.
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, rows: int, cols: int, eps: float, center: bool, keep: bool
+) -> tuple[Tensor, array[float] | None]:
+    """y of `rows_forward` without residual, mask and activation, where everything is contiguous float32, and if `keep`
+    the statistics that `plain_rows_backward` asks for.
 
     On small tensors what Python does takes longer than the kernel: nothing is checked here, callers vouch for it.
     """
-    y = torch.empty_like(x)
-    stats = x.new_empty(2, rows, dtype=torch.float64)
-    mean = stats.data_ptr()
+    y = _empty_like(x)
+    stats = numbers(2 * rows) if keep else None
+    mean = stats.buffer_info()[0] if stats is not None else 0
     _forward(
-        _FORWARD.pack(
+        _PLAIN_FORWARD.pack(
             x.data_ptr(),
-            0,
-            0,
             0 if weight is None else weight.data_ptr(),
             0 if bias is None else bias.data_ptr(),
-            0,
             y.data_ptr(),
             mean,
-            mean + 8 * rows,
+            mean + 8 * rows if keep else 0,
             rows,
             cols,
             eps,
-            _FLOAT32,
             center,
-            _IDENTITY,
-            torch.get_num_threads(),
+            _threads(),
         )
     )
     return y, stats
 
 
 def plain_rows_backward(
-    dy: Tensor, x: Tensor, stats: Tensor, weight: Tensor | None, has_bias: bool, rows: int, cols: int, center: bool
+    dy: Tensor,
+    x: Tensor,
+    stats: array[float],
+    weight: Tensor | None,
+    has_bias: bool,
+    rows: int,
+    cols: int,
+    center: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(dx, dweight, dbias) of `plain_rows_forward`, with `dy` contiguous float32 too, and a bias only with a gain."""
-    dx = torch.empty_like(x)
-    dweight = None if weight is None else torch.empty_like(weight)
-    dbias = torch.empty_like(weight) if weight is not None and has_bias else None
-    mean = stats.data_ptr()
+    dx = _empty_like(x)
+    dweight = None if weight is None else _empty_like(weight)
+    dbias = _empty_like(weight) if weight is not None and has_bias else None
+    mean = stats.buffer_info()[0]
     _backward(
-        _BACKWARD.pack(
+        _PLAIN_BACKWARD.pack(
             dy.data_ptr(),
-            0,
             x.data_ptr(),
-            0,
             0 if weight is None else weight.data_ptr(),
-            0,
             mean,
             mean + 8 * rows,
             dx.data_ptr(),
@@ -191,10 +196,8 @@ def plain_rows_backward(
             0 if dbias is None else dbias.data_ptr(),
             rows,
             cols,
-            _FLOAT32,
             center,
-            _IDENTITY,
-            torch.get_num_threads(),
+            _threads(),
         )
     )
     return dx, dweight, dbias

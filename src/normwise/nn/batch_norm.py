@@ -111,19 +111,22 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     ) -> Any:
         """act(bn(input) + residual); see `normwise.functional.batch_norm` for shapes and errors."""
         learns = self.training and self.track_running_stats
-        alone = mask is None and lengths is None and residual is None
-        done = self._plainly(input) if alone and choose.plain(input) else None  # type: ignore[arg-type]
-        if done is None:
-            if isinstance(input, Tensor) and not is_ragged(input):
-                check.rank(input, self.ranks)
-            elif 2 not in self.ranks:
-                raise check.ShapeError(f"{type(self).__name__} takes no ragged input: BatchNorm1d does")
-            mean, var = (None, None) if self.training and not learns else (self.running_mean, self.running_var)
-            if learns and mean is not None and var is not None and running.recomputing():
-                learns, mean, var = False, mean.clone(), var.clone()  # clones: it must run as it ran the first time
-            momentum = self._momentum() if self.training and mean is not None else 0.0
-            done = self._normalize(input, mean, var, momentum, mask=mask, lengths=lengths, residual=residual)
-        y, moved = done
+        if mask is None and lengths is None and residual is None and choose.plain(input):
+            done = self._plainly(input)  # type: ignore[arg-type]
+            if done is not None:
+                y, moved = done
+                if learns and not moved:  # the kernel counts a batch whose averages it moves
+                    self._count(moved)
+                return y
+        if isinstance(input, Tensor) and not is_ragged(input):
+            check.rank(input, self.ranks)
+        elif 2 not in self.ranks:
+            raise check.ShapeError(f"{type(self).__name__} takes no ragged input: BatchNorm1d does")
+        mean, var = (None, None) if self.training and not learns else (self.running_mean, self.running_var)
+        if learns and mean is not None and var is not None and running.recomputing():
+            learns, mean, var = False, mean.clone(), var.clone()  # clones: it must run as it ran the first time
+        momentum = self._momentum() if self.training and mean is not None else 0.0
+        y, moved = self._normalize(input, mean, var, momentum, mask=mask, lengths=lengths, residual=residual)
         if learns:
             # After the op, so that a refused input is not counted.
             self._count(moved)
@@ -140,14 +143,16 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             or not self._by_batch
             or "_normalize" in own  # put there by whoever stands in for it
             or x.dim() not in self.ranks
-            or (training and (own["virtual_batch_size"] or own["accumulate"] or running.recomputing()))
+            or (training and (own["virtual_batch_size"] or own["accumulate"] or running.in_backward()))
         ):
             return None
         try:
-            mean, var, weight, bias = kept["running_mean"], kept["running_var"], learnt["weight"], learnt["bias"]
+            mean, var, tracked = kept["running_mean"], kept["running_var"], kept["num_batches_tracked"]
+            weight, bias = learnt["weight"], learnt["bias"]
         except KeyError:  # parametrized, say
             return None
-        return plain.batch_norm(x, mean, var, weight, bias, training, own["momentum"] if training else 0.0, own["eps"])
+        momentum = own["momentum"] if training else 0.0
+        return plain.batch_norm(x, mean, var, weight, bias, training, momentum, own["eps"], tracked)
 
     def _normalize(
         self,

@@ -83,11 +83,21 @@ class LayerNorm(nn.LayerNorm):
         residual: Tensor | PackedSequence | None = None,
     ) -> Any:
         """See `normwise.functional.layer_norm` for shapes and errors."""
-        alone = mask is None and lengths is None and residual is None
-        if alone and self.dim is None and self.act is None and self._peers is None:
-            learnt = self._parameters  # asking the module for one of them takes as long as all the rest
-            if "weight" in learnt and "bias" in learnt:
-                y = plain.layer_norm(input, self.normalized_shape, learnt["weight"], learnt["bias"], self.eps)
+        if (
+            mask is None
+            and lengths is None
+            and residual is None
+            and self.dim is None
+            and self.act is None
+            and self._peers is None
+        ):
+            try:
+                learnt = self._parameters  # asking the module for one of them takes as long as all the rest
+                weight, bias = learnt["weight"], learnt["bias"]
+            except KeyError:  # parametrized, say
+                pass
+            else:
+                y = plain.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
                 if y is not None:
                     return y
         return layer_norm(

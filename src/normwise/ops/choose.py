@@ -46,6 +46,9 @@ SMALLEST_RSTD = 1e-19
 
 # What is asked in each call, at hand.
 _float32, _strided = torch.float32, torch.strided
+_grad_enabled = torch.is_grad_enabled
+# Of all that compile, Dynamo alone shows plain tensors to Python: this costs half of torch.compiler.is_compiling.
+_is_compiling = torch.compiler.is_dynamo_compiling
 _transforms_active = torch._C._are_functorch_transforms_active
 _modes_active = torch._C._len_torch_dispatch_stack
 _is_tracing = torch._C._is_tracing
@@ -195,7 +198,7 @@ def plain(x: Any) -> bool:
         and x.layout is _strided
         and not x.is_nested
         and _forced.name is None
-        and not torch.compiler.is_compiling()
+        and not _is_compiling()
         and not _transforms_active()
         and not _is_tracing()
     )
@@ -225,11 +228,11 @@ def may_take(dy: Tensor) -> bool:
     forward mode, and it is no batch of gradients (torch.func.vmap, is_grads_batched) nor another kind of tensor."""
     return (
         type(dy) is Tensor
-        and not torch.is_grad_enabled()
+        and not _grad_enabled()
         and not _transforms_active()
         and not is_legacy_batchedtensor(dy)
         and forward_ad._current_level < 0
-        and not torch.compiler.is_compiling()
+        and not _is_compiling()
     )
 
 

@@ -96,7 +96,11 @@ def _differentiates(*tensors: Tensor | None) -> bool:
 
 def unwatched(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` without its look for torch.func transforms, which takes longer than a small norm: `choose` has
-    said that there are none."""
+    said that there are none. Its node calls `backward` straight: the look for a `vjp` or boxed gradients, of which
+    there are none either, takes as long."""
+    node = getattr(function, "_backward_cls", None)
+    if node is not None:
+        node.apply = function.backward
     return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
 
 

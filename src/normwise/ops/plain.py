@@ -27,7 +27,7 @@ def layer_norm(
     """`functional.layer_norm` of a plain call; None where it takes more to say what is right, or wrong."""
     if not plain(x) or not eps > 0:
         return None
-    if x.numel() > SMALL or not cpu.available():
+    if x.numel() > SMALL or not _grad_enabled() or not cpu.available():
         return _by_rows(x, normalized_shape, weight, bias, eps, center=True)
     try:
         y, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
@@ -50,29 +50,35 @@ def batch_norm(
     training: bool,
     momentum: float | Tensor,
     eps: float,
+    tracked: Tensor | None = None,
 ) -> tuple[Tensor, bool] | None:
     """`functional.batch_norm` of an input that is `choose.plain`, and whether running averages moved; None, and nothing
-    moved, as in `layer_norm`."""
+    moved, as in `layer_norm`. `tracked` counts the batches whose averages moved."""
     if not compiles_plain(x) or not eps > 0 or type(momentum) is not float or not 0 <= momentum <= 1:
         return None
     shape = x.shape
-    if len(shape) < 2:
+    axes = len(shape)
+    if axes < 2:
         return None
     batch, channels = shape[0], shape[1]
-    positions = 1 if len(shape) == 2 else math.prod(shape[2:])
+    positions = 1 if axes == 2 else math.prod(shape[2:])
     if training:
         if batch * positions < 2 or (running_mean is None) is not (running_var is None):
             return None
+        if tracked is not None and not (tracked.dtype is torch.int64 and tracked.is_cpu and type(tracked) in _TENSORS):
+            return None
     elif running_mean is None or running_var is None:
         return None
-    if not _read_by_kernels((running_mean, running_var, weight, bias), shape[1:2]) or (
+    if not _read_by_kernels((running_mean, running_var, weight, bias), (channels,)) or (
         weight is None and bias is not None
     ):
         return None
     settings = ((batch, channels, positions), training, momentum, eps)
-    if torch.is_grad_enabled() and (x.requires_grad or _learnt(weight, bias)):
-        return _channels(x, running_mean, running_var, weight, bias, settings)  # type: ignore[no-any-return]
-    y, _, moved = plain_channels_forward(x, running_mean, running_var, weight, bias, *settings)
+    if _grad_enabled() and (
+        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    ):
+        return _channels(x, running_mean, running_var, tracked, weight, bias, settings)  # type: ignore[no-any-return]
+    y, _, moved = plain_channels_forward(x, running_mean, running_var, tracked, weight, bias, *settings)
     return y, moved
 
 
@@ -80,36 +86,35 @@ def _by_rows(
     x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float, center: bool
 ) -> Tensor | None:
     shape = tuple(normalized_shape)
-    if not compiles_plain(x) or not shape or x.shape[-len(shape) :] != shape:
+    if not shape or x.shape[-len(shape) :] != shape or not compiles_plain(x):
         return None
     if not _read_by_kernels((weight, bias), shape) or (weight is None and bias is not None):
         return None
     cols = math.prod(shape)
-    settings = (x.numel() // cols, cols, eps, center)
-    if torch.is_grad_enabled() and (x.requires_grad or _learnt(weight, bias)):
-        return _rows(x, weight, bias, settings)  # type: ignore[no-any-return]
-    return plain_rows_forward(x, weight, bias, *settings)[0]
+    rows = x.numel() // cols
+    if _grad_enabled() and (
+        x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    ):
+        return _rows(x, weight, bias, (rows, cols, eps, center))  # type: ignore[no-any-return]
+    return plain_rows_forward(x, weight, bias, rows, cols, eps, center, False)[0]
 
 
 def _read_by_kernels(tensors: tuple[Tensor | None, ...], shape: tuple[int, ...]) -> bool:
     """Whether the plain kernels read these gains, biases and running averages as they lie in memory."""
     for t in tensors:
         if t is not None and (
-            t.dtype is not torch.float32
+            type(t) not in _TENSORS
+            or t.dtype is not _float32
+            or not t.is_cpu
             or t.shape != shape
             or not t.is_contiguous()
-            or not t.is_cpu
-            or type(t) not in _TENSORS
         ):
             return False
     return True
 
 
 _TENSORS = (torch.nn.Parameter, Tensor)
-
-
-def _learnt(weight: Tensor | None, bias: Tensor | None) -> bool:
-    return (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+_float32, _grad_enabled = torch.float32, torch.is_grad_enabled
 
 
 class _Rows(torch.autograd.Function):
@@ -117,15 +122,15 @@ class _Rows(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, settings: tuple[int, int, float, bool]
     ) -> Tensor:
-        y, stats = plain_rows_forward(x, weight, bias, *settings)
-        ctx.save_for_backward(x, weight, stats)
-        ctx.settings = bias is not None, settings
+        y, stats = plain_rows_forward(x, weight, bias, *settings, True)
+        ctx.save_for_backward(x, weight)
+        ctx.settings = bias is not None, stats, settings
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight, stats = ctx.saved_tensors
-        has_bias, (rows, cols, eps, center) = ctx.settings
+        x, weight = ctx.saved_tensors
+        has_bias, stats, (rows, cols, eps, center) = ctx.settings
         if may_take(dy):
             if not dy.is_contiguous() or dy.is_neg():
                 dy = torch.empty_like(x).copy_(dy)
@@ -142,29 +147,31 @@ class _Channels(torch.autograd.Function):
         x: Tensor,
         running_mean: Tensor | None,
         running_var: Tensor | None,
+        tracked: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
         settings: tuple[tuple[int, int, int], bool, float, float],
     ) -> tuple[Tensor, bool]:
-        y, stats, moved = plain_channels_forward(x, running_mean, running_var, weight, bias, *settings)
-        ctx.save_for_backward(x, weight, stats)
-        ctx.settings = bias is not None, settings
+        y, stats, moved = plain_channels_forward(x, running_mean, running_var, tracked, weight, bias, *settings)
+        ctx.save_for_backward(x, weight)
+        ctx.settings = bias is not None, stats, settings
         return y, moved
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: None) -> Any:
-        x, weight, stats = ctx.saved_tensors
-        has_bias, (sizes, training, momentum, eps) = ctx.settings
+        x, weight = ctx.saved_tensors
+        has_bias, stats, (sizes, training, momentum, eps) = ctx.settings
         if may_take(dy):
             if not dy.is_contiguous() or dy.is_neg():
                 dy = torch.empty_like(x).copy_(dy)
             dx, dweight, dbias = plain_channels_backward(dy, x, stats, weight, has_bias, sizes, training)
-            return dx, None, None, dweight, dbias, None
+            return dx, None, None, None, dweight, dbias, None
         shift = weight if has_bias else None
+        used = torch.frombuffer(stats, dtype=torch.float64).view(2, -1)
         settings = (training, momentum, eps, None)
-        found = compiled.channels_gradients(dy, x, stats, weight, shift, None, None, settings)
+        found = compiled.channels_gradients(dy, x, used, weight, shift, None, None, settings)
         dx, dweight, dbias = found[:3]
-        return dx, None, None, compiled.shaped_as(dweight, weight), compiled.shaped_as(dbias, shift), None
+        return dx, None, None, None, compiled.shaped_as(dweight, weight), compiled.shaped_as(dbias, shift), None
 
 
 _rows, _channels = (compiled.unwatched(function) for function in (_Rows, _Channels))

@@ -21,7 +21,15 @@ def recomputing() -> bool:
     What such a forward learns has been learnt in the first one. (A forward that user code starts inside a backward
     hook looks the same.) While compiling, checkpointing is the compiler's own and repeats no change of a buffer.
     """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and in_backward()
+
+
+def in_backward() -> bool:
+    """`recomputing` of an eager call, which knows that nothing compiles."""
+    return _current_graph_task_id() != -1
+
+
+_current_graph_task_id = torch._C._current_graph_task_id
 
 
 def may_read(counter: Tensor) -> bool:
