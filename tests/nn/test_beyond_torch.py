@@ -126,9 +126,7 @@ def test_padding_stays_zero_beside_a_residual(make: Callable[[], nn.Module], bac
     ],
     ids=["batch", "group", "layer"],
 )
-def test_tensors_stored_with_their_sign_apart(
-    make: Callable[[], nn.Module], plain: Callable[..., Tensor]
-) -> None:
+def test_tensors_stored_with_their_sign_apart(make: Callable[[], nn.Module], plain: Callable[..., Tensor]) -> None:
     """As the imaginary part of a conjugate is: what lies in memory is not what counts."""
     layer, x = make(), torch.randn(3, 4, 4, requires_grad=True)
     weight, r, upstream = (torch._neg_view(torch.randn(shape)) for shape in ((4,), (3, 4, 4), (3, 4, 4)))
