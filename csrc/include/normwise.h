@@ -9,7 +9,8 @@
  *   Statistics are always double: the float32 rounding of a mean of 1e4 alone would cost four digits of x - mean.
  *   mask bytes: 0 = padding, anything else = valid. Padding is never read into a result, comes out as 0 and gets
  *   gradient 0.
- *   "fills" means: writes every element exactly once; "may be null" is said where it is so.
+ *   "fills" means: writes every element, whatever was there before, and those of the input's size exactly once; sums,
+ *   states and what a recurrence keeps may be written several times. "may be null" is said where it is so.
  *
  * Results do not depend on `threads`: what is summed, and in which order, follows from the shape alone.
  *
