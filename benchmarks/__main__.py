@@ -29,8 +29,17 @@ ALLOCATORS = {
 TIMES, BYTES = ("memory kept", "default"), ("memory returned",)
 # What takes longer with the first count of threads is not measured with another: all suites are to take ten minutes.
 SLOW_SECONDS = 0.15
-# A suite is a file beside this one with a function `cases`; here stands under which allocators it is measured.
-SUITES = {"norms": TIMES, "fused": TIMES, "recurrent": TIMES, "monitor": TIMES, "memory": BYTES}
+# A suite is a file beside this one with a function `cases`; here stands under which allocators it is measured, ...
+SUITES = {
+    "norms": TIMES,
+    "fused": TIMES,
+    "recurrent": TIMES,
+    "rivals": TIMES[:1],
+    "monitor": TIMES[:1],
+    "memory": BYTES,
+}
+# ... and which suites are measured with each count of threads, where times are: the others with the first.
+EACH_COUNT = ("norms", "fused", "recurrent")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,6 +110,8 @@ def _run(suites: Sequence[str], threads: Sequence[int], only: str) -> dict[str, 
         torch.set_num_threads(count)
         probe = Probe()
         for suite in suites:
+            if count != threads[0] and suite not in EACH_COUNT:
+                continue
             module = importlib.import_module(f"benchmarks.{suite}")
             print(f"\n### {suite}, {count} thread{'s' if count > 1 else ''}: {module.__doc__}", flush=True)
             torch.manual_seed(0)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import normwise
-from benchmarks import rivals
 from benchmarks.case import Case
 
 # (T, B, I, H): usual, one sample, large, pixel by pixel.
@@ -35,8 +33,6 @@ def cases() -> Iterator[Case]:
     for kind in ("LSTM", "GRU", "RNN"):
         for shape in SHAPES:
             yield against_torch(kind, shape, norm=None, must=0.90, aim=0.60)
-    for shape in SHAPES:
-        yield against_rivals(shape, must=0.15 if shape[1] == 1 else 0.60, aim=0.08 if shape[1] == 1 else 0.40)
     for shape in SHAPES[::3]:
         yield lengths_against_padded(shape, must=0.65, aim=0.55)
     yield bfloat16_against_float32(SHAPES[2], must=0.60, aim=0.35)
@@ -48,65 +44,43 @@ def against_torch(
 ) -> Case:
     """Training: forward and backward for the gradients of input and parameters. Else the forward under no_grad."""
     ours, theirs = getattr(normwise, kind)(*shape[2:], norm=norm), getattr(nn, kind)(*shape[2:])
-    x, upstream = _input(shape), torch.randn(*shape[:2], shape[3])
-    step = _training_step if train else _forward_step
+    x, upstream = input_of(shape), torch.randn(*shape[:2], shape[3])
+    step = training_step if train else _forward_step
     name = f"{'LN-' if norm else 'plain '}{kind} {'train' if train else 'forward'} {shape}"
-    return _case(name, ours, step(ours, x, upstream), step(theirs, x, upstream), f"nn.{kind}", shape, must, aim)
-
-
-def against_rivals(shape: Shape, *, must: float, aim: float) -> Case:
-    """The same layer in the fastest of the ways in which users write it."""
-    layer, x, upstream = normwise.LSTM(*shape[2:]), _input(shape), torch.randn(*shape[:2], shape[3])
-    rival = _Rival(layer, x, upstream)
-    name = f"LN-LSTM train {shape}, rivals"
-    return _case(name, layer, _training_step(layer, x, upstream), rival, "the fastest rival", shape, must, aim)
-
-
-class _Rival:
-    """The fastest rival's step; found, and named, at the first call: building the compiled one takes a while."""
-
-    def __init__(self, *given: Any) -> None:
-        self.given = given
-        self.step: Step | None = None
-
-    def __call__(self) -> object:
-        if self.step is None:
-            name, self.step = rivals.best(*self.given)
-            print(f"  the fastest rival: {name}", flush=True)
-        return self.step()
+    return case_of(name, ours, step(ours, x, upstream), step(theirs, x, upstream), f"nn.{kind}", shape, must, aim)
 
 
 def lengths_against_padded(shape: Shape, *, must: float, aim: float) -> Case:
-    """Lengths uniform in 1..T against the same layer over all of the padding."""
-    layer, x, upstream = normwise.LSTM(*shape[2:]), _input(shape), torch.randn(*shape[:2], shape[3])
-    lengths = torch.randint(1, shape[0] + 1, shape[1:2])
-    ragged = _training_step(layer, x, upstream, lengths=lengths)
-    padded = _training_step(layer, x, upstream)
-    return _case(f"LN-LSTM train {shape}, lengths", layer, ragged, padded, "padded", shape, must, aim)
+    """Lengths uniform in 1..T, evenly so lest luck decide, against the same layer over all of the padding."""
+    layer, x, upstream = normwise.LSTM(*shape[2:]), input_of(shape), torch.randn(*shape[:2], shape[3])
+    lengths = torch.linspace(1, shape[0], shape[1]).round().long()[torch.randperm(shape[1])]
+    ragged = training_step(layer, x, upstream, lengths=lengths)
+    padded = training_step(layer, x, upstream)
+    return case_of(f"LN-LSTM train {shape}, lengths", layer, ragged, padded, "padded", shape, must, aim)
 
 
 def bfloat16_against_float32(shape: Shape, *, must: float, aim: float) -> Case:
     """Parameters, input and output in bfloat16 against the same layer in float32."""
     ours, theirs = normwise.LSTM(*shape[2:], dtype=torch.bfloat16), normwise.LSTM(*shape[2:])
-    x, upstream = _input(shape), torch.randn(*shape[:2], shape[3])
-    step = _training_step(ours, x.detach().bfloat16().requires_grad_(), upstream.bfloat16())
+    x, upstream = input_of(shape), torch.randn(*shape[:2], shape[3])
+    step = training_step(ours, x.detach().bfloat16().requires_grad_(), upstream.bfloat16())
     name = f"LN-LSTM train {shape}, bfloat16"
-    return _case(name, ours, step, _training_step(theirs, x, upstream), "float32", shape, must, aim)
+    return case_of(name, ours, step, training_step(theirs, x, upstream), "float32", shape, must, aim)
 
 
 def bfloat16_against_torch(shape: Shape) -> Case:
     """The same against torch.nn's layer without norms, which oneDNN runs."""
     ours, theirs = normwise.LSTM(*shape[2:], dtype=torch.bfloat16), nn.LSTM(*shape[2:], dtype=torch.bfloat16)
-    x, upstream = _input(shape).detach().bfloat16().requires_grad_(), torch.randn(*shape[:2], shape[3]).bfloat16()
-    steps = _training_step(ours, x, upstream), _training_step(theirs, x, upstream)
-    return _case(f"LN-LSTM train {shape}, both bfloat16", ours, *steps, "nn.LSTM", shape)
+    x, upstream = input_of(shape).detach().bfloat16().requires_grad_(), torch.randn(*shape[:2], shape[3]).bfloat16()
+    steps = training_step(ours, x, upstream), training_step(theirs, x, upstream)
+    return case_of(f"LN-LSTM train {shape}, both bfloat16", ours, *steps, "nn.LSTM", shape)
 
 
-def _input(shape: Shape) -> Tensor:
+def input_of(shape: Shape) -> Tensor:
     return torch.randn(*shape[:3], requires_grad=True)
 
 
-def _training_step(layer: nn.Module, x: Tensor, upstream: Tensor, **options: Tensor) -> Step:
+def training_step(layer: nn.Module, x: Tensor, upstream: Tensor, **options: Tensor) -> Step:
     leaves = [x, *layer.parameters()]
     return lambda: torch.autograd.grad(layer(x, **options)[0], leaves, upstream)
 
@@ -127,7 +101,7 @@ def _with_backend(name: str, step: Step) -> Step:
     return forced
 
 
-def _case(
+def case_of(
     name: str,
     layer: nn.Module,
     ours: Step,

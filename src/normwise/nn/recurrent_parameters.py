@@ -150,10 +150,18 @@ def no_projection(proj_size: int) -> None:
 
 def weights_of(layer: nn.Module, suffix: str = "") -> Weights:
     """The parameters of one layer in one direction."""
-    # A parameter that something else stands for, as torch.nn.utils.parametrize has it, is an attribute.
-    held = layer._parameters
-    names = [name + suffix for name in Weights._fields]
-    return Weights(*[held[name] if name in held else getattr(layer, name, None) for name in names])  # type: ignore[arg-type]
+    return Weights(*[_held(layer, name + suffix) for name in Weights._fields])  # type: ignore[arg-type]
+
+
+def _held(layer: nn.Module, name: str) -> Tensor | None:
+    """A parameter, or what stands for it: torch.nn.utils.parametrize makes a property of it, others an attribute.
+
+    nn.Module's own look for what is not there ends in an error, which takes longer than all the others together.
+    """
+    found = layer._parameters.get(name)
+    if found is None and (name in layer.__dict__ or hasattr(type(layer), name)):
+        return getattr(layer, name)  # type: ignore[no-any-return]
+    return found
 
 
 def running_of(layer: nn.Module, how: Recurrence, suffix: str = "") -> Running:

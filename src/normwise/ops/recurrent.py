@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from normwise.ops import check, recurrent_cpu, recurrent_loop, recurrent_registered
-from normwise.ops.choose import Call, choose, forced, transforming, values_visible
+from normwise.ops.choose import Call, choose, compiles_plain, forced, transforming, values_visible
+from normwise.ops.choose import plain as choose_plain
 from normwise.reference import recurrent as reference
 from normwise.reference.moments import Moments
 from normwise.reference.recurrence import Recurrence, Weights
@@ -53,7 +54,10 @@ def recurrence(
     if recurrent_registered.fits(x, weights, how, zoned):
         return recurrent_registered.recurrence(x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse)
     uncompiled = recurrent_cpu.obstacle(x, weights, how, zoned)
-    backend = choose(Call("recurrence", x, (), uncompiled=uncompiled)).backend
+    if uncompiled is None and choose_plain(x) and compiles_plain(x):
+        backend = "cpu"
+    else:
+        backend = choose(Call("recurrence", x, (), uncompiled=uncompiled)).backend
     if backend == "cpu":
         return recurrent_cpu.recurrence(x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse)
     run = reference.recurrence if backend == "reference" else recurrent_loop.recurrence

@@ -56,10 +56,7 @@ def known_dtypes(x: Tensor, weights: Weights) -> bool:
     dtype = x.dtype
     if dtype not in (torch.float32, torch.bfloat16) or not weights.weight_ih.dtype == weights.weight_hh.dtype == dtype:
         return False
-    for w in weights:  # noqa: SIM110  # a generator takes longer than what it looks at
-        if w is not None and w.dtype not in (dtype, torch.float32):
-            return False
-    return True
+    return {w.dtype for w in weights if w is not None} <= {dtype, torch.float32}
 
 
 @cache
@@ -85,7 +82,7 @@ def recurrence(
     c0 = None if c0 is None else c0.to(x.dtype)
     call = Call(how, lengths, reset, reverse)
     tensors = (x, h0, c0, *weights)
-    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors]):  # noqa: C419
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         output, h, c = _compiled(call, *tensors)
     else:
         output, h, c, _ = forward(call, tensors, save=False)
