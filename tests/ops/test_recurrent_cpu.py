@@ -184,3 +184,24 @@ def test_bfloat16_layers_take_the_kernels_with_state_and_statistics_in_float32(c
     assert [w.gain_hh.dtype for w in seen] == [layer.gain_hh_l0.dtype] * 4
     grads = torch.autograd.grad(output, [x, *layer.parameters()], torch.randn_like(output))
     assert [g.dtype for g in grads] == [t.dtype for t in (x, *layer.parameters())]
+
+
+def test_kernels_compute_in_float32_whatever_the_default_dtype_is():
+    layer, x = normwise.LSTM(INPUT, HIDDEN), torch.randn(T, B, INPUT)
+    wanted = layer(x)[0]
+    torch.set_default_dtype(torch.float64)
+    try:
+        x.requires_grad_()
+        output = layer(x)[0]
+        output.sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert output.dtype == x.grad.dtype == torch.float32
+    assert torch.equal(output, wanted)
+
+
+def test_a_negated_view_counts_as_its_values():
+    layer, x = normwise.RNN(INPUT, HIDDEN), torch.randn(T, B, INPUT)
+    state = torch.randn(1, B, HIDDEN, dtype=torch.complex64).conj().imag
+    assert state.is_neg()
+    assert torch.equal(layer(x, state)[0], layer(x, state.resolve_neg())[0])
