@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import normwise
 from normwise.kernels import cpu
-from normwise.ops import choose
+from normwise.ops import plain
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def using(backend: str) -> Iterator[None]:
     if backend == "chosen":
         yield
     elif backend == "compiled":
-        with mock.patch.object(choose, "SMALL", 0):
+        with mock.patch.object(plain, "SMALL", 0):
             yield
     elif backend == "uncompiled":
         with mock.patch.object(cpu, "obstacle", return_value="as if there were no compiled library"):

@@ -26,7 +26,7 @@
 extern "C" {
 #endif
 
-#define NW_ABI 4 /* raised whenever a struct or function below changes or is added */
+#define NW_ABI 5 /* raised whenever a struct or function below changes or is added */
 
 enum nw_status { NW_OK = 0, NW_BAD_ARGUMENT = 1, NW_OUT_OF_MEMORY = 2, NW_NOT_MOVED = 3 };
 enum nw_dtype { NW_FLOAT32 = 0, NW_BFLOAT16 = 1, NW_FLOAT64 = 2 };
@@ -46,6 +46,8 @@ int nw_threads(int threads);
 /* 1 if |mean[i] * rstd[i]| > limit for any of n elements, else 0: whether x * a + b would cancel digits there. 1 too
  * where one of them is NaN or infinite, or the variance too large for a float. */
 int nw_mean_exceeds(const float* mean, const float* rstd, int64_t n, double limit);
+/* How many of n mask bytes are not 0; once `enough` have been found the others are not looked at. */
+int64_t nw_count_valid(const uint8_t* mask, int64_t n, int64_t enough);
 /* sizeof() of the argument structs in the order of this file, so that a binding can check its own layout. */
 int64_t nw_struct_size(int which);
 

@@ -95,6 +95,12 @@ NW_EXPORT int nw_mean_exceeds(const float* mean, const float* rstd, int64_t n, d
   return found;
 }
 
+NW_EXPORT int64_t nw_count_valid(const uint8_t* mask, int64_t n, int64_t enough) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n && count < enough; ++i) count += mask[i] != 0;
+  return count;
+}
+
 NW_EXPORT int64_t nw_struct_size(int which) {
   const int64_t sizes[] = {sizeof(nw_rows_forward_args),   sizeof(nw_rows_backward_args),
                            sizeof(nw_groups_forward_args), sizeof(nw_groups_backward_args),

@@ -124,6 +124,7 @@ def test_the_way_that_plain_calls_take(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert node(normwise.LayerNorm(FEATURES), 8) == "NativeLayerNormBackward0"
     assert node(normwise.LayerNorm(FEATURES), 512) == "_RowsBackward"
+    assert type(normwise.LayerNorm(4096)(torch.randn(1, 4096)).grad_fn).__name__ == "_RowsBackward"
     assert node(normwise.RMSNorm(FEATURES), 8) == "_RowsBackward"
     assert node(normwise.BatchNorm1d(FEATURES), 8) == "_ChannelsBackward"
     assert node(normwise.BatchNorm1d(FEATURES).eval(), 8) == "_ChannelsBackward"

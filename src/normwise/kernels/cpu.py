@@ -50,6 +50,11 @@ def obstacle(x: Tensor) -> str | None:
     return why_not()
 
 
+def count_valid(mask: Tensor, enough: int) -> int:
+    """How many elements of a bool mask on the CPU, contiguous, are True; no more than `enough` are looked for."""
+    return int(library().nw_count_valid(mask.data_ptr(), mask.numel(), enough))
+
+
 def mean_exceeds(mean: Tensor, rstd: Tensor, limit: float) -> bool:
     """Whether any |mean * rstd| is above `limit`; both float32, contiguous and on the CPU."""
     return _mean_exceeds()(mean.data_ptr(), rstd.data_ptr(), mean.numel(), limit) != 0  # type: ignore[no-any-return]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch  # noqa: F401  # before the library, see above
 
-ABI = 4
+ABI = 5
 NAME = {"Darwin": "libnormwise.dylib"}.get(platform.system(), "libnormwise.so")
 NOT_MOVED = 3  # NW_NOT_MOVED
 ISA_LEVELS = ("avx512_amx", "avx512", "avx2", "baseline")
@@ -46,6 +46,8 @@ def load() -> Loaded:
     found = handle.nw_abi()
     if found != ABI:
         return Loaded(None, f"{path} was built for another version of normwise (ABI {found}, not {ABI}): reinstall it")
+    handle.nw_count_valid.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    handle.nw_count_valid.restype = ctypes.c_int64
     handle.nw_mean_exceeds.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_double]
     wanted = os.environ.get("NORMWISE_ISA")
     if wanted and handle.nw_use_isa(wanted.encode()) != 0:

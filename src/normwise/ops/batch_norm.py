@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from normwise.kernels import cpu
 from normwise.ops import check, compiled, plain, ragged, ranks, running
 from normwise.ops.choose import Call, choose, loses_digits, values_visible, watches_digits
 from normwise.ops.choose import plain as is_plain
@@ -326,7 +327,9 @@ def enough_values(x: Tensor, valid: Tensor | None, needed: int) -> None:
     if not values_visible(valid) or x.numel() == 0:
         return
     if valid.shape[1] == 1:  # the mask is that of all channels
-        count = int(torch.count_nonzero(valid)) * (x.numel() // (x.shape[1] * valid.numel()))
+        at_hand = type(valid) is Tensor and valid.is_cpu and valid.is_contiguous() and cpu.available()
+        found = cpu.count_valid(valid, needed) if at_hand else int(torch.count_nonzero(valid))
+        count = found * (x.numel() // (x.shape[1] * valid.numel()))
     else:
         count = int(count_valid(x, (0, *range(2, x.dim())), valid).min())
     if count == 0:

@@ -37,8 +37,9 @@ MEAN_TO_DEVIATION_LIMIT = 32.0
 # thread; up to this many elements the error of that sum stays within a few float32 roundings.
 RUNNING_SUM_LIMIT = 1 << 14
 
-# Elements up to which ATen's LayerNorm, whose gradient needs no Python, takes less time than our kernel.
-SMALL = 1 << 11
+# Elements, and elements of a row, up to which ATen's LayerNorm, whose gradient needs no Python, takes less time than
+# our kernel.
+SMALL, SHORT_ROW = 1 << 12, 1 << 11
 
 # A variance of more than 1e38 leaves float32, in which running averages are kept.
 SMALLEST_RSTD = 1e-19
@@ -175,7 +176,7 @@ def values_visible(*tensors: Tensor | None) -> bool:
     """Whether the values of these tensors may decide what is done: not while compiling or transforming, nor on meta."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return not any(t is not None and (t.is_meta or _is_fake(t)) for t in tensors)
+    return not any(t is not None and (t.is_meta or (type(t) is not Tensor and _is_fake(t))) for t in tensors)
 
 
 def watches_digits(x: Tensor) -> bool:

@@ -52,15 +52,15 @@ def groups(call: Call, bias: Tensor | None, groups: int, eps: float, act: str | 
 
 def dense(x: Tensor) -> Tensor:
     """(N, C, ...) in a layout that the kernels walk through, channels-first or channels-last, copied if need be."""
-    return x if x.movedim(1, -1).is_contiguous() else x.contiguous()
+    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
 def mask_of_positions(call: Call) -> Tensor | None:
-    """The mask of (N, C, ...), which is that of all channels, as (N, positions)."""
+    """The mask of (N, C, ...), which is that of all channels, with an element for each sample and position."""
     if call.mask is None:
         return None
     samples, _, *positions = call.x.shape
-    return call.mask.squeeze(1).expand(samples, *positions).reshape(samples, -1)
+    return call.mask.expand(samples, 1, *positions).contiguous()
 
 
 def channels(

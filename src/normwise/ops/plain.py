@@ -18,7 +18,7 @@ from normwise.kernels import cpu
 from normwise.kernels.channels import plain_channels_backward, plain_channels_forward
 from normwise.kernels.rows import plain_rows_backward, plain_rows_forward
 from normwise.ops import compiled
-from normwise.ops.choose import MEAN_TO_DEVIATION_LIMIT, SMALL, compiles_plain, may_take, plain
+from normwise.ops.choose import MEAN_TO_DEVIATION_LIMIT, SHORT_ROW, SMALL, compiles_plain, may_take, plain
 
 
 def layer_norm(
@@ -27,13 +27,14 @@ def layer_norm(
     """`functional.layer_norm` of a plain call; None where it takes more to say what is right, or wrong."""
     if not plain(x) or not eps > 0:
         return None
-    if x.numel() > SMALL or not _grad_enabled() or not cpu.available():
-        return _by_rows(x, normalized_shape, weight, bias, eps, center=True)
-    try:
-        y, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
-    except (RuntimeError, TypeError):
-        return None  # the full path says what does not fit
-    return None if cpu.mean_exceeds(mean, rstd, MEAN_TO_DEVIATION_LIMIT) else y
+    if x.numel() <= SMALL and _grad_enabled() and cpu.available():
+        try:
+            if normalized_shape[-1] <= SHORT_ROW:
+                y, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
+                return None if cpu.mean_exceeds(mean, rstd, MEAN_TO_DEVIATION_LIMIT) else y
+        except (RuntimeError, TypeError, IndexError):
+            return None  # the full path says what does not fit
+    return _by_rows(x, normalized_shape, weight, bias, eps, center=True)
 
 
 def rms_norm(x: Any, normalized_shape: Sequence[int], weight: Tensor | None, eps: float) -> Tensor | None:
