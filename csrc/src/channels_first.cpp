@@ -8,8 +8,8 @@
 namespace NW_ISA {
 namespace {
 
-template <class Args> Region channel_region(const Args& a) {
-  return Region{a.batch, a.channels * a.positions, a.positions, a.mask, a.positions};
+template <class Args> Region channel_region(const Args& a, const SampleMasks& masks) {
+  return Region{a.batch, a.channels * a.positions, a.positions, masks.of(0), masks.words};
 }
 
 template <class Args> int threads_for(const Args& a) {
@@ -25,7 +25,9 @@ void normalize_block(const nw_channels_forward_args& a, int64_t at, const Region
 
 template <class T, int act> int forward(const nw_channels_forward_args& a) {
   using C = compute_t<T>;
-  Region all = channel_region(a);
+  const SampleMasks masks(a.mask, a.batch, a.positions);
+  if (!masks) return NW_OUT_OF_MEMORY;
+  Region all = channel_region(a, masks);
   const int threads = threads_for(a);
   const T* x = static_cast<const T*>(a.x);
   const Blocks blocks(all);
@@ -82,9 +84,11 @@ template <class T, int act> int forward(const nw_channels_forward_args& a) {
 
 template <class T, int act> int backward(const nw_channels_backward_args& a) {
   using C = compute_t<T>;
-  const Region all = channel_region(a);
+  const SampleMasks masks(a.mask, a.batch, a.positions);
+  if (!masks) return NW_OUT_OF_MEMORY;
+  const Region all = channel_region(a, masks);
   const int threads = threads_for(a);
-  const double count = count_values(a);
+  const double count = double(count_valid(all));
   const Gradient<T> gradient(a.dy, a.x, a.residual);
   const Blocks blocks(all);
   T *dx = static_cast<T*>(a.dx), *dresidual = static_cast<T*>(a.dresidual);

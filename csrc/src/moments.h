@@ -21,11 +21,11 @@ struct Moments {
   double rstd(double eps) const { return 1.0 / std::sqrt((count > 0 ? m2 / count : 0.0) + eps); }
 };
 
-// `planes` runs of `length` neighbours, `stride` apart; the mask, where there is one, has planes of its own stride
-// (0: all planes share one).
+// `planes` runs of `length` neighbours, `stride` apart; the mask, where there is one, has a bit for each element, and
+// planes that begin with a word and have a stride of their own (0: all planes share one).
 struct Region {
   int64_t planes, stride, length;
-  const uint8_t* mask = nullptr;
+  const uint64_t* mask = nullptr;
   int64_t mask_stride = 0;
   const int64_t* counts = nullptr;  // how many elements of each of its blocks count, where that is known
 };
@@ -53,7 +53,7 @@ struct Blocks {
     offset = plane * r.stride + start;
     block.counts = r.counts ? r.counts + i : nullptr;
     const bool all = block.counts && *block.counts == block.planes * block.length;
-    block.mask = r.mask && !all ? r.mask + plane * r.mask_stride + start : nullptr;
+    block.mask = r.mask && !all ? r.mask + plane * r.mask_stride + start / 64 : nullptr;
     return block;
   }
 };
@@ -62,9 +62,11 @@ struct Blocks {
 inline int64_t count_valid(const Region& r) {
   if (!r.mask) return r.planes * r.length;
   if (r.counts) return *r.counts;
-  if (r.mask_stride == 0) return r.planes * count_valid(r.mask, r.length);
   int64_t count = 0;
-  for (int64_t p = 0; p < r.planes; ++p) count += count_valid(r.mask + p * r.mask_stride, r.length);
+  for (int64_t p = 0; p < r.planes; ++p) {
+    const uint64_t* mask = r.mask + p * r.mask_stride;
+    for (int64_t i = 0; i < (r.length + 63) / 64; ++i) count += __builtin_popcountll(mask[i]);
+  }
   return count;
 }
 
@@ -75,10 +77,10 @@ template <bool masked, class T> NW_INLINE Moments block_moments(const T* x, cons
   vec<C> total[4] = {};
   for (int64_t p = 0; p < r.planes; ++p) {
     const T* run = x + p * r.stride;
-    const uint8_t* mask = r.mask + p * r.mask_stride;
+    const uint64_t* mask = r.mask + p * r.mask_stride;
     sweep_sums<C>(r.length, [&](int64_t i, auto part, int k) NW_LAMBDA {
       if constexpr (masked) {
-        add(total[k], load(run + i, part), load_valid<C>(mask + i, part));
+        add(total[k], load(run + i, part), load_valid<C>(mask, i));
       } else {
         total[k] += load(run + i, part);
       }
@@ -89,11 +91,11 @@ template <bool masked, class T> NW_INLINE Moments block_moments(const T* x, cons
   vec<C> first[4] = {}, second[4] = {};
   for (int64_t p = 0; p < r.planes; ++p) {
     const T* run = x + p * r.stride;
-    const uint8_t* mask = r.mask + p * r.mask_stride;
+    const uint64_t* mask = r.mask + p * r.mask_stride;
     sweep_sums<C>(r.length, [&](int64_t i, auto part, int k) NW_LAMBDA {
       vec<C> d = load(run + i, part) - mean;
       if constexpr (masked) {
-        const Valid<C> valid = load_valid<C>(mask + i, part);
+        const Valid<C> valid = load_valid<C>(mask, i);
         add(first[k], d, valid);
         add_square(second[k], d, valid);
       } else {

@@ -195,17 +195,17 @@ NW_INLINE void finish_output() {
 #endif
 }
 
-// Which lanes the mask bytes at p call valid; lanes past the head are not. load(p, part, valid) reads 0 in the others,
-// whatever stands there, pick(v, valid) puts 0 there, and add and add_square leave them out of a sum.
+// Which lanes a mask calls valid whose i-th bit, the lowest first, is that of lane 0; i is a multiple of the lanes.
+// load(p, part, valid) reads 0 in the others, whatever stands there, pick(v, valid) puts 0 there, and add and add_square
+// leave them out of a sum.
 #if defined(NW_AVX512)
 template <class C> using Valid = __mmask16;
-NW_INLINE __mmask16 nonzero(__m128i bytes) { return _mm_test_epi8_mask(bytes, bytes); }
-template <class C> NW_INLINE Valid<C> load_valid(const uint8_t* p, Full) {
-  if constexpr (sizeof(C) == 8) return nonzero(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  return nonzero(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-template <class C> NW_INLINE Valid<C> load_valid(const uint8_t* p, Head head) {
-  return nonzero(_mm_maskz_loadu_epi8(first(head), p));
+template <class C> NW_INLINE Valid<C> load_valid(const uint64_t* mask, int64_t i) {
+  const char* from = reinterpret_cast<const char*>(mask) + i / 8;
+  if constexpr (sizeof(C) == 8) return uint8_t(*from);
+  uint16_t bits;
+  std::memcpy(&bits, from, sizeof bits);
+  return bits;
 }
 NW_INLINE vec<float> pick(vec<float> v, __mmask16 valid) { return (vec<float>)_mm512_maskz_mov_ps(valid, (__m512)v); }
 NW_INLINE vec<double> pick(vec<double> v, __mmask16 valid) {
@@ -234,20 +234,11 @@ NW_INLINE void add_square(vec<double>& sum, vec<double> v, __mmask16 valid) {
 }
 #else
 template <class C> using Valid = vmask<C>;
-// Bytes are widened by their sign, since a compiler takes a conversion of so many lanes apart.
-template <class C> struct Bytes { typedef int8_t type __attribute__((vector_size(lanes<C>))); };
-template <class C> NW_INLINE vmask<C> widen_bytes(typename Bytes<C>::type b) {
-#if defined(__AVX2__)
-  __m128i raw = {};
-  std::memcpy(&raw, &b, sizeof b);
-  if constexpr (sizeof(C) == 4) return (vmask<C>)_mm256_cvtepi8_epi32(raw);
-  if constexpr (sizeof(C) == 8) return (vmask<C>)_mm256_cvtepi8_epi64(raw);
-#else
-  return __builtin_convertvector(b, vmask<C>);
-#endif
-}
-template <class C, class Part> NW_INLINE Valid<C> load_valid(const uint8_t* p, Part part) {
-  return widen_bytes<C>(raw_load<typename Bytes<C>::type>(p, part)) != 0;
+template <class C> NW_INLINE Valid<C> load_valid(const uint64_t* mask, int64_t i) {
+  using Lane = decltype(vmask<C>{}[0] + 0);
+  const vmask<C> own = (vmask<C>{} + Lane(1)) << iota<C>();
+  const int bits = reinterpret_cast<const uint8_t*>(mask)[i / 8] >> (i % 8);
+  return ((vmask<C>{} + Lane(bits)) & own) == own;
 }
 NW_INLINE vec<float> pick(vec<float> v, vmask<float> valid) { return valid ? v : vec<float>{}; }
 NW_INLINE vec<double> pick(vec<double> v, vmask<double> valid) { return valid ? v : vec<double>{}; }
@@ -260,6 +251,24 @@ template <class V, class M> NW_INLINE void add_square(V& sum, V v, M valid) {
   sum += v * v;
 }
 #endif
+
+// A mask's n bytes as bits, (n + 63) / 64 words; bits past the last are 0.
+inline void pack_mask(const uint8_t* mask, int64_t n, uint64_t* bits) {
+  for (int64_t start = 0; start < n; start += 64) {
+    const int64_t length = n - start < 64 ? n - start : 64;
+    uint64_t word = 0;
+#if defined(__SSE2__)
+    for (int64_t k = 0; length == 64 && k < 64; k += 16) {
+      const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask + start + k));
+      word |= uint64_t(0xffff & ~_mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_setzero_si128()))) << k;
+    }
+    for (int64_t k = length < 64 ? 0 : 64; k < length; ++k) word |= uint64_t(mask[start + k] != 0) << k;
+#else
+    for (int64_t k = 0; k < length; ++k) word |= uint64_t(mask[start + k] != 0) << k;
+#endif
+    bits[start / 64] = word;
+  }
+}
 
 // How many of n mask bytes say valid. Sums of single bytes, so that the compiler takes a whole vector of them at once.
 inline int64_t count_valid(const uint8_t* mask, int64_t n) {
