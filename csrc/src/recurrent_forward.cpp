@@ -6,7 +6,7 @@
 namespace NW_ISA {
 namespace {
 
-constexpr int64_t chunk_rows = 512;
+constexpr int64_t chunk_rows = 256;
 
 template <class P> struct Forward {
   const nw_recurrent& a;
