@@ -12,10 +12,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.nn.construct import affine_without_bias, reset_affine
 from normwise.nn.recall import Recall
-from normwise.ops import check, choose, plain, running
+from normwise.ops import check, choose, plain, ragged, running
 from normwise.ops.batch_norm import batch_norm_moved
 from normwise.ops.ghost_batch_norm import ghost_batch_norm_moved
-from normwise.ops.ragged import is_ragged
 from normwise.ops.ranks import Peers
 from normwise.ops.recent_batch_norm import recent_batch_norm_moved
 from normwise.ops.running import Moved
@@ -118,10 +117,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 if learns and not moved:  # the kernel counts a batch whose averages it moves
                     self._count(moved)
                 return y
-        if isinstance(input, Tensor) and not is_ragged(input):
-            check.rank(input, self.ranks)
-        elif 2 not in self.ranks:
-            raise check.ShapeError(f"{type(self).__name__} takes no ragged input: BatchNorm1d does")
+        ragged.rank_or_rows(input, self.ranks, type(self).__name__, "BatchNorm1d")
         mean, var = (None, None) if self.training and not learns else (self.running_mean, self.running_var)
         if learns and mean is not None and var is not None and running.recomputing():
             learns, mean, var = False, mean.clone(), var.clone()  # clones: it must run as it ran the first time
@@ -167,7 +163,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     ) -> tuple[Any, Moved]:
         """The output, and whether the running averages moved: in training statistics come from this batch."""
         if self.training and self.virtual_batch_size is not None:
-            if is_ragged(input) or is_ragged(residual):
+            if ragged.is_ragged(input) or ragged.is_ragged(residual):
                 raise ValueError(
                     f"virtual_batch_size={self.virtual_batch_size} counts samples, which rows of a ragged input do not "
                     "tell apart: give a padded input with lengths="

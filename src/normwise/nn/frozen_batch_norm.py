@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops import check
+from normwise.ops import check, ragged
 from normwise.ops.batch_norm import batch_norm
-from normwise.ops.ragged import is_ragged
 from normwise.reference import activation
 
 
@@ -55,10 +54,7 @@ class FrozenBatchNorm(nn.Module):
         residual: Tensor | PackedSequence | None = None,
     ) -> Any:
         """act(bn(input) + residual); see `normwise.functional.batch_norm` for shapes and errors."""
-        if isinstance(input, Tensor) and not is_ragged(input):
-            check.rank(input, self.ranks)
-        elif 2 not in self.ranks:
-            raise check.ShapeError(f"{type(self).__name__} takes no ragged input: FrozenBatchNorm1d does")
+        ragged.rank_or_rows(input, self.ranks, type(self).__name__, "FrozenBatchNorm1d")
         return batch_norm(
             input,
             self.running_mean,

@@ -171,15 +171,7 @@ def checked(
         check.momentum_range(momentum)
     if x.dim() < 2:
         raise check.ShapeError(f"expected 2D input or more (got {x.dim()}D input): axis 1 must hold the channels")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var go together: give both or neither")
-    for name, value in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        check.per_channel(name, value, x.shape[1])
+    check.channel_vectors(x.shape[1], running_mean, running_var, weight, bias)
     check.same_shape("residual", residual, x)
     if act is not None:
         activation(act)

@@ -60,6 +60,21 @@ def per_channel(name: str, value: Tensor | None, channels: int) -> None:
         )
 
 
+def channel_vectors(
+    channels: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """Running averages, both or neither, gain and bias: one element a channel each."""
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var go together: give both or neither")
+    named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, value in named.items():
+        per_channel(name, value, channels)
+
+
 def like_normalized_shape(name: str, value: Tensor | None, normalized_shape: Sequence[int]) -> None:
     """A gain or bias with one element a feature, or None."""
     if value is not None and tuple(value.shape) != tuple(normalized_shape):

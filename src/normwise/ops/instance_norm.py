@@ -81,15 +81,7 @@ def instance_norm(
             f"expected 3D input or more (got {x.dim()}D input): (N, C, ...) with an axis of positions"
         )
     channels, *positions = x.shape[1:]
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var go together: give both or neither")
-    for name, value in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        check.per_channel(name, value, channels)
+    check.channel_vectors(channels, running_mean, running_var, weight, bias)
     check.same_shape("residual", residual, x)
     assert residual is None or isinstance(residual, Tensor)
     if act is not None:

@@ -6,7 +6,7 @@ the result back in the same wrapping. A norm whose statistics are those of one s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -21,6 +21,15 @@ Ragged: TypeAlias = Tensor | PackedSequence
 def is_ragged(x: Any) -> bool:
     """Whether `x` is a PackedSequence or a nested tensor."""
     return isinstance(x, PackedSequence) or (isinstance(x, Tensor) and x.is_nested)
+
+
+def rank_or_rows(x: Any, ranks: Sequence[int], layer: str, for_rows: str) -> None:
+    """ShapeError unless a tensor has one of `ranks` axes, and a ragged input goes to a layer that takes rows, (N, C):
+    if `layer` does not, `for_rows` does."""
+    if isinstance(x, Tensor) and not is_ragged(x):
+        check.rank(x, ranks)
+    elif 2 not in ranks:
+        raise check.ShapeError(f"{layer} takes no ragged input: {for_rows} does")
 
 
 def by_rows(
