@@ -28,7 +28,7 @@ ALLOCATORS = {
 }
 TIMES, BYTES = ("memory kept", "default"), ("memory returned",)
 # What takes longer with the first count of threads is not measured with another: all suites are to take ten minutes.
-SLOW_SECONDS = 0.15
+SLOW_SECONDS = 0.05
 # A suite is a file beside this one with a function `cases`; here stands under which allocators it is measured, ...
 SUITES = {
     "norms": TIMES,

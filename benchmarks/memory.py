@@ -18,7 +18,7 @@ from benchmarks.norms import IMAGES
 
 Forward = Callable[[Tensor], Sequence[Tensor]]
 MIB = 1 << 20
-TIMES = 5
+TIMES = 3
 
 
 @dataclass(frozen=True)
