@@ -92,6 +92,16 @@ def test_recurrent_layers_keep_each_product_once(kind: type[nn.Module], norm: st
     assert tensors_kept(layer, lambda x: layer(x)[0], x) == pytest.approx(expected, rel=0.02)
 
 
+@NEEDS_KERNELS
+@pytest.mark.parametrize(("kind", "output"), [(normwise.LSTM, 1), (normwise.GRU, 1 + 2)])
+def test_in_bfloat16_the_rest_is_float32_and_the_output_what_the_backward_needs(
+    kind: type[nn.Module], output: int
+) -> None:
+    layer, x = kind(64, 64, dtype=torch.bfloat16), torch.randn(50, 16, 64).bfloat16().requires_grad_()
+    inside = {normwise.LSTM: 4 + 4 + 1, normwise.GRU: 3 + 3}[kind]
+    assert tensors_kept(layer, lambda x: layer(x)[0], x) == pytest.approx(1 + output + 2 * inside, rel=0.02)
+
+
 def test_the_count_is_that_of_blocks() -> None:
     """Known cases: torch keeps the input and the output of a ReLU; a view or a second use of a block adds nothing."""
     x = torch.randn(1000, requires_grad=True)

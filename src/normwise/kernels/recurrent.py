@@ -81,7 +81,7 @@ class Saved(NamedTuple):
     hidden_terms: Tensor | None = None
     cells: Tensor | None = None
     stats: Tensor | None = None
-    output: Tensor | None = None  # (rows, units) in float32, where the caller's is rounded
+    output: Tensor | None = None  # (rows, units) in float32, where the caller's is rounded and that is not enough
 
 
 class Result(NamedTuple):
@@ -106,17 +106,17 @@ def forward(
     x, h0, c0, weights, steps = _checked(layer, weights, x, h0, c0, steps)
     rows, units = len(x), weights.weight_hh.shape[1]
     output = torch.empty((rows, units), dtype=torch.float32, device="cpu")  # whatever the defaults are
-    saved = Saved()
+    saved, unrounded = Saved(), 0
     if save:
-        *widths, _ = saved_widths(layer, x.shape[1], units, dtype)
-        saved = Saved(*(output.new_empty((rows, width)) if width else None for width in widths))
+        *widths, unrounded = saved_widths(layer, x.shape[1], units, dtype)
+        saved = Saved(*[output.new_empty((rows, width)) if width else None for width in widths])
     h = torch.empty_like(h0)
     c = None if c0 is None else torch.empty_like(c0)
     arguments = _arguments(layer, weights, x, h0, c0, steps, output, saved, dtype)
     _call("nw_recurrent_forward", _FORWARD.pack(*arguments, _at(h), _at(c)))
     if dtype is torch.float32:
         return Result(output, h, c, saved)
-    if save:
+    if unrounded:
         saved = saved._replace(output=output)
     return Result(output.to(dtype), h.to(dtype), None if c is None else c.to(dtype), saved)
 
@@ -140,8 +140,7 @@ def backward(
     """Gradients from those of the forward's output, h and c; None stands for zeros."""
     dtype, given = x.dtype, weights
     x, h0, c0, weights, steps = _checked(layer, weights, x, h0, c0, steps)
-    if saved.output is not None:
-        output = saved.output
+    output = _wide(output) if saved.output is None else saved.output
     if doutput is not None:
         doutput = _wide(doutput)
         _expect("doutput", doutput, output.shape, (output.dtype,))
@@ -293,7 +292,8 @@ def saved_widths(layer: Layer, inputs: int, units: int, dtype: torch.dtype) -> t
     status = function(struct.pack("@" + _RECURRENT, *description), widths)
     if status:
         raise fault(status)
-    return *widths, 0 if dtype == torch.float32 else units
+    # An LSTM's backward only multiplies its output, rounded as it was returned; others find a gate's slope by it.
+    return *widths, 0 if dtype == torch.float32 or layer.cell == "lstm" else units
 
 
 def _library() -> ctypes.CDLL:
