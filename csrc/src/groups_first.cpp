@@ -23,7 +23,8 @@ template <class C, class Args> Line<C> plane_line(const Args& a, int64_t plane) 
   return line_of<C>(a, plane / (a.channels / a.groups), plane % a.channels);
 }
 
-template <class T, int act> void normalize_plane(const nw_groups_forward_args& a, const SampleMasks& masks, int64_t plane, int64_t ahead) {
+template <class T, int act>
+void normalize_plane(const nw_groups_forward_args& a, const SampleMasks& masks, int64_t plane, int64_t ahead) {
   using C = compute_t<T>;
   const int64_t at = plane * a.positions;
   T* y = static_cast<T*>(a.y);
