@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from normwise import functional
+from normwise.backends.reference.recurrence import Recurrence
 from normwise.nn import (
     GRU,
     LSTM,
@@ -28,16 +29,15 @@ from normwise.nn import (
     InstanceNorm2d,
     InstanceNorm3d,
     LayerNorm,
+    LinearRamp,
     LSTMCell,
-    Ramp,
     RMSNorm,
     RNNCell,
     SyncBatchNorm,
     accumulated_backward,
 )
-from normwise.ops.check import ShapeError
-from normwise.ops.choose import BackendError, KernelWarning, backend
-from normwise.reference.recurrence import Recurrence
+from normwise.ops.dispatch import BackendError, KernelWarning, backend
+from normwise.ops.inputs import ShapeError
 from normwise.surgery import (
     convert,
     fold,
@@ -78,10 +78,10 @@ __all__ = [
     "KernelWarning",
     "LSTMCell",
     "LayerNorm",
+    "LinearRamp",
     "Monitor",
     "RMSNorm",
     "RNNCell",
-    "Ramp",
     "Recurrence",
     "ShapeError",
     "SyncBatchNorm",

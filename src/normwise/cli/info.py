@@ -31,8 +31,8 @@ def gather() -> dict[str, Any]:
     import torch
 
     import normwise
-    from normwise.kernels import cpu
-    from normwise.ops import choose
+    from normwise.backends.cpu import cpu
+    from normwise.ops import dispatch as choose
 
     return {
         "versions": {

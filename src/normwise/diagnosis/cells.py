@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 
+from normwise.backends.reference.recurrence import Recurrence
+from normwise.backends.reference.recurrent import Step, recurrence
 from normwise.diagnosis import records
 from normwise.diagnosis.recurrent import PlaceWatch
 from normwise.nn.recurrent_parameters import weights_of
-from normwise.reference.recurrence import Recurrence
-from normwise.reference.recurrent import Step, recurrence
 
 
 class CellWatch:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normwise import reference
+from normwise.backends import reference
 from normwise.diagnosis.records import PERCENTILES, Activations, Distribution, Histogram, OverTime, Spread
 
 BINS = 40

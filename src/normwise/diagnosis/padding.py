@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normwise.diagnosis.batches import Batch
 from normwise.diagnosis.layers import norm_kind
-from normwise.ops import check
+from normwise.ops import inputs
 
 
 class Valid(NamedTuple):
@@ -62,7 +62,7 @@ def counted(module: nn.Module, x: Tensor, given: dict[str, Any]) -> Tensor | Non
         dim = 1
     axis = x.dim() - 1 if dim is None else dim if isinstance(dim, int) else dim[0]
     try:
-        valid = check.validity(x, mask, None if lengths is None else torch.as_tensor(lengths), channel_dim=axis)
+        valid = inputs.validity(x, mask, None if lengths is None else torch.as_tensor(lengths), channel_dim=axis)
     except (TypeError, ValueError):
         return None
     return None if valid is None else valid.expand_as(x)

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from normwise.backends.reference.recurrence import GATES, Recurrence, Weights
+from normwise.backends.reference.recurrent import Step, recurrence
+from normwise.backends.reference.sequences import valid_steps
 from normwise.diagnosis import records
 from normwise.diagnosis.units import saturated
 from normwise.nn.recurrent_parameters import running_of, weights_of
-from normwise.ops.recurrent import unpack
-from normwise.reference.recurrence import GATES, Recurrence, Weights
-from normwise.reference.recurrent import Step, recurrence
-from normwise.reference.sequences import valid_steps
+from normwise.ops.rnn.stack import unpack
 
 # What one or two long sequences do is no mean.
 FEWEST_SEQUENCES = 5

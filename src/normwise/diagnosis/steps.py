@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normwise.backends.reference import shift
 from normwise.diagnosis import records
 from normwise.diagnosis.batches import Batch, Loss, scalar
 from normwise.diagnosis.distributions import by_axis
 from normwise.diagnosis.errors import DiagnosisError
 from normwise.diagnosis.layers import Layouts, Named, own_parameters, tensors_in
 from normwise.diagnosis.preserve import buffers_kept
-from normwise.reference import shift
 
 # Internal covariate shift takes a forward and backward pass for each layer and step: evenly spread ones, and the first.
 SHIFT_LAYERS, SHIFT_STEPS = 8, 4

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from normwise.backends.reference import moments
 from normwise.lab.errors import LabError
 from normwise.lab.table import Table
 from normwise.nn import BatchNorm1d, LayerNorm
-from normwise.reference import moments
 
 Matrix = list[list[float]]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from normwise.backends.reference import shift as reference
 from normwise.lab.tasks import Batch, Task
 from normwise.lab.watch import unchanged, weights
-from normwise.reference import shift as reference
 
 LAYERS = 3
 TAKE_FEATURES = (nn.Linear, nn.Conv1d, nn.Conv2d)

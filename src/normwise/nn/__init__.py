@@ -2,7 +2,7 @@
 
 from normwise.nn.accumulation import accumulated_backward
 from normwise.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from normwise.nn.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, Ramp
+from normwise.nn.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d, LinearRamp
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from normwise.nn.group_norm import GroupNorm
 from normwise.nn.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
@@ -31,9 +31,9 @@ __all__ = [
     "InstanceNorm3d",
     "LSTMCell",
     "LayerNorm",
+    "LinearRamp",
     "RMSNorm",
     "RNNCell",
-    "Ramp",
     "SyncBatchNorm",
     "accumulated_backward",
 ]

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normwise.backends.activations import add_residual_and_activate
+from normwise.backends.protocol import Moments, NormConfig, accumulation_dtype
+from normwise.backends.reference import combined, moments, norm
 from normwise.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
-from normwise.ops import ragged, running
-from normwise.ops.batch_norm import checked
-from normwise.ops.running import Moved
-from normwise.reference import Moments, accumulation_dtype, activation, combined, moments, norm
+from normwise.ops import inputs, ragged
+from normwise.ops.norm import running_stats
 
 Loss = Callable[[Any], Tensor]
 
@@ -165,8 +166,11 @@ class _Passes:
         for site in self.sites:
             layer = site.layer
             if layer.running_mean is not None and layer.running_var is not None:
-                moved = running.move(layer.running_mean, layer.running_var, site.statistics, layer._momentum())
-                layer._count(moved)
+                config = NormConfig("batch_norm", "channels", layer.eps, momentum=layer._momentum())
+                stats = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
+                updated = running_stats.move_by(config, *stats, site.statistics)
+                if updated is not True:
+                    layer._count_skipped(updated)
 
     @staticmethod
     def restore(buffers: dict[Tensor, Tensor]) -> None:
@@ -209,27 +213,27 @@ class _Passes:
         self,
         layer: _BatchNorm,
         input: Any,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float | Tensor,
         *,
-        mask: Tensor | None,
-        lengths: Tensor | None,
-        residual: Any,
-    ) -> tuple[Any, Moved]:
-        """Stands in for a layer's `_normalize`: by the statistics of all micro-batches."""
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        residual: Any = None,
+    ) -> Any:
+        """Stands in for a layer's `forward`: by the statistics of all micro-batches."""
+        ragged.rank_or_rows(input, layer.ranks, "BatchNorm1d")
         if ragged.is_ragged(input):
             rows = partial(self._by_site, layer, mask=None, lengths=None)
-            return ragged.by_rows(rows, input, mask=mask, lengths=lengths, residual=residual), True
-        return self._by_site(layer, input, mask=mask, lengths=lengths, residual=residual), True
+            return ragged.by_rows(rows, input, mask=mask, lengths=lengths, residual=residual)
+        return self._by_site(layer, input, mask=mask, lengths=lengths, residual=residual)
 
     def _by_site(
         self, layer: _BatchNorm, x: Tensor, *, mask: Tensor | None, lengths: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         weight, bias, act = layer.weight, layer.bias, layer.act
-        valid = checked("batch_norm", x, None, None, weight, bias, 0.0, layer.eps, mask, lengths, act, residual)
+        valid = inputs.validate_channels(
+            "batch_norm", x, None, None, weight, bias, 0.0, layer.eps, mask, lengths, act, residual
+        )
         dims = (0, *range(2, x.dim()))
-        if running.recomputing():
+        if running_stats.recomputing():
             raise RuntimeError(
                 "accumulated_backward needs one micro-batch's memory and does not go with activation checkpointing: "
                 "leave torch.utils.checkpoint out, or make the micro-batches smaller"
@@ -249,11 +253,7 @@ class _Passes:
         mean, var = (t.view(shape) for t in site.leaves or pooled[:2])
         gain, shift = (None if t is None else t.view(shape) for t in (weight, bias))
         y, _ = norm(x, dims, gain, shift, mask=valid, mean=mean, var=var, eps=layer.eps)
-        if residual is not None:
-            y = y + residual
-        if act is not None:
-            y = activation(act)(y)
-        return y if valid is None or residual is None else y.masked_fill(~valid, 0)
+        return add_residual_and_activate(y, residual, act, valid)
 
 
 def _share(
@@ -288,11 +288,6 @@ def _taking_part(model: nn.Module) -> list[_BatchNorm]:
                 f"{name or 'the model'} has virtual_batch_size={layer.virtual_batch_size}, which asks for statistics "
                 "of less than a micro-batch: set it to None"
             )
-        if layer.accumulate is not None:
-            raise ValueError(
-                f"{name or 'the model'} has accumulate={layer.accumulate}, which approximates what "
-                "accumulated_backward does exactly: set it to None"
-            )
         found.append(layer)
     return found
 
@@ -301,12 +296,12 @@ def _taking_part(model: nn.Module) -> list[_BatchNorm]:
 def _redirected(layers: Sequence[_BatchNorm], passes: _Passes) -> Iterator[None]:
     """The layers ask `passes` for their output."""
     for layer in layers:
-        layer._normalize = partial(passes.normalize, layer)  # type: ignore[method-assign]
+        layer.forward = partial(passes.normalize, layer)  # type: ignore[method-assign]
     try:
         yield
     finally:
         for layer in layers:
-            del layer._normalize
+            del layer.forward
 
 
 _DIFFERENT = (

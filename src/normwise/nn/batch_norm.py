@@ -3,41 +3,34 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.nn.construct import affine_without_bias, reset_affine
-from normwise.nn.recall import Recall
-from normwise.ops import check, choose, plain, ragged, running
-from normwise.ops.batch_norm import batch_norm_moved
-from normwise.ops.ghost_batch_norm import ghost_batch_norm_moved
-from normwise.ops.ranks import Peers
-from normwise.ops.recent_batch_norm import recent_batch_norm_moved
-from normwise.ops.running import Moved
-from normwise.reference import Moments, activation
+from normwise.backends.activations import activation
+from normwise.nn.construct import affine, affine_without_bias, reset_affine
+from normwise.ops import dispatch, inputs
+from normwise.ops.distributed import StatsGroup
+from normwise.ops.norm import running_stats
+from normwise.ops.norm.batch_norm import batch_norm_with_stats
+from normwise.ops.norm.running_stats import Updated
 
 Layer = TypeVar("Layer", bound="_BatchNorm")
-
-# As a tensor: adding a number makes one of it first.
-_ONE = torch.tensor(1)
 
 
 class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """The part of BatchNorm that does not depend on the input's rank.
 
     A subclass of torch's own, so that code that looks for BatchNorm layers (weight averaging, optimizer groups,
-    conversion) finds these too. A norm that takes its statistics from elsewhere overrides `_normalize` alone.
+    conversion) finds these too.
     """
 
     ranks: tuple[int, ...]
     num_batches_skipped: Tensor | None
     _said_skipped = False
-    _peers: Peers | None = None  # the ranks that share statistics in training
-    _by_batch = True  # `_normalize` is that of BatchNorm
+    _stats_group: StatsGroup | None = None  # the ranks that share statistics in training
 
     def __init__(
         self,
@@ -52,10 +45,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         bias: bool = True,
         act: str | None = None,
         virtual_batch_size: int | None = None,
-        accumulate: int | None = None,
     ) -> None:
-        check.positive_eps(eps)
-        check.momentum_range(momentum)
+        inputs.positive_eps(eps)
+        inputs.momentum_range(momentum)
         if act is not None:
             activation(act)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
@@ -65,25 +57,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(
                 f"virtual_batch_size must be at least 1, or None for the whole batch, but got {virtual_batch_size}"
             )
-        if accumulate is not None and accumulate < 1:
-            raise ValueError(
-                f"accumulate must be at least 1, the number of micro-batches of an optimizer step, but got {accumulate}"
-            )
-        if accumulate is not None and virtual_batch_size is not None:
-            raise ValueError(
-                "got accumulate, for more than a batch, and virtual_batch_size, for less: give one of them"
-            )
         self.virtual_batch_size = virtual_batch_size
-        self.accumulate = accumulate
-        self._recent: deque[Moments] = deque(maxlen=0 if accumulate is None else accumulate - 1)
-        self._earlier_of: Recall[list[Moments]] = Recall()
         # Not in the state_dict, which stays torch's.
         skipped = torch.tensor(0, device=device) if track_running_stats else None
         self.register_buffer("num_batches_skipped", skipped, persistent=False)
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        cls._by_batch = cls._normalize is _BatchNorm._normalize
 
     def reset_parameters(self) -> None:
         """Gain 1, bias 0, running mean 0 and variance 1."""
@@ -97,8 +74,6 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if skipped is not None:
             skipped.zero_()
         self._said_skipped = False
-        if hasattr(self, "_recent"):
-            self._recent.clear()
 
     def forward(
         self,
@@ -109,142 +84,48 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         residual: Tensor | PackedSequence | None = None,
     ) -> Any:
         """act(bn(input) + residual); see `normwise.functional.batch_norm` for shapes and errors."""
-        learns = self.training and self.track_running_stats
-        if mask is None and lengths is None and residual is None and choose.plain(input):
-            done = self._plainly(input)  # type: ignore[arg-type]
-            if done is not None:
-                y, moved = done
-                if learns and not moved:  # the kernel counts a batch whose averages it moves
-                    self._count(moved)
-                return y
-        ragged.rank_or_rows(input, self.ranks, type(self).__name__, "BatchNorm1d")
-        mean, var = (None, None) if self.training and not learns else (self.running_mean, self.running_var)
-        if learns and mean is not None and var is not None and running.recomputing():
-            learns, mean, var = False, mean.clone(), var.clone()  # clones: it must run as it ran the first time
-        momentum = self._momentum() if self.training and mean is not None else 0.0
-        y, moved = self._normalize(input, mean, var, momentum, mask=mask, lengths=lengths, residual=residual)
-        if learns:
-            # After the op, so that a refused input is not counted.
-            self._count(moved)
-        return y
-
-    def _plainly(self, x: Tensor) -> tuple[Any, Moved] | None:
-        """The output, and whether the running averages moved, by the shortest way; None where it is not as simple."""
-        own = self.__dict__  # asking the module for one of its tensors takes as long as all the rest
-        learnt, kept, training = own["_parameters"], own["_buffers"], own["training"]
-        if (
-            own["act"] is not None
-            or self._peers is not None
-            or not own["track_running_stats"]
-            or not self._by_batch
-            or "_normalize" in own  # put there by whoever stands in for it
-            or x.dim() not in self.ranks
-            or (training and (own["virtual_batch_size"] or own["accumulate"] or running.in_backward()))
-        ):
-            return None
-        try:
-            mean, var, tracked = kept["running_mean"], kept["running_var"], kept["num_batches_tracked"]
-            weight, bias = learnt["weight"], learnt["bias"]
-        except KeyError:  # parametrized, say
-            return None
-        momentum = own["momentum"] if training else 0.0
-        return plain.batch_norm(x, mean, var, weight, bias, training, momentum, own["eps"], tracked)
-
-    def _normalize(
-        self,
-        input: Tensor | PackedSequence,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float | Tensor,
-        *,
-        mask: Tensor | None,
-        lengths: Tensor | None,
-        residual: Tensor | PackedSequence | None,
-    ) -> tuple[Any, Moved]:
-        """The output, and whether the running averages moved: in training statistics come from this batch."""
-        if self.training and self.virtual_batch_size is not None:
-            if ragged.is_ragged(input) or ragged.is_ragged(residual):
-                raise ValueError(
-                    f"virtual_batch_size={self.virtual_batch_size} counts samples, which rows of a ragged input do not "
-                    "tell apart: give a padded input with lengths="
-                )
-            assert isinstance(input, Tensor)
-            assert residual is None or isinstance(residual, Tensor)
-            return ghost_batch_norm_moved(
-                input,
-                running_mean,
-                running_var,
-                self.weight,
-                self.bias,
-                momentum,
-                self.eps,
-                self.virtual_batch_size,
-                mask=mask,
-                lengths=lengths,
-                act=self.act,
-                residual=residual,
-            )
-        if self.training and self.accumulate is not None:
-            return recent_batch_norm_moved(
-                input,
-                running_mean,
-                running_var,
-                self.weight,
-                self.bias,
-                momentum,
-                self.eps,
-                self._earlier,
-                first=len(self._recent) == 0,
-                mask=mask,
-                lengths=lengths,
-                act=self.act,
-                residual=residual,
-            )
-        return batch_norm_moved(
+        training = self.training
+        mean, var, tracked = self._running_stats()
+        weight, bias = affine(self)
+        y, updated = batch_norm_with_stats(
             input,
-            running_mean,
-            running_var,
-            self.weight,
-            self.bias,
-            self.training,
-            momentum,
+            mean,
+            var,
+            weight,
+            bias,
+            training,
+            self._momentum() if training and mean is not None else 0.0,
             self.eps,
+            num_batches_tracked=tracked,
             mask=mask,
             lengths=lengths,
             act=self.act,
             residual=residual,
-            process_group=self._peers,
+            process_group=self._stats_group,
+            virtual_batch_size=self.virtual_batch_size,
+            ranks=self.ranks,
         )
+        if updated is not True:
+            self._count_skipped(updated)
+        return y
 
-    def _earlier(self, own: Moments) -> list[Moments]:
-        """The moments of the micro-batches before this one, which joins them if it is finite."""
-        if running.recomputing():
-            return self._earlier_of.find(own.mean, type(self).__name__)
-        earlier = list(self._recent)
-        self._earlier_of.keep(own.mean, earlier)
-        finite = ((own.mean * 0 + own.var * 0) == 0).all()
-        self._recent.append(Moments(*(torch.where(finite, m, 0) for m in own)))
-        return earlier
+    def _running_stats(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Running mean and variance and the count of batches, where this call uses or updates them."""
+        buffers = self.__dict__["_buffers"]
+        mean, var, tracked = (buffers.get(name) for name in ("running_mean", "running_var", "num_batches_tracked"))
+        return (mean, var, tracked) if self.track_running_stats or not self.training else (None, None, None)
 
-    def _count(self, moved: Moved) -> None:
-        """One batch more, tracked or, where its statistics were not finite, skipped."""
-        tracked = self._buffers.get("num_batches_tracked")
-        if moved is True:  # looked at first: it is nearly always so
-            if tracked is not None:
-                tracked.add_(_ONE)
-            return
+    def _count_skipped(self, updated: Updated) -> None:
+        """Count a batch whose statistics were not finite."""
         skipped = self.num_batches_skipped
-        if tracked is None or skipped is None:
+        if skipped is None:
             return
-        if moved is False:
+        if updated is False:
             skipped.add_(1)
             self._say_skipped()
-        else:
-            tracked.add_(moved)
-            if (
-                not choose.transforming()
-            ):  # functional_call may have been given the buffers of a state_dict, without this one
-                skipped.add_(~moved)
+        elif not dispatch.is_transforming():
+            # functional_call may have been given the buffers of a state_dict, without this one
+            skipped.add_(~updated)
 
     def _say_skipped(self) -> None:
         if self._said_skipped:
@@ -256,13 +137,19 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             "either: look for the cause in the input (torch.isfinite(x).all()), an overflow of float16 (train in "
             "bfloat16) or a learning rate that is too large. Further batches are only counted, in "
             ".num_batches_skipped",
-            stacklevel=6,  # the call of the layer
+            stacklevel=5,  # the call of the layer
         )
 
     def train(self: Layer, mode: bool = True) -> Layer:
         """As in torch.nn. Says if batches were skipped where no warning could be given at once (on a GPU, compiled)."""
         skipped = self.num_batches_skipped
-        if not mode and self.training and skipped is not None and running.may_read(skipped) and skipped.item() > 0:
+        if (
+            not mode
+            and self.training
+            and skipped is not None
+            and running_stats.may_read(skipped)
+            and skipped.item() > 0
+        ):
             self._say_skipped()
         return super().train(mode)
 
@@ -280,8 +167,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def extra_repr(self) -> str:
         act = "" if self.act is None else f", act={self.act!r}"
         ghosts = "" if self.virtual_batch_size is None else f", virtual_batch_size={self.virtual_batch_size}"
-        recent = "" if self.accumulate is None else f", accumulate={self.accumulate}"
-        return str(super().extra_repr()) + act + ghosts + recent
+        return str(super().extra_repr()) + act + ghosts
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
@@ -312,9 +198,6 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
         virtual_batch_size: ghost batch norm: in training each run of this many samples has its own statistics; the
             last one is smaller where the batch is no multiple (joined to the one before if it would hold one value a
             channel). Running averages are still those of the whole batch.
-        accumulate: for gradient accumulation over this many micro-batches: in training the statistics are those of the
-            present and the last `accumulate - 1` forwards together. An approximation: earlier ones were taken with the
-            weights of their time and are constants for the gradient. `normwise.accumulated_backward` is exact.
 
     Source: Ioffe & Szegedy 2015; Hoffer, Hubara & Soudry 2017 for virtual batches.
     """

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.nn.batch_norm import _BatchNorm
-from normwise.nn.recall import Recall
-from normwise.ops import running
-from normwise.ops.batch_renorm import batch_renorm_moved, corrected
-from normwise.ops.running import Moved
-from normwise.reference import Moments
+from normwise.nn.construct import affine
+from normwise.ops.norm.batch_renorm import Limit, batch_renorm_with_stats
 
 
 @dataclass(frozen=True)
-class Ramp:
+class LinearRamp:
     """A limit that stays at `start` for the first steps and then grows evenly to `end`.
 
     ramp(step) = start + (end - start) * clip((step - first) / (last - first), 0, 1)
@@ -44,11 +40,6 @@ class Ramp:
         return self.start + (self.end - self.start) * done
 
 
-# A number, or a function of the step: an int on the CPU, elsewhere and while compiling a 0-d tensor, so that nothing
-# waits for the device.
-Limit: TypeAlias = float | Callable[[Any], Any]
-
-
 class _BatchRenorm(_BatchNorm):
     """The part of BatchRenorm that does not depend on the input's rank."""
 
@@ -62,8 +53,8 @@ class _BatchRenorm(_BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        r_max: Limit = Ramp(1, 3, 5_000, 40_000),  # frozen
-        d_max: Limit = Ramp(0, 5, 5_000, 25_000),
+        r_max: Limit = LinearRamp(1, 3, 5_000, 40_000),  # frozen
+        d_max: Limit = LinearRamp(0, 5, 5_000, 25_000),
         bias: bool = True,
         act: str | None = None,
     ) -> None:
@@ -77,52 +68,40 @@ class _BatchRenorm(_BatchNorm):
                 raise ValueError(f"{name} must be at least {least} (where it changes nothing), but got {value}")
         super().__init__(num_features, eps, momentum, affine, True, device, dtype, bias=bias, act=act)
         self.r_max, self.d_max = r_max, d_max
-        self._kept: Recall[tuple[Tensor, Tensor]] = Recall()
 
-    def _normalize(
+    def forward(
         self,
         input: Tensor | PackedSequence,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        momentum: float | Tensor,
         *,
-        mask: Tensor | None,
-        lengths: Tensor | None,
-        residual: Tensor | PackedSequence | None,
-    ) -> tuple[Any, Moved]:
-        if not self.training or running_mean is None or running_var is None:
-            return super()._normalize(
-                input, running_mean, running_var, momentum, mask=mask, lengths=lengths, residual=residual
-            )
-        return batch_renorm_moved(
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
+        residual: Tensor | PackedSequence | None = None,
+    ) -> Any:
+        """See `BatchRenorm1d`; shapes and errors as in `normwise.functional.batch_norm`."""
+        if not self.training:
+            return super().forward(input, mask=mask, lengths=lengths, residual=residual)
+        weight, bias = affine(self)
+        mean, var, tracked = self._running_stats()
+        y, updated = batch_renorm_with_stats(
             input,
-            running_mean,
-            running_var,
-            self.weight,
-            self.bias,
-            momentum,
+            mean,  # type: ignore[arg-type]
+            var,  # type: ignore[arg-type]
+            weight,
+            bias,
+            self._momentum(),
             self.eps,
-            self._recalled if running.recomputing() else self._correction,
+            self.r_max,
+            self.d_max,
+            num_batches_tracked=tracked,  # type: ignore[arg-type]
             mask=mask,
             lengths=lengths,
             act=self.act,
             residual=residual,
+            ranks=self.ranks,
         )
-
-    def _correction(self, batch: Moments) -> tuple[Tensor, Tensor]:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        tracked = self.num_batches_tracked
-        step = int(tracked) if tracked.is_cpu and running.may_read(tracked) else tracked
-        r_max, d_max = (limit(step) if callable(limit) else limit for limit in (self.r_max, self.d_max))
-        r, d = corrected(batch, self.running_mean, self.running_var, r_max, d_max, self.eps)
-        self._kept.keep(batch.mean, (r, d))
-        return r, d
-
-    def _recalled(self, batch: Moments) -> tuple[Tensor, Tensor]:
-        """r and d of the first run on this batch: the averages that they came from have moved since."""
-        return self._kept.find(batch.mean, type(self).__name__)
+        if updated is not True:
+            self._count_skipped(updated)
+        return y
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r_max={self.r_max}, d_max={self.d_max}"
@@ -141,7 +120,7 @@ class BatchRenorm1d(_BatchRenorm):
 
     The limits must start as BatchNorm's, while the running averages are not yet those of anything: by default they do
     for 5000 batches and then grow, r_max to 3 by 40000 and d_max to 5 by 25000 (the paper's schedule; for a training
-    of other length give a `Ramp` of your own). Steps are counted in `num_batches_tracked`.
+    of other length give a `LinearRamp` of your own). Steps are counted in `num_batches_tracked`.
 
     One value a channel (batch 1) is allowed: it stands where d says, within d_max of the running mean. It has no
     deviation, so the running variance stays, and no gradient reaches the input.

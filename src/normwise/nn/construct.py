@@ -1,8 +1,8 @@
-"""What the constructors of the norm layers share."""
+"""What the norm layers share: their gain and bias."""
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def affine_without_bias(layer: nn.Module, drop: bool) -> None:
@@ -17,3 +17,14 @@ def reset_affine(layer: nn.Module) -> None:
         parameter = getattr(layer, name, None)
         if parameter is not None:
             nn.init.constant_(parameter, value)
+
+
+def affine(layer: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """The layer's gain and bias, or what stands in for them (torch.nn.utils.parametrize makes properties of them).
+
+    nn.Module's own look-up takes as long as a small norm, so parameters that are just that are read past it.
+    """
+    parameters = layer.__dict__["_parameters"]
+    weight = parameters["weight"] if "weight" in parameters else getattr(layer, "weight", None)
+    bias = parameters["bias"] if "bias" in parameters else getattr(layer, "bias", None)
+    return weight, bias

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops import check, ragged
-from normwise.ops.batch_norm import batch_norm
-from normwise.reference import activation
+from normwise.backends.activations import activation
+from normwise.ops import inputs
+from normwise.ops.norm.batch_norm import batch_norm_with_stats
 
 
 class FrozenBatchNorm(nn.Module):
@@ -34,7 +34,7 @@ class FrozenBatchNorm(nn.Module):
         bias: bool = True,
         act: str | None = None,
     ) -> None:
-        check.positive_eps(eps)
+        inputs.positive_eps(eps)
         if act is not None:
             activation(act)
         super().__init__()
@@ -54,19 +54,21 @@ class FrozenBatchNorm(nn.Module):
         residual: Tensor | PackedSequence | None = None,
     ) -> Any:
         """act(bn(input) + residual); see `normwise.functional.batch_norm` for shapes and errors."""
-        ragged.rank_or_rows(input, self.ranks, type(self).__name__, "FrozenBatchNorm1d")
-        return batch_norm(
+        return batch_norm_with_stats(
             input,
             self.running_mean,
             self.running_var,
             self.weight,
             self.bias,
-            eps=self.eps,
+            False,
+            0.0,
+            self.eps,
             mask=mask,
             lengths=lengths,
             act=self.act,
             residual=residual,
-        )
+            ranks=self.ranks,
+        )[0]
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """That of a BatchNorm loads as well: its count of batches means nothing here."""

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.nn.construct import affine_without_bias, reset_affine
-from normwise.ops import check, ragged
-from normwise.ops.group_norm import group_norm, groups_divide
-from normwise.reference import activation
+from normwise.backends.activations import activation
+from normwise.nn.construct import affine, affine_without_bias, reset_affine
+from normwise.ops import inputs
+from normwise.ops.norm.group_norm import group_norm_of, groups_divide
 
 
 class GroupNorm(nn.GroupNorm):
@@ -50,7 +50,7 @@ class GroupNorm(nn.GroupNorm):
         bias: bool = True,
         act: str | None = None,
     ) -> None:
-        check.positive_eps(eps)
+        inputs.positive_eps(eps)
         if act is not None:
             activation(act)
         groups_divide(num_groups, num_channels)
@@ -71,24 +71,18 @@ class GroupNorm(nn.GroupNorm):
         residual: Tensor | PackedSequence | None = None,
     ) -> Any:
         """act(gn(input) + residual); see `normwise.functional.group_norm` for shapes and errors."""
-        if ragged.is_ragged(input):
-            return ragged.by_sequences(self.forward, input, mask=mask, lengths=lengths, residual=residual)
-        assert isinstance(input, Tensor)
-        if input.dim() > 1 and input.shape[1] != self.num_channels:
-            raise check.ShapeError(
-                f"expected input's size at dim=1 to match num_channels ({self.num_channels}), but got: "
-                f"{input.shape[1]}."
-            )
-        return group_norm(
+        weight, bias = affine(self)
+        return group_norm_of(
             input,
             self.num_groups,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             self.eps,
             mask=mask,
             lengths=lengths,
             act=self.act,
             residual=residual,
+            num_channels=self.num_channels,
         )
 
     def extra_repr(self) -> str:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.nn.construct import affine_without_bias, reset_affine
-from normwise.ops import check, ragged, running
-from normwise.ops.instance_norm import instance_norm
-from normwise.reference import activation
+from normwise.backends.activations import activation
+from normwise.nn.construct import affine, affine_without_bias, reset_affine
+from normwise.ops import inputs
+from normwise.ops.norm.instance_norm import instance_norm_of
 
 
 class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
@@ -34,8 +34,8 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
         bias: bool = True,
         act: str | None = None,
     ) -> None:
-        check.positive_eps(eps)
-        check.momentum_range(momentum)
+        inputs.positive_eps(eps)
+        inputs.momentum_range(momentum)
         if act is not None:
             activation(act)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
@@ -59,29 +59,15 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
 
         An input without batch axis is one sample, and so are then `mask` and `residual`.
         """
-        if ragged.is_ragged(input):
-            if self.batched_rank != 3:
-                raise check.ShapeError(f"{type(self).__name__} takes no ragged input: InstanceNorm1d does")
-            return ragged.by_sequences(self.forward, input, mask=mask, lengths=lengths, residual=residual)
-        assert isinstance(input, Tensor)
-        check.rank(input, (self.batched_rank - 1, self.batched_rank))
-        if input.dim() < self.batched_rank:
-            check.same_shape("residual", residual, input)
-            assert residual is None or isinstance(residual, Tensor)
-            mask, residual = (None if t is None else t.unsqueeze(0) for t in (mask, residual))
-            if lengths is not None:
-                lengths = lengths.reshape(1)
-            return self.forward(input.unsqueeze(0), mask=mask, lengths=lengths, residual=residual).squeeze(0)
-        self._check_channels(input)
-        mean, var = self.running_mean, self.running_var
-        if self.training and mean is not None and var is not None and running.recomputing():
-            mean, var = mean.clone(), var.clone()  # what there is to learn, the first run has learnt
-        return instance_norm(
+        if not (self.affine or self.track_running_stats):
+            self._say_channels(input)
+        weight, bias = affine(self)
+        return instance_norm_of(
             input,
-            mean,
-            var,
-            self.weight,
-            self.bias,
+            self.running_mean,
+            self.running_var,
+            weight,
+            bias,
             self.training or not self.track_running_stats,
             self.momentum if self.momentum is not None else 0.0,
             self.eps,
@@ -89,25 +75,24 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
             lengths=lengths,
             act=self.act,
             residual=residual,
+            rank=self.batched_rank,
+            num_features=self.num_features if self.affine or self.track_running_stats else None,
         )
 
     def extra_repr(self) -> str:
         return str(super().extra_repr()) + ("" if self.act is None else f", act={self.act!r}")
 
-    def _check_channels(self, input: Tensor) -> None:
-        found = input.shape[1]
-        if found == self.num_features:
+    def _say_channels(self, input: Any) -> None:
+        """A wrong number of channels does no harm here, but is hardly meant."""
+        if not isinstance(input, Tensor) or input.is_nested or input.dim() < self.batched_rank - 1:
             return
-        if self.affine or self.track_running_stats:
-            raise check.ShapeError(
-                f"expected input's size at dim=1 to match num_features ({self.num_features}), but got: {found}."
+        found = input.shape[1 - self.batched_rank]
+        if found != self.num_features:
+            warnings.warn(
+                f"input's size at dim=1 ({found}) does not match num_features ({self.num_features}), which is not used "
+                "because affine=False: build the layer with the number of channels to silence this",
+                stacklevel=4,
             )
-        warnings.warn(
-            f"input's size at dim=1 ({found}) does not match num_features ({self.num_features}), which is not used "
-            "because "
-            "affine=False: build the layer with the number of channels to silence this",
-            stacklevel=3,
-        )
 
 
 class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):

@@ -9,14 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.nn.construct import reset_affine
-from normwise.ops import check, plain
-from normwise.ops.layer_norm import layer_norm
-from normwise.ops.ranks import Peers
-from normwise.ops.rms_norm import rms_norm
-from normwise.reference import activation
-
-_FLOAT32_EPS = torch.finfo(torch.float32).eps
+from normwise.backends.activations import activation
+from normwise.nn.construct import affine, reset_affine
+from normwise.ops import inputs
+from normwise.ops.distributed import StatsGroup
+from normwise.ops.norm.layer_norm import layer_norm, rms_norm
 
 
 class LayerNorm(nn.LayerNorm):
@@ -27,8 +24,8 @@ class LayerNorm(nn.LayerNorm):
 
     A drop-in for `torch.nn.LayerNorm`: same arguments, state_dict and results. Beyond it: `dim` normalizes any axes,
     e.g. `LayerNorm(64, dim=1)` the channels of (N, C, H, W); `act` is applied last; in the call, `mask` (bool,
-    True = valid) or `lengths` keep padding out, and with a `residual` the result is the pair
-    (ln(x + residual), x + residual).
+    True = valid) or `lengths` keep padding out, and with `add` the result is the pair
+    (ln(x + add), x + add).
 
     Args:
         normalized_shape: sizes of the axes that are normalized together.
@@ -44,7 +41,7 @@ class LayerNorm(nn.LayerNorm):
     Source: Ba, Kiros & Hinton 2016.
     """
 
-    _peers: Peers | None = None
+    _stats_group: StatsGroup | None = None
 
     def __init__(
         self,
@@ -59,7 +56,7 @@ class LayerNorm(nn.LayerNorm):
         act: str | None = None,
         process_group: Any = None,
     ) -> None:
-        check.positive_eps(eps)
+        inputs.positive_eps(eps)
         shape = _shape(normalized_shape)
         self_dim = _dim(dim, shape)
         if act is not None:
@@ -68,7 +65,7 @@ class LayerNorm(nn.LayerNorm):
         self.dim = self_dim
         self.act = act
         if process_group is not None:
-            self._peers = Peers(process_group)
+            self._stats_group = StatsGroup(process_group)
 
     def reset_parameters(self) -> None:
         """Gain 1, bias 0."""
@@ -80,47 +77,31 @@ class LayerNorm(nn.LayerNorm):
         *,
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
-        residual: Tensor | PackedSequence | None = None,
+        add: Tensor | PackedSequence | None = None,
     ) -> Any:
         """See `normwise.functional.layer_norm` for shapes and errors."""
-        if (
-            mask is None
-            and lengths is None
-            and residual is None
-            and self.dim is None
-            and self.act is None
-            and self._peers is None
-        ):
-            try:
-                learnt = self._parameters  # asking the module for one of them takes as long as all the rest
-                weight, bias = learnt["weight"], learnt["bias"]
-            except KeyError:  # parametrized, say
-                pass
-            else:
-                y = plain.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
-                if y is not None:
-                    return y
+        weight, bias = affine(self)
         return layer_norm(
             input,
             self.normalized_shape,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             self.eps,
             dim=self.dim,
             mask=mask,
             lengths=lengths,
             act=self.act,
-            residual=residual,
-            process_group=self._peers,
+            add=add,
+            process_group=self._stats_group,
         )
 
     @property
     def process_group(self) -> Any:
         """The ranks that hold the other shards of the features, or None."""
-        return None if self._peers is None else self._peers.process_group
+        return None if self._stats_group is None else self._stats_group.process_group
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _extra_repr(self.dim, self.act, self._peers)
+        return super().extra_repr() + _extra_repr(self.dim, self.act, self._stats_group)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -129,12 +110,12 @@ class RMSNorm(nn.RMSNorm):
     y = act(gamma * x / sqrt(E[x^2] + eps)): LayerNorm that leaves the mean in and has no bias.
 
     A drop-in for `torch.nn.RMSNorm`: same arguments, state_dict and results; `eps` None stands for the machine
-    epsilon. `dim`, `act`, `mask`, `lengths`, `residual` and `process_group` (one number a row) as in `LayerNorm`.
+    epsilon. `dim`, `act`, `mask`, `lengths`, `add` and `process_group` (one number a row) as in `LayerNorm`.
 
     Source: Zhang & Sennrich 2019.
     """
 
-    _peers: Peers | None = None
+    _stats_group: StatsGroup | None = None
 
     def __init__(
         self,
@@ -149,7 +130,7 @@ class RMSNorm(nn.RMSNorm):
         process_group: Any = None,
     ) -> None:
         if eps is not None:
-            check.positive_eps(eps)
+            inputs.positive_eps(eps)
         shape = _shape(normalized_shape)
         self_dim = _dim(dim, shape)
         if act is not None:
@@ -158,7 +139,7 @@ class RMSNorm(nn.RMSNorm):
         self.dim = self_dim
         self.act = act
         if process_group is not None:
-            self._peers = Peers(process_group)
+            self._stats_group = StatsGroup(process_group)
 
     def forward(
         self,
@@ -166,37 +147,29 @@ class RMSNorm(nn.RMSNorm):
         *,
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
-        residual: Tensor | PackedSequence | None = None,
+        add: Tensor | PackedSequence | None = None,
     ) -> Any:
         """See `normwise.functional.rms_norm` for shapes and errors."""
-        alone = mask is None and lengths is None and residual is None
-        if alone and self.dim is None and self.act is None and self._peers is None:
-            learnt = self._parameters
-            if "weight" in learnt:
-                eps = _FLOAT32_EPS if self.eps is None else self.eps
-                y = plain.rms_norm(input, self.normalized_shape, learnt["weight"], eps)
-                if y is not None:
-                    return y
         return rms_norm(
             input,
             self.normalized_shape,
-            self.weight,
+            affine(self)[0],
             self.eps,
             dim=self.dim,
             mask=mask,
             lengths=lengths,
             act=self.act,
-            residual=residual,
-            process_group=self._peers,
+            add=add,
+            process_group=self._stats_group,
         )
 
     @property
     def process_group(self) -> Any:
         """The ranks that hold the other shards of the features, or None."""
-        return None if self._peers is None else self._peers.process_group
+        return None if self._stats_group is None else self._stats_group.process_group
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _extra_repr(self.dim, self.act, self._peers)
+        return super().extra_repr() + _extra_repr(self.dim, self.act, self._stats_group)
 
 
 def _shape(normalized_shape: int | Sequence[int]) -> list[int]:
@@ -215,6 +188,6 @@ def _dim(dim: int | Sequence[int] | None, shape: list[int]) -> int | tuple[int, 
     return dim
 
 
-def _extra_repr(dim: int | tuple[int, ...] | None, act: str | None, peers: Peers | None) -> str:
+def _extra_repr(dim: int | tuple[int, ...] | None, act: str | None, peers: StatsGroup | None) -> str:
     said = {"dim": dim, "act": act, "process_group": peers}
     return "".join(f", {name}={value!r}" for name, value in said.items() if value is not None)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from normwise.backends.reference.recurrence import NormKind, Recurrence
 from normwise.nn.recurrent_base import Recurrent
 from normwise.nn.recurrent_parameters import no_projection
-from normwise.reference.recurrence import NormKind, Recurrence
 
 
 class RNN(Recurrent):

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
+from normwise.backends.reference.recurrence import Cell, NormKind, Recurrence
 from normwise.nn import recurrent_parameters as parameters
-from normwise.ops import check, recurrent
-from normwise.reference.recurrence import Cell, NormKind, Recurrence
+from normwise.ops import inputs as checks
+from normwise.ops.rnn import stack as recurrent
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
@@ -39,7 +40,7 @@ class Recurrent(RNNBase):
     ) -> None:
         parameters.forget_bias_needs_bias(changes.get("forget_bias"), arguments["bias"])
         parameters.positive_rows(max_length)
-        check.momentum_range(momentum)
+        checks.momentum_range(momentum)
         how, name = parameters.describe(self.cell, norm, variant, **changes)
         # Before torch's constructor, which calls reset_parameters and flatten_parameters.
         self.recurrence = how
@@ -190,7 +191,7 @@ class Recurrent(RNNBase):
             )
         how = self.recurrence
         if input.dim() not in (1, 2):
-            raise check.ShapeError(
+            raise checks.ShapeError(
                 f"step() expects input of shape (batch, {self.input_size}) or ({self.input_size},), but got "
                 f"{tuple(input.shape)}: call the layer itself on whole sequences"
             )

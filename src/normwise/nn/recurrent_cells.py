@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from normwise.backends.reference.recurrence import Cell, NormKind, Recurrence
 from normwise.nn import recurrent_parameters as parameters
-from normwise.ops import check, recurrent
-from normwise.reference.recurrence import Cell, NormKind, Recurrence
+from normwise.ops import inputs
+from normwise.ops.rnn import stack as recurrent
 
 
 class _Cell(nn.modules.rnn.RNNCellBase):
@@ -30,7 +31,7 @@ class _Cell(nn.modules.rnn.RNNCellBase):
         """After torch's constructor: the norms and what they need."""
         parameters.forget_bias_needs_bias(changes.get("forget_bias"), self.bias)
         parameters.positive_rows(max_length)
-        check.momentum_range(momentum)
+        inputs.momentum_range(momentum)
         how, self.variant = parameters.describe(self.cell, norm, variant, **changes)
         if how.statistics == "sequence":
             raise ValueError(
@@ -54,7 +55,7 @@ class _Cell(nn.modules.rnn.RNNCellBase):
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if input.shape[-1] != self.input_size:
-            raise check.ShapeError(
+            raise inputs.ShapeError(
                 f"input has inconsistent input_size: got {input.shape[-1]} expected {self.input_size}"
             )
         first = parameters.step_index(how, self.max_length, t)
@@ -62,7 +63,7 @@ class _Cell(nn.modules.rnn.RNNCellBase):
         expected = (*input.shape[:-1], self.hidden_size)
         for n, state in enumerate(states):
             if state is not None and tuple(state.shape) != expected:
-                raise check.ShapeError(
+                raise inputs.ShapeError(
                     f"{name}: Expected hidden[{n}] to be of shape {expected}, got {tuple(state.shape)}"
                 )
         size = (1, x.shape[1], self.hidden_size)

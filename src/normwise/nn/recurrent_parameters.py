@@ -9,10 +9,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from normwise.ops import recurrent_running
-from normwise.reference import Moments
-from normwise.reference.recurrence import DEFAULTS, Cell, NormKind, Recurrence, Weights, preset
-from normwise.reference.recurrent import Running
+from normwise.backends.reference import Moments
+from normwise.backends.reference.recurrence import DEFAULTS, Cell, NormKind, Recurrence, Weights, preset
+from normwise.backends.reference.recurrent import Running
+from normwise.ops.rnn import running_stats as recurrent_running
 
 # Told, while `recalibrate` runs, the moments of each call: the end of the tables' names, the moments, the first step.
 # Then the layer takes batch statistics in evaluation too, and moves nothing.

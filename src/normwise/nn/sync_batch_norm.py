@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from normwise.nn.batch_norm import _BatchNorm
-from normwise.ops.ranks import Peers
+from normwise.ops.distributed import StatsGroup
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -63,13 +63,13 @@ class SyncBatchNorm(_BatchNorm):
         act: str | None = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias, act=act)
-        self._peers = Peers(process_group, default=True)
+        self._stats_group = StatsGroup(process_group, default=True)
 
     @property
     def process_group(self) -> Any:
         """The ranks that share statistics; None for all of them."""
-        return None if self._peers is None else self._peers.process_group
+        return None if self._stats_group is None else self._stats_group.process_group
 
     def extra_repr(self) -> str:
-        group = "" if self.process_group is None else f", process_group={self._peers!r}"
+        group = "" if self.process_group is None else f", process_group={self._stats_group!r}"
         return super().extra_repr() + group

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops import check
+from normwise.ops import inputs
 
 Ragged: TypeAlias = Tensor | PackedSequence
 
@@ -23,13 +23,16 @@ def is_ragged(x: Any) -> bool:
     return isinstance(x, PackedSequence) or (isinstance(x, Tensor) and x.is_nested)
 
 
-def rank_or_rows(x: Any, ranks: Sequence[int], layer: str, for_rows: str) -> None:
+def rank_or_rows(x: Any, ranks: Sequence[int], for_rows: str) -> None:
     """ShapeError unless a tensor has one of `ranks` axes, and a ragged input goes to a layer that takes rows, (N, C):
-    if `layer` does not, `for_rows` does."""
-    if isinstance(x, Tensor) and not is_ragged(x):
-        check.rank(x, ranks)
-    elif 2 not in ranks:
-        raise check.ShapeError(f"{layer} takes no ragged input: {for_rows} does")
+    the layer `for_rows` does."""
+    if is_ragged(x):
+        if 2 not in ranks:
+            raise inputs.ShapeError(
+                f"a layer for {' or '.join(f'{n}D' for n in ranks)} input takes no ragged input: {for_rows} does"
+            )
+    else:
+        inputs.rank(x, ranks)
 
 
 def by_rows(
@@ -40,7 +43,8 @@ def by_rows(
     lengths: Tensor | None,
     residual: Ragged | None,
 ) -> Any:
-    """`op(rows, residual=rows)` in the wrapping of `x`, for `op` of (rows, features...) giving a tensor or several.
+    """`op(rows, residual=rows)` in the wrapping of `x`, for `op` of (rows, features...) giving rows, or a tuple of rows
+    and of what else there is.
 
     Raises:
         ValueError: mask or lengths beside an input that states its own lengths.
@@ -54,7 +58,9 @@ def by_rows(
             f"{_kind(residual)}"
         )
     y = op(_rows(x), residual=None if residual is None else _rows(residual))
-    return tuple(_wrap(rows, x) for rows in y) if isinstance(y, tuple) else _wrap(y, x)
+    if not isinstance(y, tuple):
+        return _wrap(y, x)
+    return tuple(_wrap(part, x) if isinstance(part, Tensor) and part.dim() else part for part in y)
 
 
 def by_sequences(
@@ -74,7 +80,7 @@ def by_sequences(
 
     def rows(data: Tensor, residual: Tensor | None) -> Tensor:
         if data.dim() != 2:
-            raise check.ShapeError(
+            raise inputs.ShapeError(
                 f"expected rows of channels, (N, L, C) or (N, C, L) with L ragged, but got a {_kind(x)} with rows of "
                 f"shape {tuple(data.shape[1:])}"
             )

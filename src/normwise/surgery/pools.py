@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normwise.backends.reference import Moments, combined, moments
 from normwise.nn import recurrent_base, recurrent_cells
-from normwise.ops import check, ragged
-from normwise.ops.running import unbiased_var
-from normwise.reference import Moments, combined, moments
+from normwise.ops import inputs, ragged
+from normwise.ops.norm.running_stats import unbiased_var
 from normwise.surgery.select import INSTANCE
 
 
@@ -97,7 +97,7 @@ class _OfBatchNorm(_OfInputs):
 
             ragged.by_rows(by_rows, x, mask=mask, lengths=lengths, residual=None)
             return
-        found = moments(x, (0, *range(2, x.dim())), check.validity(x, mask, lengths, channel_dim=1))
+        found = moments(x, (0, *range(2, x.dim())), inputs.validity(x, mask, lengths, channel_dim=1))
         if not (found.mean.isfinite().all() and found.var.isfinite().all()):
             self.skipped += 1
             return
@@ -131,7 +131,7 @@ class _OfInstanceNorm(_OfInputs):
             x = x.unsqueeze(0)
             mask = None if mask is None else mask.unsqueeze(0)
             lengths = None if lengths is None else lengths.reshape(1)
-        found = moments(x, range(2, x.dim()), check.validity(x, mask, lengths, channel_dim=1))
+        found = moments(x, range(2, x.dim()), inputs.validity(x, mask, lengths, channel_dim=1))
         mean, var, count = (t.reshape(*t.shape[:2]).expand(x.shape[:2]) for t in found)
         var = unbiased_var(Moments(mean, var, count))
         finite = mean.isfinite() & var.isfinite()

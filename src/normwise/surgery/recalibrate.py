@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normwise.backends.reference import Moments
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm
-from normwise.ops import ranks
-from normwise.reference import Moments
+from normwise.ops import distributed
 from normwise.surgery.freeze import is_frozen
 from normwise.surgery.pools import Pool, pool_of
 from normwise.surgery.progress import Progress, shown
@@ -84,7 +84,7 @@ def recalibrate(
             "batches must be an iterable of batches, such as a DataLoader or a list of tensors, but got "
             f"{type(batches).__name__}: [x] is one batch, x.split(32) several"
         )
-    ranks.group_of(process_group, default=True)  # says now what is wrong with it
+    distributed.group_of(process_group, default=True)  # says now what is wrong with it
     candidates = [one for one in layers(model, (*BATCH, *INSTANCE, *RECURRENT)) if _may_keep(one.module)]
     meant = chosen(candidates, where)
     report = Report("recalibrate")
@@ -188,7 +188,7 @@ class _Run:
             if one.name in met:
                 place.mean.fill_(met.index(one.name))
                 place.count.fill_(1)
-        agreed = ranks.pooled([_on(place, wanted[0].module) for place in places], self.process_group)
+        agreed = distributed.pooled([_on(place, wanted[0].module) for place in places], self.process_group)
         position = [float(place.mean) if place.count else float("inf") for place in agreed]
         return [wanted[n] for n in sorted(range(len(wanted)), key=position.__getitem__)]
 
@@ -208,7 +208,7 @@ class _Run:
         counts = torch.tensor([[pool.batches, pool.skipped] for pool in pools], dtype=torch.float64)
         mine = [part for pool in pools for part in pool.parts.values()]
         mine.append(Moments(counts, torch.zeros_like(counts), torch.ones_like(counts)))
-        *all_moments, sums = ranks.pooled([_on(m, wanted[0].module) for m in mine], self.process_group)
+        *all_moments, sums = distributed.pooled([_on(m, wanted[0].module) for m in mine], self.process_group)
         totals = (sums.mean * sums.count).round().long().tolist()
         found = iter(all_moments)
         for pool, one, total in zip(pools, wanted, totals, strict=True):

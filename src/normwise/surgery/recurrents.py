@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import normwise.nn as ours
+from normwise.backends.reference.recurrence import Recurrence
 from normwise.nn import recurrent_parameters as parameters
 from normwise.nn.recurrent_base import Recurrent
-from normwise.reference.recurrence import Recurrence
 from normwise.surgery.carry import carry_tensors, rebuild
 from normwise.surgery.report import Refusal
 from normwise.surgery.select import has_norm, known_base

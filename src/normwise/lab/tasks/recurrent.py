@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normwise
+from normwise.backends.reference.recurrent import Step, recurrence
 from normwise.lab.norms import recurrent_norm
 from normwise.lab.tasks.base import Batch, Task
 from normwise.lab.tasks.vowels import COEFFICIENTS, SPEAKERS, Vowels
 from normwise.nn.recurrent_parameters import running_of, weights_of
-from normwise.reference.recurrent import Step, recurrence
 
 
 class LastState(nn.Module):

@@ -1,0 +1,30 @@
+"""What follows a norm inside the same call: a residual and an activation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,  # slope 0.01 below 0, torch's default
+    "silu": F.silu,
+    "gelu": F.gelu,  # the exact one, by erf
+}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The function called `name`; ValueError names the known ones."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"unknown act {name!r}: expected one of {', '.join(map(repr, ACTIVATIONS))} or None")
+    return ACTIVATIONS[name]
+
+
+def add_residual_and_activate(y: Tensor, residual: Tensor | None, act: str | None, mask: Tensor | None) -> Tensor:
+    """act(y + residual), where `y` is a norm's output and so 0 at invalid positions; it stays so."""
+    if residual is not None:
+        # Before the sum: act's slope at NaN would spoil the gradient 0 that comes from after it.
+        y = y + (residual if mask is None else residual.masked_fill(~mask, 0))
+    return y if act is None else ACTIVATIONS[act](y)

@@ -1,0 +1,159 @@
+"""Norms by ATen's own kernels, whose gradients autograd knows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from normwise.backends.activations import add_residual_and_activate
+from normwise.backends.protocol import NormConfig, NormFamily, NormRequest, NormResult
+
+# ATen scales by x * a + b, where a = weight * rstd and b = bias - mean * a nearly cancel when the mean dwarfs the
+# deviation: its error is about 1e-7 times this ratio. Up to 32 that stays within a few float32 roundings.
+MEAN_TO_DEVIATION_LIMIT = 32.0
+
+# ATen's BatchNorm on rows of channels, (N, C) or channels-last, adds up each channel in one float32 variable per
+# thread; up to this many elements the error of that sum stays within a few float32 roundings.
+RUNNING_SUM_LIMIT = 1 << 14
+
+# Statistics that ATen squares and sums in float32 stay finite, and the running variance representable, for deviations
+# up to this one.
+LARGEST_DEVIATION = 1e18
+
+
+def supports(request: NormRequest) -> str | None:
+    """What ATen's kernels cannot do."""
+    config, x, _, weight, _, mask, running_mean, _, _ = request
+    features = config.family == "features"
+    if mask is not None and not (features and all(mask.shape[d] == 1 for d in range(x.dim() - config.axes, x.dim()))):
+        # A mask of whole rows of features is no obstacle: what comes of masked rows is put back to 0.
+        return "ATen's kernels take no mask"
+    if isinstance(config.momentum, Tensor):
+        return "ATen takes momentum as a number only"
+    if running_mean is not None and config.batch_statistics:
+        if config.op == "instance_norm":
+            return "ATen moves running averages to NaN by a sample that is not finite"
+        if x.numel() == x.shape[1]:
+            return "ATen moves the running variance to NaN by the deviation of a single value"
+    if weight is not None and weight.dtype != x.dtype:
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        if config.op == "rms_norm" or not half or weight.dtype != torch.float32:
+            return f"ATen does not mix an input of {x.dtype} with a gain of {weight.dtype}"
+    if config.op == "instance_norm" and x.numel() == 0:
+        return "ATen's InstanceNorm fails on an empty input or turns its running averages into NaN"
+    return None
+
+
+def precision_loss(request: NormRequest) -> str | None:
+    """Where ATen would do the job, but less exactly than promised. Looks at values: for the CPU alone, where nothing
+    waits for that."""
+    config, x, _, _, _, _, running_mean, running_var, _ = request
+    if x.numel() == 0 or x.dtype == torch.float64:
+        return None
+    if config.family == "channels" and config.batch_statistics:
+        rows_of_channels = x.dim() == 2 or not x.is_contiguous()
+        if rows_of_channels and x.numel() // x.shape[1] > RUNNING_SUM_LIMIT:
+            return "ATen adds up long columns of channels in one float32 sum, which loses digits"
+    with torch.no_grad():
+        if not config.batch_statistics:
+            assert running_mean is not None
+            assert running_var is not None
+            mean, deviation = running_mean, (running_var + config.eps).sqrt()
+        else:
+            rows = _rows_of_statistics(request)
+            if rows.shape[-1] == 0:
+                return None
+            var, mean = torch.var_mean(rows, -1, correction=0)
+            deviation = (var + config.eps).sqrt()
+        mean, deviation = mean.float(), deviation.float()
+        near = (mean.abs() <= MEAN_TO_DEVIATION_LIMIT * deviation) | (not config.center)
+        fine = (near & (deviation <= LARGEST_DEVIATION) & (mean.abs() <= LARGEST_DEVIATION)).all()
+    return None if bool(fine) else "ATen loses digits where a mean dwarfs the deviation, or is not finite"
+
+
+def _rows_of_statistics(request: NormRequest) -> Tensor:
+    """x with the elements that share statistics in the last axis."""
+    config, x = request.config, request.x
+    if request.residual is not None and config.family == "features":
+        x = x + request.residual
+    if config.family == "features":
+        return x.flatten(x.dim() - config.axes)
+    if config.family == "groups":
+        return x.reshape(x.shape[0], config.groups, -1) if x.numel() else x.new_empty(0)
+    return x.transpose(0, 1).flatten(1)
+
+
+def features(
+    config: NormConfig,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    *_: object,
+) -> NormResult:
+    """LayerNorm and RMSNorm; a mask is of whole rows."""
+    if residual is not None:
+        x = x + residual
+    if mask is not None:
+        x = x.masked_fill(~mask, 0)
+    shape = x.shape[x.dim() - config.axes :]
+    if config.center:
+        y = torch.layer_norm(x, shape, weight, bias, config.eps, torch.backends.cudnn.enabled)
+    else:
+        y = torch.rms_norm(x, shape, weight, config.eps)
+    if mask is not None:
+        y = y.masked_fill(~mask, 0)
+    return NormResult(add_residual_and_activate(y, None, config.act, mask), x)
+
+
+def groups(
+    config: NormConfig,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *_: object,
+) -> NormResult:
+    """GroupNorm and InstanceNorm."""
+    cudnn = torch.backends.cudnn.enabled
+    if config.op == "instance_norm":
+        y = torch.instance_norm(
+            x, weight, bias, running_mean, running_var, True, float(config.momentum), config.eps, cudnn
+        )
+    else:
+        y = torch.group_norm(x, config.groups, weight, bias, config.eps, cudnn)
+    return NormResult(add_residual_and_activate(y, residual, config.act, None), x)
+
+
+def channels(
+    config: NormConfig,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *_: object,
+) -> NormResult:
+    """BatchNorm."""
+    mean, var, new_running = running_mean, running_var, None
+    if config.batch_statistics and running_mean is not None and running_var is not None:
+        # ATen moves copies: what it makes of a batch may not be finite, and it saves them for a backward that does not
+        # read them in training, so that moving the averages again before the backward is no error.
+        # In the wider dtype of averages and gain (BatchRenorm's): ATen takes no two.
+        dtype = running_mean.dtype if weight is None else torch.promote_types(running_mean.dtype, weight.dtype)
+        mean, var = (average.detach().to(dtype, copy=True) for average in (running_mean, running_var))
+        new_running = mean, var
+    cudnn = torch.backends.cudnn.enabled
+    momentum = float(config.momentum)
+    y = torch.batch_norm(x, weight, bias, mean, var, config.batch_statistics, momentum, config.eps, cudnn)
+    y = add_residual_and_activate(y, residual, config.act, None)
+    return NormResult(y, x, None, True if new_running is None else None, None, new_running)
+
+
+FAMILIES = {"features": NormFamily(features), "groups": NormFamily(groups), "channels": NormFamily(channels)}

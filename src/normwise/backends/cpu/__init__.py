@@ -1,0 +1,1 @@
+"""The C++ library of csrc/, called through ctypes."""

@@ -1,0 +1,65 @@
+"""Which tensors the kernels may read, and in what form they get them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ACTS: dict[str | None, int] = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "gelu": 4}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+CHANNELS_FIRST, CHANNELS_LAST = 0, 1
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_strided = torch.strided
+
+
+def unreadable(t: Tensor) -> str | None:
+    """Why the kernels cannot trust the memory of `t`, or None: it must be a plain, dense tensor on the CPU, since all
+    that reaches C is an address."""
+    if type(t) not in _PLAIN:
+        return f"the C++ kernels take plain tensors, not {type(t).__name__}"
+    if not t.is_cpu:
+        return f"the C++ kernels run on the CPU, not on {t.device}"
+    if t.layout is not _strided or t.is_nested or t.is_quantized or t.is_neg() or t.is_conj():
+        return "the C++ kernels take plain dense tensors"
+    return None
+
+
+def address(t: Tensor | None) -> int:
+    """Where `t` lies in memory, 0 for none."""
+    return 0 if t is None else t.data_ptr()
+
+
+def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of gains, biases and running averages beside an input of `dtype`."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def vector(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A gain or bias as the kernels read it: contiguous, in their dtype."""
+    if t is None or (t.dtype is dtype and t.is_contiguous()):
+        return t
+    return t.to(dtype).contiguous()
+
+
+def of_parameter(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """A gain's or bias's gradient in its own dtype and shape."""
+    if grad is None or parameter is None or grad.dtype is parameter.dtype:
+        return grad
+    return grad.to(parameter.dtype)
+
+
+def laid_out_like(t: Tensor, x: Tensor) -> Tensor:
+    """`t` in the memory layout of `x`, which is dense."""
+    if t.stride() == x.stride() and t.dtype is x.dtype and not t.is_neg():
+        return t
+    return torch.empty_like(x).copy_(t)
+
+
+def dense(x: Tensor) -> tuple[Tensor, int]:
+    """(N, C, ...) in a layout that the kernels walk through, copied if need be, and which one it is."""
+    if x.is_contiguous():
+        return x, CHANNELS_FIRST
+    if x.movedim(1, -1).is_contiguous():
+        return x, CHANNELS_LAST
+    return x.contiguous(), CHANNELS_FIRST

@@ -1,0 +1,425 @@
+"""Norms by the C++ kernels: from the tensors of a request to the structs of csrc/include/normwise.h, and back.
+
+On small tensors what Python does takes longer than a kernel, so that here little is done twice or asked twice.
+"""
+
+from __future__ import annotations
+
+import struct
+from math import prod
+
+import torch
+from torch import Tensor
+
+from normwise.backends.cpu import library
+from normwise.backends.cpu.memory import (
+    ACTS,
+    CHANNELS_LAST,
+    DTYPES,
+    address,
+    dense,
+    laid_out_like,
+    of_parameter,
+    parameter_dtype,
+    unreadable,
+    vector,
+)
+from normwise.backends.protocol import (
+    Moments,
+    NormConfig,
+    NormFamily,
+    NormGradients,
+    NormRequest,
+    NormResult,
+    accumulation_dtype,
+)
+
+# The argument structs of normwise.h: pointers, int64, double, int32, padding.
+ROWS_FORWARD, ROWS_BACKWARD = struct.Struct("@9P2qd4i"), struct.Struct("@11P2q4i")
+GROUPS_FORWARD, GROUPS_BACKWARD = struct.Struct("@8P4qd4i"), struct.Struct("@12P4q4i")
+CHANNELS_FORWARD, CHANNELS_BACKWARD = struct.Struct("@11P3q2d5i4x"), struct.Struct("@12P3q5i4x")
+STRUCTS = (ROWS_FORWARD, ROWS_BACKWARD, GROUPS_FORWARD, GROUPS_BACKWARD, CHANNELS_FORWARD, CHANNELS_BACKWARD)
+
+_empty_like, _empty, _float64, _threads = torch.empty_like, torch.empty, torch.float64, torch.get_num_threads
+
+
+def supports(request: NormRequest) -> str | None:
+    """What the kernels cannot do; that there are no kernels here is the last reason to be named."""
+    config, x, residual, weight, bias, mask, running_mean, running_var, tracked = request
+    if x.dtype not in DTYPES:
+        return f"the C++ kernels take float32, bfloat16 and float64, not {x.dtype}"
+    for t in (x, residual, weight, bias, mask, running_mean, running_var, tracked):
+        if t is not None and (reason := unreadable(t)) is not None:
+            return reason
+    if x.numel() == 0:
+        return "the C++ kernels take no empty input"
+    if residual is not None and residual.dtype is not x.dtype:
+        return f"the C++ kernels do not mix an input of {x.dtype} with a residual of {residual.dtype}"
+    if mask is not None:
+        together = range(x.dim() - config.axes, x.dim()) if config.family == "features" else (1,)
+        if any(mask.shape[d] != 1 for d in together):
+            what = "features of a row" if config.family == "features" else "channels"
+            return f"the C++ kernels take one mask for all {what}"
+    if running_mean is not None and config.family == "channels":
+        # Those of InstanceNorm, the other norm that has them, move by what the kernel says of each sample.
+        statistics = accumulation_dtype(x.dtype)
+        for average in (running_mean, running_var):
+            if average is not None and (average.dtype is not statistics or not average.is_contiguous()):
+                return f"the C++ kernels keep contiguous running averages of {statistics} beside {x.dtype}"
+        if isinstance(config.momentum, Tensor):
+            return "the C++ kernels take momentum as a number only"
+    return library.missing()
+
+
+def features_forward(
+    config: NormConfig,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    _mean: Tensor | None,
+    _var: Tensor | None,
+    _tracked: Tensor | None,
+    needs_grad: bool,
+) -> NormResult:
+    """LayerNorm and RMSNorm of the last `config.axes` axes."""
+    x = x.contiguous()
+    cols = x.shape[-1] if config.axes == 1 else prod(x.shape[x.dim() - config.axes :])
+    rows = x.numel() // cols
+    dtype = x.dtype
+    wide = parameter_dtype(dtype)
+    gain, shift = vector(weight, wide), vector(bias, wide)
+    total = x
+    if residual is not None:
+        residual, total = laid_out_like(residual, x), _empty_like(x)
+    if mask is not None:
+        mask = _of_rows(config, mask, x)
+    y = _empty_like(x)
+    stats = _empty((2, rows), dtype=_float64, device="cpu") if needs_grad else None
+    at_stats = 0 if stats is None else stats.data_ptr()
+    status = library.functions.nw_rows_forward(
+        ROWS_FORWARD.pack(
+            x.data_ptr(),
+            address(residual),
+            address(mask),
+            address(gain),
+            address(shift),
+            total.data_ptr(),
+            y.data_ptr(),
+            at_stats,
+            at_stats + 8 * rows if needs_grad else 0,
+            rows,
+            cols,
+            config.eps,
+            DTYPES[dtype],
+            config.center,
+            ACTS[config.act],
+            _threads(),
+        )
+    )
+    if status:
+        library.raise_fault(status)
+    return NormResult(y, total, stats)
+
+
+def features_backward(
+    config: NormConfig,
+    total: Tensor,
+    _residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stats: Tensor,
+    dy: Tensor,
+    dtotal: Tensor | None,
+) -> NormGradients:
+    rows = stats.shape[1]
+    dtype = total.dtype
+    wide = parameter_dtype(dtype)
+    gain, shift = vector(weight, wide), vector(bias, wide)
+    dy = laid_out_like(dy, total)
+    if dtotal is not None:
+        dtotal = laid_out_like(dtotal, total)
+    if mask is not None:
+        mask = _of_rows(config, mask, total)
+    dx = _empty_like(total)
+    dweight, dbias = (None if t is None else _empty_like(t) for t in (gain, shift))
+    at_stats = stats.data_ptr()
+    status = library.functions.nw_rows_backward(
+        ROWS_BACKWARD.pack(
+            dy.data_ptr(),
+            address(dtotal),
+            total.data_ptr(),
+            address(mask),
+            address(gain),
+            address(shift),
+            at_stats,
+            at_stats + 8 * rows,
+            dx.data_ptr(),
+            address(dweight),
+            address(dbias),
+            rows,
+            total.numel() // rows,
+            DTYPES[dtype],
+            config.center,
+            ACTS[config.act],
+            _threads(),
+        )
+    )
+    if status:
+        library.raise_fault(status)
+    return NormGradients(dx, dx, of_parameter(dweight, weight), of_parameter(dbias, bias))
+
+
+def groups_forward(
+    config: NormConfig,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    running_mean: Tensor | None,
+    _var: Tensor | None,
+    _tracked: Tensor | None,
+    _needs_grad: bool,
+) -> NormResult:
+    """GroupNorm, and InstanceNorm with a group for each channel."""
+    x, layout, batch, channels, positions = _channels_of(x)
+    dtype = x.dtype
+    wide = parameter_dtype(dtype)
+    gain, shift = vector(weight, wide), vector(bias, wide)
+    if residual is not None:
+        residual = laid_out_like(residual, x)
+    if mask is not None:
+        mask = _of_positions(mask, x)
+    y = _empty_like(x)
+    count = batch * config.groups
+    stats = _empty((2, count), dtype=_float64, device="cpu")
+    at_stats = stats.data_ptr()
+    status = library.functions.nw_groups_forward(
+        GROUPS_FORWARD.pack(
+            x.data_ptr(),
+            address(residual),
+            address(mask),
+            address(gain),
+            address(shift),
+            y.data_ptr(),
+            at_stats,
+            at_stats + 8 * count,
+            batch,
+            channels,
+            positions,
+            config.groups,
+            config.eps,
+            DTYPES[dtype],
+            layout,
+            ACTS[config.act],
+            _threads(),
+        )
+    )
+    if status:
+        library.raise_fault(status)
+    if running_mean is None:
+        return NormResult(y, x, stats)
+    return NormResult(y, x, stats, None, _moments(stats, x, mask, config))
+
+
+def _moments(stats: Tensor, x: Tensor, mask: Tensor | None, config: NormConfig) -> Moments:
+    """Those of each sample and group: what running averages are moved by."""
+    samples = x.shape[0]
+    mean, rstd = stats.view(2, samples, config.groups)
+    elements = x.numel() // (samples * config.groups)
+    if mask is None:
+        count = torch.full((1, 1), elements, dtype=_float64)
+    else:
+        valid = mask.view(samples, -1)
+        count = valid.sum(1, keepdim=True).double() * (elements // valid.shape[1])
+    return Moments(mean, (rstd.pow(-2) - config.eps).clamp(min=0), count.expand(samples, config.groups))
+
+
+def groups_backward(
+    config: NormConfig,
+    total: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stats: Tensor,
+    dy: Tensor,
+    _dtotal: Tensor | None,
+) -> NormGradients:
+    x, layout, batch, channels, positions = _channels_of(total)
+    dtype = x.dtype
+    wide = parameter_dtype(dtype)
+    gain, shift = vector(weight, wide), vector(bias, wide)
+    dy = laid_out_like(dy, x)
+    dresidual = None
+    if residual is not None:
+        residual, dresidual = laid_out_like(residual, x), _empty_like(x)
+    if mask is not None:
+        mask = _of_positions(mask, x)
+    dx = _empty_like(x)
+    dweight, dbias = (None if t is None else _empty_like(t) for t in (gain, shift))
+    at_stats = stats.data_ptr()
+    status = library.functions.nw_groups_backward(
+        GROUPS_BACKWARD.pack(
+            dy.data_ptr(),
+            x.data_ptr(),
+            address(residual),
+            address(mask),
+            address(gain),
+            address(shift),
+            at_stats,
+            at_stats + 8 * stats.shape[1],
+            dx.data_ptr(),
+            address(dresidual),
+            address(dweight),
+            address(dbias),
+            batch,
+            channels,
+            positions,
+            config.groups,
+            DTYPES[dtype],
+            layout,
+            ACTS[config.act],
+            _threads(),
+        )
+    )
+    if status:
+        library.raise_fault(status)
+    return NormGradients(dx, dresidual, of_parameter(dweight, weight), of_parameter(dbias, bias))
+
+
+def channels_forward(
+    config: NormConfig,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    _needs_grad: bool,
+) -> NormResult:
+    """BatchNorm. Running averages are updated in the kernel, unless one would become NaN or infinite."""
+    x, layout, batch, channels, positions = _channels_of(x)
+    dtype = x.dtype
+    wide = parameter_dtype(dtype)
+    gain, shift = vector(weight, wide), vector(bias, wide)
+    if residual is not None:
+        residual = laid_out_like(residual, x)
+    if mask is not None:
+        mask = _of_positions(mask, x)
+    y = _empty_like(x)
+    stats = _empty((2, channels), dtype=_float64, device="cpu")
+    at_stats = stats.data_ptr()
+    status = library.functions.nw_channels_forward(
+        CHANNELS_FORWARD.pack(
+            x.data_ptr(),
+            address(residual),
+            address(mask),
+            address(gain),
+            address(shift),
+            address(running_mean),
+            address(running_var),
+            y.data_ptr(),
+            at_stats,
+            at_stats + 8 * channels,
+            address(num_batches_tracked),
+            batch,
+            channels,
+            positions,
+            config.eps,
+            config.momentum,
+            DTYPES[dtype],
+            layout,
+            config.batch_statistics,
+            ACTS[config.act],
+            _threads(),
+        )
+    )
+    if status and status != library.NOT_UPDATED:
+        library.raise_fault(status)
+    return NormResult(y, x, stats, not status)
+
+
+def channels_backward(
+    config: NormConfig,
+    total: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stats: Tensor,
+    dy: Tensor,
+    _dtotal: Tensor | None,
+) -> NormGradients:
+    x, layout, batch, channels, positions = _channels_of(total)
+    dtype = x.dtype
+    wide = parameter_dtype(dtype)
+    gain, shift = vector(weight, wide), vector(bias, wide)
+    dy = laid_out_like(dy, x)
+    dresidual = None
+    if residual is not None:
+        residual, dresidual = laid_out_like(residual, x), _empty_like(x)
+    if mask is not None:
+        mask = _of_positions(mask, x)
+    dx = _empty_like(x)
+    dweight, dbias = (None if t is None else _empty_like(t) for t in (gain, shift))
+    at_stats = stats.data_ptr()
+    status = library.functions.nw_channels_backward(
+        CHANNELS_BACKWARD.pack(
+            dy.data_ptr(),
+            x.data_ptr(),
+            address(residual),
+            address(mask),
+            address(gain),
+            address(shift),
+            at_stats,
+            at_stats + 8 * channels,
+            dx.data_ptr(),
+            address(dresidual),
+            address(dweight),
+            address(dbias),
+            batch,
+            channels,
+            positions,
+            DTYPES[dtype],
+            layout,
+            config.batch_statistics,
+            ACTS[config.act],
+            _threads(),
+        )
+    )
+    if status:
+        library.raise_fault(status)
+    return NormGradients(dx, dresidual, of_parameter(dweight, weight), of_parameter(dbias, bias))
+
+
+def _channels_of(x: Tensor) -> tuple[Tensor, int, int, int, int]:
+    """(x dense, its layout, batch, channels, positions) of (N, C, ...)."""
+    shape = x.shape
+    if len(shape) == 2:
+        return x.contiguous(), CHANNELS_LAST, shape[0], shape[1], 1
+    x, layout = dense(x)
+    return x, layout, shape[0], shape[1], prod(shape[2:])
+
+
+def _of_rows(config: NormConfig, mask: Tensor, x: Tensor) -> Tensor:
+    """A mask of whole rows as one byte a row."""
+    rows = x.shape[: x.dim() - config.axes]
+    return mask.expand(*rows, *(1,) * config.axes).contiguous()
+
+
+def _of_positions(mask: Tensor, x: Tensor) -> Tensor:
+    """The mask of all channels of (N, C, ...) as one byte a sample and position."""
+    return mask.expand(x.shape[0], 1, *x.shape[2:]).contiguous()
+
+
+FAMILIES = {
+    "features": NormFamily(features_forward, features_backward),
+    "groups": NormFamily(groups_forward, groups_backward),
+    "channels": NormFamily(channels_forward, channels_backward),
+}

@@ -1,0 +1,126 @@
+"""The one home of normalize-and-scale, forward and backward.
+
+Every norm layer is a choice of four things: which axes share statistics (`dims`), which elements count (`mask`), where
+the statistics come from (`mean` and `var`, or this input), and where gain and bias apply (the shapes of `weight` and
+`bias`, which broadcast against the input).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from normwise.backends.protocol import Moments, accumulation_dtype
+from normwise.backends.reference.moments import centre, count_valid, mean_square
+
+
+def norm(
+    x: Tensor,
+    dims: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    eps: float,
+    center: bool = True,
+) -> tuple[Tensor, Moments]:
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, and 0 where `mask` is False.
+
+    Args:
+        x: floating tensor of any shape.
+        dims: axes that share statistics.
+        weight, bias: broadcastable to `x`, or None.
+        mask: bool, broadcastable to `x` with as many axes, True = valid; invalid elements do not enter the statistics.
+        mean, var: given statistics (e.g. running averages), broadcastable to `x`; None: those of `x`.
+        eps: added to the variance, in units of x squared.
+        center: False leaves the mean in and divides by the root of the mean square (RMSNorm).
+
+    Returns:
+        (y, moments): `y` has the dtype of `x`; `moments` are those used, in at least float32. Without `center` the
+        mean is 0 and the variance is the mean square.
+    """
+    normalized, rstd, used = _standardize(x, dims, mask, mean, var, eps, center)
+    y = normalized * rstd
+    if weight is not None:
+        y = y * weight
+    if bias is not None:
+        y = y + bias
+    if mask is not None:
+        y = y.masked_fill(~mask, 0)
+    return y.to(x.dtype), used
+
+
+def norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    dims: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    eps: float,
+    center: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of `norm`'s y with respect to x, weight and bias, in closed form.
+
+    With z = (x - mean) * rstd and g = grad * weight, both 0 where invalid, and E the mean over the valid elements:
+
+        dx = rstd * (g - E[g] - z * E[g * z])      statistics of x (without E[g] if `center` is False)
+        dx = rstd * g                              given statistics, which are constants
+        dweight = sum(grad * z), dbias = sum(grad) over the axes along which each was broadcast
+
+    Source: Ioffe & Szegedy 2015, section 3, rearranged.
+    """
+    dims = list(dims)
+    normalized, rstd, used = _standardize(x, dims, mask, mean, var, eps, center)
+    z = normalized * rstd
+    grad = grad.to(z.dtype)
+    if mask is not None:
+        grad = grad.masked_fill(~mask, 0)
+    g = grad if weight is None else grad * weight
+    dx = g
+    if mean is None and var is None:
+        count = used.count.clamp(min=1)
+        if center:
+            dx = dx - g.sum(dims, keepdim=True) / count
+        dx = dx - z * ((g * z).sum(dims, keepdim=True) / count)
+    dx = dx * rstd
+    if mask is not None:
+        dx = dx.masked_fill(~mask, 0)
+    dweight = None if weight is None else (grad * z).sum_to_size(weight.shape).to(weight.dtype)
+    dbias = None if bias is None else grad.sum_to_size(bias.shape).to(bias.dtype)
+    return dx.to(x.dtype), dweight, dbias
+
+
+def _standardize(
+    x: Tensor,
+    dims: Sequence[int],
+    mask: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    eps: float,
+    center: bool,
+) -> tuple[Tensor, Tensor, Moments]:
+    """(x - mean, 1 / sqrt(var + eps), the moments used)."""
+    if mean is not None and var is not None:
+        wide = x.to(accumulation_dtype(x.dtype))
+        if mask is not None:
+            wide = wide.masked_fill(~mask, 0)
+        mean, var = mean.to(wide.dtype), var.to(wide.dtype)
+        return wide - mean, torch.rsqrt(var + eps), Moments(mean, var, torch.ones_like(var))
+    if center:
+        centred, mean, count = centre(x, dims, mask)
+    else:
+        centred = x.to(accumulation_dtype(x.dtype))
+        if mask is not None:
+            centred = centred.masked_fill(~mask, 0)
+        count = count_valid(centred, dims, mask)
+        mean = torch.zeros_like(count)
+    var = mean_square(centred, dims, count)
+    return centred, torch.rsqrt(var + eps), Moments(mean, var, count)

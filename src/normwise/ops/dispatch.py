@@ -1,0 +1,176 @@
+"""Which backend runs a call: the only place that decides, once a call.
+
+- `cpu`: our C++ kernels.
+- `aten`: torch's own kernels, where they do the same job as well.
+- `reference`: plain PyTorch operations; always works.
+
+`with normwise.backend("reference"):` or the environment variable NORMWISE_BACKEND forces one for the whole process;
+a forced backend never falls back but raises `BackendError` with the reason. Where only a missing library keeps the C++
+kernels from a call, `KernelWarning` says so once; NORMWISE_KERNEL_WARNING=off silences it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from normwise.backends.aten.backend import BACKEND as ATEN
+from normwise.backends.cpu.backend import BACKEND as CPU
+from normwise.backends.protocol import Backend
+from normwise.backends.reference.backend import BACKEND as REFERENCE
+from normwise.ops._torch_internals import (
+    dispatch_modes_active,
+    forward_ad_active,
+    is_fake,
+    is_jit_tracing,
+    transforms_active,
+)
+
+BACKENDS = {backend.name: backend for backend in (CPU, ATEN, REFERENCE)}
+
+_is_compiling = torch.compiler.is_compiling
+
+
+class BackendError(RuntimeError):
+    """A forced backend cannot run the call."""
+
+
+class KernelWarning(UserWarning):
+    """The compiled kernels would have run a call, but cannot be loaded: slower operations did."""
+
+
+class Resolved(NamedTuple):
+    """The backend of a call and why it was taken."""
+
+    backend: Backend
+    reason: str
+
+
+class _Forced:
+    """The forced backend. An object's attribute, because torch.compile can read and guard it: a ContextVar it cannot
+    read, and 2.11 does not guard a class's attribute."""
+
+    name: str | None = None
+
+
+_forced = _Forced()
+_KERNEL = Resolved(CPU, "the C++ kernel")
+
+
+def force(name: str | None) -> None:
+    """Force backend `name` from now on; None lets `resolve` decide again. ValueError names the known backends."""
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(map(repr, BACKENDS))}")
+    _forced.name = name
+
+
+def forced() -> str | None:
+    """The forced backend, or None."""
+    return _forced.name
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Force a backend inside a `with` block, in all threads; None lifts an outer block's choice."""
+    before = _forced.name
+    force(name)
+    try:
+        yield
+    finally:
+        _forced.name = before
+
+
+def resolve(request: Any, operation: str = "norm") -> Resolved:
+    """The backend for a request of an `operation`, "norm" or "recurrence", and the reason.
+
+    Raises:
+        BackendError: a forced backend cannot run it.
+    """
+    if _forced.name is not None:
+        return _resolve_forced(request, operation)
+    reason = _unseen() or getattr(CPU, operation).supports(request)
+    if reason is None:
+        return _KERNEL
+    if transforms_active() and not _is_compiling():
+        return Resolved(REFERENCE, "inside a torch.func transform")
+    if reason is CPU.missing() and not _is_compiling():
+        _warn_once(reason)
+    aten = getattr(ATEN, operation)
+    obstacle = aten.supports(request)
+    if obstacle is None and may_look_at_values(request.x):
+        obstacle = aten.precision_loss(request)
+    if obstacle is None:
+        return Resolved(ATEN, "ATen's kernel does the same job")
+    return Resolved(REFERENCE, obstacle)
+
+
+def _resolve_forced(request: Any, operation: str) -> Resolved:
+    backend = BACKENDS[_forced.name]  # type: ignore[index]
+    obstacle = (_unseen() if backend is CPU else None) or getattr(backend, operation).supports(request)
+    if obstacle is not None:
+        raise BackendError(
+            f"backend {_forced.name!r} was forced but cannot run {request.config.op}: {obstacle}. "
+            "Leave the choice to normwise with normwise.backend(None), or force 'reference', which runs everything."
+        )
+    return Resolved(backend, "forced")
+
+
+def _unseen() -> str | None:
+    """Why what a C++ kernel does would pass somebody by who looks on, or None."""
+    if _is_compiling():
+        return "while compiling, ATen's operations are left to the compiler"
+    if is_traced_or_transformed():
+        return "torch.func, forward-mode derivatives, dispatch modes and torch.jit.trace do not see a C++ kernel"
+    return None
+
+
+@cache
+def _warn_once(why_not: str) -> None:
+    """The library is the only thing that is missing: whoever waits for a slow model should know."""
+    if os.environ.get("NORMWISE_KERNEL_WARNING") != "off":
+        warnings.warn(
+            f"normwise runs without its compiled CPU kernels, by slower operations of PyTorch: {why_not}. "
+            "NORMWISE_KERNEL_WARNING=off in the environment silences this warning, which comes once.",
+            KernelWarning,
+        )
+
+
+def is_transforming() -> bool:
+    """Inside vmap, grad or another torch.func transform, where no value of a tensor can be looked at."""
+    return not _is_compiling() and transforms_active()
+
+
+def is_traced_or_transformed() -> bool:
+    """Whether somebody looks on who sees ATen's operations only, in eager mode: a torch.func transform, forward-mode
+    derivatives, a dispatch mode (make_fx) or torch.jit.trace."""
+    return transforms_active() or dispatch_modes_active() > 0 or forward_ad_active() or is_jit_tracing()
+
+
+def values_visible(*tensors: Tensor | None) -> bool:
+    """Whether the values of these tensors may decide what is done: not while compiling or transforming, nor on meta."""
+    if _is_compiling() or transforms_active():
+        return False
+    return not any(t is not None and (t.is_meta or (type(t) is not Tensor and is_fake(t))) for t in tensors)
+
+
+def may_look_at_values(x: Tensor) -> bool:
+    """Whether a look at the values of `x` is possible and cheap: elsewhere than on the CPU it waits for the queue."""
+    return x.device.type == "cpu" and values_visible(x)
+
+
+def found() -> dict[str, str | None]:
+    """For each backend, what keeps it from being used on this machine, or None if nothing does."""
+    return {name: backend.missing() for name, backend in BACKENDS.items()}
+
+
+try:
+    force(os.environ.get("NORMWISE_BACKEND") or None)
+except ValueError as error:
+    raise ValueError(f"environment variable NORMWISE_BACKEND: {error}") from None

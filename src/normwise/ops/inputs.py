@@ -1,0 +1,297 @@
+"""What the norms accept, and what they say otherwise. Nothing here changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normwise.backends.activations import activation
+from normwise.backends.cpu import library
+from normwise.backends.reference import count_valid
+from normwise.ops.dispatch import values_visible
+
+
+class ShapeError(ValueError, RuntimeError):
+    """A tensor of the wrong shape. Both kinds of error, because torch raises now the one and now the other."""
+
+
+def floating(op: str, x: Tensor) -> None:
+    """Norms are for real floating tensors."""
+    if not x.is_floating_point():
+        raise TypeError(
+            f'"{op}" not implemented for {x.dtype}: expected a floating dtype (float64, float32, bfloat16, float16); '
+            "convert the input first, e.g. x.float()"
+        )
+
+
+def rank(x: Tensor, allowed: Sequence[int]) -> None:
+    """`x` must have one of the allowed numbers of axes."""
+    if x.dim() not in allowed:
+        names = " or ".join(f"{n}D" for n in allowed)
+        raise ShapeError(
+            f"expected {names} input (got {x.dim()}D input): the shape is {tuple(x.shape)}, axis 1 must hold the "
+            "channels"
+        )
+
+
+def positive_eps(eps: float) -> None:
+    """eps keeps the division finite."""
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, but got {eps}: use a small number such as 1e-5")
+
+
+def momentum_range(momentum: float | None) -> None:
+    """Running averages move by a share of the way, or by a cumulative average (None)."""
+    if momentum is not None and not 0 <= momentum <= 1:
+        raise ValueError(
+            f"momentum must lie in [0, 1] or be None, but got {momentum}: it is the weight of the NEW batch in the "
+            "running "
+            "averages (Keras and Flax state the weight of the old value: use 1 minus theirs)"
+        )
+
+
+def per_channel(name: str, value: Tensor | None, channels: int) -> None:
+    """A vector with one element a channel, or None."""
+    if value is not None and tuple(value.shape) != (channels,):
+        raise ShapeError(
+            f"{name} should contain {channels} elements not {value.numel()}: the input has {channels} channels (axis "
+            "1), "
+            f"{name} has shape {tuple(value.shape)}"
+        )
+
+
+def channel_vectors(
+    channels: int,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """Running averages, both or neither, gain and bias: one element a channel each."""
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var go together: give both or neither")
+    named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    for name, value in named.items():
+        per_channel(name, value, channels)
+
+
+def like_normalized_shape(name: str, value: Tensor | None, normalized_shape: Sequence[int]) -> None:
+    """A gain or bias with one element a feature, or None."""
+    if value is not None and tuple(value.shape) != tuple(normalized_shape):
+        raise ShapeError(
+            f"Expected {name} to be of same shape as normalized_shape, but got {name} of shape {list(value.shape)} and "
+            f"normalized_shape = {list(normalized_shape)}"
+        )
+
+
+def feature_dims(x: Tensor, normalized_shape: Sequence[int], dim: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The axes of `x` that hold `normalized_shape`, in its order: the last ones, or those named by `dim`."""
+    shape = tuple(normalized_shape)
+    if not shape:
+        raise ShapeError(
+            "Expected normalized_shape to be at least 1-dimensional, but got normalized_shape = []: name the size of "
+            "each "
+            "normalized axis"
+        )
+    if dim is None:
+        if x.dim() < len(shape) or tuple(x.shape[x.dim() - len(shape) :]) != shape:
+            raise ShapeError(
+                f"Given normalized_shape={list(shape)}, expected input with shape [*, {', '.join(map(str, shape))}], "
+                "but got "
+                f"input of size{list(x.shape)}: the input must end in normalized_shape; for other axes use dim="
+            )
+        return tuple(range(x.dim() - len(shape), x.dim()))
+    named = (dim,) if isinstance(dim, int) else tuple(dim)
+    if len(named) != len(shape):
+        raise ValueError(f"dim={dim} names {len(named)} axes, but normalized_shape={list(shape)} has {len(shape)}")
+    if any(not -x.dim() <= d < x.dim() for d in named):
+        raise ShapeError(
+            f"Dimension out of range: dim={dim} for an input of shape {tuple(x.shape)} with {x.dim()} axes"
+        )
+    dims = tuple(d % x.dim() for d in named)
+    if len(set(dims)) < len(dims):
+        raise ValueError(f"dim={dim} names an axis of the input of shape {tuple(x.shape)} twice")
+    found = tuple(x.shape[d] for d in dims)
+    if found != shape:
+        raise ShapeError(
+            f"Given normalized_shape={list(shape)}, expected an input with these sizes at dim={dim}, but got "
+            f"{list(found)} "
+            f"in an input of size{list(x.shape)}"
+        )
+    return dims
+
+
+def not_along_features(lengths: Tensor | None, x: Tensor, dims: tuple[int, ...]) -> None:
+    """`lengths` are of steps, and the last axis of features has none."""
+    if lengths is not None and dims == (x.dim() - 1,):
+        raise ValueError(
+            "lengths counts valid steps along the last axis, but here the last axis holds the features that are "
+            "normalized: give mask= of shape (N, L), True = valid, or normalize the channels of (N, C, L) by dim=1"
+        )
+
+
+def validate_channels(
+    op: str,
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    act: str | None,
+    residual: Any,
+) -> Tensor | None:
+    """What norms of (N, C, ...) share. The valid elements, as from `validity`."""
+    floating(op, x)
+    positive_eps(eps)
+    if not isinstance(momentum, Tensor):
+        momentum_range(momentum)
+    if x.dim() < 2:
+        raise ShapeError(f"expected 2D input or more (got {x.dim()}D input): axis 1 must hold the channels")
+    channel_vectors(x.shape[1], running_mean, running_var, weight, bias)
+    same_shape("residual", residual, x)
+    if act is not None:
+        activation(act)
+    return validity(x, mask, lengths, channel_dim=1)
+
+
+def dense(x: Tensor) -> Tensor:
+    """(N, C, ...) as it is if its channels come first or last in memory, otherwise copied."""
+    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
+
+
+def same_shape(name: str, value: Any, x: Tensor) -> None:
+    """`residual` is added to the input or output element by element."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor like the input, but got {type(value).__name__}")
+    if value.shape != x.shape:
+        raise ShapeError(
+            f"{name} must have the input's shape {tuple(x.shape)}, but got {tuple(value.shape)}: expand it first"
+        )
+
+
+def more_than_one(count: int, x: Tensor, cure: str) -> None:
+    """One value has no deviation. torch's own words first, since people search for them."""
+    if count == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {x.shape}: one value standardizes "
+            "to 0 "
+            f"whatever it is. {cure}"
+        )
+
+
+BATCH_OF_ONE_CURE = (
+    "Ways out: a norm that needs no batch (LayerNorm, GroupNorm), eval mode (model.eval() uses the running "
+    "statistics), "
+    "or DataLoader(drop_last=True) if only the last batch is this small."
+)
+
+
+def enough_values(x: Tensor, valid: Tensor | None, needed: int) -> None:
+    """A channel needs one value for a mean and two for a deviation."""
+    if valid is None:
+        if needed > 1:
+            values = x.shape[0]
+            for size in x.shape[2:]:
+                values *= size
+            more_than_one(values, x, BATCH_OF_ONE_CURE)
+        return
+    if not values_visible(valid) or x.numel() == 0:
+        return
+    if valid.shape[1] == 1:  # the mask is that of all channels
+        at_hand = type(valid) is Tensor and valid.is_cpu and valid.is_contiguous() and library.missing() is None
+        found = library.count_valid(valid, needed) if at_hand else int(torch.count_nonzero(valid))
+        count = found * (x.numel() // (x.shape[1] * valid.numel()))
+    else:
+        count = int(count_valid(x, (0, *range(2, x.dim())), valid).min())
+    if count == 0:
+        raise ValueError(
+            "mask (or lengths) leaves no valid element for a channel: there is nothing to take statistics of. Leave "
+            "such a "
+            "batch out, or use eval mode"
+        )
+    if needed > 1:
+        more_than_one(count, x, BATCH_OF_ONE_CURE)
+
+
+def validity(x: Tensor, mask: Tensor | None, lengths: Tensor | None, channel_dim: int) -> Tensor | None:
+    """The valid elements as a bool tensor with as many axes as `x`, broadcastable to it; None if all are valid.
+
+    Args:
+        x: the input.
+        mask: bool, True = valid (the reverse of torch's key_padding_mask): the shape of `x` without `channel_dim`,
+            or any shape that broadcasts to that of `x`.
+        lengths: integers of shape (x.shape[0],): how many steps along the last axis are valid.
+        channel_dim: the axis that a mask need not have.
+
+    Raises:
+        TypeError: a mask that is not bool, lengths that are not integers.
+        ShapeError: a shape that does not fit.
+        ValueError: mask and lengths together, or lengths outside [0, steps].
+    """
+    if mask is not None and lengths is not None:
+        raise ValueError("got both mask and lengths: give one of them (mask & lengths_mask is a mask)")
+    if lengths is not None:
+        return _from_lengths(x, lengths)
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        raise TypeError(
+            f"mask must be of dtype torch.bool with True = valid, but got {mask.dtype}: use mask.bool(), or ~mask if "
+            "True marks padding there, as in torch's key_padding_mask"
+        )
+    channel_dim %= x.dim()
+    without_channel = (*x.shape[:channel_dim], *x.shape[channel_dim + 1 :])
+    if tuple(mask.shape) == without_channel:
+        return mask.unsqueeze(channel_dim)
+    padded = (1,) * (x.dim() - mask.dim()) + tuple(mask.shape)
+    if len(padded) != x.dim() or any(m not in (1, s) for m, s in zip(padded, x.shape, strict=True)):
+        raise ShapeError(
+            f"mask of shape {tuple(mask.shape)} does not fit an input of shape {tuple(x.shape)}: expected "
+            f"{without_channel} "
+            f"(the input without its channel axis {channel_dim}) or a shape that broadcasts to the input's"
+        )
+    return mask.reshape(padded)
+
+
+def one_length_each(lengths: Tensor, samples: int, steps: int, of: str) -> None:
+    """`lengths` must be an integer in [0, steps] for each sample of the input, which `of` names.
+
+    Raises:
+        TypeError: not integers.
+        ShapeError: not one for each sample.
+        ValueError: outside [0, steps].
+    """
+    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise TypeError(f"lengths must be of an integer dtype, but got {lengths.dtype}: use lengths.long()")
+    if tuple(lengths.shape) != (samples,):
+        raise ShapeError(
+            f"lengths must be of shape ({samples},), one for each sample of {of}, but got {tuple(lengths.shape)}"
+        )
+    if samples and values_visible(lengths):
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 0 or high > steps:
+            raise ValueError(
+                f"lengths must lie in [0, {steps}], the number of steps of {of}, but got values from {low} to {high}"
+            )
+
+
+def _from_lengths(x: Tensor, lengths: Tensor) -> Tensor:
+    if x.dim() < 3:
+        raise ShapeError(
+            "lengths counts valid steps along the last axis of an input (N, C, L), but got an input of shape "
+            f"{tuple(x.shape)}: "
+            "use mask="
+        )
+    n, steps = x.shape[0], x.shape[-1]
+    one_length_each(lengths, n, steps, f"an input of shape {tuple(x.shape)}")
+    valid = torch.arange(steps, device=x.device) < lengths.to(x.device)[:, None]
+    return valid.view(n, *(1,) * (x.dim() - 2), steps)

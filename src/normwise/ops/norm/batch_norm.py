@@ -1,0 +1,165 @@
+"""Batch normalization: one mean and variance a channel, over the batch and all positions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from normwise.backends.protocol import NormConfig, NormRequest
+from normwise.ops import inputs, ragged
+from normwise.ops.norm import running_stats
+from normwise.ops.norm.ghost_batch_norm import ghost_batch_norm
+from normwise.ops.norm.run import run
+from normwise.ops.norm.running_stats import Updated
+from normwise.ops.norm.sync_batch_norm import over_ranks
+
+
+def batch_norm(
+    input: Tensor | PackedSequence,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    act: str | None = None,
+    residual: Tensor | PackedSequence | None = None,
+    process_group: Any = None,
+) -> Tensor | PackedSequence:
+    r"""act(gamma * (x - mean) / sqrt(var + eps) + beta + residual), statistics a channel over batch and positions.
+
+    In training the statistics are the batch's (biased variance), and the running averages, if given, move towards it
+    in place: running = (1 - momentum) * running + momentum * batch, with the unbiased variance. Otherwise the
+    statistics are the running averages, or the batch's where there are none. A batch whose statistics are NaN or
+    infinite in any channel moves no running average.
+
+    Args:
+        input: (N, C) or (N, C, ...); or a PackedSequence or jagged nested tensor of rows of C features.
+        running_mean, running_var: (C,), changed in place in training.
+        weight, bias: (C,): gamma and beta.
+        training: use the batch's statistics.
+        momentum: weight of the new batch in the running averages, in [0, 1].
+        eps: added to the variance.
+        mask: bool, True = valid: (N, ...), the input without its channel axis, or broadcastable to the input.
+        lengths: (N,) integers, valid steps along the last axis of (N, C, ..., L).
+        act: "relu", "leaky_relu", "silu" or "gelu", applied last.
+        residual: like the input, added before `act`.
+        process_group: in training the statistics are those of the batches of all ranks of this group; see
+            `SyncBatchNorm`. (The layer compares the ranks' channels once, this function in each call.)
+
+    Returns:
+        Like the input; 0 at invalid positions, which neither enter the statistics nor receive a gradient.
+
+    Raises:
+        ValueError: one value per channel in training, no valid element in a channel, eps <= 0, momentum outside
+            [0, 1], lengths out of range.
+        ShapeError: shapes that do not fit.
+        TypeError: an input that is not floating, a mask that is not bool, lengths that are not integers.
+
+    Source: Ioffe & Szegedy 2015, algorithms 1 and 2.
+    """
+    return batch_norm_with_stats(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        mask=mask,
+        lengths=lengths,
+        act=act,
+        residual=residual,
+        process_group=process_group,
+    )[0]
+
+
+def batch_norm_with_stats(
+    input: Tensor | PackedSequence,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    *,
+    num_batches_tracked: Tensor | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    act: str | None = None,
+    residual: Tensor | PackedSequence | None = None,
+    process_group: Any = None,
+    virtual_batch_size: int | None = None,
+    ranks: Sequence[int] | None = None,
+) -> tuple[Any, Updated]:
+    """`batch_norm`, and whether the running statistics were updated (True also where there are none to update).
+
+    Args:
+        num_batches_tracked: 0-d int64, counts updates.
+        process_group: a torch.distributed group, or a layer's `StatsGroup`.
+        virtual_batch_size: statistics of virtual batches of so many samples, see `ghost_batch_norm`.
+        ranks: the numbers of axes that a layer accepts.
+    """
+    if ranks is not None:
+        ragged.rank_or_rows(input, ranks, "BatchNorm1d")
+    if ragged.is_ragged(input):
+        if virtual_batch_size is not None:
+            raise ValueError(
+                f"virtual_batch_size={virtual_batch_size} counts samples, which rows of a ragged input do not tell "
+                "apart: give a padded input with lengths="
+            )
+        rows = partial(
+            batch_norm_with_stats,
+            running_mean=running_mean,
+            running_var=running_var,
+            weight=weight,
+            bias=bias,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            num_batches_tracked=num_batches_tracked,
+            act=act,
+            process_group=process_group,
+        )
+        return ragged.by_rows(rows, input, mask=mask, lengths=lengths, residual=residual)  # type: ignore[no-any-return]
+    x: Tensor = input  # type: ignore[assignment]
+    valid = inputs.validate_channels(
+        "batch_norm", x, running_mean, running_var, weight, bias, momentum, eps, mask, lengths, act, residual
+    )
+    batch_statistics = training or running_mean is None
+    if training and running_mean is not None and running_stats.recomputing():
+        # What there is to learn, the first run has learnt; clones, because it must run as it ran then.
+        running_mean, running_var, num_batches_tracked = running_mean.clone(), running_var.clone(), None  # type: ignore[union-attr]
+    formula = None
+    if training and process_group is not None:
+        formula = over_ranks(process_group, x, valid)
+    if batch_statistics and formula is None:
+        inputs.enough_values(x, valid, needed=2 if training else 1)
+        if x.numel() == 0:
+            running_mean = running_var = num_batches_tracked = None  # nothing to learn from an empty batch, as in torch
+    config = NormConfig("batch_norm", "channels", eps, act, batch_statistics=batch_statistics, momentum=momentum)
+    request = NormRequest(
+        config,
+        inputs.dense(x),
+        residual,  # type: ignore[arg-type]
+        weight,
+        bias,
+        valid,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+    )
+    if training and virtual_batch_size is not None:
+        return ghost_batch_norm(request, virtual_batch_size)
+    result = run(request, formula)
+    return result.y, result.stats_updated  # type: ignore[return-value]

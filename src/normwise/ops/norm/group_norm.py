@@ -1,0 +1,119 @@
+"""Group normalization: one mean and variance for each sample and group of channels."""
+
+from __future__ import annotations
+
+from functools import partial
+from math import prod
+from typing import Any
+
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from normwise.backends.activations import activation
+from normwise.backends.protocol import NormConfig, NormRequest
+from normwise.ops import inputs, ragged
+from normwise.ops.norm.run import run
+
+
+def group_norm(
+    input: Tensor | PackedSequence,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    act: str | None = None,
+    residual: Tensor | PackedSequence | None = None,
+) -> Any:
+    r"""act(gamma * (x - mean) / sqrt(var + eps) + beta + residual), statistics over a group of channels of a sample.
+
+    Mean and (biased) variance are those of all positions of C / num_groups neighbouring channels of one sample.
+
+    Args:
+        input: (N, C, ...); or a PackedSequence or jagged nested tensor of N sequences of rows of C channels.
+        num_groups: into how many groups of neighbouring channels C is divided.
+        weight, bias: (C,): gamma and beta.
+        eps: added to the variance.
+        mask: bool, True = valid: (N, ...), the input without its channel axis, or broadcastable to the input.
+        lengths: (N,) integers, valid steps along the last axis of (N, C, ..., L).
+        act: "relu", "leaky_relu", "silu" or "gelu", applied last.
+        residual: like the input, added before `act`.
+
+    Returns:
+        Like the input; 0 at invalid positions, which neither enter the statistics nor receive a gradient. A sample
+        without a valid element is all 0.
+
+    Raises:
+        ValueError: groups that do not divide C, one value per group in the whole batch, eps <= 0.
+        ShapeError: shapes that do not fit. TypeError: dtypes that do not.
+
+    Source: Wu & He 2018, eq. 7.
+    """
+    return group_norm_of(input, num_groups, weight, bias, eps, mask=mask, lengths=lengths, act=act, residual=residual)
+
+
+def group_norm_of(
+    input: Tensor | PackedSequence,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    act: str | None = None,
+    residual: Tensor | PackedSequence | None = None,
+    num_channels: int | None = None,
+) -> Any:
+    """`group_norm` of an input that must have `num_channels` channels, if that is given."""
+    if ragged.is_ragged(input):
+        sequences = partial(
+            group_norm_of,
+            num_groups=num_groups,
+            weight=weight,
+            bias=bias,
+            eps=eps,
+            act=act,
+            num_channels=num_channels,
+        )
+        return ragged.by_sequences(sequences, input, mask=mask, lengths=lengths, residual=residual)
+    assert isinstance(input, Tensor)
+    x = input
+    inputs.floating("group_norm", x)
+    inputs.positive_eps(eps)
+    if x.dim() < 2:
+        raise inputs.ShapeError(
+            f"Expected at least 2 dimensions for input tensor but received {x.dim()}: axis 1 must hold the channels"
+        )
+    samples, channels, *positions = x.shape
+    if num_channels is not None and channels != num_channels:
+        raise inputs.ShapeError(
+            f"expected input's size at dim=1 to match num_channels ({num_channels}), but got: {channels}."
+        )
+    groups_divide(num_groups, channels)
+    inputs.per_channel("weight", weight, channels)
+    inputs.per_channel("bias", bias, channels)
+    inputs.same_shape("residual", residual, x)
+    assert residual is None or isinstance(residual, Tensor)
+    if act is not None:
+        activation(act)
+    valid = inputs.validity(x, mask, lengths, channel_dim=1)
+    inputs.more_than_one(
+        samples * channels // num_groups * prod(positions),
+        x,
+        "Use fewer groups, so that each holds several channels, or LayerNorm.",
+    )
+    config = NormConfig("group_norm", "groups", eps, act, groups=num_groups)
+    return run(NormRequest(config, inputs.dense(x), residual, weight, bias, valid)).y
+
+
+def groups_divide(num_groups: int, channels: int) -> None:
+    """ValueError unless `channels` fall into `num_groups` equal groups."""
+    if num_groups <= 0 or channels % num_groups != 0:
+        fitting = [g for g in range(1, channels + 1) if channels % g == 0]
+        raise ValueError(
+            f"num_channels ({channels}) must be divisible by num_groups ({num_groups}): num_groups can be one of "
+            f"{fitting}"
+        )

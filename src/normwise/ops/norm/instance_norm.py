@@ -1,0 +1,159 @@
+"""Instance normalization: one mean and variance for each sample and channel."""
+
+from __future__ import annotations
+
+from functools import partial
+from math import prod
+from typing import Any
+
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from normwise.backends.activations import activation
+from normwise.backends.protocol import NormConfig, NormRequest
+from normwise.ops import inputs, ragged
+from normwise.ops.norm import running_stats
+from normwise.ops.norm.run import run
+
+
+def instance_norm(
+    input: Tensor | PackedSequence,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    act: str | None = None,
+    residual: Tensor | PackedSequence | None = None,
+) -> Any:
+    r"""act(gamma * (x - mean) / sqrt(var + eps) + beta + residual), statistics over positions, by sample and channel.
+
+    Args:
+        input: (N, C, ...) with at least one axis of positions; or a PackedSequence or jagged nested tensor of N
+            sequences of rows of C channels.
+        running_mean, running_var: (C,), moved in place towards the average over samples if `use_input_stats`,
+            otherwise the statistics that are used.
+        weight, bias: (C,): gamma and beta.
+        use_input_stats: take the statistics from the input.
+        momentum: weight of the new batch in the running averages, in [0, 1].
+        eps: added to the (biased) variance.
+        mask: bool, True = valid: (N, ...), the input without its channel axis, or broadcastable to the input.
+        lengths: (N,) integers, valid steps along the last axis of (N, C, ..., L).
+        act: "relu", "leaky_relu", "silu" or "gelu", applied last.
+        residual: like the input, added before `act`.
+
+    Returns:
+        Like the input; 0 at invalid positions, which neither enter the statistics nor receive a gradient. A sample
+        without a valid element is all 0; one with a single valid element gives its bias there.
+
+    Raises:
+        ValueError: one position only, eps <= 0, momentum outside [0, 1], running averages missing.
+        ShapeError: shapes that do not fit. TypeError: dtypes that do not.
+
+    Source: Ulyanov, Vedaldi & Lempitsky 2016, eq. 2.
+    """
+    return instance_norm_of(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        use_input_stats,
+        momentum,
+        eps,
+        mask=mask,
+        lengths=lengths,
+        act=act,
+        residual=residual,
+    )
+
+
+def instance_norm_of(
+    input: Tensor | PackedSequence,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    *,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    act: str | None = None,
+    residual: Tensor | PackedSequence | None = None,
+    rank: int | None = None,
+    num_features: int | None = None,
+) -> Any:
+    """`instance_norm` of a layer's input, if `rank` is given: it has as many axes, or one less where it is one sample,
+    as are then `mask` and `residual`; with `num_features` channels, if that is given."""
+    if ragged.is_ragged(input):
+        if rank not in (None, 3):
+            raise inputs.ShapeError(f"a layer for {rank}D input takes no ragged input: InstanceNorm1d does")
+        sequences = partial(
+            instance_norm_of,
+            running_mean=running_mean,
+            running_var=running_var,
+            weight=weight,
+            bias=bias,
+            use_input_stats=use_input_stats,
+            momentum=momentum,
+            eps=eps,
+            act=act,
+            rank=rank,
+            num_features=num_features,
+        )
+        return ragged.by_sequences(sequences, input, mask=mask, lengths=lengths, residual=residual)
+    x: Tensor = input  # type: ignore[assignment]
+    single = False
+    if rank is not None:
+        inputs.rank(x, (rank - 1, rank))
+        single = x.dim() < rank
+    if single:
+        inputs.same_shape("residual", residual, x)
+        x, mask, residual = (None if t is None else t.unsqueeze(0) for t in (x, mask, residual))  # type: ignore[assignment, union-attr]
+        lengths = None if lengths is None else lengths.reshape(1)
+    if num_features is not None and x.shape[1] != num_features:
+        raise inputs.ShapeError(
+            f"expected input's size at dim=1 to match num_features ({num_features}), but got: {x.shape[1]}."
+        )
+    inputs.floating("instance_norm", x)
+    inputs.positive_eps(eps)
+    inputs.momentum_range(momentum)
+    if x.dim() < 3:
+        raise inputs.ShapeError(
+            f"expected 3D input or more (got {x.dim()}D input): (N, C, ...) with an axis of positions"
+        )
+    channels, *positions = x.shape[1:]
+    inputs.channel_vectors(channels, running_mean, running_var, weight, bias)
+    inputs.same_shape("residual", residual, x)
+    if act is not None:
+        activation(act)
+    valid = inputs.validity(x, mask, lengths, channel_dim=1)
+    if not use_input_stats and running_mean is None:
+        raise ValueError(
+            "Expected running_mean and running_var to be defined when use_input_stats is false: give them, or take the "
+            "input's own statistics"
+        )
+    if use_input_stats and prod(positions) == 1:
+        raise ValueError(
+            f"Expected more than 1 spatial element when training, got input size {x.shape}: one value standardizes to 0 "
+            "whatever it is. Use LayerNorm or GroupNorm, whose statistics also run over channels"
+        )
+    if use_input_stats:
+        config = NormConfig("instance_norm", "groups", eps, act, groups=channels, momentum=momentum)
+        if x.shape[0] == 0:
+            running_mean = running_var = None
+        elif running_mean is not None and running_stats.recomputing():
+            # What there is to learn, the first run has learnt.
+            running_mean, running_var = running_mean.clone(), running_var.clone()  # type: ignore[union-attr]
+    else:
+        config = NormConfig("instance_norm", "channels", eps, act, batch_statistics=False)
+    request = NormRequest(config, inputs.dense(x), residual, weight, bias, valid, running_mean, running_var)  # type: ignore[arg-type]
+    y = run(request).y
+    return y.squeeze(0) if single else y

@@ -1,0 +1,156 @@
+"""Layer and root mean square normalization: statistics of one sample, over its features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from normwise.backends.activations import activation
+from normwise.backends.protocol import Moments, NormConfig, NormRequest, accumulation_dtype
+from normwise.ops import distributed, inputs, ragged
+from normwise.ops.distributed_norm import distributed_norm
+from normwise.ops.norm.run import run
+
+_FLOAT32_EPS, _FLOAT64_EPS = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
+
+
+def layer_norm(
+    input: Tensor | PackedSequence,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    dim: int | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    act: str | None = None,
+    add: Tensor | PackedSequence | None = None,
+    process_group: Any = None,
+) -> Any:
+    r"""act(gamma * (x - mean) / sqrt(var + eps) + beta), statistics over the features of one sample.
+
+    With `add` r the result is the pair (y, x + r), where y normalizes x + r: what a pre-norm transformer needs.
+
+    Args:
+        input: (*, normalized_shape); a PackedSequence or jagged nested tensor of rows; any tensor if `dim` is given.
+        normalized_shape: sizes of the axes that are normalized together.
+        weight, bias: gamma and beta, of shape `normalized_shape`.
+        eps: added to the (biased) variance.
+        dim: the axes of the input that hold `normalized_shape`, in its order; default the last ones.
+        mask: bool, True = valid: the input's shape without its channel axis (the first one that `dim` names; without
+            `dim` the last), or anything that broadcasts to the input.
+        lengths: (N,) integers, valid steps along the last axis of (N, C, L); not where that axis is the only one
+            normalized.
+        act: "relu", "leaky_relu", "silu" or "gelu", applied last.
+        add: like the input, added to it before the statistics are taken.
+        process_group: the features are spread over the ranks of this group, unevenly if need be, and `input`,
+            `normalized_shape`, `weight` and `bias` are this rank's shard; mean and variance are those of whole rows.
+            All ranks must call with the same rows.
+
+    Returns:
+        Like the input (or the pair); 0 at invalid positions, which neither enter the statistics nor receive a gradient.
+
+    Raises:
+        ShapeError: shapes that do not fit. TypeError: dtypes that do not. ValueError: eps <= 0, lengths out of range.
+
+    Source: Ba, Kiros & Hinton 2016, eq. 3 and 4.
+    """
+    config = NormConfig("layer_norm", "features", eps, act, len(normalized_shape))
+    return _feature_norm(config, input, normalized_shape, weight, bias, dim, mask, lengths, add, process_group)
+
+
+def rms_norm(
+    input: Tensor | PackedSequence,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+    *,
+    dim: int | Sequence[int] | None = None,
+    mask: Tensor | None = None,
+    lengths: Tensor | None = None,
+    act: str | None = None,
+    add: Tensor | PackedSequence | None = None,
+    process_group: Any = None,
+) -> Any:
+    r"""act(gamma * x / sqrt(mean(x^2) + eps)), the mean square over the features of one sample.
+
+    Arguments, result and errors are those of `layer_norm`, without a bias. `eps` None stands for the machine epsilon
+    of the dtype that statistics are computed in (float32, or float64 for float64 inputs), as in torch.
+
+    Source: Zhang & Sennrich 2019, eq. 4.
+    """
+    if eps is None:
+        dtype = (input.data if isinstance(input, PackedSequence) else input).dtype
+        eps = _FLOAT64_EPS if accumulation_dtype(dtype) is torch.float64 else _FLOAT32_EPS
+    config = NormConfig("rms_norm", "features", eps, act, len(normalized_shape), center=False)
+    return _feature_norm(config, input, normalized_shape, weight, None, dim, mask, lengths, add, process_group)
+
+
+def _feature_norm(
+    config: NormConfig,
+    x: Any,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dim: int | Sequence[int] | None,
+    mask: Tensor | None,
+    lengths: Tensor | None,
+    add: Any,
+    process_group: Any,
+) -> Any:
+    """y, or with `add` the pair (y, x + add)."""
+    if ragged.is_ragged(x):
+        if dim is not None:
+            raise ValueError(f"dim={dim} needs a padded tensor: rows of a ragged one have trailing features only")
+
+        def rows(x: Tensor, residual: Tensor | None) -> Any:
+            return _feature_norm(config, x, normalized_shape, weight, bias, None, None, None, residual, process_group)
+
+        return ragged.by_rows(rows, x, mask=mask, lengths=lengths, residual=add)
+    inputs.floating(config.op, x)
+    inputs.positive_eps(config.eps)
+    inputs.like_normalized_shape("weight", weight, normalized_shape)
+    inputs.like_normalized_shape("bias", bias, normalized_shape)
+    inputs.same_shape("add", add, x)
+    if config.act is not None:
+        activation(config.act)
+    dims = inputs.feature_dims(x, normalized_shape, dim)
+    valid = None
+    if mask is not None or lengths is not None:
+        inputs.not_along_features(lengths, x, dims)
+        valid = inputs.validity(x, mask, lengths, channel_dim=dims[0] if dim is not None else x.dim() - 1)
+    formula = None if process_group is None else _over_ranks(process_group, config.op, x, dims, valid)
+    trailing = tuple(range(x.dim() - len(dims), x.dim()))
+    channels_last = False
+    if dims != trailing:
+        channels_last = not x.is_contiguous()
+        x = x.movedim(dims, trailing)
+        add, valid = (None if t is None else t.movedim(dims, trailing) for t in (add, valid))
+    result = run(NormRequest(config, x.contiguous(), add, weight, bias, valid), formula)
+    y, total = result.y, result.total
+    if dims != trailing:
+        y, total = (t.movedim(trailing, dims) for t in (y, total))
+        if not channels_last:
+            y, total = y.contiguous(), total.contiguous()
+    return y if add is None else (y, total)
+
+
+def _over_ranks(
+    process_group: Any, op: str, x: Tensor, dims: tuple[int, ...], valid: Tensor | None
+) -> Callable[..., tuple[Tensor, Moments]] | None:
+    """`reference.norm` of rows whose features are spread over ranks; None where this rank stands alone."""
+    rows = prod([size for d, size in enumerate(x.shape) if d not in dims])
+    # What ranks that hold the shards of the same rows must agree on, so that their messages are of one size.
+    facts = {"number of rows": rows, "masked": int(valid is not None)}
+    group = distributed.stats_group(process_group).group(op, x.device, facts)
+    if group is None:
+        return None
+    # A row that is valid here may be partly invalid in another shard, so a mask always says how many count.
+    return partial(distributed_norm, group=group, count_each=valid is not None)

@@ -1,0 +1,36 @@
+"""The one way of every norm from its checked arguments to a backend and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from normwise.backends import reference
+from normwise.backends.protocol import NormRequest, NormResult
+from normwise.ops import autograd, custom_op
+from normwise.ops.dispatch import resolve
+from normwise.ops.norm import running_stats
+
+
+def run(request: NormRequest, formula: Callable[..., Any] | None = None) -> NormResult:
+    """Run a request, in canonical form, on the backend that `resolve` names, and update running statistics.
+
+    `formula`, with the signature of `reference.norm`, takes the statistics from elsewhere (several ranks).
+    """
+    needs_grad = torch.is_grad_enabled() and autograd.requires_grad(request)
+    if formula is None:
+        backend, _ = resolve(request)
+        family = backend.norm.kernels[request.config.family]
+        if family.backward is not None and needs_grad:
+            result = NormResult(*autograd.Norm.apply(family, *request))
+        elif torch.compiler.is_compiling() and backend.name == "reference":
+            result = reference.norms.run(custom_op.norm, *request, needs_grad)
+        else:
+            result = family.forward(*request, needs_grad)
+    else:
+        result = reference.norms.run(formula, *request, needs_grad)
+    if result.stats_updated is None:
+        result = result._replace(stats_updated=running_stats.update(request, result))
+    return result

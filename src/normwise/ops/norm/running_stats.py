@@ -1,0 +1,135 @@
+"""Running averages of batch statistics: the third answer, "where the statistics come from", for evaluation."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from normwise.backends.protocol import Moments, NormConfig, NormRequest, NormResult
+from normwise.ops._torch_internals import current_graph_task_id
+from normwise.ops.dispatch import is_traced_or_transformed, values_visible
+
+# Whether running statistics were updated: a bool, or a 0-d bool tensor where a look at it would wait for a device or is
+# not possible (while compiling).
+Updated: TypeAlias = bool | Tensor
+
+
+def update(request: NormRequest, result: NormResult) -> Updated:
+    """Update the running statistics of a request by what its forward found, and count the batch."""
+    stats = (request.running_mean, request.running_var, request.num_batches_tracked)
+    if result.new_running is None:
+        return move_by(request.config, *stats, result.moments)  # type: ignore[arg-type]
+    return _count(stats[2], replace(stats[:2], result.new_running))  # type: ignore[arg-type]
+
+
+def move_by(
+    config: NormConfig,
+    running_mean: Tensor,
+    running_var: Tensor,
+    num_batches_tracked: Tensor | None,
+    moments: Moments,
+) -> Updated:
+    """Move the running statistics of a norm by the moments of its batch, and count it."""
+    if config.family == "groups":
+        move_over_samples(running_mean, running_var, moments, config.momentum)
+        return True
+    return _count(num_batches_tracked, move(running_mean, running_var, moments, config.momentum))
+
+
+def _count(num_batches_tracked: Tensor | None, updated: Updated) -> Updated:
+    if num_batches_tracked is not None and updated is not False:
+        num_batches_tracked.add_(1 if updated is True else updated)
+    return updated
+
+
+def recomputing() -> bool:
+    """Whether this is a forward inside a backward: activation checkpointing runs a layer a second time on one batch.
+
+    What such a forward learns has been learnt in the first one. (A forward that user code starts inside a backward
+    hook looks the same.) While compiling, checkpointing is the compiler's own and repeats no change of a buffer.
+    """
+    return not torch.compiler.is_compiling() and current_graph_task_id() != -1
+
+
+def may_read(counter: Tensor) -> bool:
+    """Whether the value of `counter` can be had, be it by waiting for its device."""
+    if not values_visible(counter):
+        return False
+    return not (counter.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def may_read_cheaply(counter: Tensor) -> bool:
+    """Whether the value of `counter` can be had without waiting for a device."""
+    return counter.is_cpu and values_visible(counter)
+
+
+def move(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float | Tensor) -> Updated:
+    """running <- running + momentum * (batch - running), in place, with the variance unbiased.
+
+    A channel without a valid element keeps its averages, and one with a single element, which has no deviation, its
+    variance. If anything would become NaN or infinite, nothing moves.
+
+    Args:
+        running_mean, running_var: (C,).
+        moments: of one batch, with one element a channel once the kept axes are dropped.
+        momentum: weight of the new batch.
+
+    Returns:
+        Whether they moved.
+    """
+    with torch.no_grad():
+        count = moments.count.expand_as(moments.mean)
+        new = [
+            torch.where(
+                count.reshape(running.shape) >= needed, _towards(running, now.reshape(running.shape), momentum), running
+            )
+            for running, now, needed in ((running_mean, moments.mean, 1), (running_var, unbiased_var(moments), 2))
+        ]
+        return replace((running_mean, running_var), (new[0], new[1]))
+
+
+def replace(averages: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Updated:
+    """Store `new` in the running averages, both or, where anything in it is NaN or infinite, none of them."""
+    with torch.no_grad():
+        # In the averages' own dtype, in which a finite number may have become infinite.
+        rows = torch.stack([now.to(old.dtype) for old, now in zip(averages, new, strict=True)])
+        finite = (rows * 0).sum() == 0  # 0 * NaN and 0 * inf are NaN
+        if finite.is_cpu and values_visible(finite) and not is_traced_or_transformed():
+            if not finite:
+                return False
+            for old, now in zip(averages, rows, strict=True):
+                old.copy_(now)
+            return True
+        for old, now in zip(averages, rows, strict=True):
+            old.copy_(torch.where(finite, now, old))
+        return finite
+
+
+def move_over_samples(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float | Tensor) -> None:
+    """`move` by the average over samples (axis 0) of each sample's own moments.
+
+    A sample without a valid element has no mean, and one with a single element no deviation: they are left out of
+    the average, as are samples whose moments are NaN or infinite. Where no sample is left, the running average stays.
+    """
+    with torch.no_grad():
+        var = unbiased_var(moments)
+        finite = moments.mean.isfinite() & var.isfinite()
+        for running, new, needed in ((running_mean, moments.mean, 1), (running_var, var, 2)):
+            usable = (moments.count >= needed) & finite
+            samples = usable.sum(0).to(new.dtype).reshape(running.shape)
+            average = torch.where(usable, new, 0).sum(0).reshape(running.shape) / samples.clamp(min=1)
+            running.copy_(torch.where(samples > 0, _towards(running, average, momentum), running))
+
+
+def _towards(running: Tensor, new: Tensor, momentum: float | Tensor) -> Tensor:
+    """The next running average in the wider dtype, so that one of half precision is rounded once, when stored."""
+    wide = torch.promote_types(running.dtype, new.dtype)
+    weight = momentum.to(wide) if isinstance(momentum, Tensor) else momentum
+    return torch.lerp(running.to(wide), new.to(wide), weight)
+
+
+def unbiased_var(moments: Moments) -> Tensor:
+    """The variance divided by count - 1 instead of count (torch's convention for running averages)."""
+    return moments.var * (moments.count / (moments.count - 1).clamp(min=1))

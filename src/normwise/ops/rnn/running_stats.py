@@ -1,0 +1,43 @@
+"""Running statistics of a recurrent batch norm: a table with a row for each step, the last for all later steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from normwise.backends.protocol import Moments
+from normwise.ops.norm.running_stats import recomputing, unbiased_var
+
+
+def move(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float, first: int = 0) -> None:
+    """Row min(first + t, rows - 1) <- (1 - momentum) * row + momentum * step t, in place, the variance unbiased.
+
+    Steps that share the last row move it one after the other. A step at which fewer than two samples were running has
+    no deviation and moves nothing, nor does a step whose moments are NaN or infinite, nor a forward that activation
+    checkpointing runs again.
+
+    Args:
+        running_mean, running_var: (rows, features).
+        moments: of T steps in order: mean and var (T, features), count (T, 1).
+        momentum: weight of the new batch.
+        first: the row of the first step.
+    """
+    if recomputing():
+        return
+    with torch.no_grad():
+        rows, steps = len(running_mean), len(moments.mean)
+        own = max(0, min(rows - 1 - first, steps))  # steps with a row to themselves
+        var = unbiased_var(moments)
+        finite = (moments.mean.isfinite() & var.isfinite()).all(-1, keepdim=True)
+        counts = ((moments.count >= 2) & finite).to(running_mean.dtype)
+        for running, new in ((running_mean, moments.mean), (running_var, var)):
+            new = torch.where(finite, new, 0).to(running.dtype)
+            if own:
+                mine = running[first : first + own]
+                mine.add_(momentum * counts[:own] * (new[:own] - mine))
+            if own < steps:
+                # n moves in a row: (1-m)^n * old + sum over k of m * (1-m)^(moves after k) * step k.
+                moves = counts[own:]
+                after = moves.flip(0).cumsum(0).flip(0) - moves
+                share = momentum * moves * (1 - momentum) ** after
+                running[-1].mul_((1 - momentum) ** moves.sum()).add_((share * new[own:]).sum(0))
