@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from normwise.kernels import cpu
+from normwise.backends.cpu import cpu
 
 
 def describe() -> dict[str, object]:

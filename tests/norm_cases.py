@@ -6,15 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import normwise
-from normwise.kernels import cpu
-from normwise.ops import plain
 
 
 @dataclass(frozen=True)
@@ -100,22 +97,11 @@ def run(layer: nn.Module, x: Tensor, upstream: Tensor, **kwargs: Any) -> dict[st
     }
 
 
-# "chosen": whatever is best here; "compiled": the compiled kernels, if they are built, for small inputs too, which
-# otherwise take ATen's call; "uncompiled": what is chosen without them.
-BACKENDS = ["chosen", "compiled", "uncompiled", "torch", "reference"]
+BACKENDS = ["chosen", "cpu", "aten", "reference"]
 
 
 @contextmanager
 def using(backend: str) -> Iterator[None]:
-    """The norms run by `backend`, one of BACKENDS."""
-    if backend == "chosen":
+    """The norms run by `backend`, one of BACKENDS; "chosen" leaves the choice to normwise."""
+    with normwise.backend(None if backend == "chosen" else backend):
         yield
-    elif backend == "compiled":
-        with mock.patch.object(plain, "SMALL", 0):
-            yield
-    elif backend == "uncompiled":
-        with mock.patch.object(cpu, "obstacle", return_value="as if there were no compiled library"):
-            yield
-    else:
-        with normwise.backend(backend):
-            yield

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from kernel_truth import tensor
-from normwise.kernels import recurrent as kernels
-from normwise.ops import recurrent_loop
-from normwise.ops.recurrent_cpu import Call, kernel_layer, kernel_weights, rows_of
-from normwise.reference import recurrent as reference
-from normwise.reference.recurrence import PRESETS, Recurrence, Weights, preset
-from normwise.reference.sequences import valid_steps
+from normwise.backends.cpu import recurrent as kernels
+from normwise.ops.rnn import loop as recurrent_loop
+from normwise.ops.rnn.cpu import Call, kernel_layer, kernel_weights, rows_of
+from normwise.backends.reference import recurrent as reference
+from normwise.backends.reference.recurrence import PRESETS, Recurrence, Weights, preset
+from normwise.backends.reference.sequences import valid_steps
 from recurrences import random_weights
 from tolerances import TABLE
 

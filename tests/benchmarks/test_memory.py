@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import normwise
 from benchmarks.held import kept, peak
-from normwise.kernels import cpu
+from normwise.backends.cpu import cpu
 
 SHAPE = (16, 64, 32, 32)
 ROWS = (1024, 1024)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import normwise
-from normwise.kernels import cpu
-from normwise.ops import choose
+from normwise.backends.cpu import cpu
+from normwise.ops import dispatch as choose
 
 
 def test_json_tells_versions_devices_and_backends(normwise_command):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from normwise.kernels import cpu
-from normwise.kernels.library import ISA_LEVELS
+from normwise.backends.cpu import cpu
+from normwise.backends.cpu.library import ISA_LEVELS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

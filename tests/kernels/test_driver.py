@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from normwise.kernels import cpu
+from normwise.backends.cpu import cpu
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,10 +12,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from normwise.kernels import channels, cpu, groups, library, rows
-from normwise.kernels.channels import channels_backward, channels_forward
-from normwise.kernels.groups import groups_backward, groups_forward
-from normwise.kernels.rows import rows_backward, rows_forward
+from normwise.backends.cpu import channels, cpu, groups, library, rows
+from normwise.backends.cpu.channels import channels_backward, channels_forward
+from normwise.backends.cpu.groups import groups_backward, groups_forward
+from normwise.backends.cpu.rows import rows_backward, rows_forward
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
 

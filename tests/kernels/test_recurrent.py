@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from normwise.kernels import recurrent as kernels
-from normwise.kernels.library import load
+from normwise.backends.cpu import recurrent as kernels
+from normwise.backends.cpu.library import load
 from recurrent_samples import FEW_UNITS, HOWS, Sample
 
 Size = tuple[int, int, int, int]  # T, B, I, H

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import kernel_truth as truth
 from kernel_checks import EPS, check_rows
-from normwise.kernels.rows import rows_backward, rows_forward
+from normwise.backends.cpu.rows import rows_backward, rows_forward
 from tolerances import assert_close
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import normwise
-from normwise.kernels import library, rows
+from normwise.backends.cpu import library, rows
 
 # Above the size from which kernels ask for more than one thread.
 SAMPLES = {

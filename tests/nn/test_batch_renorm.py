@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normwise
 from norm_cases import BACKENDS, randomize, run, using
-from normwise import reference
+from normwise.backends import reference
 from tolerances import assert_close
 
 SHAPES = {"1d": (6, 4), "1d steps": (3, 4, 5), "2d": (3, 4, 5, 2), "3d": (2, 4, 3, 2, 2)}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import normwise
-from normwise.reference.sequences import reverse
+from normwise.backends.reference.sequences import reverse
 from recurrences import BATCH, run_batch
 from recurrent_cases import LAYERS, away_from_start
 from tolerances import assert_close

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import normwise
 from normwise import Recurrence
-from normwise.reference.recurrence import PRESETS
+from normwise.backends.reference.recurrence import PRESETS
 
 T, B, INPUT, HIDDEN = 5, 3, 4, 6
 X = torch.zeros(T, B, INPUT)

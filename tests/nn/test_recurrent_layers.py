@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import normwise
-from normwise.reference.recurrence import PRESETS
+from normwise.backends.reference.recurrence import PRESETS
 from recurrences import EQUATIONS, run
 from recurrent_cases import CELLS, LAYERS, away_from_start
 from tolerances import assert_close

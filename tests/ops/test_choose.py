@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import normwise
-from normwise.kernels import cpu
-from normwise.ops.choose import BACKENDS, RUNNING_SUM_LIMIT, Call, choose, forced, found
+from normwise.backends.cpu import cpu
+from normwise.ops.dispatch import BACKENDS, RUNNING_SUM_LIMIT, Call, choose, forced, found
 
 x = torch.randn(4, 6, 5)
 
@@ -127,7 +127,7 @@ def test_reference_inside_transforms() -> None:
 
 
 def test_environment_variable() -> None:
-    code = "import normwise.ops.choose as c; print(c.forced())"
+    code = "import normwise.ops.dispatch as c; print(c.forced())"
     env = {**os.environ, "NORMWISE_BACKEND": "reference"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["reference"]

@@ -24,7 +24,7 @@ def step(name, run):
 def load():
     global normwise
     import normwise
-    from normwise.kernels import library
+    from normwise.backends.cpu import library
     library.NAME = "libelsewhere.so"
 
 x = torch.randn(64, 1024)

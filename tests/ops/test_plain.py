@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 import normwise
-from normwise.kernels import cpu
+from normwise.backends.cpu import cpu
 from normwise.ops import plain
 from tolerances import assert_close
 

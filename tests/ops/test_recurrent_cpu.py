@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import normwise
-from normwise.kernels import cpu
-from normwise.ops import recurrent, recurrent_cpu
-from normwise.ops.choose import Call, choose
-from normwise.reference import recurrent as reference
-from normwise.reference.recurrence import PRESETS, Recurrence, Weights, preset
+from normwise.backends.cpu import cpu
+from normwise.ops.rnn import stack as recurrent, cpu as recurrent_cpu
+from normwise.ops.dispatch import Call, choose
+from normwise.backends.reference import recurrent as reference
+from normwise.backends.reference.recurrence import PRESETS, Recurrence, Weights, preset
 from recurrences import random_weights
 from tolerances import assert_close
 

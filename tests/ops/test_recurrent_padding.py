@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from normwise.reference.recurrence import PRESETS
+from normwise.backends.reference.recurrence import PRESETS
 from recurrent_cases import LAYERS, away_from_start
 from tolerances import assert_close
 

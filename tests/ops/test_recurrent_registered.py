@@ -12,9 +12,9 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 import normwise
-from normwise.kernels import cpu
-from normwise.ops import recurrent_registered
-from normwise.reference.recurrence import Weights, preset
+from normwise.backends.cpu import cpu
+from normwise.ops.rnn import registered as recurrent_registered
+from normwise.backends.reference.recurrence import Weights, preset
 from recurrences import random_weights
 from tolerances import assert_close
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from normwise import reference
+from normwise.backends import reference
 from tolerances import assert_close
 
 SETTINGS = {

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from normwise import reference
+from normwise.backends import reference
 from tolerances import assert_close
 
 SETTINGS = pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from normwise.reference.recurrence import PRESETS, Recurrence, Weights, preset
+from normwise.backends.reference.recurrence import PRESETS, Recurrence, Weights, preset
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from normwise.reference.recurrence import PRESETS, Recurrence, Weights, preset
-from normwise.reference.recurrent import recurrence
+from normwise.backends.reference.recurrence import PRESETS, Recurrence, Weights, preset
+from normwise.backends.reference.recurrent import recurrence
 from recurrences import BATCH, EQUATIONS, random_weights, run, run_batch
 from tolerances import assert_close
 

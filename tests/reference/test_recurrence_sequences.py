@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from normwise.reference.recurrence import PRESETS, Recurrence, Weights
-from normwise.reference.recurrent import recurrence
-from normwise.reference.sequences import reverse, reverse_reset, valid_steps
+from normwise.backends.reference.recurrence import PRESETS, Recurrence, Weights
+from normwise.backends.reference.recurrent import recurrence
+from normwise.backends.reference.sequences import reverse, reverse_reset, valid_steps
 from recurrences import random_weights
 from tolerances import assert_close
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from normwise.reference.recurrence import PRESETS, Weights
-from normwise.reference.recurrent import Step, recurrence
+from normwise.backends.reference.recurrence import PRESETS, Weights
+from normwise.backends.reference.recurrent import Step, recurrence
 from recurrences import random_weights
 from tolerances import assert_close
 

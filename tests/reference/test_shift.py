@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from normwise.reference import shift
+from normwise.backends.reference import shift
 
 
 def test_moved_by_half_a_deviation_whatever_the_order_of_the_values():

@@ -130,11 +130,11 @@ class Operation(NamedTuple):
     """One kind of operation, norm or recurrence, of one backend.
 
     supports(request): None, or why the backend cannot run it.
-    precision_loss(request): None, or why its result would be less accurate than promised.
+    shortcoming(request, may_look): None, or what it would do less well than promised; `may_look`: at the values.
     """
 
     supports: Callable[[Any], str | None]
-    precision_loss: Callable[[Any], str | None]
+    shortcoming: Callable[[Any, bool], str | None]
     kernels: Mapping[str, Any]
 
 
@@ -147,6 +147,11 @@ class Backend(NamedTuple):
     recurrence: Operation | None = None
 
 
-def never(request: Any) -> str | None:
-    """For a backend that supports everything, or loses precision in nothing."""
+def supports_all(request: Any) -> str | None:
+    """For a backend that runs everything."""
+    return None
+
+
+def no_shortcoming(request: Any, may_look: bool) -> str | None:
+    """For a backend that keeps every promise."""
     return None

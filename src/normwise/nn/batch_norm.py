@@ -137,7 +137,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             "either: look for the cause in the input (torch.isfinite(x).all()), an overflow of float16 (train in "
             "bfloat16) or a learning rate that is too large. Further batches are only counted, in "
             ".num_batches_skipped",
-            stacklevel=5,  # the call of the layer
+            stacklevel=6,  # the call of the layer
         )
 
     def train(self: Layer, mode: bool = True) -> Layer:

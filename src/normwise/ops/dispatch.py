@@ -100,12 +100,12 @@ def resolve(request: Any, operation: str = "norm") -> Resolved:
         return _KERNEL
     if transforms_active() and not _is_compiling():
         return Resolved(REFERENCE, "inside a torch.func transform")
-    if reason is CPU.missing() and not _is_compiling():
+    if not _is_compiling() and reason is CPU.missing():
         _warn_once(reason)
     aten = getattr(ATEN, operation)
     obstacle = aten.supports(request)
-    if obstacle is None and may_look_at_values(request.x):
-        obstacle = aten.precision_loss(request)
+    if obstacle is None:
+        obstacle = aten.shortcoming(request, may_look_at_values(request.x))
     if obstacle is None:
         return Resolved(ATEN, "ATen's kernel does the same job")
     return Resolved(REFERENCE, obstacle)

@@ -5,4 +5,4 @@ from __future__ import annotations
 from normwise.backends.aten import norms
 from normwise.backends.protocol import Backend, Operation
 
-BACKEND = Backend("aten", lambda: None, Operation(norms.supports, norms.precision_loss, norms.FAMILIES))
+BACKEND = Backend("aten", lambda: None, Operation(norms.supports, norms.shortcoming, norms.FAMILIES))

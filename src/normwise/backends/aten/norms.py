@@ -31,8 +31,6 @@ def supports(request: NormRequest) -> str | None:
     if isinstance(config.momentum, Tensor):
         return "ATen takes momentum as a number only"
     if running_mean is not None and config.batch_statistics:
-        if config.op == "instance_norm":
-            return "ATen moves running averages to NaN by a sample that is not finite"
         if x.numel() == x.shape[1]:
             return "ATen moves the running variance to NaN by the deviation of a single value"
     if weight is not None and weight.dtype != x.dtype:
@@ -44,16 +42,19 @@ def supports(request: NormRequest) -> str | None:
     return None
 
 
-def precision_loss(request: NormRequest) -> str | None:
-    """Where ATen would do the job, but less exactly than promised. Looks at values: for the CPU alone, where nothing
-    waits for that."""
+def shortcoming(request: NormRequest, may_look: bool) -> str | None:
+    """Where ATen would do the job, but less well than promised."""
     config, x, _, _, _, _, running_mean, running_var, _ = request
-    if x.numel() == 0 or x.dtype == torch.float64:
+    if config.op == "instance_norm" and config.batch_statistics and running_mean is not None:
+        return "ATen moves running averages to NaN by a sample that is not finite"
+    if x.device.type != "cpu" or x.numel() == 0 or x.dtype == torch.float64:
         return None
     if config.family == "channels" and config.batch_statistics:
         rows_of_channels = x.dim() == 2 or not x.is_contiguous()
         if rows_of_channels and x.numel() // x.shape[1] > RUNNING_SUM_LIMIT:
             return "ATen adds up long columns of channels in one float32 sum, which loses digits"
+    if not may_look:
+        return None
     with torch.no_grad():
         if not config.batch_statistics:
             assert running_mean is not None

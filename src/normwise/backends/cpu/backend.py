@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from normwise.backends.cpu import library, norms
-from normwise.backends.protocol import Backend, Operation, never
+from normwise.backends.protocol import Backend, Operation, no_shortcoming
 
-BACKEND = Backend("cpu", library.missing, Operation(norms.supports, never, norms.FAMILIES))
+BACKEND = Backend("cpu", library.missing, Operation(norms.supports, no_shortcoming, norms.FAMILIES))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from normwise.backends.protocol import Backend, Operation, never
+from normwise.backends.protocol import Backend, Operation, no_shortcoming, supports_all
 from normwise.backends.reference import norms
 
-BACKEND = Backend("reference", lambda: None, Operation(never, never, norms.FAMILIES))
+BACKEND = Backend("reference", lambda: None, Operation(supports_all, no_shortcoming, norms.FAMILIES))

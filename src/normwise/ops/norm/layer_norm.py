@@ -134,12 +134,12 @@ def _feature_norm(
         x = x.movedim(dims, trailing)
         add, valid = (None if t is None else t.movedim(dims, trailing) for t in (add, valid))
     result = run(NormRequest(config, x.contiguous(), add, weight, bias, valid), formula)
-    y, total = result.y, result.total
+    outputs = (result.y,) if add is None else (result.y, result.total)
     if dims != trailing:
-        y, total = (t.movedim(trailing, dims) for t in (y, total))
+        outputs = tuple(t.movedim(trailing, dims) for t in outputs)
         if not channels_last:
-            y, total = y.contiguous(), total.contiguous()
-    return y if add is None else (y, total)
+            outputs = tuple(t.contiguous() for t in outputs)
+    return outputs[0] if add is None else outputs
 
 
 def _over_ranks(
