@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,11 +22,15 @@ def diagnose(
         typer.Argument(
             metavar="FILE.py:make",
             help="make() returns (model, batches, loss) or (model, batches, loss, optimizer); batches yields "
-            "(inputs, target), and loss(output, target) is a scalar.",
+            "(inputs, target) or dicts with labels, and loss(output, target) is a scalar, or None where the model "
+            "computes its own.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", file_okay=False, help="Where diagnosis.html is written.")] = OUT,
     max_batches: Annotated[int, typer.Option(metavar="N", min=1, help="Look at no more batches than this.")] = 8,
+    max_seconds: Annotated[
+        float | None, typer.Option(metavar="S", help="Begin nothing more after so long, and say what was left out.")
+    ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option(
@@ -46,7 +51,7 @@ def diagnose(
     from normwise.diagnosis.page import write_page
     from normwise.diagnosis.table import as_text
 
-    found = _diagnosed(source, max_batches, ignore or [])
+    found = _diagnosed(source, max_batches, max_seconds, ignore or [])
     page = out / "diagnosis.html"
     try:
         write_page(found, page)
@@ -61,13 +66,22 @@ def diagnose(
         raise typer.Exit(1)
 
 
-def _diagnosed(source: str, max_batches: int, ignore: list[str]) -> Diagnosis:
+def _diagnosed(source: str, max_batches: int, max_seconds: float | None, ignore: list[str]) -> Diagnosis:
     from normwise.diagnosis import diagnose as diagnosis_of
     from normwise.lab import user_file
 
     path, function = user_file.parsed(source, EXAMPLE)
     model, batches, loss, optimizer = _given(source, user_file.called(path, function))
-    return diagnosis_of(model, batches, loss=loss, optimizer=optimizer, max_batches=max_batches, ignore=ignore)
+    return diagnosis_of(
+        model,
+        batches,
+        loss=loss,
+        optimizer=optimizer,
+        max_batches=max_batches,
+        max_seconds=max_seconds,
+        progress=sys.stderr.isatty(),
+        ignore=ignore,
+    )
 
 
 def _given(source: str, made: Any) -> tuple[Any, Any, Any, Any]:

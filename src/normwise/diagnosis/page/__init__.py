@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import math
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from normwise.diagnosis.records import Diagnosis
+from normwise.diagnosis.table import place
 
 
 def page(diagnosis: Diagnosis) -> str:
@@ -19,12 +21,27 @@ def page(diagnosis: Diagnosis) -> str:
     environment.filters["short"] = short
     return environment.from_string((here / "page.html.j2").read_text("utf-8")).render(
         d=diagnosis,
+        place=place,
         facts=_facts(diagnosis),
         css=(here / "page.css").read_text("utf-8"),
         js=(here / "page.js").read_text("utf-8"),
         # A name may hold anything: "</script>" must not end the element.
         data=diagnosis.to_json().replace("<", "\\u003c"),
     )
+
+
+def framed(diagnosis: Diagnosis) -> str:
+    """The page as an element of another, such as a notebook: in a frame, which keeps its style and script to itself."""
+    try:
+        inside = page(diagnosis)
+    except ModuleNotFoundError:
+        note = "The page needs jinja2: pip install 'normwise[lab]'."
+        return f"<pre>{html.escape(str(diagnosis))}</pre><p>{note}</p>"
+    # Links to "#layer=..." are meant within the frame, whose base is otherwise the notebook's address.
+    inside = inside.replace("<head>", '<head>\n<base href="about:srcdoc">', 1)
+    # Scripts may run, but reach nothing outside the frame.
+    style = "width: 100%; height: 48rem; border: 0"
+    return f'<iframe title="normwise" sandbox="allow-scripts" style="{style}" srcdoc="{html.escape(inside)}"></iframe>'
 
 
 def write_page(diagnosis: Diagnosis, path: Path) -> None:
