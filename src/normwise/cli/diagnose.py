@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from normwise.cli.json_output import AsJson, print_json
 from normwise.cli.options import OUT
+from normwise.cli.status import FOUND
+from normwise.cli.user_code import calling
 
 if TYPE_CHECKING:
     from normwise.diagnosis import Diagnosis
@@ -35,7 +38,7 @@ def diagnose(
         ),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if anything is found: for CI.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs, instead.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Show what normalization does in your model, and what is wrong with it.
 
@@ -53,12 +56,12 @@ def diagnose(
     except OSError as error:
         raise typer.BadParameter(f"{page} cannot be written: {error.strerror or error}", param_hint="'--out'") from None
     if json:
-        typer.echo(found.to_json(indent=2))
+        print_json(found.to_json(indent=2))
     else:
         typer.echo(as_text(found))
         typer.echo(f"Page: {page}")
     if strict and found.findings:
-        raise typer.Exit(1)
+        raise typer.Exit(FOUND)
 
 
 def _diagnosed(source: str, max_batches: int, ignore: list[str]) -> Diagnosis:
@@ -66,8 +69,9 @@ def _diagnosed(source: str, max_batches: int, ignore: list[str]) -> Diagnosis:
     from normwise.lab import user_file
 
     path, function = user_file.parsed(source, EXAMPLE)
-    model, batches, loss, optimizer = _given(source, user_file.called(path, function))
-    return diagnosis_of(model, batches, loss=loss, optimizer=optimizer, max_batches=max_batches, ignore=ignore)
+    with calling(source):
+        model, batches, loss, optimizer = _given(source, user_file.called(path, function))
+        return diagnosis_of(model, batches, loss=loss, optimizer=optimizer, max_batches=max_batches, ignore=ignore)
 
 
 def _given(source: str, made: Any) -> tuple[Any, Any, Any, Any]:

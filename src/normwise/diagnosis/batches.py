@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.diagnosis.errors import DiagnosisError
+from normwise.diagnosis.errors import DiagnosisError, UserCodeError
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -28,7 +28,7 @@ class Batch:
         """`model(*inputs)` of a tuple or list, `model(**inputs)` of a dict, else `model(inputs)`.
 
         Raises:
-            DiagnosisError: from whatever the model raises.
+            UserCodeError: from whatever the model raises.
         """
         try:
             if isinstance(self.inputs, Mapping):
@@ -37,7 +37,7 @@ class Batch:
         except Exception as error:
             raise self.refused(model, error) from error
 
-    def refused(self, model: nn.Module, error: Exception) -> DiagnosisError:
+    def refused(self, model: nn.Module, error: Exception) -> UserCodeError:
         mode = "train" if model.training else "eval"
         text = f"the model raised {type(error).__name__} in {mode} mode on batch {self.index}: {error}"
         if "more than 1 value per channel" in str(error) or "more than 1 spatial element" in str(error):
@@ -49,7 +49,7 @@ class Batch:
             )
         else:
             cure = "see that model(inputs) runs on this batch, in train and in eval mode, before diagnosing it"
-        return DiagnosisError(f"{text}\nCure: {cure}")
+        return UserCodeError(f"{text}\nCure: {cure}")
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors among the inputs, by the name or place that they have there."""
@@ -72,6 +72,7 @@ def take(batches: Iterable[Any], limit: int, model: nn.Module) -> list[Batch]:
 
     Raises:
         DiagnosisError: no batches, or not pairs (inputs, target).
+        UserCodeError: from whatever the batches raise.
     """
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         raise DiagnosisError(f"max_batches must be a positive integer, but got {limit!r}")
@@ -83,7 +84,7 @@ def take(batches: Iterable[Any], limit: int, model: nn.Module) -> list[Batch]:
     devices = {p.device for p in model.parameters()}
     device = devices.pop() if len(devices) == 1 else None
     taken = []
-    for index, pair in enumerate(itertools.islice(batches, limit)):
+    for index, pair in enumerate(_drawn(batches, limit)):
         if type(pair) not in (tuple, list) or len(pair) != 2:
             what = f"{len(pair)} items" if type(pair) in (tuple, list) else type(pair).__name__
             raise DiagnosisError(
@@ -97,6 +98,27 @@ def take(batches: Iterable[Any], limit: int, model: nn.Module) -> list[Batch]:
             "made anew"
         )
     return taken
+
+
+def _drawn(batches: Iterable[Any], limit: int) -> Iterator[Any]:
+    try:
+        drawn = itertools.islice(batches, limit)
+    except Exception as error:
+        raise _batches_raised(error) from error
+    while True:
+        try:
+            pair = next(drawn)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise _batches_raised(error) from error
+        yield pair
+
+
+def _batches_raised(error: Exception) -> UserCodeError:
+    return UserCodeError(
+        f"batches raised {type(error).__name__}: {error}\nCure: see that `for inputs, target in batches` runs"
+    )
 
 
 def moved(value: Any, device: torch.device | None) -> Any:
@@ -116,12 +138,13 @@ def scalar(loss: Loss, output: Any, target: Any) -> Tensor:
     """`loss(output, target)`, which must be a scalar tensor.
 
     Raises:
-        DiagnosisError: it is not, or raises.
+        DiagnosisError: it is not.
+        UserCodeError: from whatever the loss raises.
     """
     try:
         value = loss(output, target)
     except Exception as error:
-        raise DiagnosisError(
+        raise UserCodeError(
             f"loss raised {type(error).__name__}: {error}\nCure: loss is called as loss(output, target), with what the "
             "model returned and the second of the pair that `batches` yields"
         ) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 
 from normwise.lab.errors import LabError, unknown
 from normwise.lab.store import Run, Store
+from normwise.lab.strict_json import to_json
 
 SETTINGS = ("task", "norm", "batch_size", "learning_rate", "seed", "steps")
 VERSIONS = ("lab", "normwise", "torch", "backend")
@@ -76,10 +76,10 @@ def one_a_run(runs: Iterable[Run]) -> Table:
         last = {name: curve.values[-1] for name, curve in run.series.items() if curve.values}
         yield {
             **head(run),
-            "settings": json.dumps(run.identity["settings"], sort_keys=True),
+            "settings": to_json(run.identity["settings"], sort_keys=True),
             "source": run.identity["source"],
             **{name: str(run.identity[name]) for name in VERSIONS},
-            "last_values": json.dumps({name: value if value == value else None for name, value in last.items()}),
+            "last_values": to_json(last),
         }
 
 

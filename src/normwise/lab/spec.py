@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import torch
 
 import normwise
 from normwise.lab.errors import LabError, unknown
+from normwise.lab.strict_json import to_json
 from normwise.lab.tasks import load_task
 
 COMPUTES = ("run.py", "watch.py", "shift.py", "norms.py", "datasets.py", "idx.py", "tasks/base.py")
@@ -57,7 +57,7 @@ class Spec:
 
     def key(self) -> str:
         """The sha256 of the identity as JSON with sorted keys."""
-        canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        canonical = to_json(self.identity(), sort_keys=True, compact=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

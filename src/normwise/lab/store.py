@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from normwise.lab.errors import StoreError
+from normwise.lab.strict_json import to_json
 
 SCHEMA_VERSION = 1
 BUSY_SECONDS = 30
@@ -217,7 +218,7 @@ class Store:
 
     def add(self, key: str, identity: Mapping[str, Any], result: ResultLike, *, machine: str | None = None) -> None:
         """Write a finished run, made by ``machine`` (default: this one). A run that is there stays as it is."""
-        row = (key, json.dumps(identity, sort_keys=True), result.status, result.reason, machine or this_machine())
+        row = (key, to_json(identity, sort_keys=True), result.status, result.reason, machine or this_machine())
         with self._named(), self._transaction():
             cursor = self._connection.execute(
                 "INSERT OR IGNORE INTO runs (key, identity, status, reason, machine) VALUES (?, ?, ?, ?, ?)", row
@@ -227,7 +228,7 @@ class Store:
             self._connection.executemany(
                 "INSERT INTO series VALUES (?, ?, ?, ?, ?)",
                 [
-                    (key, name, position, json.dumps(series.steps), _dump(series.values))
+                    (key, name, position, to_json(series.steps), _dump(series.values))
                     for position, (name, series) in enumerate(result.series.items())
                 ],
             )
@@ -297,7 +298,7 @@ def this_machine() -> str:
 
 def _dump(values: list[float]) -> str:
     # Six digits are more than float32 training reproduces elsewhere, and keep the file small.
-    return json.dumps([float(f"{value:.6g}") if math.isfinite(value) else None for value in values])
+    return to_json([float(f"{value:.6g}") for value in values])
 
 
 def _load(text: str) -> list[float]:

@@ -24,7 +24,7 @@ from normwise.lab.tasks.rbn_pmnist import RbnPmnist
 from normwise.lab.tasks.rnn import Rnn
 from normwise.lab.tasks.transformer import Transformer
 
-__all__ = ["GROUPS", "PAPERS", "TASKS", "TEXTS", "Batch", "LoadedTask", "Task", "load_task"]
+__all__ = ["GROUPS", "PAPERS", "TASKS", "TEXTS", "Batch", "LoadedTask", "Task", "is_own", "load_task"]
 
 TASKS: dict[str, Callable[[], Task]] = {
     "mlp": Mlp,
@@ -46,6 +46,11 @@ GROUPS = {"charlm": TEXTS}
 
 PAPERS: dict[str, type[OnIdx]] = {"bn-mnist": BnMnist, "ln-mnist": LnMnist, "rbn-pmnist": RbnPmnist}
 """The set-ups of papers at their size, on a folder of the user's (``lab/reproduce.py``)."""
+
+
+def is_own(reference: str) -> bool:
+    """Whether it is a file of the user's that defines the task, not one that a built-in task reads."""
+    return ".py" in reference and reference.partition("@")[0] not in (*TEXTS, *PAPERS)
 
 
 class LoadedTask(NamedTuple):
@@ -70,7 +75,7 @@ def load_task(reference: str) -> LoadedTask:
     if at and (name in TEXTS or name in PAPERS):
         made: Task = (PAPERS | TASKS)[name](path=place)  # type: ignore[call-arg]
         return LoadedTask(made, user_file.sha256(*_files(type(made))))
-    if ".py" not in reference:
+    if not is_own(reference):
         if reference in GROUPS:
             raise LabError(f"{reference!r} stands for several tasks: name one of {', '.join(GROUPS[reference])}")
         if reference not in TASKS:
