@@ -37,8 +37,9 @@ class Spec:
     def identity(self) -> dict[str, Any]:
         """Everything that determines the run's numbers on one machine.
 
-        That is the spec; the task's hyperparameters and the sha256 of the file that defines it (its path does not
-        count, so a moved file trains nothing again), and of data of the user's; the sha256 of the lab's own files;
+        That is the spec; the task's hyperparameters and the sha256 of the file that defines it and of the modules
+        that it imports from its own folder (`user_file.modules`; their place does not count, so a moved folder trains
+        nothing again), and of data of the user's; the sha256 of the lab's own files;
         the versions of normwise and torch, since both compute; and a backend forced by NORMWISE_BACKEND, since
         backends round differently. The machine is left out: a store carried to another machine is still good, and
         runs there may differ by rounding.

@@ -54,7 +54,8 @@ def is_own(reference: str) -> bool:
 
 
 class LoadedTask(NamedTuple):
-    """A task and what stands for the code that defines it: the sha256 of its file, or of its files together."""
+    """A task and what stands for the code that defines it: the sha256 of its file or files, with what a user's imports
+    from its own folder."""
 
     task: Task
     source: str
@@ -86,7 +87,7 @@ def load_task(reference: str) -> LoadedTask:
     task = _made(path, function)
     if task.name in TASKS or task.name in PAPERS:
         raise LabError(f"{reference}: the name {task.name!r} belongs to a built-in task; give yours another name")
-    return LoadedTask(task, f"{user_file.sha256(path)}:{function}")
+    return LoadedTask(task, f"{user_file.source_of(path)}:{function}")
 
 
 def _made(path: Path, function: str) -> Task:
