@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,18 @@ def test_what_cannot_be_diagnosed(normwise_command, tmp_path, source, says):
     assert says in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_nothing_half_written(normwise_command, tmp_path, monkeypatch):
+    def full(self, *_, **__):
+        self.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    status, _, err = normwise_command("diagnose", EXAMPLE, "--out", str(tmp_path))
+    assert status == 2
+    assert "cannot be written: No space left" in " ".join(err.split())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written(normwise_command, tmp_path):

@@ -91,12 +91,17 @@ def compare(
                 learning_rates=_list(lr, float, "--lr"),
                 steps=steps,
             )
-    loaded = {task.name: task for task in (load_task(name).task for name in names)}
+    loaded = {name: load_task(name).task for name in names}
     own = " or ".join(filter(is_own, names))
     with Store(out / "runs.sqlite") as store, calling(own) if own else nullcontext():
         train(specs, store, jobs=jobs or cores(), scheduler=scheduler)
         rows = score(store.runs(spec.key() for spec in specs))
-    report = write_report(rows, loaded, out / "report.html")
+    report = write_report(
+        rows,
+        {task.name: task for task in loaded.values()},
+        out / "report.html",
+        references={task.name: name for name, task in loaded.items() if is_own(name)},
+    )
     if json:
         print_rows(rows, store.path, report)
     else:

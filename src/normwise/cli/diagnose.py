@@ -37,7 +37,10 @@ def diagnose(
             "What [tool.normwise.diagnose] in pyproject.toml says is silenced too.",
         ),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if anything is found: for CI.")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="For CI: exit with 1 if anything is found (and with 3 if your code raised)."),
+    ] = False,
     json: AsJson = False,
 ) -> None:
     """Show what normalization does in your model, and what is wrong with it.

@@ -15,9 +15,9 @@ from normwise.lab.strict_json import to_json
 
 SETTINGS = ("task", "norm", "batch_size", "learning_rate", "seed", "steps")
 VERSIONS = ("lab", "normwise", "torch", "backend")
-VALUE_COLUMNS = ("run", *SETTINGS, "status", "series", "step", "value")
+VALUE_COLUMNS = ("key", *SETTINGS, "status", "series", "step", "value")
 RUN_COLUMNS = (
-    "run", *SETTINGS, "status", "reason", "machine", "finished", "settings", "source", *VERSIONS, "last_values"
+    "key", *SETTINGS, "status", "reason", "machine", "finished", "settings", "source", *VERSIONS, "last_values"
 )  # fmt: skip
 ROWS_AT_ONCE = 50_000
 
@@ -61,7 +61,7 @@ def find(store: Store, prefix: str) -> Run:
 def head(run: Run) -> dict[str, Any]:
     """A run without its series, flat: its key, what it is, how it ended."""
     return {
-        "run": run.key,
+        "key": run.key,
         **{name: run.identity[name] for name in SETTINGS},
         "status": run.status,
         "reason": run.reason,

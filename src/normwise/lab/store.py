@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import sqlite3
 import time
@@ -92,7 +93,7 @@ class Store:
 
     Args:
         path: the file.
-        make: False for a store that must be there already, as for reading.
+        make: False for a store that is only read and must be there already; its disk may be read-only.
 
     Raises:
         StoreError: the file is damaged, newer than this normwise or no store at all; it is left as it is. Or it
@@ -101,7 +102,9 @@ class Store:
 
     def __init__(self, path: Path, *, make: bool = True) -> None:
         self.path = path
-        if not make and not path.is_file():
+        if path.exists() and not path.is_file():
+            raise StoreError(f"{path} is no file, and so no store of normwise. {_CURE}")
+        if not make and not path.exists():
             raise StoreError(f"{path}: no such store; `normwise compare --out {path.parent}` makes one")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,6 +113,9 @@ class Store:
         if not self._empty():
             self._check()
         with self._named():
+            if not make and not os.access(path.parent, os.W_OK):
+                self._connection = self._open_to_read("mode=ro" if self._traces()[2] else "immutable=1")
+                return
             self._connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
             if self._empty():
                 self._create()
@@ -149,10 +155,13 @@ class Store:
         wal, journal = (self.path.with_name(self.path.name + suffix).exists() for suffix in ("-wal", "-journal"))
         return status.st_size, status.st_mtime_ns, wal, journal
 
-    def _check_pages(self, mode: str) -> None:
+    def _open_to_read(self, mode: str) -> sqlite3.Connection:
         """``mode`` is SQLite's: a file that is called immutable is read without the files for locking beside it."""
+        return sqlite3.connect(f"{self.path.absolute().as_uri()}?{mode}", uri=True, timeout=BUSY_SECONDS)
+
+    def _check_pages(self, mode: str) -> None:
         try:
-            connection = sqlite3.connect(f"{self.path.absolute().as_uri()}?{mode}", uri=True, timeout=BUSY_SECONDS)
+            connection = self._open_to_read(mode)
             try:
                 (application,) = connection.execute("PRAGMA application_id").fetchone()
                 (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -282,11 +291,12 @@ def _run(row: tuple[str, ...], series: dict[str, Curve]) -> Run:
 
 
 _CURE = "It is left as it is: move it away, or give another --out."
+_NO_WRITING = "or its disk is read-only: change that, or give another --out."
 _CURES = {
     "disk is full": "Free some space and start again: what was stored before is kept.",
     "disk I/O error": "See whether its disk is full, limited or gone, and start again: what was stored before is kept.",
-    "readonly": "You have no permission to write it: change that, or give another --out.",
-    "unable to open": "You have no permission to make it there: change that, or give another --out.",
+    "readonly": f"You have no permission to write it, {_NO_WRITING}",
+    "unable to open": f"You have no permission to make it there, {_NO_WRITING}",
     "locked": f"Another process has been writing for {BUSY_SECONDS} s: let it finish, then start again.",
 }
 
