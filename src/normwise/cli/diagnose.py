@@ -39,7 +39,7 @@ def diagnose(
     ] = None,
     strict: Annotated[
         bool,
-        typer.Option("--strict", help="For CI: exit with 1 if anything is found (and with 3 if your code raised)."),
+        typer.Option("--strict", help="For CI: exit with 1 if anything is found (with 3 if your code raised)."),
     ] = False,
     json: AsJson = False,
 ) -> None:

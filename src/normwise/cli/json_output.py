@@ -21,7 +21,7 @@ def _reserve_stdout(wanted: bool) -> bool:
     not undone: threads, exit handlers and C's own buffers may write after the document.
     """
     global _document
-    if wanted:
+    if wanted and sys.stdout is not None:  # None where it is closed
         _document = sys.stdout
         with contextlib.suppress(OSError, ValueError):  # a captured stream has no descriptor, a closed one no copy
             sys.stdout.flush()

@@ -8,6 +8,7 @@ that called ``sweep`` alone writes the store.
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import signal
 import threading
@@ -123,8 +124,21 @@ def _run(key: str, spec: Spec, checkpoints: Path | None) -> Ran:
         try:
             checkpoint = None if checkpoints is None else checkpoint_of(key, checkpoints)
             return Ran(key, spec.key(), run(spec, checkpoint), this_machine())
+        except Exception as error:
+            if not _can_travel(error):
+                raise RuntimeError(f"{type(error).__name__}: {error}") from error
+            raise
         finally:
             torch.set_num_threads(threads)
+
+
+def _can_travel(error: Exception) -> bool:
+    """Whether it survives the way out of a worker: a class whose arguments are not those of its base does not."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
 
 
 def _on_cores(tasks: Iterator[tuple[str, Spec]], jobs: int, checkpoints: Path | None) -> Generator[Ran, None, None]:
