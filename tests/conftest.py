@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import zlib
 from collections.abc import Iterator
 
@@ -32,8 +33,10 @@ def seeded_and_restored(request: pytest.FixtureRequest) -> Iterator[None]:
     random.seed(seed)
     torch.manual_seed(seed)
     threads, dtype, grad = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+    path = sys.path.copy()  # the folder of a user's file stays there
     deterministic = torch.are_deterministic_algorithms_enabled()
     yield
+    sys.path[:] = path
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from normwise.cli.json_output import AsJson, print_json
 from normwise.cli.options import OUT
+from normwise.cli.status import FOUND
+from normwise.cli.user_code import calling
 
 if TYPE_CHECKING:
     from normwise.diagnosis import Diagnosis
@@ -39,8 +42,11 @@ def diagnose(
             "What [tool.normwise.diagnose] in pyproject.toml says is silenced too.",
         ),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if anything is found: for CI.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs, instead.")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="For CI: exit with 1 if anything is found (with 3 if your code raised)."),
+    ] = False,
+    json: AsJson = False,
 ) -> None:
     """Show what normalization does in your model, and what is wrong with it.
 
@@ -58,12 +64,12 @@ def diagnose(
     except OSError as error:
         raise typer.BadParameter(f"{page} cannot be written: {error.strerror or error}", param_hint="'--out'") from None
     if json:
-        typer.echo(found.to_json(indent=2))
+        print_json(found.to_json(indent=2))
     else:
         typer.echo(as_text(found))
         typer.echo(f"Page: {page}")
     if strict and found.findings:
-        raise typer.Exit(1)
+        raise typer.Exit(FOUND)
 
 
 def _diagnosed(source: str, max_batches: int, max_seconds: float | None, ignore: list[str]) -> Diagnosis:
@@ -71,17 +77,18 @@ def _diagnosed(source: str, max_batches: int, max_seconds: float | None, ignore:
     from normwise.lab import user_file
 
     path, function = user_file.parsed(source, EXAMPLE)
-    model, batches, loss, optimizer = _given(source, user_file.called(path, function))
-    return diagnosis_of(
-        model,
-        batches,
-        loss=loss,
-        optimizer=optimizer,
-        max_batches=max_batches,
-        max_seconds=max_seconds,
-        progress=sys.stderr.isatty(),
-        ignore=ignore,
-    )
+    with calling(source):
+        model, batches, loss, optimizer = _given(source, user_file.called(path, function))
+        return diagnosis_of(
+            model,
+            batches,
+            loss=loss,
+            optimizer=optimizer,
+            max_batches=max_batches,
+            max_seconds=max_seconds,
+            progress=sys.stderr.isatty(),
+            ignore=ignore,
+        )
 
 
 def _given(source: str, made: Any) -> tuple[Any, Any, Any, Any]:

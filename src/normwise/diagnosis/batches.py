@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.diagnosis.errors import DiagnosisError
+from normwise.diagnosis.errors import DiagnosisError, UserCodeError
 from normwise.diagnosis.pace import Pace
 from normwise.surgery.batches import LABELS, Forward, call, device_of, label_of, moved, split
 
@@ -41,7 +41,7 @@ class Batch:
         """The model's output.
 
         Raises:
-            DiagnosisError: from whatever the model raises.
+            UserCodeError: from whatever the model raises.
         """
         try:
             if self.forward is not None:
@@ -50,7 +50,7 @@ class Batch:
         except Exception as error:
             raise self.refused(model, error) from error
 
-    def refused(self, model: nn.Module, error: Exception) -> DiagnosisError:
+    def refused(self, model: nn.Module, error: Exception) -> UserCodeError:
         mode = "train" if model.training else "eval"
         text = f"the model raised {type(error).__name__} in {mode} mode on batch {self.index}: {error}"
         if "more than 1 value per channel" in str(error) or "more than 1 spatial element" in str(error):
@@ -65,7 +65,7 @@ class Batch:
             )
         else:
             cure = "see that model(inputs) runs on this batch, in train and in eval mode, before diagnosing it"
-        return DiagnosisError(f"{text}\nCure: {cure}")
+        return UserCodeError(f"{text}\nCure: {cure}")
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """The tensors among the inputs, by the name that the model's forward has for them; labels are not among them.
@@ -92,6 +92,7 @@ def take(batches: Iterable[Any], limit: int, model: nn.Module, forward: Forward 
 
     Raises:
         DiagnosisError: no batches, or some that do not follow the convention of `normwise.surgery.batches`.
+        UserCodeError: from whatever the batches raise.
     """
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         raise DiagnosisError(f"max_batches must be a positive integer, but got {limit!r}")
@@ -102,7 +103,7 @@ def take(batches: Iterable[Any], limit: int, model: nn.Module, forward: Forward 
         )
     device = device_of(model)
     taken: list[Batch] = []
-    for index, whole in enumerate(itertools.islice(batches, limit)):
+    for index, whole in enumerate(_drawn(batches, limit)):
         try:
             inputs, target = split(whole, model)
         except ValueError as error:
@@ -121,6 +122,27 @@ def take(batches: Iterable[Any], limit: int, model: nn.Module, forward: Forward 
             "made anew"
         )
     return taken
+
+
+def _drawn(batches: Iterable[Any], limit: int) -> Iterator[Any]:
+    try:
+        drawn = itertools.islice(batches, limit)
+    except Exception as error:
+        raise _batches_raised(error) from error
+    while True:
+        try:
+            batch = next(drawn)
+        except StopIteration:
+            return
+        except Exception as error:
+            raise _batches_raised(error) from error
+        yield batch
+
+
+def _batches_raised(error: Exception) -> UserCodeError:
+    return UserCodeError(
+        f"batches raised {type(error).__name__}: {error}\nCure: see that `for batch in batches` runs"
+    )
 
 
 def _handed(value: Any, made: dict[int, Tensor]) -> Any:
@@ -142,7 +164,8 @@ def scalar(loss: Loss | None, output: Any, batch: Batch) -> Tensor:
     """`loss(output, batch.target)`, or without one the loss that the model computed itself; a scalar tensor.
 
     Raises:
-        DiagnosisError: it is none, or raises.
+        DiagnosisError: it is none.
+        UserCodeError: from whatever the loss raises.
     """
     if loss is None:
         value = _own_loss(output)
@@ -150,7 +173,7 @@ def scalar(loss: Loss | None, output: Any, batch: Batch) -> Tensor:
         try:
             value = loss(output, batch.target)
         except Exception as error:
-            raise DiagnosisError(
+            raise UserCodeError(
                 f"loss raised {type(error).__name__}: {error}\nCure: {_cure(output, batch)}"
             ) from error
     if not isinstance(value, Tensor):

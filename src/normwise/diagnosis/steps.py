@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normwise.diagnosis import records
 from normwise.diagnosis.batches import Batch, Loss, scalar
 from normwise.diagnosis.distributions import by_axis
-from normwise.diagnosis.errors import DiagnosisError
+from normwise.diagnosis.errors import DiagnosisError, UserCodeError
 from normwise.diagnosis.layers import Layouts, Named, own_parameters, tensors_in
 from normwise.diagnosis.pace import Pace
 from normwise.diagnosis.preserve import buffers_kept
@@ -138,7 +138,7 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, run: _Run, gradien
         else:
             optimizer.step()
     except (RuntimeError, TypeError, ValueError) as error:
-        raise DiagnosisError(
+        raise UserCodeError(
             f"the optimizer raised {type(error).__name__}: {error}\nCure: see that optimizer.step() runs on this "
             "model, or diagnose without optimizer="
         ) from error

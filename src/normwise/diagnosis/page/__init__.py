@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import math
 from importlib.resources import files
@@ -48,8 +49,13 @@ def write_page(diagnosis: Diagnosis, path: Path) -> None:
     """Write the page to `path`; a file that is there is replaced only by a whole one. OSError where it cannot be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
-    beside.write_text(page(diagnosis), encoding="utf-8")
-    beside.replace(path)
+    try:
+        beside.write_text(page(diagnosis), encoding="utf-8")
+        beside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
 
 
 def short(value: Any) -> str:
