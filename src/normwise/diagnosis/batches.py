@@ -140,9 +140,7 @@ def _drawn(batches: Iterable[Any], limit: int) -> Iterator[Any]:
 
 
 def _batches_raised(error: Exception) -> UserCodeError:
-    return UserCodeError(
-        f"batches raised {type(error).__name__}: {error}\nCure: see that `for batch in batches` runs"
-    )
+    return UserCodeError(f"batches raised {type(error).__name__}: {error}\nCure: see that `for batch in batches` runs")
 
 
 def _handed(value: Any, made: dict[int, Tensor]) -> Any:
@@ -173,9 +171,7 @@ def scalar(loss: Loss | None, output: Any, batch: Batch) -> Tensor:
         try:
             value = loss(output, batch.target)
         except Exception as error:
-            raise UserCodeError(
-                f"loss raised {type(error).__name__}: {error}\nCure: {_cure(output, batch)}"
-            ) from error
+            raise UserCodeError(f"loss raised {type(error).__name__}: {error}\nCure: {_cure(output, batch)}") from error
     if not isinstance(value, Tensor):
         raise DiagnosisError(
             f"loss must return a scalar tensor, but got {type(value).__name__}: leave out .item() and float()"
