@@ -98,7 +98,7 @@ def recalibrate(
     if not wanted:
         raise ValueError(
             "recalibrate found no norm with running statistics in the model: the others keep none and need no "
-            "recalibration" + "".join(f"\n  {name}: {kind}: {reason}" for name, kind, reason in report.skipped)
+            f"recalibration{report.reasons}"
         )
     if exact and iter(batches) is iter(batches):
         raise ValueError(
@@ -123,7 +123,7 @@ def _recalibrate(run: _Run, wanted: list[Layer], exact: bool, report: Report) ->
             else:
                 report.skipped.append(Skip(one.name, one.kind, reason))
         if not report.changed:
-            reasons = "".join(f"\n  {name}: {kind}: {reason}" for name, kind, reason in report.skipped)
+            reasons = report.reasons
             if not run.done:
                 reasons = " no batch came: an iterator that was gone over before is empty, a DataLoader is not"
             raise ValueError(f"recalibrate found nothing to take statistics of:{reasons}")
