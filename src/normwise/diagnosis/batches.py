@@ -41,7 +41,7 @@ class Batch:
         mode = "train" if model.training else "eval"
         text = f"the model raised {type(error).__name__} in {mode} mode on batch {self.index}: {error}"
         if "more than 1 value per channel" in str(error) or "more than 1 spatial element" in str(error):
-            cure = "give batches of at least two samples, or normwise.convert(model, to='group')"
+            cure = "give batches of at least two samples, or model, _ = normwise.convert(model, to='group')"
         elif isinstance(error, TypeError) and "argument" in str(error):
             cure = (
                 "a tuple of inputs is given as model(*inputs), a dict as model(**inputs), anything else as "
