@@ -308,3 +308,31 @@ def test_what_was_compiled_by_itself_is_said():
     model = nn.Sequential(nn.BatchNorm1d(4))
     model[0].compile(backend="eager")
     assert "compile()" in normwise.convert(model, to="normwise", inplace=True).report.changed[0].note
+
+
+class OfRows(nn.BatchNorm1d):
+    """Of (N, L, C), which a hook on the layer takes for (N, C, L)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mT).mT
+
+
+class Clipped(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).clamp(-1, 1)
+
+
+def test_statistics_are_taken_of_what_is_normalized():
+    x = torch.randn(5, 4, 4) * torch.arange(1.0, 5.0)
+    for build in (Clipped, nn.BatchNorm1d):
+        model = nn.Sequential(build(4))
+        normwise.recalibrate(model, [x])
+        assert_close(model[0].running_mean, x.mean((0, 2)), count=20)
+    with pytest.raises(ValueError, match="OfRows: it has a forward of its own, which may give BatchNorm1d's"):
+        normwise.recalibrate(nn.Sequential(OfRows(4)), [x])
+    for bind in bound_forwards().values():
+        model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+        model[0].forward = bind(model[0])
+        report = normwise.recalibrate(model, [x])
+        assert "bound to the instance" in report.skipped[0].reason
+        assert [change.name for change in report.changed] == ["1"]

@@ -185,14 +185,19 @@ def _replaced(
 ) -> tuple[nn.Module, str] | Refusal:
     """What comes in the place of a layer and what to say about it, or why nothing does."""
     try:
-        _replaceable(one, holders, subclasses)
-        return _made(one, make, met)
+        behind = _behind(one, holders, subclasses)
+        return _made(one, make, met, behind)
     except Refusal as why:
         return why
 
 
-def _replaceable(one: Layer, holders: dict[int, str], subclasses: bool) -> None:
-    """Raises `Refusal` where another layer would not compute what this one does, or would not be called."""
+def _behind(one: Layer, holders: dict[int, str], subclasses: bool) -> list[nn.Module] | None:
+    """The modules of its own that follow what the layer's base computes; None where `subclasses` says to leave out
+    whatever else it does.
+
+    Raises:
+        Refusal: another layer would not compute what this one does, or would not be called.
+    """
     old, base = one.module, known_base(one.module)
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in old.parameters()):
         raise Refusal("it is lazy and does not know its size yet: run one batch through the model first")
@@ -200,20 +205,22 @@ def _replaceable(one: Layer, holders: dict[int, str], subclasses: bool) -> None:
         raise Refusal(BOUND)
     if id(old) in holders:
         raise Refusal(f"the forward that is bound to {holders[id(old)]} holds it, and would go on calling it")
-    if overrides_forward(old, base) and followers(old) is None:
-        own = ", ".join(own_modules(old))
-        if own:
-            raise Refusal(
-                f"it has a forward and modules of its own ({own}), which would be lost: only modules that are called "
-                f"one after the other on what {base.__name__} computes can follow the new layer"
-            )
-        if not subclasses:
-            raise Refusal(
-                f"it has a forward of its own, which need not be {base.__name__}'s: subclasses=True converts it as one"
-            )
+    if not overrides_forward(old, base):
+        return []
+    chain, own = followers(old), ", ".join(own_modules(old))
+    if chain is None and own:
+        raise Refusal(
+            f"it has a forward and modules of its own ({own}), which would be lost: only modules that are called one "
+            f"after the other on what {base.__name__} computes can follow the new layer"
+        )
+    if chain is None and not subclasses:
+        raise Refusal(
+            f"it has a forward of its own, which need not be {base.__name__}'s: subclasses=True converts it as one"
+        )
+    return chain
 
 
-def _made(one: Layer, make: Make, met: Shapes) -> tuple[nn.Module, str]:
+def _made(one: Layer, make: Make, met: Shapes, behind: list[nn.Module] | None) -> tuple[nn.Module, str]:
     """What comes in the place of a layer, and what to say about it."""
     old, base = one.module, known_base(one.module)
     try:
@@ -221,22 +228,18 @@ def _made(one: Layer, make: Make, met: Shapes) -> tuple[nn.Module, str]:
     except (TypeError, ValueError) as error:
         raise type(error)(f"{one.name or 'the model'} ({one.kind}): {error}") from error
     notes = [note, carry_mode(old, norm)]
-    behind: list[nn.Module] = []
+    following = list(behind or ())
     act = option(old, "act")
     if act is not None and option(norm, "act") is None:
-        behind.append(ACTIVATIONS[act]().train(old.training))
+        following.insert(0, ACTIVATIONS[act]().train(old.training))
         notes.append("its activation follows, so the names of its parameters begin with '0.'")
-    if overrides_forward(old, base):
-        chain = followers(old)
-        names = ", ".join(own_modules(old))
-        if chain:
-            behind += chain
-            notes.append(f"its own {names} follow, so the names of its parameters begin with '0.'")
-        elif chain is None:
-            notes.append(f"converted as a {base.__name__}: what its own forward does else is gone")
-    new = nn.Sequential(norm, *behind) if behind else norm
+    if behind:
+        notes.append(f"its own {', '.join(own_modules(old))} follow, so the names of its parameters begin with '0.'")
+    elif behind is None:
+        notes.append(f"converted as a {base.__name__}: what its own forward does else is gone")
+    new = nn.Sequential(norm, *following) if following else norm
     new.training = old.training
-    if not overrides_forward(old, base):
+    if not behind:
         notes.append(_carry_modules(old, new))
     carry_hooks(old, new)
     if getattr(old, "_compiled_call_impl", None) is not None:

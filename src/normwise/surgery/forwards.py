@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
@@ -93,15 +93,25 @@ def followers(layer: nn.Module) -> list[nn.Module] | None:
 
     What timm's BatchNormAct2d does is `act(drop(batch_norm(x)))`, whether by super().forward or written out.
     """
-    if is_bound(layer) or parametrize.is_parametrized(layer):
-        return None
-    try:
-        in_eval, in_training = (_chain(layer, training) for training in (False, True))
-    except Exception:  # torch.fx runs the user's code with stand-ins for tensors, which may fail in any way
-        return None
+    in_eval, in_training = _both_ways(_chain, layer)
     if in_eval is None or in_eval != in_training or {*in_eval} != {*own_modules(layer)}:
         return None
     return [layer.get_submodule(name) for name in in_eval]
+
+
+def normalizes_its_input(layer: nn.Module) -> bool:
+    """Whether it is certain that what the layer is called with is what its base normalizes, whatever else it does."""
+    return not overrides_forward(layer, known_base(layer)) or all(_both_ways(_base_call, layer))
+
+
+def _both_ways(look: Callable[[nn.Module, bool], Any], layer: nn.Module) -> list[Any]:
+    """What is seen of a layer's forward in eval and in train mode; None where it cannot be followed."""
+    if is_bound(layer) or parametrize.is_parametrized(layer):
+        return [None, None]
+    try:
+        return [look(layer, training) for training in (False, True)]
+    except Exception:  # torch.fx runs the user's code with stand-ins for tensors, which may fail in any way
+        return [None, None]
 
 
 class _Leaves(fx.Tracer):
@@ -116,15 +126,27 @@ def _base_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return args[0].tracer.create_proxy("call_function", _base_forward, args, kwargs)
 
 
-def _chain(layer: nn.Module, training: bool) -> list[str] | None:
-    """The names of these modules in one mode, in the order of their calls."""
+def _nodes(layer: nn.Module, training: bool) -> list[fx.Node]:
+    """What the forward of the layer's class does in one mode, its base's forward being one node."""
     stand_in = type("StandIn", (known_base(layer),), {"forward": _base_forward})
     probe = copy.copy(layer)  # its modules and tensors are the layer's own, of which nothing is computed here
     probe.__class__ = type("Probe", (class_of(layer), stand_in), {})
     probe.training = training
     parameters = inspect.signature(probe.forward).parameters.values()
     graph = _Leaves().trace(probe, {p.name: p.default for p in parameters if p.default is not p.empty})
-    *nodes, output = graph.nodes
+    return list(graph.nodes)
+
+
+def _base_call(layer: nn.Module, training: bool) -> fx.Node | None:
+    """The one node that does what the base does of the input."""
+    first, *others = _nodes(layer, training)
+    found = [node for node in others if node.target is _base_forward or _is_base(layer, node, first, training)]
+    return found[0] if len(found) == 1 and _is_base(layer, found[0], first, training) else None
+
+
+def _chain(layer: nn.Module, training: bool) -> list[str] | None:
+    """The names of the modules behind it, in the order of their calls, if there is nothing else."""
+    *nodes, output = _nodes(layer, training)
     names: list[str] = []
     node = output.args[0]
     on_the_way = {nodes[0]}

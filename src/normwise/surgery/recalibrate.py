@@ -13,11 +13,23 @@ from torch import Tensor, nn
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm
 from normwise.ops import ranks
 from normwise.reference import Moments
+from normwise.surgery.forwards import normalizes_its_input
 from normwise.surgery.freeze import is_frozen
 from normwise.surgery.pools import Pool, pool_of
 from normwise.surgery.progress import Progress, shown
 from normwise.surgery.report import Change, Report, Skip
-from normwise.surgery.select import BATCH, INSTANCE, RECURRENT, Layer, Where, chosen, has_norm, layers, require_module
+from normwise.surgery.select import (
+    BATCH,
+    INSTANCE,
+    RECURRENT,
+    Layer,
+    Where,
+    chosen,
+    has_norm,
+    known_base,
+    layers,
+    require_module,
+)
 
 
 def recalibrate(
@@ -254,6 +266,11 @@ def _why_not(layer: nn.Module) -> str | None:
         return "it is frozen: normwise.unfreeze first"
     if not isinstance(layer, RECURRENT) and layer.running_mean is None:
         return "track_running_stats=False: it keeps no statistics"
+    if not normalizes_its_input(layer):
+        return (
+            f"it has a forward of its own, which may give {known_base(layer).__name__}'s something else than its input "
+            "to normalize; one that is bound to the instance, as accelerate's hooks are, take off first"
+        )
     return None
 
 
