@@ -54,7 +54,7 @@ class Batch:
         mode = "train" if model.training else "eval"
         text = f"the model raised {type(error).__name__} in {mode} mode on batch {self.index}: {error}"
         if "more than 1 value per channel" in str(error) or "more than 1 spatial element" in str(error):
-            cure = "give batches of at least two samples, or normwise.convert(model, to='group')"
+            cure = "give batches of at least two samples, or model, _ = normwise.convert(model, to='group')"
         elif self.forward is not None:
             cure = "see that forward(model, batch) runs on this batch, in train and in eval mode, before diagnosing it"
         elif isinstance(error, TypeError) and "argument" in str(error):

@@ -281,7 +281,7 @@ def _taking_part(model: nn.Module) -> list[_BatchNorm]:
             raise ValueError(
                 f"{name or 'the model'} is a {type(layer).__module__.partition('.')[0]} {type(layer).__name__}: "
                 "accumulated_backward pools the statistics of normwise's BatchNorm1d, BatchNorm2d and BatchNorm3d. "
-                "Replace it by normwise.convert(model, to='batch'), or put it into eval mode"
+                "Replace it by model, _ = normwise.convert(model, to='batch'), or put it into eval mode"
             )
         if layer.virtual_batch_size is not None:
             raise ValueError(

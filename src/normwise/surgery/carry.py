@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from normwise.surgery.freeze import is_frozen, keep_frozen
 from normwise.surgery.report import Refusal
-from normwise.surgery.select import class_of
+from normwise.surgery.select import known_base
 
 # Constructor arguments that no attribute of the same name holds.
 _SPECIAL = ("self", "device", "dtype", "bias")
@@ -32,16 +32,18 @@ _HOOKS = (
 
 
 def rebuild(old: nn.Module, cls: type[nn.Module], names: Iterable[str] | None = None, **given: Any) -> nn.Module:
-    """A `cls` with the arguments `given`, and for the others what `old` has under the same name, if anything.
+    """A `cls` with the arguments `given`, and for the others what `old` was given under the same name, if anything.
 
     Args:
-        names: these others; None: all that the constructor takes.
+        names: these others; None: all that both constructors take.
 
     Its tensors are its own and freshly started, on the device and in the dtype of those of `old`; the global random
     state stays as it was.
     """
     accepted = inspect.signature(cls.__init__).parameters
-    names = [name for name in accepted if name not in _SPECIAL and hasattr(old, name)] if names is None else names
+    if names is None:
+        told = inspect.signature(known_base(old)).parameters
+        names = [name for name in accepted if name in told and name not in _SPECIAL and hasattr(old, name)]
     arguments = {name: getattr(old, name) for name in names}
     if "bias" in accepted and "bias" not in given:
         bias = getattr(old, "bias", None)
@@ -99,9 +101,15 @@ def _tensor_names(layer: nn.Module) -> list[str]:
     return [*layer._parameters, *layer._buffers, *parametrized]
 
 
-def carry_rest(old: nn.Module, new: nn.Module) -> str:
-    """Give `new` the mode, hooks and frozenness of `old`; returns what did not carry over, "" if all did."""
+def carry_mode(old: nn.Module, new: nn.Module) -> str:
+    """Give `new` the mode of `old`, through every `train()` if `freeze` froze it; returns what did not carry over, ""
+    if all did."""
     new.train(old.training)
+    return keep_frozen(old, new) if is_frozen(old) else ""
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give `new` the hooks of `old`."""
     new._is_full_backward_hook = old._is_full_backward_hook
     for name in _HOOKS:
         hooks, own = getattr(old, name), getattr(new, name)
@@ -113,9 +121,3 @@ def carry_rest(old: nn.Module, new: nn.Module) -> str:
         elif hooks:
             # The very dictionary, so that the handles that users hold still remove their hooks.
             setattr(new, name, hooks)
-    return keep_frozen(old, new) if is_frozen(old) else ""
-
-
-def overrides_forward(layer: nn.Module, base: type[nn.Module]) -> bool:
-    """Whether the layer's class computes something else than `base`, from which it is derived."""
-    return class_of(layer).forward is not base.forward

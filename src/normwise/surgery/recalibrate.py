@@ -14,11 +14,23 @@ from normwise.nn.frozen_batch_norm import FrozenBatchNorm
 from normwise.ops import ranks
 from normwise.reference import Moments
 from normwise.surgery.batches import Forward, run
+from normwise.surgery.forwards import normalizes_its_input
 from normwise.surgery.freeze import is_frozen
 from normwise.surgery.pools import Pool, pool_of
 from normwise.surgery.progress import Progress, shown
 from normwise.surgery.report import Change, Report, Skip
-from normwise.surgery.select import BATCH, INSTANCE, RECURRENT, Layer, Where, chosen, has_norm, layers, require_module
+from normwise.surgery.select import (
+    BATCH,
+    INSTANCE,
+    RECURRENT,
+    Layer,
+    Where,
+    chosen,
+    has_norm,
+    known_base,
+    layers,
+    require_module,
+)
 
 
 def recalibrate(
@@ -100,7 +112,7 @@ def recalibrate(
     if not wanted:
         raise ValueError(
             "recalibrate found no norm with running statistics in the model: the others keep none and need no "
-            "recalibration" + "".join(f"\n  {name}: {kind}: {reason}" for name, kind, reason in report.skipped)
+            f"recalibration{report.reasons}"
         )
     if exact and iter(batches) is iter(batches):
         raise ValueError(
@@ -124,7 +136,7 @@ def _recalibrate(run: _Run, wanted: list[Layer], exact: bool, report: Report) ->
             else:
                 report.skipped.append(Skip(one.name, one.kind, reason))
         if not report.changed:
-            reasons = "".join(f"\n  {name}: {kind}: {reason}" for name, kind, reason in report.skipped)
+            reasons = report.reasons
             if not run.done:
                 reasons = " no batch came: an iterator that was gone over before is empty, a DataLoader is not"
             raise ValueError(f"recalibrate found nothing to take statistics of:{reasons}")
@@ -255,6 +267,11 @@ def _why_not(layer: nn.Module) -> str | None:
         return "it is frozen: normwise.unfreeze first"
     if not isinstance(layer, RECURRENT) and layer.running_mean is None:
         return "track_running_stats=False: it keeps no statistics"
+    if not normalizes_its_input(layer):
+        return (
+            f"it has a forward of its own, which may give {known_base(layer).__name__}'s something else than its input "
+            "to normalize; one that is bound to the instance, as accelerate's hooks are, take off first"
+        )
     return None
 
 

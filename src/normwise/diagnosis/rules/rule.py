@@ -28,7 +28,9 @@ class Rule:
     Attributes:
         code, title, severity: see `records.Finding`.
         matches: the function over the numbers.
-        cause, cure: texts with the evidence's names in braces, as in `str.format`; `{layer}` is the layer's name.
+        cause, cure: texts with the evidence's names in braces, as in `str.format`; `{layer}` is the layer's name, and
+            `{module}` is how a line of code gets at it. A line of code in a cure has its effect when it is run as
+            printed, on `model`, `batches` and `optimizer` as they were given.
         claims: ids of the published claims behind it.
         speaks_against: the norm that it speaks against where it can be foreseen without a measurement, for `recommend`:
             "batch", "none" or None.
@@ -47,7 +49,8 @@ class Rule:
 
     def findings(self, diagnosis: Diagnosis) -> Iterator[Finding]:
         for layer, evidence in self.matches(diagnosis):
-            words = {"layer": layer or "the model", **evidence}
+            module = f"model.get_submodule({layer!r})" if layer else "model"
+            words = {"layer": layer or "the model", "module": module, **evidence}
             yield Finding(
                 self.code,
                 self.severity,
