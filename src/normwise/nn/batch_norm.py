@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.nn.construct import affine_without_bias, reset_affine
 from normwise.nn.recall import Recall
+from normwise.nn.skipped import CountsSkipped
 from normwise.ops import check, choose, plain, ragged, running
 from normwise.ops.batch_norm import batch_norm_moved
 from normwise.ops.ghost_batch_norm import ghost_batch_norm_moved
@@ -22,11 +23,8 @@ from normwise.reference import Moments, activation
 
 Layer = TypeVar("Layer", bound="_BatchNorm")
 
-# As a tensor: adding a number makes one of it first.
-_ONE = torch.tensor(1)
 
-
-class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+class _BatchNorm(CountsSkipped, nn.modules.batchnorm._BatchNorm):
     """The part of BatchNorm that does not depend on the input's rank.
 
     A subclass of torch's own, so that code that looks for BatchNorm layers (weight averaging, optimizer groups,
@@ -34,7 +32,6 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     ranks: tuple[int, ...]
-    num_batches_skipped: Tensor | None
     _said_skipped = False
     _peers: Peers | None = None  # the ranks that share statistics in training
     _by_batch = True  # `_normalize` is that of BatchNorm
@@ -77,9 +74,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         self.accumulate = accumulate
         self._recent: deque[Moments] = deque(maxlen=0 if accumulate is None else accumulate - 1)
         self._earlier_of: Recall[list[Moments]] = Recall()
-        # Not in the state_dict, which stays torch's.
-        skipped = torch.tensor(0, device=device) if track_running_stats else None
-        self.register_buffer("num_batches_skipped", skipped, persistent=False)
+        self._place_skipped()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -93,9 +88,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def reset_running_stats(self) -> None:
         """Running mean 0 and variance 1, no batch tracked or skipped."""
         super().reset_running_stats()
-        skipped = getattr(self, "num_batches_skipped", None)  # torch's constructor comes here before there is one
-        if skipped is not None:
-            skipped.zero_()
+        self._forget_skipped()
         self._said_skipped = False
         if hasattr(self, "_recent"):
             self._recent.clear()
@@ -231,20 +224,17 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         tracked = self._buffers.get("num_batches_tracked")
         if moved is True:  # looked at first: it is nearly always so
             if tracked is not None:
-                tracked.add_(_ONE)
+                tracked.add_(1)
             return
-        skipped = self.num_batches_skipped
-        if tracked is None or skipped is None:
+        if tracked is None:
             return
         if moved is False:
-            skipped.add_(1)
+            self._skip(1)
             self._say_skipped()
         else:
             tracked.add_(moved)
-            if (
-                not choose.transforming()
-            ):  # functional_call may have been given the buffers of a state_dict, without this one
-                skipped.add_(~moved)
+            if not choose.transforming():  # a count of its own for each copy of the layer has no place
+                self._skip(~moved)
 
     def _say_skipped(self) -> None:
         if self._said_skipped:
@@ -261,9 +251,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def train(self: Layer, mode: bool = True) -> Layer:
         """As in torch.nn. Says if batches were skipped where no warning could be given at once (on a GPU, compiled)."""
-        skipped = self.num_batches_skipped
-        if not mode and self.training and skipped is not None and running.may_read(skipped) and skipped.item() > 0:
-            self._say_skipped()
+        if not mode and self.training and not self._said_skipped:
+            skipped = self._skipped
+            if skipped is not None and running.may_read(skipped) and skipped.item() > 0:
+                self._say_skipped()
         return super().train(mode)
 
     def _momentum(self) -> float | Tensor:
@@ -290,8 +281,8 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
     y = act(gamma * (x - E[x]) / sqrt(Var[x] + eps) + beta + residual), with mean and variance of each of the
     `num_features` channels over the batch (and its steps) in training, and their running averages in evaluation.
     The running averages move by `momentum`: running = (1 - momentum) * running + momentum * batch. A batch with a
-    channel whose mean or variance is NaN or infinite is left out of them: it counts in `num_batches_skipped` (a buffer
-    outside the state_dict) instead of `num_batches_tracked`, and the first one is warned of. A forward that activation
+    channel whose mean or variance is NaN or infinite is left out of them: it counts in `num_batches_skipped` (a tensor
+    that is no buffer) instead of `num_batches_tracked`, and the first one is warned of. A forward that activation
     checkpointing runs again inside the backward does not move them a second time.
 
     A drop-in for `torch.nn.BatchNorm1d`: same arguments, state_dict and results. Beyond it, in the call: `mask`

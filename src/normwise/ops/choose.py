@@ -176,7 +176,7 @@ def values_visible(*tensors: Tensor | None) -> bool:
     """Whether the values of these tensors may decide what is done: not while compiling or transforming, nor on meta."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return not any(t is not None and (t.is_meta or (type(t) is not Tensor and _is_fake(t))) for t in tensors)
+    return not any(t is not None and (t.is_meta or is_fake(t)) for t in tensors)
 
 
 def watches_digits(x: Tensor) -> bool:
@@ -315,7 +315,10 @@ def _torch_weakness(call: Call) -> str | None:
     return None
 
 
-def _is_fake(t: Tensor) -> bool:
+def is_fake(t: Tensor) -> bool:
+    """Whether `t` has a device and a shape, but no values."""
+    if type(t) is Tensor:
+        return False
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(t, FakeTensor)
