@@ -51,6 +51,7 @@ class _BatchNorm(CountsSkipped, nn.modules.batchnorm._BatchNorm):
         virtual_batch_size: int | None = None,
         accumulate: int | None = None,
     ) -> None:
+        num_features = check.whole_number("num_features", num_features)
         check.positive_eps(eps)
         check.momentum_range(momentum)
         if act is not None:
@@ -58,6 +59,10 @@ class _BatchNorm(CountsSkipped, nn.modules.batchnorm._BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         affine_without_bias(self, affine and not bias)
         self.act = act
+        if virtual_batch_size is not None:
+            virtual_batch_size = check.whole_number("virtual_batch_size", virtual_batch_size)
+        if accumulate is not None:
+            accumulate = check.whole_number("accumulate", accumulate)
         if virtual_batch_size is not None and virtual_batch_size < 1:
             raise ValueError(
                 f"virtual_batch_size must be at least 1, or None for the whole batch, but got {virtual_batch_size}"

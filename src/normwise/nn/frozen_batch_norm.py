@@ -34,6 +34,7 @@ class FrozenBatchNorm(nn.Module):
         bias: bool = True,
         act: str | None = None,
     ) -> None:
+        num_features = check.whole_number("num_features", num_features)
         check.positive_eps(eps)
         if act is not None:
             activation(act)

@@ -50,6 +50,8 @@ class GroupNorm(nn.GroupNorm):
         bias: bool = True,
         act: str | None = None,
     ) -> None:
+        num_groups = check.whole_number("num_groups", num_groups)
+        num_channels = check.whole_number("num_channels", num_channels)
         check.positive_eps(eps)
         if act is not None:
             activation(act)
@@ -73,7 +75,7 @@ class GroupNorm(nn.GroupNorm):
         """act(gn(input) + residual); see `normwise.functional.group_norm` for shapes and errors."""
         if ragged.is_ragged(input):
             return ragged.by_sequences(self.forward, input, mask=mask, lengths=lengths, residual=residual)
-        assert isinstance(input, Tensor)
+        check.tensor(type(self).__name__, input)
         if input.dim() > 1 and input.shape[1] != self.num_channels:
             raise check.ShapeError(
                 f"expected input's size at dim=1 to match num_channels ({self.num_channels}), but got: "

@@ -34,6 +34,7 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
         bias: bool = True,
         act: str | None = None,
     ) -> None:
+        num_features = check.whole_number("num_features", num_features)
         check.positive_eps(eps)
         check.momentum_range(momentum)
         if act is not None:
@@ -63,14 +64,16 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
             if self.batched_rank != 3:
                 raise check.ShapeError(f"{type(self).__name__} takes no ragged input: InstanceNorm1d does")
             return ragged.by_sequences(self.forward, input, mask=mask, lengths=lengths, residual=residual)
-        assert isinstance(input, Tensor)
+        check.tensor(type(self).__name__, input)
         check.rank(input, (self.batched_rank - 1, self.batched_rank))
         if input.dim() < self.batched_rank:
             check.same_shape("residual", residual, input)
             assert residual is None or isinstance(residual, Tensor)
-            mask, residual = (None if t is None else t.unsqueeze(0) for t in (mask, residual))
+            if mask is not None:
+                mask = check.mask_tensor(mask, input.device).unsqueeze(0)
             if lengths is not None:
-                lengths = lengths.reshape(1)
+                lengths = check.lengths_tensor(lengths).reshape(1)
+            residual = None if residual is None else residual.unsqueeze(0)
             return self.forward(input.unsqueeze(0), mask=mask, lengths=lengths, residual=residual).squeeze(0)
         self._check_channels(input)
         mean, var = self.running_mean, self.running_var

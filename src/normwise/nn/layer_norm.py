@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -200,17 +200,21 @@ class RMSNorm(nn.RMSNorm):
 
 
 def _shape(normalized_shape: int | Sequence[int]) -> list[int]:
-    return [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
+    sizes = normalized_shape if isinstance(normalized_shape, Iterable) else [normalized_shape]
+    return [check.whole_number("normalized_shape", size) for size in sizes]
 
 
 def _dim(dim: int | Sequence[int] | None, shape: list[int]) -> int | tuple[int, ...] | None:
     """`dim` as it is kept: hashable, and with as many axes as `shape`."""
-    if dim is None or isinstance(dim, int):
-        named = 1
-    else:
-        dim = tuple(dim)
+    if dim is None:
+        return None
+    if isinstance(dim, Iterable):
+        dim = tuple(check.whole_number("dim", d) for d in dim)
         named = len(dim)
-    if dim is not None and named != len(shape):
+    else:
+        dim = check.whole_number("dim", dim)
+        named = 1
+    if named != len(shape):
         raise ValueError(f"dim={dim} names {named} axes, but normalized_shape={shape} has {len(shape)}")
     return dim
 

@@ -29,7 +29,7 @@ class _Cell(nn.modules.rnn.RNNCellBase):
     ) -> None:
         """After torch's constructor: the norms and what they need."""
         parameters.forget_bias_needs_bias(changes.get("forget_bias"), self.bias)
-        parameters.positive_rows(max_length)
+        max_length = parameters.positive_rows(max_length)
         check.momentum_range(momentum)
         how, self.variant = parameters.describe(self.cell, norm, variant, **changes)
         if how.statistics == "sequence":
@@ -51,6 +51,7 @@ class _Cell(nn.modules.rnn.RNNCellBase):
         """(B, I) or (I,) and its states in, the next states out."""
         how = self.recurrence
         name = type(self).__name__
+        check.tensor(name, input)
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if input.shape[-1] != self.input_size:
@@ -58,7 +59,7 @@ class _Cell(nn.modules.rnn.RNNCellBase):
                 f"input has inconsistent input_size: got {input.shape[-1]} expected {self.input_size}"
             )
         first = parameters.step_index(how, self.max_length, t)
-        x = input.reshape(1, -1, self.input_size)
+        x = input.reshape(1, input.shape[:-1].numel(), self.input_size)
         expected = (*input.shape[:-1], self.hidden_size)
         for n, state in enumerate(states):
             if state is not None and tuple(state.shape) != expected:
@@ -87,6 +88,10 @@ class _Cell(nn.modules.rnn.RNNCellBase):
         return f"{super().extra_repr()}, norm={self.recurrence.norm!r}{variant}"
 
 
+def _sizes(input_size: int, hidden_size: int) -> tuple[int, int]:
+    return check.whole_number("input_size", input_size), check.whole_number("hidden_size", hidden_size)
+
+
 class RNNCell(_Cell, nn.RNNCell):
     """One step of `RNN`: h' = cell(input, h). Arguments as torch.nn.RNNCell, and those of `RNN` that follow the star.
 
@@ -111,7 +116,7 @@ class RNNCell(_Cell, nn.RNNCell):
         max_length: int = 256,
         momentum: float = 0.1,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
+        super().__init__(*_sizes(input_size, hidden_size), bias, nonlinearity, device, dtype)
         self._build(norm, variant, max_length, momentum, nonlinearity=nonlinearity, eps=eps, zoneout=zoneout)
         self.nonlinearity = self.recurrence.nonlinearity
 
@@ -146,7 +151,7 @@ class GRUCell(_Cell, nn.GRUCell):
         max_length: int = 256,
         momentum: float = 0.1,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, device, dtype)
+        super().__init__(*_sizes(input_size, hidden_size), bias, device, dtype)
         self._build(norm, variant, max_length, momentum, eps=eps, zoneout=zoneout, update_gate=update_gate)
 
     def forward(self, input: Tensor, hx: Tensor | None = None, *, t: int | None = None) -> Tensor:
@@ -181,7 +186,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
         max_length: int = 256,
         momentum: float = 0.1,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, device, dtype)
+        super().__init__(*_sizes(input_size, hidden_size), bias, device, dtype)
         self._build(norm, variant, max_length, momentum, eps=eps, zoneout=zoneout, forget_bias=forget_bias)
 
     def forward(

@@ -126,8 +126,7 @@ def batch_norm_moved(
             return y
 
         return ragged.by_rows(rows, input, mask=mask, lengths=lengths, residual=residual), moved
-    assert isinstance(input, Tensor)
-    x = input
+    x = check.tensor("batch_norm", input)
     alone = mask is None and lengths is None and act is None and residual is None and process_group is None
     if alone and is_plain(x):
         done = plain.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)

@@ -271,6 +271,8 @@ def _cpu_obstacle(call: Call) -> str | None:
     if call.residual is not None and call.residual.dtype != x.dtype:
         return f"the C++ kernels do not mix an input of {x.dtype} with a residual of {call.residual.dtype}"
     by_features = call.op in ("layer_norm", "rms_norm")
+    if _without_features(call):
+        return "there is nothing to compute without a feature"
     if mask is not None and any(mask.shape[d] != 1 for d in (call.dims if by_features else (1,))):
         return "the C++ kernels take one mask for " + ("all features of a row" if by_features else "all channels")
     statistics = accumulation_dtype(x.dtype)
@@ -307,12 +309,21 @@ def _torch_obstacle(call: Call) -> str | None:
 def _torch_weakness(call: Call) -> str | None:
     """Where ATen's kernels would do the job, but less exactly than they should."""
     x = call.x
+    if _without_features(call):
+        return "some of ATen's kernels fail without a feature"
     if call.op != "batch_norm" or not call.batch_statistics or x.device.type != "cpu" or x.numel() == 0:
         return None
     rows_of_channels = x.dim() == 2 or not x.is_contiguous()
     if rows_of_channels and x.numel() // x.shape[1] > RUNNING_SUM_LIMIT and x.dtype != torch.float64:
         return "ATen adds up long columns of channels in one float32 sum, which loses digits"
     return None
+
+
+def _without_features(call: Call) -> bool:
+    """Whether an axis of channels, or a normalized axis of LayerNorm and RMSNorm, has size 0."""
+    if call.x.numel() or call.op == "recurrence":
+        return False
+    return 0 in [call.x.shape[d] for d in (call.dims if call.op in ("layer_norm", "rms_norm") else (1,))]
 
 
 def is_fake(t: Tensor) -> bool:

@@ -56,8 +56,7 @@ def group_norm(
     if ragged.is_ragged(input):
         sequences = partial(group_norm, num_groups=num_groups, weight=weight, bias=bias, eps=eps, act=act)
         return ragged.by_sequences(sequences, input, mask=mask, lengths=lengths, residual=residual)
-    assert isinstance(input, Tensor)
-    x = input
+    x = check.tensor("group_norm", input)
     check.floating("group_norm", x)
     check.positive_eps(eps)
     if x.dim() < 2:

@@ -71,8 +71,7 @@ def instance_norm(
             act=act,
         )
         return ragged.by_sequences(sequences, input, mask=mask, lengths=lengths, residual=residual)
-    assert isinstance(input, Tensor)
-    x = input
+    x = check.tensor("instance_norm", input)
     check.floating("instance_norm", x)
     check.positive_eps(eps)
     check.momentum_range(momentum)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops import plain
+from normwise.ops import check, plain
 from normwise.ops.features import feature_norm
 from normwise.reference import accumulation_dtype
 
@@ -35,7 +35,7 @@ def rms_norm(
     Source: Zhang & Sennrich 2019, eq. 4.
     """
     if eps is None:
-        data = input.data if isinstance(input, PackedSequence) else input
+        data = input.data if isinstance(input, PackedSequence) else check.tensor("rms_norm", input)
         eps = torch.finfo(accumulation_dtype(data.dtype)).eps
     alone = (
         dim is None and mask is None and lengths is None and act is None and residual is None and process_group is None
