@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from normwise.nn.construct import affine_without_bias, reset_affine
 from normwise.nn.recall import Recall
 from normwise.nn.skipped import CountsSkipped
-from normwise.ops import check, choose, plain, ragged, running
+from normwise.ops import check, choose, plain, ragged, running, symbolic
 from normwise.ops.batch_norm import batch_norm_moved
 from normwise.ops.ghost_batch_norm import ghost_batch_norm_moved
 from normwise.ops.ranks import Peers
@@ -115,6 +115,8 @@ class _BatchNorm(CountsSkipped, nn.modules.batchnorm._BatchNorm):
                 if learns and not moved:  # the kernel counts a batch whose averages it moves
                     self._count(moved)
                 return y
+        if symbolic.is_traced(input, mask, lengths, residual):
+            return symbolic.call_layer(self, input, mask=mask, lengths=lengths, residual=residual)
         ragged.rank_or_rows(input, self.ranks, type(self).__name__, "BatchNorm1d")
         mean, var = (None, None) if self.training and not learns else (self.running_mean, self.running_var)
         if learns and mean is not None and var is not None and running.recomputing():

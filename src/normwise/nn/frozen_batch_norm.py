@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops import check, ragged
+from normwise.ops import check, ragged, symbolic
 from normwise.ops.batch_norm import batch_norm
 from normwise.reference import activation
 
@@ -55,6 +55,8 @@ class FrozenBatchNorm(nn.Module):
         residual: Tensor | PackedSequence | None = None,
     ) -> Any:
         """act(bn(input) + residual); see `normwise.functional.batch_norm` for shapes and errors."""
+        if symbolic.is_traced(input, mask, lengths, residual):
+            return symbolic.call_layer(self, input, mask=mask, lengths=lengths, residual=residual)
         ragged.rank_or_rows(input, self.ranks, type(self).__name__, "FrozenBatchNorm1d")
         return batch_norm(
             input,

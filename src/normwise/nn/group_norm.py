@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.nn.construct import affine_without_bias, reset_affine
-from normwise.ops import check, ragged
+from normwise.ops import check, ragged, symbolic
 from normwise.ops.group_norm import group_norm, groups_divide
 from normwise.reference import activation
 
@@ -73,6 +73,21 @@ class GroupNorm(nn.GroupNorm):
         residual: Tensor | PackedSequence | None = None,
     ) -> Any:
         """act(gn(input) + residual); see `normwise.functional.group_norm` for shapes and errors."""
+        if symbolic.is_traced(input, mask, lengths, residual):
+            node = symbolic.call_layer(self, input, function=True, mask=mask, lengths=lengths, residual=residual)
+            if node is not None:
+                return node
+            return group_norm(  # type: ignore[no-any-return]
+                input,
+                self.num_groups,
+                self.weight,
+                self.bias,
+                self.eps,
+                mask=mask,
+                lengths=lengths,
+                act=self.act,
+                residual=residual,
+            )
         if ragged.is_ragged(input):
             return ragged.by_sequences(self.forward, input, mask=mask, lengths=lengths, residual=residual)
         check.tensor(type(self).__name__, input)

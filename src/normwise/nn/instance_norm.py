@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.nn.construct import affine_without_bias, reset_affine
-from normwise.ops import check, ragged, running
+from normwise.ops import check, ragged, running, symbolic
 from normwise.ops.instance_norm import instance_norm
 from normwise.reference import activation
 
@@ -60,6 +60,8 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
 
         An input without batch axis is one sample, and so are then `mask` and `residual`.
         """
+        if symbolic.is_traced(input, mask, lengths, residual):
+            return symbolic.call_layer(self, input, mask=mask, lengths=lengths, residual=residual)
         if ragged.is_ragged(input):
             if self.batched_rank != 3:
                 raise check.ShapeError(f"{type(self).__name__} takes no ragged input: InstanceNorm1d does")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.nn.construct import reset_affine
-from normwise.ops import check, plain
+from normwise.ops import check, plain, symbolic
 from normwise.ops.layer_norm import layer_norm
 from normwise.ops.ranks import Peers
 from normwise.ops.rms_norm import rms_norm
@@ -100,6 +100,10 @@ class LayerNorm(nn.LayerNorm):
                 y = plain.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
                 if y is not None:
                     return y
+        if symbolic.is_traced(input, mask, lengths, residual):
+            node = symbolic.call_layer(self, input, function=True, mask=mask, lengths=lengths, residual=residual)
+            if node is not None:
+                return node
         return layer_norm(
             input,
             self.normalized_shape,
@@ -177,6 +181,10 @@ class RMSNorm(nn.RMSNorm):
                 y = plain.rms_norm(input, self.normalized_shape, learnt["weight"], eps)
                 if y is not None:
                     return y
+        if symbolic.is_traced(input, mask, lengths, residual):
+            node = symbolic.call_layer(self, input, function=True, mask=mask, lengths=lengths, residual=residual)
+            if node is not None:
+                return node
         return rms_norm(
             input,
             self.normalized_shape,

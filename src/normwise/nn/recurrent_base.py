@@ -12,7 +12,7 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.nn import recurrent_parameters as parameters
-from normwise.ops import check, recurrent
+from normwise.ops import check, recurrent, symbolic
 from normwise.reference.recurrence import Cell, NormKind, Recurrence
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -133,6 +133,8 @@ class Recurrent(RNNBase):
         Raises:
             RuntimeError, ValueError, TypeError: what does not fit is named; see the messages.
         """
+        if symbolic.is_traced(input, hx, lengths, reset):
+            return symbolic.call_layer(self, input, hx=hx, lengths=lengths, reset=reset)
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError(

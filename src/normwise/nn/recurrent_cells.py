@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.nn import recurrent_parameters as parameters
-from normwise.ops import check, recurrent
+from normwise.ops import check, recurrent, symbolic
 from normwise.reference.recurrence import Cell, NormKind, Recurrence
 
 
@@ -122,6 +122,8 @@ class RNNCell(_Cell, nn.RNNCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None, *, t: int | None = None) -> Tensor:
         """(B, I), (B, H) -> (B, H), or without a batch; see `normwise.RNN`."""
+        if symbolic.is_traced(input, hx):
+            return symbolic.call_layer(self, input, hx=hx, t=t)  # type: ignore[no-any-return]
         if recurrent.is_plain(self.recurrence, None):
             return nn.RNNCell.forward(self, input, hx)
         return self._step(input, [hx], t)[0]
@@ -156,6 +158,8 @@ class GRUCell(_Cell, nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None, *, t: int | None = None) -> Tensor:
         """(B, I), (B, H) -> (B, H), or without a batch; see `normwise.GRU`."""
+        if symbolic.is_traced(input, hx):
+            return symbolic.call_layer(self, input, hx=hx, t=t)  # type: ignore[no-any-return]
         if recurrent.is_plain(self.recurrence, None):
             return nn.GRUCell.forward(self, input, hx)
         return self._step(input, [hx], t)[0]
@@ -193,6 +197,8 @@ class LSTMCell(_Cell, nn.LSTMCell):
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, t: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """(B, I), ((B, H), (B, H)) -> ((B, H), (B, H)), or without a batch; see `normwise.LSTM`."""
+        if symbolic.is_traced(input, hx):
+            return symbolic.call_layer(self, input, hx=hx, t=t)  # type: ignore[no-any-return]
         if recurrent.is_plain(self.recurrence, None):
             return nn.LSTMCell.forward(self, input, hx)
         if hx is not None and not (isinstance(hx, (tuple, list)) and len(hx) == 2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.kernels import cpu
-from normwise.ops import check, compiled, plain, ragged, ranks, running
+from normwise.ops import check, compiled, plain, ragged, ranks, running, symbolic
 from normwise.ops.choose import Call, choose, loses_digits, values_visible, watches_digits
 from normwise.ops.choose import plain as is_plain
 from normwise.ops.norm import finished, norm
@@ -67,7 +68,9 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2.
     """
-    return batch_norm_moved(
+    traced = symbolic.is_traced(input, weight, mask, lengths, residual)
+    call = partial(symbolic.call_function, batch_norm) if traced else batch_norm_moved
+    result = call(
         input,
         running_mean,
         running_var,
@@ -81,7 +84,8 @@ def batch_norm(
         act=act,
         residual=residual,
         process_group=process_group,
-    )[0]
+    )
+    return result if traced else result[0]
 
 
 def batch_norm_moved(
