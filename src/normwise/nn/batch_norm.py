@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.nn.construct import affine_without_bias, reset_affine
+from normwise.nn.construct import Activated, affine_without_bias, eps_of, reset_affine
 from normwise.nn.recall import Recall
 from normwise.nn.skipped import CountsSkipped
 from normwise.ops import check, choose, plain, ragged, running, symbolic
@@ -24,7 +24,7 @@ from normwise.reference import Moments, activation
 Layer = TypeVar("Layer", bound="_BatchNorm")
 
 
-class _BatchNorm(CountsSkipped, nn.modules.batchnorm._BatchNorm):
+class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
     """The part of BatchNorm that does not depend on the input's rank.
 
     A subclass of torch's own, so that code that looks for BatchNorm layers (weight averaging, optimizer groups,
@@ -162,6 +162,12 @@ class _BatchNorm(CountsSkipped, nn.modules.batchnorm._BatchNorm):
         residual: Tensor | PackedSequence | None,
     ) -> tuple[Any, Moved]:
         """The output, and whether the running averages moved: in training statistics come from this batch."""
+        if self.training and (self.virtual_batch_size or self.accumulate) and choose.jit_traces():
+            raise RuntimeError(
+                f"torch.jit.trace cannot follow {type(self).__name__} in training with virtual_batch_size= or "
+                "accumulate=, which go by the sizes and statistics of each batch: trace it in eval mode, or use "
+                "torch.compile"
+            )
         if self.training and self.virtual_batch_size is not None:
             if ragged.is_ragged(input) or ragged.is_ragged(residual):
                 raise ValueError(
@@ -177,7 +183,7 @@ class _BatchNorm(CountsSkipped, nn.modules.batchnorm._BatchNorm):
                 self.weight,
                 self.bias,
                 momentum,
-                self.eps,
+                eps_of(self),
                 self.virtual_batch_size,
                 mask=mask,
                 lengths=lengths,
@@ -192,7 +198,7 @@ class _BatchNorm(CountsSkipped, nn.modules.batchnorm._BatchNorm):
                 self.weight,
                 self.bias,
                 momentum,
-                self.eps,
+                eps_of(self),
                 self._earlier,
                 first=len(self._recent) == 0,
                 mask=mask,
@@ -208,7 +214,7 @@ class _BatchNorm(CountsSkipped, nn.modules.batchnorm._BatchNorm):
             self.bias,
             self.training,
             momentum,
-            self.eps,
+            eps_of(self),
             mask=mask,
             lengths=lengths,
             act=self.act,
@@ -270,8 +276,8 @@ class _BatchNorm(CountsSkipped, nn.modules.batchnorm._BatchNorm):
             return self.momentum
         if self.num_batches_tracked is None or self.running_mean is None:
             return 0.0
-        if torch.compiler.is_compiling():
-            # The count stays a tensor: its value is not known while compiling.
+        if torch.compiler.is_compiling() or choose.jit_traces():
+            # The count stays a tensor: its value is not known while compiling, and another when a traced graph runs.
             return 1.0 / (self.num_batches_tracked + 1).to(self.running_mean.dtype)
         return 1.0 / (int(self.num_batches_tracked) + 1)
 

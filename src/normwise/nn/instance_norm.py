@@ -9,17 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.nn.construct import affine_without_bias, reset_affine
+from normwise.nn.construct import Activated, affine_without_bias, eps_of, reset_affine
 from normwise.ops import check, ragged, running, symbolic
 from normwise.ops.instance_norm import instance_norm
 from normwise.reference import activation
 
 
-class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
+class _InstanceNorm(Activated, nn.modules.instancenorm._InstanceNorm):
     """The part of InstanceNorm that does not depend on the input's rank; a subclass of torch's own."""
 
     batched_rank: int
-    act: str | None = None  # also of layers that were pickled before there was one
 
     def __init__(
         self,
@@ -66,7 +65,7 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
             if self.batched_rank != 3:
                 raise check.ShapeError(f"{type(self).__name__} takes no ragged input: InstanceNorm1d does")
             return ragged.by_sequences(self.forward, input, mask=mask, lengths=lengths, residual=residual)
-        check.tensor(type(self).__name__, input)
+        input = check.tensor(type(self).__name__, input)
         check.rank(input, (self.batched_rank - 1, self.batched_rank))
         if input.dim() < self.batched_rank:
             check.same_shape("residual", residual, input)
@@ -89,7 +88,7 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
             self.bias,
             self.training or not self.track_running_stats,
             self.momentum if self.momentum is not None else 0.0,
-            self.eps,
+            eps_of(self),
             mask=mask,
             lengths=lengths,
             act=self.act,

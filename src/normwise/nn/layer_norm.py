@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.nn.construct import reset_affine
+from normwise.nn.construct import Activated, eps_of, reset_affine
 from normwise.ops import check, plain, symbolic
 from normwise.ops.layer_norm import layer_norm
 from normwise.ops.ranks import Peers
@@ -19,7 +19,7 @@ from normwise.reference import activation
 _FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(Activated, nn.LayerNorm):
     r"""Layer normalization over the last axes, or over those that `dim` names.
 
     y = act(gamma * (x - E[x]) / sqrt(Var[x] + eps) + beta), with mean and variance over the features of one sample:
@@ -97,7 +97,7 @@ class LayerNorm(nn.LayerNorm):
             except KeyError:  # parametrized, say
                 pass
             else:
-                y = plain.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+                y = plain.layer_norm(input, self.normalized_shape, weight, bias, self.__dict__["eps"])
                 if y is not None:
                     return y
         if symbolic.is_traced(input, mask, lengths, residual):
@@ -109,7 +109,7 @@ class LayerNorm(nn.LayerNorm):
             self.normalized_shape,
             self.weight,
             self.bias,
-            self.eps,
+            eps_of(self),
             dim=self.dim,
             mask=mask,
             lengths=lengths,
@@ -127,7 +127,7 @@ class LayerNorm(nn.LayerNorm):
         return super().extra_repr() + _extra_repr(self.dim, self.act, self._peers)
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(Activated, nn.RMSNorm):
     r"""Root mean square normalization over the last axes, or over those that `dim` names.
 
     y = act(gamma * x / sqrt(E[x^2] + eps)): LayerNorm that leaves the mean in and has no bias.
@@ -177,7 +177,8 @@ class RMSNorm(nn.RMSNorm):
         if alone and self.dim is None and self.act is None and self._peers is None:
             learnt = self._parameters
             if "weight" in learnt:
-                eps = _FLOAT32_EPS if self.eps is None else self.eps
+                eps = self.__dict__["eps"]
+                eps = _FLOAT32_EPS if eps is None else eps
                 y = plain.rms_norm(input, self.normalized_shape, learnt["weight"], eps)
                 if y is not None:
                     return y
@@ -189,7 +190,7 @@ class RMSNorm(nn.RMSNorm):
             input,
             self.normalized_shape,
             self.weight,
-            self.eps,
+            eps_of(self),
             dim=self.dim,
             mask=mask,
             lengths=lengths,

@@ -12,13 +12,14 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.nn import recurrent_parameters as parameters
+from normwise.nn.construct import NotScripted
 from normwise.ops import check, recurrent, symbolic
 from normwise.reference.recurrence import Cell, NormKind, Recurrence
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
-class Recurrent(RNNBase):
+class Recurrent(NotScripted, RNNBase):
     """A stack of recurrent layers, each in one or both directions.
 
     A subclass of torch's base class, whose parameters, checks and pickling it keeps, but not of nn.LSTM and its

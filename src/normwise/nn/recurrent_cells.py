@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from normwise.nn import recurrent_parameters as parameters
+from normwise.nn.construct import NotScripted
 from normwise.ops import check, recurrent, symbolic
 from normwise.reference.recurrence import Cell, NormKind, Recurrence
 
 
-class _Cell(nn.modules.rnn.RNNCellBase):
+class _Cell(NotScripted, nn.modules.rnn.RNNCellBase):
     """What the cells share; each is a subclass of torch's own, which runs it if there is no norm."""
 
     cell: ClassVar[Cell]
@@ -59,7 +60,7 @@ class _Cell(nn.modules.rnn.RNNCellBase):
                 f"input has inconsistent input_size: got {input.shape[-1]} expected {self.input_size}"
             )
         first = parameters.step_index(how, self.max_length, t)
-        x = input.reshape(1, input.shape[:-1].numel(), self.input_size)
+        x = input.reshape(1, input.shape[0] if input.dim() == 2 else 1, self.input_size)
         expected = (*input.shape[:-1], self.hidden_size)
         for n, state in enumerate(states):
             if state is not None and tuple(state.shape) != expected:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -69,7 +70,7 @@ def batch_norm(
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2.
     """
     traced = symbolic.is_traced(input, weight, mask, lengths, residual)
-    call = partial(symbolic.call_function, batch_norm) if traced else batch_norm_moved
+    call: Callable[..., Any] = partial(symbolic.call_function, batch_norm) if traced else batch_norm_moved
     result = call(
         input,
         running_mean,
@@ -85,7 +86,7 @@ def batch_norm(
         residual=residual,
         process_group=process_group,
     )
-    return result if traced else result[0]
+    return result if traced else result[0]  # type: ignore[no-any-return]
 
 
 def batch_norm_moved(

@@ -213,19 +213,19 @@ def validity(x: Tensor, mask: Any, lengths: Any, channel_dim: int) -> Tensor | N
         return _from_lengths(x, lengths)
     if mask is None:
         return None
-    mask = mask_tensor(mask, x.device)
+    flags = mask_tensor(mask, x.device)
     channel_dim %= x.dim()
     without_channel = (*x.shape[:channel_dim], *x.shape[channel_dim + 1 :])
-    if tuple(mask.shape) == without_channel:
-        return mask.unsqueeze(channel_dim)
-    padded = (1,) * (x.dim() - mask.dim()) + tuple(mask.shape)
+    if tuple(flags.shape) == without_channel:
+        return flags.unsqueeze(channel_dim)
+    padded = (1,) * (x.dim() - flags.dim()) + tuple(flags.shape)
     if len(padded) != x.dim() or any(m not in (1, s) for m, s in zip(padded, x.shape, strict=True)):
         raise ShapeError(
-            f"mask of shape {tuple(mask.shape)} does not fit an input of shape {tuple(x.shape)}: expected "
+            f"mask of shape {tuple(flags.shape)} does not fit an input of shape {tuple(x.shape)}: expected "
             f"{without_channel} "
             f"(the input without its channel axis {channel_dim}) or a shape that broadcasts to the input's"
         )
-    return mask.reshape(padded)
+    return flags.reshape(padded)
 
 
 def one_length_each(lengths: Any, samples: int, steps: int, of: str) -> Tensor:
@@ -236,18 +236,18 @@ def one_length_each(lengths: Any, samples: int, steps: int, of: str) -> Tensor:
         ShapeError: not one for each sample.
         ValueError: outside [0, steps].
     """
-    lengths = lengths_tensor(lengths)
-    if tuple(lengths.shape) != (samples,):
+    found = lengths_tensor(lengths)
+    if tuple(found.shape) != (samples,):
         raise ShapeError(
-            f"lengths must be of shape ({samples},), one for each sample of {of}, but got {tuple(lengths.shape)}"
+            f"lengths must be of shape ({samples},), one for each sample of {of}, but got {tuple(found.shape)}"
         )
-    if samples and values_visible(lengths):
-        low, high = int(lengths.min()), int(lengths.max())
+    if samples and values_visible(found):
+        low, high = int(found.min()), int(found.max())
         if low < 0 or high > steps:
             raise ValueError(
                 f"lengths must lie in [0, {steps}], the number of steps of {of}, but got values from {low} to {high}"
             )
-    return lengths
+    return found
 
 
 def _from_lengths(x: Tensor, lengths: Any) -> Tensor:
@@ -258,6 +258,6 @@ def _from_lengths(x: Tensor, lengths: Any) -> Tensor:
             "use mask="
         )
     n, steps = x.shape[0], x.shape[-1]
-    lengths = one_length_each(lengths, n, steps, f"an input of shape {tuple(x.shape)}")
-    valid = torch.arange(steps, device=x.device) < lengths.to(x.device)[:, None]
+    counts = one_length_each(lengths, n, steps, f"an input of shape {tuple(x.shape)}")
+    valid = torch.arange(steps, device=x.device) < counts.to(x.device)[:, None]
     return valid.view(n, *(1,) * (x.dim() - 2), steps)

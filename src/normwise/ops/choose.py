@@ -224,6 +224,11 @@ def observed() -> bool:
     return _transforms_active() or _modes_active() > 0 or forward_ad._current_level >= 0 or _is_tracing()
 
 
+def jit_traces() -> bool:
+    """Whether torch.jit.trace looks on."""
+    return not torch.compiler.is_compiling() and _is_tracing()
+
+
 def may_take(dy: Tensor) -> bool:
     """Whether a compiled kernel's backward may take this upstream gradient: nobody differentiates it again, or in
     forward mode, and it is no batch of gradients (torch.func.vmap, is_grads_batched) nor another kind of tensor."""
@@ -311,6 +316,9 @@ def _torch_weakness(call: Call) -> str | None:
     x = call.x
     if _without_features(call):
         return "some of ATen's kernels fail without a feature"
+    if call.averages is not None and call.batch_statistics and jit_traces():
+        # A traced graph is optimized at its second run, and does not know that ATen's kernel writes on the averages.
+        return "torch.jit loses what ATen's kernel does to running averages"
     if call.op != "batch_norm" or not call.batch_statistics or x.device.type != "cpu" or x.numel() == 0:
         return None
     rows_of_channels = x.dim() == 2 or not x.is_contiguous()

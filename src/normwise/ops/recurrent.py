@@ -275,12 +275,12 @@ def checked_lengths(lengths: Any, steps: int, batch: int, device: torch.device, 
 
 def checked_reset(reset: Any, expected: tuple[int, ...], layout: str, device: torch.device) -> Tensor:
     """`reset` as a bool tensor, if it is one, or a list or array, of the `expected` shape, which `layout` names."""
-    reset = check.bool_tensor("reset", reset, "True where an episode starts", device)
-    if tuple(reset.shape) != expected:
+    flags = check.bool_tensor("reset", reset, "True where an episode starts", device)
+    if tuple(flags.shape) != expected:
         raise check.ShapeError(
-            f"reset must be of shape {expected}, {layout} as the input, but got {tuple(reset.shape)}"
+            f"reset must be of shape {expected}, {layout} as the input, but got {tuple(flags.shape)}"
         )
-    return reset
+    return flags
 
 
 def _zoned(x: Tensor, h0: Tensor, how: Recurrence) -> Tensor | None:
