@@ -13,6 +13,7 @@ from normwise.diagnosis.distributions import Moments, add_rows, by_axis, distrib
 from normwise.diagnosis.layers import norm_kind
 from normwise.diagnosis.padding import Valid, counted
 from normwise.diagnosis.records import Norm, Running
+from normwise.nn.construct import eps_of
 
 # A gain this small beside the layer's median one passes nothing on.
 DEAD_GAIN = 1e-3
@@ -130,7 +131,7 @@ class NormWatch:
 
     @property
     def eps(self) -> float:
-        eps = getattr(self.module, "eps", None)
+        eps = eps_of(self.module)
         return float(eps) if isinstance(eps, (int, float)) else 0.0
 
     def finish(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
+from normwise.nn.construct import eps_of
 from normwise.ops import ragged, running
 from normwise.ops.batch_norm import checked
 from normwise.ops.running import Moved
@@ -227,7 +228,7 @@ class _Passes:
         self, layer: _BatchNorm, x: Tensor, *, mask: Tensor | None, lengths: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         weight, bias, act = layer.weight, layer.bias, layer.act
-        valid = checked("batch_norm", x, None, None, weight, bias, 0.0, layer.eps, mask, lengths, act, residual)
+        valid = checked("batch_norm", x, None, None, weight, bias, 0.0, eps_of(layer), mask, lengths, act, residual)
         dims = (0, *range(2, x.dim()))
         if running.recomputing():
             raise RuntimeError(
@@ -248,7 +249,7 @@ class _Passes:
             self._shares.append(_share(x, dims, valid, pooled, site.adjoints, shape))
         mean, var = (t.view(shape) for t in site.leaves or pooled[:2])
         gain, shift = (None if t is None else t.view(shape) for t in (weight, bias))
-        y, _ = norm(x, dims, gain, shift, mask=valid, mean=mean, var=var, eps=layer.eps)
+        y, _ = norm(x, dims, gain, shift, mask=valid, mean=mean, var=var, eps=eps_of(layer))
         if residual is not None:
             y = y + residual
         if act is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.kernels import cpu
-from normwise.ops import check, compiled, plain, ragged, ranks, running
+from normwise.ops import check, compiled, plain, ragged, ranks, running, symbolic
 from normwise.ops.choose import Call, choose, loses_digits, values_visible, watches_digits
 from normwise.ops.choose import plain as is_plain
 from normwise.ops.norm import finished, norm
@@ -67,7 +69,9 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2.
     """
-    return batch_norm_moved(
+    traced = symbolic.is_traced(input, weight, mask, lengths, residual)
+    call: Callable[..., Any] = partial(symbolic.call_function, batch_norm) if traced else batch_norm_moved
+    result = call(
         input,
         running_mean,
         running_var,
@@ -81,7 +85,8 @@ def batch_norm(
         act=act,
         residual=residual,
         process_group=process_group,
-    )[0]
+    )
+    return result if traced else result[0]  # type: ignore[no-any-return]
 
 
 def batch_norm_moved(
@@ -126,8 +131,7 @@ def batch_norm_moved(
             return y
 
         return ragged.by_rows(rows, input, mask=mask, lengths=lengths, residual=residual), moved
-    assert isinstance(input, Tensor)
-    x = input
+    x = check.tensor("batch_norm", input)
     alone = mask is None and lengths is None and act is None and residual is None and process_group is None
     if alone and is_plain(x):
         done = plain.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)

@@ -176,7 +176,7 @@ def values_visible(*tensors: Tensor | None) -> bool:
     """Whether the values of these tensors may decide what is done: not while compiling or transforming, nor on meta."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return not any(t is not None and (t.is_meta or (type(t) is not Tensor and _is_fake(t))) for t in tensors)
+    return not any(t is not None and (t.is_meta or is_fake(t)) for t in tensors)
 
 
 def watches_digits(x: Tensor) -> bool:
@@ -222,6 +222,11 @@ def observed() -> bool:
     """Whether somebody looks on who sees ATen's operations only, in eager mode: a torch.func transform, forward-mode
     derivatives, a dispatch mode (make_fx) or torch.jit.trace. What a compiled kernel does would pass them by."""
     return _transforms_active() or _modes_active() > 0 or forward_ad._current_level >= 0 or _is_tracing()
+
+
+def jit_traces() -> bool:
+    """Whether torch.jit.trace looks on."""
+    return not torch.compiler.is_compiling() and _is_tracing()
 
 
 def may_take(dy: Tensor) -> bool:
@@ -271,6 +276,8 @@ def _cpu_obstacle(call: Call) -> str | None:
     if call.residual is not None and call.residual.dtype != x.dtype:
         return f"the C++ kernels do not mix an input of {x.dtype} with a residual of {call.residual.dtype}"
     by_features = call.op in ("layer_norm", "rms_norm")
+    if _without_features(call):
+        return "there is nothing to compute without a feature"
     if mask is not None and any(mask.shape[d] != 1 for d in (call.dims if by_features else (1,))):
         return "the C++ kernels take one mask for " + ("all features of a row" if by_features else "all channels")
     statistics = accumulation_dtype(x.dtype)
@@ -307,6 +314,11 @@ def _torch_obstacle(call: Call) -> str | None:
 def _torch_weakness(call: Call) -> str | None:
     """Where ATen's kernels would do the job, but less exactly than they should."""
     x = call.x
+    if _without_features(call):
+        return "some of ATen's kernels fail without a feature"
+    if call.averages is not None and call.batch_statistics and jit_traces():
+        # A traced graph is optimized at its second run, and does not know that ATen's kernel writes on the averages.
+        return "torch.jit loses what ATen's kernel does to running averages"
     if call.op != "batch_norm" or not call.batch_statistics or x.device.type != "cpu" or x.numel() == 0:
         return None
     rows_of_channels = x.dim() == 2 or not x.is_contiguous()
@@ -315,7 +327,17 @@ def _torch_weakness(call: Call) -> str | None:
     return None
 
 
-def _is_fake(t: Tensor) -> bool:
+def _without_features(call: Call) -> bool:
+    """Whether an axis of channels, or a normalized axis of LayerNorm and RMSNorm, has size 0."""
+    if call.x.numel() or call.op == "recurrence":
+        return False
+    return 0 in [call.x.shape[d] for d in (call.dims if call.op in ("layer_norm", "rms_norm") else (1,))]
+
+
+def is_fake(t: Tensor) -> bool:
+    """Whether `t` has a device and a shape, but no values."""
+    if type(t) is Tensor:
+        return False
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(t, FakeTensor)

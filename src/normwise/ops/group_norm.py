@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops import check, compiled, ragged
+from normwise.ops import check, compiled, ragged, symbolic
 from normwise.ops.choose import Call, choose, loses_digits, watches_digits
 from normwise.ops.features import as_autocast
 from normwise.ops.norm import finished, norm
@@ -53,11 +53,23 @@ def group_norm(
 
     Source: Wu & He 2018, eq. 7.
     """
+    if symbolic.is_traced(input, weight, mask, lengths, residual):
+        return symbolic.call_function(
+            group_norm,
+            input,
+            num_groups,
+            weight,
+            bias,
+            eps,
+            mask=mask,
+            lengths=lengths,
+            act=act,
+            residual=residual,
+        )
     if ragged.is_ragged(input):
         sequences = partial(group_norm, num_groups=num_groups, weight=weight, bias=bias, eps=eps, act=act)
         return ragged.by_sequences(sequences, input, mask=mask, lengths=lengths, residual=residual)
-    assert isinstance(input, Tensor)
-    x = input
+    x = check.tensor("group_norm", input)
     check.floating("group_norm", x)
     check.positive_eps(eps)
     if x.dim() < 2:

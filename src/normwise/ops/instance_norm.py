@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops import check, compiled, ragged, running
+from normwise.ops import check, compiled, ragged, running, symbolic
 from normwise.ops.batch_norm import applied
 from normwise.ops.choose import Call, choose, loses_digits, watches_digits
 from normwise.ops.norm import finished, norm
@@ -58,6 +58,22 @@ def instance_norm(
 
     Source: Ulyanov, Vedaldi & Lempitsky 2016, eq. 2.
     """
+    if symbolic.is_traced(input, weight, mask, lengths, residual):
+        return symbolic.call_function(
+            instance_norm,
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            use_input_stats,
+            momentum,
+            eps,
+            mask=mask,
+            lengths=lengths,
+            act=act,
+            residual=residual,
+        )
     if ragged.is_ragged(input):
         sequences = partial(
             instance_norm,
@@ -71,8 +87,7 @@ def instance_norm(
             act=act,
         )
         return ragged.by_sequences(sequences, input, mask=mask, lengths=lengths, residual=residual)
-    assert isinstance(input, Tensor)
-    x = input
+    x = check.tensor("instance_norm", input)
     check.floating("instance_norm", x)
     check.positive_eps(eps)
     check.momentum_range(momentum)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops import plain
+from normwise.ops import plain, symbolic
 from normwise.ops.choose import loses_digits, watches_digits
 from normwise.ops.features import feature_norm
 
@@ -63,6 +63,21 @@ def layer_norm(
         y = plain.layer_norm(input, normalized_shape, weight, bias, eps)
         if y is not None:
             return y
+    if symbolic.is_traced(input, weight, mask, lengths, residual):
+        return symbolic.call_function(  # type: ignore[no-any-return]
+            layer_norm,
+            input,
+            normalized_shape,
+            weight,
+            bias,
+            eps,
+            dim=dim,
+            mask=mask,
+            lengths=lengths,
+            act=act,
+            residual=residual,
+            process_group=process_group,
+        )
     return feature_norm(  # type: ignore[no-any-return]
         "layer_norm",
         _aten,

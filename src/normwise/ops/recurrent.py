@@ -266,28 +266,21 @@ def pack_like(output: Tensor, lengths: Tensor, packed: PackedSequence) -> Packed
     return packed._replace(data=data)
 
 
-def checked_lengths(
-    lengths: Tensor | Sequence[int], steps: int, batch: int, device: torch.device, batched: bool = True
-) -> Tensor:
+def checked_lengths(lengths: Any, steps: int, batch: int, device: torch.device, batched: bool = True) -> Tensor:
     """`lengths` as int64 on `device`; without a batch a single number will do. Raises as `check.one_length_each`."""
-    if not isinstance(lengths, Tensor):
-        lengths = torch.tensor(lengths, device="cpu")  # not a default device: their values are looked at
     if not batched:
-        lengths = lengths.reshape(-1)
-    check.one_length_each(lengths, batch, steps, "the input")
-    return lengths.to(device, torch.int64)
+        lengths = check.lengths_tensor(lengths).reshape(-1)
+    return check.one_length_each(lengths, batch, steps, "the input").to(device, torch.int64)
 
 
-def checked_reset(reset: Tensor, expected: tuple[int, ...], layout: str) -> Tensor:
-    """`reset` as it is, if it is a bool tensor of the `expected` shape, which `layout` names."""
-    if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
-        kind = reset.dtype if isinstance(reset, Tensor) else type(reset).__name__
-        raise TypeError(f"reset must be a bool tensor, True where an episode starts, but got {kind}: use reset.bool()")
-    if tuple(reset.shape) != expected:
+def checked_reset(reset: Any, expected: tuple[int, ...], layout: str, device: torch.device) -> Tensor:
+    """`reset` as a bool tensor, if it is one, or a list or array, of the `expected` shape, which `layout` names."""
+    flags = check.bool_tensor("reset", reset, "True where an episode starts", device)
+    if tuple(flags.shape) != expected:
         raise check.ShapeError(
-            f"reset must be of shape {expected}, {layout} as the input, but got {tuple(reset.shape)}"
+            f"reset must be of shape {expected}, {layout} as the input, but got {tuple(flags.shape)}"
         )
-    return reset
+    return flags
 
 
 def _zoned(x: Tensor, h0: Tensor, how: Recurrence) -> Tensor | None:

@@ -40,6 +40,8 @@ _TENSORS = (torch.nn.Parameter, Tensor)
 
 def unsupported(weights: Weights, how: Recurrence, zoned: Tensor | None) -> str | None:
     """What the kernels have not, of whatever kind the tensors are; None if they have all of it."""
+    if 0 in (weights.weight_ih.shape[-1], weights.weight_hh.shape[-1]):
+        return "the C++ kernels have at least one input and one unit"
     if how.norm == "batch":
         return "the C++ kernels take no batch statistics inside a recurrence"
     if how.norm is not None and how.terms == "input":

@@ -43,8 +43,8 @@ def rebuild(old: nn.Module, cls: type[nn.Module], names: Iterable[str] | None = 
     accepted = inspect.signature(cls.__init__).parameters
     if names is None:
         told = inspect.signature(known_base(old)).parameters
-        names = [name for name in accepted if name in told and name not in _SPECIAL and hasattr(old, name)]
-    arguments = {name: getattr(old, name) for name in names}
+        names = [name for name in accepted if name in told and name not in _SPECIAL and _has(old, name)]
+    arguments = {name: vars(old)[name] if name in vars(old) else getattr(old, name) for name in names}
     if "bias" in accepted and "bias" not in given:
         bias = getattr(old, "bias", None)
         arguments["bias"] = bias if isinstance(bias, bool) else getattr(old, "weight", None) is None or bias is not None
@@ -57,6 +57,11 @@ def rebuild(old: nn.Module, cls: type[nn.Module], names: Iterable[str] | None = 
     if "bias" not in accepted and "bias" not in given and getattr(old, "bias", None) is None:
         new.register_parameter("bias", None)  # torch before 2.13 knows no `bias=`
     return new
+
+
+def _has(layer: nn.Module, name: str) -> bool:
+    """Whether it keeps one: a layer with an activation does not hand out its eps, and here `act` goes along."""
+    return name in vars(layer) or hasattr(layer, name)
 
 
 def carry_tensors(old: nn.Module, new: nn.Module, *, statistics: bool = True, but: Sequence[str] = ()) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from normwise.nn.construct import eps_of
 from normwise.surgery.convert import ACTIVATIONS, changeable, copied
 from normwise.surgery.graph import CONVS, LINEAR, TRANSPOSED, Calls, ways_through
 from normwise.surgery.report import Change, Refusal, Report, Skip, Surgery
@@ -257,7 +258,7 @@ def _assumed(axes: int | None) -> str:
 
 def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
     """s and t of a BatchNorm in evaluation, s * x + t, in float64."""
-    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+    scale = torch.rsqrt(norm.running_var.double() + eps_of(norm))
     if norm.weight is not None:
         scale = scale * norm.weight.double()
     shift = -scale * norm.running_mean.double()
