@@ -56,7 +56,9 @@ def recurrence(
     writable: the output is the caller's to change in place; see `recurrent_cpu.recurrence`.
     """
     if recurrent_registered.fits(x, weights, how, zoned):
-        return recurrent_registered.recurrence(x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse)
+        return recurrent_registered.recurrence(
+            x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse, writable=writable
+        )
     uncompiled = recurrent_cpu.obstacle(x, weights, how, zoned)
     if uncompiled is None and choose_plain(x) and compiles_plain(x):
         backend = "cpu"

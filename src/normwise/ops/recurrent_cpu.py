@@ -221,10 +221,8 @@ class _Compiled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        tensors, (lengths, reset, output, *saved) = (
-            ctx.saved_tensors[:DIFFERENTIABLE],
-            ctx.saved_tensors[DIFFERENTIABLE:],
-        )
+        everything = ctx.saved_tensors  # once: each look at it unpacks all, and checkpointing allows one
+        tensors, (lengths, reset, output, *saved) = everything[:DIFFERENTIABLE], everything[DIFFERENTIABLE:]
         call, needs = Call(ctx.how, lengths, reset, ctx.reverse), ctx.needs_input_grad[2:]
         if all(g is None or may_take(g) for g in grads):
             return None, None, *backward(call, tensors, Kept(output, kernels.Saved(*saved)), grads, needs)

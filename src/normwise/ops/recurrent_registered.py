@@ -47,8 +47,9 @@ def recurrence(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     reverse: bool = False,
+    writable: bool = False,
 ) -> Result:
-    """As `reference.recurrent.recurrence`, where it `fits`."""
+    """As `reference.recurrent.recurrence`, where it `fits`; `writable` as in `recurrent_cpu.recurrence`."""
     h0 = h0.to(x.dtype)
     c0 = None if c0 is None else c0.to(x.dtype)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
@@ -65,7 +66,8 @@ def recurrence(
         how.nonlinearity,
     )
     found = torch.ops.normwise.recurrence(x, h0, c0, *weights, lengths, reset, reverse, *described, save)
-    return Result(found[0], found[1], None if c0 is None else found[2], {})
+    output = found[0].clone() if save and writable and how.cell != "lstm" else found[0]
+    return Result(output, found[1], None if c0 is None else found[2], {})
 
 
 def _available() -> bool:
@@ -154,7 +156,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    tensors, (lengths, reset, *kept) = ctx.saved_tensors[:DIFFERENTIABLE], ctx.saved_tensors[DIFFERENTIABLE:]
+    everything = ctx.saved_tensors  # once: each look at it unpacks all, and checkpointing allows one
+    tensors, (lengths, reset, *kept) = everything[:DIFFERENTIABLE], everything[DIFFERENTIABLE:]
     needs = list(ctx.needs_input_grad[:DIFFERENTIABLE])
     dc = grads[2] if tensors[2] is not None else None
     found = torch.ops.normwise.recurrence_backward(
