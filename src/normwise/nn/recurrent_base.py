@@ -129,7 +129,9 @@ class Recurrent(NotScripted, RNNBase):
                 padded. True zeroes the state before that step, in both directions between steps t-1 and t.
 
         Returns:
-            (output, state): output like the input with D * H features, state like `hx`.
+            (output, state): output like the input with D * H features, state like `hx`. A GRU's and an RNN's output may
+            be changed in place before the backward; an LSTM's is kept for it, and a change raises torch's error there,
+            as with torch.nn.LSTM on the CPU.
 
         Raises:
             RuntimeError, ValueError, TypeError: what does not fit is named; see the messages.

@@ -49,17 +49,25 @@ def recurrence(
     zoned: Tensor | None = None,
     running: Running | None = None,
     first: int = 0,
+    writable: bool = False,
 ) -> Result:
-    """One layer in one direction, by the chosen backend. See `reference.recurrent.recurrence` for every argument."""
+    """One layer in one direction, by the chosen backend. See `reference.recurrent.recurrence` for every argument.
+
+    writable: the output is the caller's to change in place; see `recurrent_cpu.recurrence`.
+    """
     if recurrent_registered.fits(x, weights, how, zoned):
-        return recurrent_registered.recurrence(x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse)
+        return recurrent_registered.recurrence(
+            x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse, writable=writable
+        )
     uncompiled = recurrent_cpu.obstacle(x, weights, how, zoned)
     if uncompiled is None and choose_plain(x) and compiles_plain(x):
         backend = "cpu"
     else:
         backend = choose(Call("recurrence", x, (), uncompiled=uncompiled)).backend
     if backend == "cpu":
-        return recurrent_cpu.recurrence(x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse)
+        return recurrent_cpu.recurrence(
+            x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse, writable=writable
+        )
     run = reference.recurrence if backend == "reference" else recurrent_loop.recurrence
     return run(
         x,
@@ -133,6 +141,7 @@ def stack(
                     zoned=_zoned(x, h0, how) if training else None,
                     running=None if running is None else running[n],
                     first=first,
+                    writable=directions == 1 and k + 1 == len(weights),
                 )
                 for n in range(k, k + directions)
             ]
