@@ -112,8 +112,8 @@ def test_autocast_gives_torch_s_dtype(case: Case, device: torch.device) -> None:
         with torch.autocast(device.type, dtype=torch.bfloat16), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
             expected = theirs(x)
-            for backend in (None, "reference"):
-                with normwise.backend(backend):
+            for backend in ("chosen", "reference"):
+                with using(backend):
                     actual = ours(x)
                 assert actual.dtype == expected.dtype
                 assert_close(actual, expected.double(), kind="composed", count=case.count)
