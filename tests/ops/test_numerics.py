@@ -12,12 +12,12 @@ Measured on an AVX-512 machine with torch 2.13, float32, 2 threads; "uncompiled"
     mean 1e4, deviation 1      RMSNorm                      1.7e-7  1.3e-7  1.7e-7
     mean 1e4, deviation 1      GroupNorm                    2.9e-3  1.1e-6  4.7e-7
     mean 1e4, deviation 1      InstanceNorm2d               9.3e-4  4.3e-7  4.1e-7
-    2^20 elements a statistic  BatchNorm2d                  6.0e-6  5.5e-7  6.0e-6
+    2^20 elements a statistic  BatchNorm2d                  6.0e-6  5.5e-7  4.5e-7
     2^20 elements a statistic  BatchNorm2d channels-last    4.2e-4  5.5e-7  6.3e-7
     2^20 elements a statistic  BatchNorm1d                  4.1e-4  4.9e-7  6.4e-7
     2^20 elements a statistic  LayerNorm                    6.1e-7  4.2e-7  6.1e-7
     2^20 elements a statistic  RMSNorm                      2.4e-7  2.4e-7  2.4e-7
-    2^20 elements a statistic  GroupNorm                    4.9e-6  4.2e-7  4.9e-6
+    2^20 elements a statistic  GroupNorm                    4.9e-6  4.2e-7  6.4e-7
     2^20 elements a statistic  InstanceNorm2d               3.1e-7  4.2e-7  3.1e-7
     float16, squares overflow  BatchNorm2d                  3.1e-3  3.1e-3  3.1e-3
     float16, squares overflow  LayerNorm                    1.3e-3  1.3e-3  1.3e-3
@@ -92,7 +92,7 @@ MANY = [
     Weak("InstanceNorm2d", (2, 1e-5, 0.1, True), lambda: torch.randn(1, 2, 1024, 1024) + 1),
     # Few numbers a statistic, and a million a gain.
     Weak("LayerNorm", (8,), lambda: torch.randn(1 << 20, 8)),
-    Weak("RMSNorm", (8,), lambda: torch.randn(1 << 20, 8)),
+    Weak("RMSNorm", (8, 1e-5), lambda: torch.randn(1 << 20, 8)),
     Weak("GroupNorm", (1, 4), lambda: torch.randn(1 << 17, 4, 8)),
 ]
 

@@ -38,9 +38,15 @@ def norm(
 
 def times_gain(y: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
     """y * weight + bias, both viewed in `shape`, by operations of their own: their gradients are sums in pairs."""
+
+    def spread(t: Tensor) -> Tensor:
+        # Over samples by itself: torch.sum adds in pairs along one axis, but not along two that are apart.
+        t = t.view(shape)
+        return t.expand(y.shape[0], *(-1,) * (t.dim() - 1)) if t.dim() == y.dim() else t
+
     if weight is not None:
-        y = y * weight.view(shape)
-    return y if bias is None else y + bias.view(shape)
+        y = y * spread(weight)
+    return y if bias is None else y + spread(bias)
 
 
 def laid_out_like(y: Tensor, x: Tensor) -> Tensor:
