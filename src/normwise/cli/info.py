@@ -13,7 +13,8 @@ def info(json: AsJson = False) -> None:
     """Show what normwise runs on here: versions, devices and backends.
 
     Each backend is found or comes with the reason why not. NORMWISE_BACKEND=NAME in the environment forces one;
-    a forced backend never falls back.
+    a forced backend never falls back. NORMWISE_ISA=LEVEL chooses the C++ kernels' instruction set,
+    "none" turns them off.
     """
     facts = gather()
     if json:

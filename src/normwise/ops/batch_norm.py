@@ -13,9 +13,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.kernels import cpu
 from normwise.ops import check, compiled, plain, ragged, ranks, running, symbolic
-from normwise.ops.choose import Call, choose, loses_digits, values_visible, watches_digits
+from normwise.ops.choose import Call, choose, long_gain_sums, loses_digits, values_visible, watches_digits
 from normwise.ops.choose import plain as is_plain
-from normwise.ops.norm import finished, norm
+from normwise.ops.norm import finished, norm, times_gain
 from normwise.ops.running import Moved
 from normwise.ops.sync_batch_norm import sync_batch_norm
 from normwise.reference import activation, count_valid
@@ -288,6 +288,11 @@ def _aten(
 ) -> tuple[Tensor, Moved] | None:
     """ATen's result and whether running averages moved, or None, and nothing moved, where it lost digits."""
     watched = watches_digits(x)
+    if watched and long_gain_sums(x, weight, x.numel() // x.shape[1]):
+        found = _aten(x, averages, None, None, batch_statistics, momentum, eps)
+        if found is None:
+            return None
+        return times_gain(found[0], weight, bias, (1, -1, *(1,) * (x.dim() - 2))), found[1]
     if averages is None or not batch_statistics:
         mean, var = averages or (None, None)
         if not watched:

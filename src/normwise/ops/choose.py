@@ -34,7 +34,8 @@ BACKENDS = ("torch", "cpu", "triton", "reference")
 MEAN_TO_DEVIATION_LIMIT = 32.0
 
 # ATen's BatchNorm on rows of channels, (N, C) or channels-last, adds up each channel in one float32 variable per
-# thread; up to this many elements the error of that sum stays within a few float32 roundings.
+# thread, and so does the backward of all its norms but RMSNorm for the gradients of gain and bias; up to this many
+# elements the error of that sum stays within a few float32 roundings.
 RUNNING_SUM_LIMIT = 1 << 14
 
 # Elements, and elements of a row, up to which ATen's LayerNorm, whose gradient needs no Python, takes less time than
@@ -148,7 +149,7 @@ def choose(call: Call) -> Choice:
     uncompiled = _cpu_obstacle(call)
     if uncompiled is None:
         return Choice("cpu", "the compiled kernel")
-    if not torch.compiler.is_compiling() and uncompiled is cpu.why_not():
+    if not torch.compiler.is_compiling() and uncompiled is cpu.why_not() and not cpu.turned_off():
         _tell_once(uncompiled)
     obstacle = _torch_obstacle(call) or _torch_weakness(call)
     if obstacle is None:
@@ -186,6 +187,18 @@ def watches_digits(x: Tensor) -> bool:
     first), and not when a backend was forced, which never falls back.
     """
     return _forced.name is None and x.device.type == "cpu" and x.numel() > 0 and values_visible(x)
+
+
+def long_gain_sums(x: Tensor, weight: Tensor | None, terms: int) -> bool:
+    """Whether ATen would lose digits of a gain's gradient, a sum of so many `terms` that it adds up in one float32
+    variable per thread; `times_gain` of ATen's result without gain and bias does not."""
+    return (
+        weight is not None
+        and terms > RUNNING_SUM_LIMIT
+        and x.dtype is _float32
+        and weight.requires_grad
+        and _grad_enabled()
+    )
 
 
 def plain(x: Any) -> bool:

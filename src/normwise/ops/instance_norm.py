@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.ops import check, compiled, ragged, running, symbolic
 from normwise.ops.batch_norm import applied
-from normwise.ops.choose import Call, choose, loses_digits, watches_digits
-from normwise.ops.norm import finished, norm
+from normwise.ops.choose import Call, choose, long_gain_sums, loses_digits, watches_digits
+from normwise.ops.norm import finished, laid_out_like, norm, times_gain
 from normwise.reference import Moments, activation, count_valid
 
 
@@ -123,7 +123,7 @@ def instance_norm(
     if choose(call).backend == "cpu":
         return _compiled(call, bias, momentum, eps, act)
     y = _standardized(call._replace(residual=None), bias, momentum, eps)
-    return finished(y, residual, act, valid)
+    return laid_out_like(finished(y, residual, act, valid), x)
 
 
 def _compiled(call: Call, bias: Tensor | None, momentum: float, eps: float, act: str | None) -> Tensor:
@@ -142,6 +142,7 @@ def _standardized(call: Call, bias: Tensor | None, momentum: float, eps: float) 
     """gamma * (x - mean) / sqrt(var + eps) + beta by the chosen backend; moves the running averages, if any."""
     x, weight, averages = call.x, call.weight, call.averages
     samples, channels, *positions = x.shape
+    per_channel = (1, channels, *(1,) * len(positions))
     backend = choose(call).backend
     if backend == "cpu":
         return _compiled(call, bias, momentum, eps, None)
@@ -153,11 +154,12 @@ def _standardized(call: Call, bias: Tensor | None, momentum: float, eps: float) 
         if averages is None:
             # ATen's own way: every sample's channels are channels of one large sample.
             folded = x.reshape(1, samples * channels, *positions)
-            gain, shift = (None if t is None else t.repeat(samples) for t in (weight, bias))
+            apart = long_gain_sums(x, weight, prod(positions))
+            gain, shift = (None if t is None or apart else t.repeat(samples) for t in (weight, bias))
             y, *used = torch.native_batch_norm(folded, gain, shift, None, None, True, momentum, eps)
             if not loses_digits(*used):
-                return y.reshape(x.shape)
-    per_channel = (1, channels, *(1,) * len(positions))
+                y = y.reshape(x.shape)
+                return times_gain(y, weight, bias, per_channel) if apart else y
     gain, shift = (None if t is None else t.view(per_channel) for t in (weight, bias))
     y, moments = norm(x, call.dims, gain, shift, mask=call.mask, eps=eps)
     if averages is not None and samples:
