@@ -24,6 +24,28 @@ def floating(op: str, x: Tensor) -> None:
         )
 
 
+def beside(x: Tensor, *, mask: Tensor | None = None, **numbers: Any) -> None:
+    """What goes with the input lies on its device and, except for a mask, holds floating numbers.
+
+    Raises:
+        RuntimeError: another device. TypeError: integers, complex or quantized numbers.
+    """
+    for name, value in {"mask": mask, **numbers}.items():
+        if not isinstance(value, Tensor):
+            continue  # None, or refused where its shape is looked at
+        if value.device != x.device:
+            layers = name not in ("mask", "residual")
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but the input is on {x.device} and {name} on "
+                f"{value.device}: move " + ("the layer, e.g. layer" if layers else f"it, e.g. {name}") + ".to(input.device)"
+            )
+        if name != "mask" and not value.is_floating_point():
+            raise TypeError(
+                f"{name} must be of a floating dtype like the input's {x.dtype}, but got {value.dtype}: convert it, e.g. "
+                f"{name}.to(input.dtype)"
+            )
+
+
 def rank(x: Tensor, allowed: Sequence[int]) -> None:
     """`x` must have one of the allowed numbers of axes."""
     if x.dim() not in allowed:

@@ -53,7 +53,7 @@ def recurrence(
     """One layer in one direction, by the chosen backend. See `reference.recurrent.recurrence` for every argument."""
     if recurrent_registered.fits(x, weights, how, zoned):
         return recurrent_registered.recurrence(x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse)
-    uncompiled = recurrent_cpu.obstacle(x, weights, how, zoned)
+    uncompiled = recurrent_cpu.obstacle(x, weights, how, zoned, h0, c0, lengths, reset)
     if uncompiled is None and choose_plain(x) and compiles_plain(x):
         backend = "cpu"
     else:
