@@ -33,9 +33,7 @@ def readable(*tensors: Tensor | None) -> bool:
     """
     for t in tensors:
         if t is not None and (
-            type(t) not in _TENSORS
-            or _dispatch_keys(t).raw_repr() & _FOREIGN
-            or (t.data_ptr() == 0 and t.numel() > 0)
+            type(t) not in _TENSORS or _dispatch_keys(t).raw_repr() & _FOREIGN or (t.data_ptr() == 0 and t.numel() > 0)
         ):
             return False
     return True

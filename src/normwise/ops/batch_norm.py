@@ -294,8 +294,10 @@ def _aten(
 ) -> tuple[Tensor, Moved] | None:
     """ATen's result and whether running averages moved, or None, and nothing moved, where it lost digits."""
     watched = watches_digits(x)
+    # ATen reads them as if they were contiguous; averages that move are copied anyway.
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     if averages is None or not batch_statistics:
-        mean, var = averages or (None, None)
+        mean, var = (None, None) if averages is None else (t.contiguous() for t in averages)
         if not watched:
             cudnn = torch.backends.cudnn.enabled
             return torch.batch_norm(x, weight, bias, mean, var, batch_statistics, momentum, eps, cudnn), True

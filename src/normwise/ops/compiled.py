@@ -177,11 +177,11 @@ class _Groups(torch.autograd.Function):
         dresidual: Tensor | None
         if not may_take(dy, *saved):
             grouped = (x.shape[0], groups, x.shape[1] // groups, -1)
-            gain, shift = (None if t is None else t.view(1, groups, -1, 1) for t in (weight, bias))
+            gain, shift = (None if t is None else t.reshape(1, groups, -1, 1) for t in (weight, bias))
             upstream, wide, added = (None if t is None else t.reshape(grouped) for t in (dy, x, residual))
             assert upstream is not None
             assert wide is not None
-            options = {"mask": None if mask is None else mask.view(x.shape[0], 1, 1, -1), "eps": eps, "center": True}
+            options = {"mask": None if mask is None else mask.reshape(x.shape[0], 1, 1, -1), "eps": eps, "center": True}
             dx, dweight, dbias, dz = _differentiable(upstream, wide, (2, 3), gain, shift, options, act, added)
             dx, dresidual = dx.reshape(x.shape), dz.reshape(x.shape)
         else:
@@ -261,8 +261,8 @@ def rows_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(ds, dweight, dbias) of `rows` in operations that autograd can differentiate again."""
     cols, eps, center, act = settings
-    wide = s.view(-1, cols)
-    valid = None if mask is None else mask.view(-1, 1)
+    wide = s.reshape(-1, cols)
+    valid = None if mask is None else mask.reshape(-1, 1)
     options = {"mask": valid, "eps": eps, "center": center}
     gain, shift = (None if t is None else t.reshape(1, cols) for t in (weight, bias))
     ds, dweight, dbias, _ = _differentiable(dy.reshape(wide.shape), wide, (1,), gain, shift, options, act, None)
@@ -285,11 +285,11 @@ def channels_gradients(
     """(dx, dweight, dbias, dresidual) of `channels` in operations that autograd can differentiate again."""
     batch_statistics, _, eps, act = settings
     per_channel = (1, -1) + (1,) * (x.dim() - 2)
-    gain, shift = (None if t is None else t.view(per_channel) for t in (weight, bias))
-    valid = None if mask is None else mask.view(x.shape[0], 1, *x.shape[2:])
+    gain, shift = (None if t is None else t.reshape(per_channel) for t in (weight, bias))
+    valid = None if mask is None else mask.reshape(x.shape[0], 1, *x.shape[2:])
     options: dict[str, Any] = {"mask": valid, "eps": eps, "center": True}
     if not batch_statistics:
-        mean, rstd = (t.view(per_channel).to(torch.float64) for t in stats)
+        mean, rstd = (t.reshape(per_channel).to(torch.float64) for t in stats)
         options |= {"mean": mean, "var": rstd.pow(-2) - eps}
     dims = (0, *range(2, x.dim()))
     return _differentiable(dy, x, dims, gain, shift, options, act, residual)
@@ -297,7 +297,7 @@ def channels_gradients(
 
 def _passed(dy: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     """The gradient of a residual that no activation follows."""
-    return dy if mask is None else dy.masked_fill(~mask.view(x.shape[0], 1, *x.shape[2:]), 0)
+    return dy if mask is None else dy.masked_fill(~mask.reshape(x.shape[0], 1, *x.shape[2:]), 0)
 
 
 def _differentiable(
@@ -324,7 +324,8 @@ def _differentiable(
 def _through(act: Callable[[Tensor], Tensor], z: Tensor, dy: Tensor) -> Tensor:
     """The gradient at `z` of act(z), differentiable in both arguments."""
     at = z if z.requires_grad else z.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(act(at).sum(), at, create_graph=True)
+    with torch.enable_grad():  # off where no gradient of this gradient is asked for
+        (slope,) = torch.autograd.grad(act(at).sum(), at, create_graph=z.requires_grad)
     return slope * dy
 
 

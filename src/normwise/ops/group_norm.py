@@ -97,8 +97,10 @@ def _standardized(call: Call, num_groups: int, eps: float) -> Tensor:
     if backend == "torch":
         if not watches_digits(x):
             return torch.group_norm(x, num_groups, weight, bias, eps, torch.backends.cudnn.enabled)
+        # It reads gain and bias as if they were contiguous.
+        gain, shift = (None if t is None else t.contiguous() for t in (weight, bias))
         y, mean, rstd = torch.native_group_norm(
-            _dense(x), weight, bias, samples, channels, prod(positions), num_groups, eps
+            _dense(x), gain, shift, samples, channels, prod(positions), num_groups, eps
         )
         if not loses_digits(mean, rstd):
             return y

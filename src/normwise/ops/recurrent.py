@@ -111,6 +111,8 @@ def stack(
     """
     if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN: leave empty batches of steps out")
+    for parameters in weights:
+        check.beside(x, h0=h0, c0=c0, reset=reset, **parameters._asdict())
     if how.norm == "batch" and running is None:
         _enough_samples(x, lengths, how)
     x, h0, c0, weights, autocast = _cast_for_autocast(x, h0, c0, weights)

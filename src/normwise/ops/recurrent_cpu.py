@@ -17,10 +17,8 @@ from normwise.reference.recurrent import Result
 from normwise.reference.sequences import reverse_reset, valid_steps
 
 
-def obstacle(
-    x: Tensor, weights: Weights, how: Recurrence, zoned: Tensor | None, *others: Tensor | None
-) -> str | None:
-    """What keeps the kernels from this recurrence, or None. `others`: what else they are to read, states and the like."""
+def obstacle(x: Tensor, weights: Weights, how: Recurrence, zoned: Tensor | None, *others: Tensor | None) -> str | None:
+    """What keeps the kernels from this recurrence, or None. `others`: what else they read, such as states."""
     if torch.compiler.is_compiling():
         return "while compiling, ATen's operations are left to the compiler"
     if (unknown := unsupported(weights, how, zoned)) is not None:
