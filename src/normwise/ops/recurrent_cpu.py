@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from normwise.kernels import recurrent as kernels
+from normwise.kernels.arguments import unreadable
 from normwise.kernels.library import load
 from normwise.ops import recurrent_loop
 from normwise.ops.choose import may_take
@@ -17,8 +18,8 @@ from normwise.reference.recurrent import Result
 from normwise.reference.sequences import reverse_reset, valid_steps
 
 
-def obstacle(x: Tensor, weights: Weights, how: Recurrence, zoned: Tensor | None) -> str | None:
-    """What keeps the kernels from this recurrence, or None."""
+def obstacle(x: Tensor, weights: Weights, how: Recurrence, zoned: Tensor | None, *others: Tensor | None) -> str | None:
+    """What keeps the kernels from this recurrence, or None. `others`: what else they read, such as states."""
     if torch.compiler.is_compiling():
         return "while compiling, ATen's operations are left to the compiler"
     if (unknown := unsupported(weights, how, zoned)) is not None:
@@ -29,13 +30,7 @@ def obstacle(x: Tensor, weights: Weights, how: Recurrence, zoned: Tensor | None)
     if not known_dtypes(x, weights):
         dtypes = sorted({str(t.dtype) for t in (x, *given)})
         return f"the recurrent C++ kernels take float32 or bfloat16, not {', '.join(dtypes)}"
-    for w in given:
-        if type(w) not in _TENSORS or not w.is_cpu:
-            return "the C++ kernels take plain tensors on the CPU as weights"
-    return None
-
-
-_TENSORS = (torch.nn.Parameter, Tensor)
+    return unreadable(*weights, *others)
 
 
 def unsupported(weights: Weights, how: Recurrence, zoned: Tensor | None) -> str | None:
