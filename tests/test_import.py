@@ -74,7 +74,8 @@ torch.set_default_dtype(torch.bfloat16)
 with torch.device("meta"):
     import normwise
 torch.set_default_dtype(torch.float32)
-layers = [normwise.BatchNorm1d(3), normwise.SyncBatchNorm(3), normwise.BatchRenorm1d(3), normwise.BatchNorm1d(3, momentum=None)]
+layers = [normwise.BatchNorm1d(3), normwise.SyncBatchNorm(3), normwise.BatchRenorm1d(3)]
+layers.append(normwise.BatchNorm1d(3, momentum=None))
 for layer in layers:
     layer(torch.randn(4, 3)), layer(torch.randn(4, 3, 5), lengths=[5, 4, 3, 2])
 print([int(layer.num_batches_tracked) for layer in layers])
