@@ -106,7 +106,7 @@ class _Passes:
         self.batches, self.loss = batches, loss
         self.sites: list[_Site] = []
         self.devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-        self.seeds = [int(torch.randint(2**62, ())) for _ in batches]
+        self.seeds = [int(torch.randint(2**62, (), device="cpu")) for _ in batches]
         self._at = 0
         self._found: list[tuple[_BatchNorm, Moments]] = []
         self._shares: list[Tensor] = []
