@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,13 +94,3 @@ def run(layer: nn.Module, x: Tensor, upstream: Tensor, **kwargs: Any) -> dict[st
         **{f"grad {n}": g for n, g in zip(parameters, grads[1:], strict=True)},
         **{n: b.clone() for n, b in layer.named_buffers() if n in layer.state_dict()},
     }
-
-
-BACKENDS = ["chosen", "cpu", "aten", "reference"]
-
-
-@contextmanager
-def using(backend: str) -> Iterator[None]:
-    """The norms run by `backend`, one of BACKENDS; "chosen" leaves the choice to normwise."""
-    with normwise.backend(None if backend == "chosen" else backend):
-        yield

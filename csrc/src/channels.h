@@ -23,7 +23,7 @@ inline void settle(const nw_channels_forward_args& a, int64_t c, const Moments& 
 // Eval: the running statistics, in the form that the backward pass wants.
 template <class C> void recall(const nw_channels_forward_args& a, int64_t c) {
   a.mean[c] = double(static_cast<const C*>(a.running_mean)[c]);
-  a.rstd[c] = 1.0 / std::sqrt(double(static_cast<const C*>(a.running_var)[c]) + a.eps);
+  a.rstd[c] = rstd_of(double(static_cast<const C*>(a.running_var)[c]), a.eps);
 }
 
 template <class C, class Args> Line<C> line_of(const Args& a, int64_t c) {

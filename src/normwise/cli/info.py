@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
+from normwise.cli.json_output import AsJson, print_json
 
-def info(
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs, instead of text.")] = False,
-) -> None:
+
+def info(json: AsJson = False) -> None:
     """Show what normwise runs on here: versions, devices and backends.
 
     Each backend is found or comes with the reason why not. NORMWISE_BACKEND=NAME in the environment forces one;
-    a forced backend never falls back.
+    a forced backend never falls back. NORMWISE_ISA=LEVEL chooses the C++ kernels' instruction set,
+    "none" turns them off.
     """
     facts = gather()
     if json:
-        import json as encoder
+        from normwise.lab.strict_json import to_json
 
-        typer.echo(encoder.dumps(facts, indent=2))
+        print_json(to_json(facts, indent=2))
     else:
         typer.echo(as_text(facts))
 
@@ -32,7 +33,7 @@ def gather() -> dict[str, Any]:
 
     import normwise
     from normwise.backends.cpu import cpu
-    from normwise.ops import dispatch as choose
+    from normwise.ops import dispatch
 
     return {
         "versions": {
@@ -51,10 +52,10 @@ def gather() -> dict[str, Any]:
         ],
         "backends": [
             {"backend": name, "found": obstacle is None, "reason": obstacle}
-            for name, obstacle in choose.found().items()
+            for name, obstacle in dispatch.found().items()
         ],
         "instruction_set": cpu.isa() if cpu.available() else None,
-        "forced": choose.forced(),
+        "forced": dispatch.forced(),
     }
 
 

@@ -15,6 +15,7 @@ from normwise.backends.activations import add_residual_and_activate
 from normwise.backends.protocol import Moments, NormConfig, accumulation_dtype
 from normwise.backends.reference import combined, moments, norm
 from normwise.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
+from normwise.nn.construct import eps_of
 from normwise.ops import inputs, ragged
 from normwise.ops.norm import running_stats
 
@@ -106,7 +107,7 @@ class _Passes:
         self.batches, self.loss = batches, loss
         self.sites: list[_Site] = []
         self.devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-        self.seeds = [int(torch.randint(2**62, ())) for _ in batches]
+        self.seeds = [int(torch.randint(2**62, (), device="cpu")) for _ in batches]
         self._at = 0
         self._found: list[tuple[_BatchNorm, Moments]] = []
         self._shares: list[Tensor] = []
@@ -166,7 +167,7 @@ class _Passes:
         for site in self.sites:
             layer = site.layer
             if layer.running_mean is not None and layer.running_var is not None:
-                config = NormConfig("batch_norm", "channels", layer.eps, momentum=layer._momentum())
+                config = NormConfig("batch_norm", "channels", eps_of(layer), momentum=layer._momentum())
                 stats = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
                 updated = running_stats.move_by(config, *stats, site.statistics)
                 if updated is not True:
@@ -230,7 +231,7 @@ class _Passes:
     ) -> Tensor:
         weight, bias, act = layer.weight, layer.bias, layer.act
         valid = inputs.validate_channels(
-            "batch_norm", x, None, None, weight, bias, 0.0, layer.eps, mask, lengths, act, residual
+            "batch_norm", x, None, None, weight, bias, 0.0, eps_of(layer), mask, lengths, act, residual
         )
         dims = (0, *range(2, x.dim()))
         if running_stats.recomputing():
@@ -252,7 +253,7 @@ class _Passes:
             self._shares.append(_share(x, dims, valid, pooled, site.adjoints, shape))
         mean, var = (t.view(shape) for t in site.leaves or pooled[:2])
         gain, shift = (None if t is None else t.view(shape) for t in (weight, bias))
-        y, _ = norm(x, dims, gain, shift, mask=valid, mean=mean, var=var, eps=layer.eps)
+        y, _ = norm(x, dims, gain, shift, mask=valid, mean=mean, var=var, eps=eps_of(layer))
         return add_residual_and_activate(y, residual, act, valid)
 
 
@@ -281,7 +282,7 @@ def _taking_part(model: nn.Module) -> list[_BatchNorm]:
             raise ValueError(
                 f"{name or 'the model'} is a {type(layer).__module__.partition('.')[0]} {type(layer).__name__}: "
                 "accumulated_backward pools the statistics of normwise's BatchNorm1d, BatchNorm2d and BatchNorm3d. "
-                "Replace it by normwise.convert(model, to='batch'), or put it into eval mode"
+                "Replace it by model, _ = normwise.convert(model, to='batch'), or put it into eval mode"
             )
         if layer.virtual_batch_size is not None:
             raise ValueError(

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
-from normwise.nn.construct import affine, affine_without_bias, reset_affine
-from normwise.ops import dispatch, inputs
+from normwise.nn.construct import Activated, affine, affine_without_bias, reset_affine
+from normwise.nn.skipped import CountsSkipped
+from normwise.ops import dispatch, inputs, symbolic
 from normwise.ops.distributed import StatsGroup
 from normwise.ops.norm import running_stats
 from normwise.ops.norm.batch_norm import batch_norm_with_stats
@@ -20,7 +21,7 @@ from normwise.ops.norm.running_stats import Updated
 Layer = TypeVar("Layer", bound="_BatchNorm")
 
 
-class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
     """The part of BatchNorm that does not depend on the input's rank.
 
     A subclass of torch's own, so that code that looks for BatchNorm layers (weight averaging, optimizer groups,
@@ -28,7 +29,6 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     ranks: tuple[int, ...]
-    num_batches_skipped: Tensor | None
     _said_skipped = False
     _stats_group: StatsGroup | None = None  # the ranks that share statistics in training
 
@@ -46,6 +46,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         act: str | None = None,
         virtual_batch_size: int | None = None,
     ) -> None:
+        num_features = inputs.whole_number("num_features", num_features)
         inputs.positive_eps(eps)
         inputs.momentum_range(momentum)
         if act is not None:
@@ -53,14 +54,14 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         affine_without_bias(self, affine and not bias)
         self.act = act
+        if virtual_batch_size is not None:
+            virtual_batch_size = inputs.whole_number("virtual_batch_size", virtual_batch_size)
         if virtual_batch_size is not None and virtual_batch_size < 1:
             raise ValueError(
                 f"virtual_batch_size must be at least 1, or None for the whole batch, but got {virtual_batch_size}"
             )
         self.virtual_batch_size = virtual_batch_size
-        # Not in the state_dict, which stays torch's.
-        skipped = torch.tensor(0, device=device) if track_running_stats else None
-        self.register_buffer("num_batches_skipped", skipped, persistent=False)
+        self._place_skipped()
 
     def reset_parameters(self) -> None:
         """Gain 1, bias 0, running mean 0 and variance 1."""
@@ -70,9 +71,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def reset_running_stats(self) -> None:
         """Running mean 0 and variance 1, no batch tracked or skipped."""
         super().reset_running_stats()
-        skipped = getattr(self, "num_batches_skipped", None)  # torch's constructor comes here before there is one
-        if skipped is not None:
-            skipped.zero_()
+        self._forget_skipped()
         self._said_skipped = False
 
     def forward(
@@ -84,6 +83,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         residual: Tensor | PackedSequence | None = None,
     ) -> Any:
         """act(bn(input) + residual); see `normwise.functional.batch_norm` for shapes and errors."""
+        if symbolic.is_traced(input, mask, lengths, residual):
+            return symbolic.call_layer(self, input, mask=mask, lengths=lengths, residual=residual)
         training = self.training
         mean, var, tracked = self._running_stats()
         weight, bias = affine(self)
@@ -95,7 +96,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             bias,
             training,
             self._momentum() if training and mean is not None else 0.0,
-            self.eps,
+            self.__dict__["eps"],
             num_batches_tracked=tracked,
             mask=mask,
             lengths=lengths,
@@ -117,15 +118,11 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def _count_skipped(self, updated: Updated) -> None:
         """Count a batch whose statistics were not finite."""
-        skipped = self.num_batches_skipped
-        if skipped is None:
-            return
         if updated is False:
-            skipped.add_(1)
+            self._skip(1)
             self._say_skipped()
-        elif not dispatch.is_transforming():
-            # functional_call may have been given the buffers of a state_dict, without this one
-            skipped.add_(~updated)
+        elif not dispatch.is_transforming():  # a count of its own for each copy of the layer has no place
+            self._skip(~updated)
 
     def _say_skipped(self) -> None:
         if self._said_skipped:
@@ -159,8 +156,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             return self.momentum
         if self.num_batches_tracked is None or self.running_mean is None:
             return 0.0
-        if torch.compiler.is_compiling():
-            # The count stays a tensor: its value is not known while compiling.
+        if torch.compiler.is_compiling() or dispatch.jit_traces():
+            # The count stays a tensor: its value is not known while compiling, and another when a traced graph runs.
             return 1.0 / (self.num_batches_tracked + 1).to(self.running_mean.dtype)
         return 1.0 / (int(self.num_batches_tracked) + 1)
 
@@ -176,8 +173,8 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
     y = act(gamma * (x - E[x]) / sqrt(Var[x] + eps) + beta + residual), with mean and variance of each of the
     `num_features` channels over the batch (and its steps) in training, and their running averages in evaluation.
     The running averages move by `momentum`: running = (1 - momentum) * running + momentum * batch. A batch with a
-    channel whose mean or variance is NaN or infinite is left out of them: it counts in `num_batches_skipped` (a buffer
-    outside the state_dict) instead of `num_batches_tracked`, and the first one is warned of. A forward that activation
+    channel whose mean or variance is NaN or infinite is left out of them: it counts in `num_batches_skipped` (a tensor
+    that is no buffer) instead of `num_batches_tracked`, and the first one is warned of. A forward that activation
     checkpointing runs again inside the backward does not move them a second time.
 
     A drop-in for `torch.nn.BatchNorm1d`: same arguments, state_dict and results. Beyond it, in the call: `mask`

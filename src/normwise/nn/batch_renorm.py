@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.nn.batch_norm import _BatchNorm
 from normwise.nn.construct import affine
+from normwise.ops import symbolic
 from normwise.ops.norm.batch_renorm import Limit, batch_renorm_with_stats
 
 
@@ -80,6 +81,8 @@ class _BatchRenorm(_BatchNorm):
         """See `BatchRenorm1d`; shapes and errors as in `normwise.functional.batch_norm`."""
         if not self.training:
             return super().forward(input, mask=mask, lengths=lengths, residual=residual)
+        if symbolic.is_traced(input, mask, lengths, residual):
+            return symbolic.call_layer(self, input, mask=mask, lengths=lengths, residual=residual)
         weight, bias = affine(self)
         mean, var, tracked = self._running_stats()
         y, updated = batch_renorm_with_stats(
@@ -89,7 +92,7 @@ class _BatchRenorm(_BatchNorm):
             weight,
             bias,
             self._momentum(),
-            self.eps,
+            self.__dict__["eps"],
             self.r_max,
             self.d_max,
             num_batches_tracked=tracked,  # type: ignore[arg-type]

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
-from normwise.ops import inputs
+from normwise.nn.construct import Activated
+from normwise.ops import inputs, symbolic
 from normwise.ops.norm.batch_norm import batch_norm_with_stats
 
 
-class FrozenBatchNorm(nn.Module):
+class FrozenBatchNorm(Activated):
     """The part that does not depend on the input's rank."""
 
     ranks: tuple[int, ...]
@@ -34,6 +35,7 @@ class FrozenBatchNorm(nn.Module):
         bias: bool = True,
         act: str | None = None,
     ) -> None:
+        num_features = inputs.whole_number("num_features", num_features)
         inputs.positive_eps(eps)
         if act is not None:
             activation(act)
@@ -54,6 +56,8 @@ class FrozenBatchNorm(nn.Module):
         residual: Tensor | PackedSequence | None = None,
     ) -> Any:
         """act(bn(input) + residual); see `normwise.functional.batch_norm` for shapes and errors."""
+        if symbolic.is_traced(input, mask, lengths, residual):
+            return symbolic.call_layer(self, input, mask=mask, lengths=lengths, residual=residual)
         return batch_norm_with_stats(
             input,
             self.running_mean,
@@ -62,7 +66,7 @@ class FrozenBatchNorm(nn.Module):
             self.bias,
             False,
             0.0,
-            self.eps,
+            self.__dict__["eps"],
             mask=mask,
             lengths=lengths,
             act=self.act,
@@ -77,7 +81,7 @@ class FrozenBatchNorm(nn.Module):
 
     def extra_repr(self) -> str:
         act = "" if self.act is None else f", act={self.act!r}"
-        return f"{self.num_features}, eps={self.eps}, affine={self.affine}{act}"
+        return f"{self.num_features}, eps={self.__dict__['eps']}, affine={self.affine}{act}"
 
 
 class FrozenBatchNorm1d(FrozenBatchNorm):

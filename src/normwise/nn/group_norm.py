@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
-from normwise.nn.construct import affine, affine_without_bias, reset_affine
-from normwise.ops import inputs
+from normwise.nn.construct import Activated, affine, affine_without_bias, reset_affine
+from normwise.ops import inputs, symbolic
 from normwise.ops.norm.group_norm import group_norm_of, groups_divide
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(Activated, nn.GroupNorm):
     r"""Group normalization of (N, C, ...), a PackedSequence or a jagged nested tensor.
 
     y = act(gamma * (x - E[x]) / sqrt(Var[x] + eps) + beta + residual), with mean and variance of each sample over a
@@ -36,8 +36,6 @@ class GroupNorm(nn.GroupNorm):
     Source: Wu & He 2018.
     """
 
-    act: str | None = None  # also of layers that were pickled before there was one
-
     def __init__(
         self,
         num_groups: int,
@@ -50,6 +48,8 @@ class GroupNorm(nn.GroupNorm):
         bias: bool = True,
         act: str | None = None,
     ) -> None:
+        num_groups = inputs.whole_number("num_groups", num_groups)
+        num_channels = inputs.whole_number("num_channels", num_channels)
         inputs.positive_eps(eps)
         if act is not None:
             activation(act)
@@ -71,13 +71,17 @@ class GroupNorm(nn.GroupNorm):
         residual: Tensor | PackedSequence | None = None,
     ) -> Any:
         """act(gn(input) + residual); see `normwise.functional.group_norm` for shapes and errors."""
+        if symbolic.is_traced(input, mask, lengths, residual):
+            node = symbolic.call_layer(self, input, function=True, mask=mask, lengths=lengths, residual=residual)
+            if node is not None:
+                return node
         weight, bias = affine(self)
         return group_norm_of(
             input,
             self.num_groups,
             weight,
             bias,
-            self.eps,
+            self.__dict__["eps"],
             mask=mask,
             lengths=lengths,
             act=self.act,

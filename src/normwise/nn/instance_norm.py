@@ -10,16 +10,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
-from normwise.nn.construct import affine, affine_without_bias, reset_affine
-from normwise.ops import inputs
+from normwise.nn.construct import Activated, affine, affine_without_bias, reset_affine
+from normwise.ops import inputs, symbolic
 from normwise.ops.norm.instance_norm import instance_norm_of
 
 
-class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
+class _InstanceNorm(Activated, nn.modules.instancenorm._InstanceNorm):
     """The part of InstanceNorm that does not depend on the input's rank; a subclass of torch's own."""
 
     batched_rank: int
-    act: str | None = None  # also of layers that were pickled before there was one
 
     def __init__(
         self,
@@ -34,6 +33,7 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
         bias: bool = True,
         act: str | None = None,
     ) -> None:
+        num_features = inputs.whole_number("num_features", num_features)
         inputs.positive_eps(eps)
         inputs.momentum_range(momentum)
         if act is not None:
@@ -59,6 +59,8 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
 
         An input without batch axis is one sample, and so are then `mask` and `residual`.
         """
+        if symbolic.is_traced(input, mask, lengths, residual):
+            return symbolic.call_layer(self, input, mask=mask, lengths=lengths, residual=residual)
         if not (self.affine or self.track_running_stats):
             self._say_channels(input)
         weight, bias = affine(self)
@@ -70,7 +72,7 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
             bias,
             self.training or not self.track_running_stats,
             self.momentum if self.momentum is not None else 0.0,
-            self.eps,
+            self.__dict__["eps"],
             mask=mask,
             lengths=lengths,
             act=self.act,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
-from normwise.nn.construct import affine, reset_affine
-from normwise.ops import inputs
+from normwise.nn.construct import Activated, affine, reset_affine
+from normwise.ops import inputs, symbolic
 from normwise.ops.distributed import StatsGroup
 from normwise.ops.norm.layer_norm import layer_norm, rms_norm
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(Activated, nn.LayerNorm):
     r"""Layer normalization over the last axes, or over those that `dim` names.
 
     y = act(gamma * (x - E[x]) / sqrt(Var[x] + eps) + beta), with mean and variance over the features of one sample:
@@ -80,13 +80,17 @@ class LayerNorm(nn.LayerNorm):
         add: Tensor | PackedSequence | None = None,
     ) -> Any:
         """See `normwise.functional.layer_norm` for shapes and errors."""
+        if symbolic.is_traced(input, mask, lengths, add):
+            node = symbolic.call_layer(self, input, function=True, mask=mask, lengths=lengths, add=add)
+            if node is not None:
+                return node
         weight, bias = affine(self)
         return layer_norm(
             input,
             self.normalized_shape,
             weight,
             bias,
-            self.eps,
+            self.__dict__["eps"],
             dim=self.dim,
             mask=mask,
             lengths=lengths,
@@ -104,7 +108,7 @@ class LayerNorm(nn.LayerNorm):
         return super().extra_repr() + _extra_repr(self.dim, self.act, self._stats_group)
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(Activated, nn.RMSNorm):
     r"""Root mean square normalization over the last axes, or over those that `dim` names.
 
     y = act(gamma * x / sqrt(E[x^2] + eps)): LayerNorm that leaves the mean in and has no bias.
@@ -150,11 +154,15 @@ class RMSNorm(nn.RMSNorm):
         add: Tensor | PackedSequence | None = None,
     ) -> Any:
         """See `normwise.functional.rms_norm` for shapes and errors."""
+        if symbolic.is_traced(input, mask, lengths, add):
+            node = symbolic.call_layer(self, input, function=True, mask=mask, lengths=lengths, add=add)
+            if node is not None:
+                return node
         return rms_norm(
             input,
             self.normalized_shape,
             affine(self)[0],
-            self.eps,
+            self.__dict__["eps"],
             dim=self.dim,
             mask=mask,
             lengths=lengths,
@@ -173,17 +181,21 @@ class RMSNorm(nn.RMSNorm):
 
 
 def _shape(normalized_shape: int | Sequence[int]) -> list[int]:
-    return [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
+    sizes = normalized_shape if isinstance(normalized_shape, Iterable) else [normalized_shape]
+    return [inputs.whole_number("normalized_shape", size) for size in sizes]
 
 
 def _dim(dim: int | Sequence[int] | None, shape: list[int]) -> int | tuple[int, ...] | None:
     """`dim` as it is kept: hashable, and with as many axes as `shape`."""
-    if dim is None or isinstance(dim, int):
-        named = 1
-    else:
-        dim = tuple(dim)
+    if dim is None:
+        return None
+    if isinstance(dim, Iterable):
+        dim = tuple(inputs.whole_number("dim", d) for d in dim)
         named = len(dim)
-    if dim is not None and named != len(shape):
+    else:
+        dim = inputs.whole_number("dim", dim)
+        named = 1
+    if named != len(shape):
         raise ValueError(f"dim={dim} names {named} axes, but normalized_shape={shape} has {len(shape)}")
     return dim
 

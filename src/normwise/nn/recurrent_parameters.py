@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from normwise.backends.reference import Moments
 from normwise.backends.reference.recurrence import DEFAULTS, Cell, NormKind, Recurrence, Weights, preset
 from normwise.backends.reference.recurrent import Running
+from normwise.ops import inputs
 from normwise.ops.rnn import running_stats as recurrent_running
 
 # Told, while `recalibrate` runs, the moments of each call: the end of the tables' names, the moments, the first step.
@@ -64,13 +66,14 @@ def describe(
     return replace(how, **{field: value for field, value in changes.items() if value is not None}), name
 
 
-def positive_rows(max_length: int) -> None:
-    """The tables of running statistics need at least one row."""
-    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
+def positive_rows(max_length: Any) -> int:
+    """`max_length`, an integer of any kind: the tables of running statistics need at least one row."""
+    if not isinstance(max_length, Integral) or isinstance(max_length, bool) or max_length < 1:
         raise ValueError(
             f"max_length must be a positive integer, but got {max_length!r}: it is the number of steps with running "
             "statistics of their own"
         )
+    return int(max_length)
 
 
 def step_index(how: Recurrence, max_length: int, t: int | None) -> int:
@@ -168,11 +171,14 @@ def running_of(layer: nn.Module, how: Recurrence, suffix: str = "") -> Running:
     """Its tables of running mean and variance by site; none unless the norm is "batch"."""
     if how.norm != "batch":
         return {}
-    units = getattr(layer, f"weight_hh{suffix}").shape[0] // how.gates
-    return {
+    weight = getattr(layer, f"weight_hh{suffix}")
+    tables = {
         site: (getattr(layer, f"running_mean_{site}{suffix}"), getattr(layer, f"running_var_{site}{suffix}"))
-        for site in how.sites(units)
+        for site in how.sites(weight.shape[0] // how.gates)
     }
+    for mean, var in tables.values():  # they move after the call, when it is too late for an error
+        inputs.beside(weight, running_mean=mean, running_var=var)
+    return tables
 
 
 def learn(layer: Any, table: Running, used: dict[str, Moments], first: int, suffix: str = "") -> None:

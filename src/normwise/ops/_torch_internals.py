@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 # Inside torch.func's vmap, grad and the like: no value of a tensor may be looked at.
@@ -23,25 +22,30 @@ is_jit_tracing = torch._C._is_tracing
 current_graph_task_id = torch._C._current_graph_task_id
 
 
+# What torch's dispatcher knows of a dense tensor on the CPU. Whatever else it knows of a tensor (a wrapper subclass, a
+# functional or batched tensor, a negative or conjugate bit, another layout or device, zeros without memory) means that
+# the elements are not those that lie at `data_ptr()`.
+_KNOWN = 0
+for _key in ("CPU", "AutogradCPU", "AutocastCPU", "ADInplaceOrView"):
+    _KNOWN |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
+_FOREIGN = ~_KNOWN
+_dispatch_keys = torch._C._dispatch_keys
+
+
+def is_foreign(t: Tensor) -> bool:
+    """Whether torch's dispatcher knows more of `t` than that it is dense and on the CPU."""
+    return bool(_dispatch_keys(t).raw_repr() & _FOREIGN)
+
+
 def forward_ad_active() -> bool:
     """Inside torch.autograd.forward_ad.dual_level."""
     return forward_ad._current_level >= 0
 
 
 def is_fake(t: Tensor) -> bool:
-    """A FakeTensor, which has a device and no memory."""
+    """A FakeTensor, which has a device and a shape, but no values."""
+    if type(t) is Tensor:
+        return False
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(t, FakeTensor)
-
-
-__all__ = [
-    "current_graph_task_id",
-    "dispatch_modes_active",
-    "forward_ad_active",
-    "is_fake",
-    "is_functorch_wrapped_tensor",
-    "is_jit_tracing",
-    "is_legacy_batchedtensor",
-    "transforms_active",
-]

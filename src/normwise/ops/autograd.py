@@ -13,7 +13,7 @@ from torch import Tensor
 
 from normwise.backends.protocol import NormConfig, NormFamily, NormRequest
 from normwise.backends.reference.norms import backward as differentiable_backward
-from normwise.ops._torch_internals import forward_ad_active, is_legacy_batchedtensor, transforms_active
+from normwise.ops.dispatch import is_traced_or_transformed, readable
 
 
 def requires_grad(request: NormRequest) -> bool:
@@ -27,16 +27,15 @@ def requires_grad(request: NormRequest) -> bool:
     )
 
 
-def supports_grad_output(dy: Tensor) -> bool:
-    """Whether a compiled kernel's backward may take this upstream gradient: nobody differentiates it again, or in
-    forward mode, and it is no batch of gradients (torch.func.vmap, is_grads_batched) nor another kind of tensor."""
+def supports_grad_output(*tensors: Tensor | None) -> bool:
+    """Whether a kernel's backward may take these: upstream gradients that nobody differentiates again, or in forward
+    mode, and that are no batch of gradients (torch.func.vmap, is_grads_batched) nor another kind of tensor; and saved
+    tensors, in whose place a hook may have put anything."""
     return (
-        type(dy) is Tensor
-        and not torch.is_grad_enabled()
-        and not transforms_active()
-        and not is_legacy_batchedtensor(dy)
-        and not forward_ad_active()
+        not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not is_traced_or_transformed()
+        and readable(*tensors)
     )
 
 
@@ -61,9 +60,10 @@ class Norm(torch.autograd.Function):
             config, x, residual, weight, bias, mask, running_mean, running_var, num_batches_tracked, True
         )
         y, total, stats, updated, moments, _ = result
-        # The residual is needed again only to know where the activation was flat.
+        # Residual and bias are needed again only to know where the activation was flat.
         added_after = None if config.act is None or config.family == "features" else residual
-        ctx.save_for_backward(total, added_after, weight, bias, mask, stats)
+        ctx.save_for_backward(total, added_after, weight, bias if config.act is not None else None, mask, stats)
+        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         ctx.family, ctx.config = family, config
         ctx.set_materialize_grads(False)
         # As an output only where it is one, x + residual: an input returned as it is would become a view of itself.
@@ -71,14 +71,15 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None, *_: Any) -> Any:
-        total, residual, weight, bias, mask, stats = ctx.saved_tensors
+        total, residual, weight, bias, mask, stats = saved = ctx.saved_tensors
         config = ctx.config
+        if ctx.bias is not None and bias is None:
+            shape, dtype = ctx.bias
+            bias = total.new_empty(shape, dtype=dtype)  # its values do not matter
         if dy is None:
             dy = torch.zeros_like(total)
-        if supports_grad_output(dy) and (dtotal is None or supports_grad_output(dtotal)):
-            backward = ctx.family.backward
-        else:
-            backward = differentiable_backward
+        compiled = supports_grad_output(dy, dtotal, *saved)
+        backward = ctx.family.backward if compiled else differentiable_backward
         grads = backward(config, total, residual, weight, bias, mask, stats, dy, dtotal)
         dresidual = None
         if ctx.needs_input_grad[3]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from normwise.backends.aten.backend import BACKEND as ATEN
+from normwise.backends.cpu import library
 from normwise.backends.cpu.backend import BACKEND as CPU
 from normwise.backends.protocol import Backend
 from normwise.backends.reference.backend import BACKEND as REFERENCE
@@ -29,6 +30,7 @@ from normwise.ops._torch_internals import (
     dispatch_modes_active,
     forward_ad_active,
     is_fake,
+    is_foreign,
     is_jit_tracing,
     transforms_active,
 )
@@ -95,13 +97,14 @@ def resolve(request: Any, operation: str = "norm") -> Resolved:
     """
     if _forced.name is not None:
         return _resolve_forced(request, operation)
-    reason = _unseen() or getattr(CPU, operation).supports(request)
+    reason = _kernel_obstacle(request, operation)
     if reason is None:
         return _KERNEL
-    if transforms_active() and not _is_compiling():
-        return Resolved(REFERENCE, "inside a torch.func transform")
-    if not _is_compiling() and reason is CPU.missing():
-        _warn_once(reason)
+    if not _is_compiling():
+        if transforms_active():
+            return Resolved(REFERENCE, "inside a torch.func transform")
+        if reason is CPU.missing() and not library.turned_off():
+            _warn_once(reason)
     aten = getattr(ATEN, operation)
     obstacle = aten.supports(request)
     if obstacle is None:
@@ -113,7 +116,10 @@ def resolve(request: Any, operation: str = "norm") -> Resolved:
 
 def _resolve_forced(request: Any, operation: str) -> Resolved:
     backend = BACKENDS[_forced.name]  # type: ignore[index]
-    obstacle = (_unseen() if backend is CPU else None) or getattr(backend, operation).supports(request)
+    if backend is CPU:
+        obstacle = _kernel_obstacle(request, operation)
+    else:
+        obstacle = getattr(backend, operation).supports(request)
     if obstacle is not None:
         raise BackendError(
             f"backend {_forced.name!r} was forced but cannot run {request.config.op}: {obstacle}. "
@@ -122,13 +128,48 @@ def _resolve_forced(request: Any, operation: str) -> Resolved:
     return Resolved(backend, "forced")
 
 
-def _unseen() -> str | None:
-    """Why what a C++ kernel does would pass somebody by who looks on, or None."""
+def _kernel_obstacle(request: Any, operation: str) -> str | None:
+    """What keeps the C++ kernels from a request, or None."""
     if _is_compiling():
         return "while compiling, ATen's operations are left to the compiler"
     if is_traced_or_transformed():
         return "torch.func, forward-mode derivatives, dispatch modes and torch.jit.trace do not see a C++ kernel"
-    return None
+    supports: Callable[[Any], str | None] = getattr(CPU, operation).supports
+    return unreadable(*request[1:]) or supports(request)
+
+
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def readable(*tensors: Tensor | None) -> bool:
+    """Whether C may read each of these where its `data_ptr()` points: the one condition for a tensor to go to a kernel.
+
+    That is a dense tensor on the CPU which is nothing but a tensor, and has memory. None is none, and may go.
+    """
+    for t in tensors:
+        if t is not None and (type(t) not in _TENSORS or is_foreign(t) or (t.data_ptr() == 0 and t.numel() > 0)):
+            return False
+    return True
+
+
+def unreadable(*tensors: Tensor | None) -> str | None:
+    """What keeps kernels from tensors that are not `readable`, or None."""
+    if readable(*tensors):
+        return None
+    found = next(t for t in tensors if t is not None and not readable(t))
+    return f"the C++ kernels take plain dense tensors on the CPU, not {_described(found)}"
+
+
+def _described(t: Tensor) -> str:
+    if type(t) not in _TENSORS:
+        return type(t).__name__
+    if t.device.type != "cpu":
+        return f"a tensor on {t.device}"
+    kinds = {"negative": t.is_neg(), "conjugate": t.is_conj(), "nested": t.is_nested, "quantized": t.is_quantized}
+    kind = next((name for name, found in kinds.items() if found), None)
+    if kind is None:
+        kind = "wrapped" if t.layout is torch.strided else str(t.layout).removeprefix("torch.")
+    return f"a {kind} tensor"
 
 
 @cache
@@ -153,16 +194,22 @@ def is_traced_or_transformed() -> bool:
     return transforms_active() or dispatch_modes_active() > 0 or forward_ad_active() or is_jit_tracing()
 
 
+def jit_traces() -> bool:
+    """Whether torch.jit.trace looks on."""
+    return not _is_compiling() and is_jit_tracing()
+
+
 def values_visible(*tensors: Tensor | None) -> bool:
     """Whether the values of these tensors may decide what is done: not while compiling or transforming, nor on meta."""
     if _is_compiling() or transforms_active():
         return False
-    return not any(t is not None and (t.is_meta or (type(t) is not Tensor and is_fake(t))) for t in tensors)
+    return not any(t is not None and (t.is_meta or is_fake(t)) for t in tensors)
 
 
 def may_look_at_values(x: Tensor) -> bool:
-    """Whether a look at the values of `x` is possible and cheap: elsewhere than on the CPU it waits for the queue."""
-    return x.device.type == "cpu" and values_visible(x)
+    """Whether a look at the values of `x` is possible and cheap: elsewhere than on the CPU it waits for the queue, and
+    tensors of other kinds answer for themselves."""
+    return values_visible() and readable(x)
 
 
 def found() -> dict[str, str | None]:

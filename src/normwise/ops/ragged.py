@@ -32,7 +32,7 @@ def rank_or_rows(x: Any, ranks: Sequence[int], for_rows: str) -> None:
                 f"a layer for {' or '.join(f'{n}D' for n in ranks)} input takes no ragged input: {for_rows} does"
             )
     else:
-        inputs.rank(x, ranks)
+        inputs.rank(inputs.tensor(for_rows, x), ranks)
 
 
 def by_rows(

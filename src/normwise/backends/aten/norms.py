@@ -47,11 +47,20 @@ def shortcoming(request: NormRequest, may_look: bool) -> str | None:
     config, x, _, _, _, _, running_mean, running_var, _ = request
     if config.op == "instance_norm" and config.batch_statistics and running_mean is not None:
         return "ATen moves running averages to NaN by a sample that is not finite"
-    if x.device.type != "cpu" or x.numel() == 0 or x.dtype == torch.float64:
-        return None
+    if _without_features(config, x) or (config.op == "group_norm" and x.numel() == 0):
+        return "some of ATen's kernels fail, or give NaN gradients, without an element"
+    if running_mean is not None and config.batch_statistics and torch.jit.is_tracing():
+        # A traced graph is optimized at its second run, and does not know that ATen's kernel writes on the averages.
+        return "torch.jit loses what ATen's kernel does to running averages"
+    if type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != "cpu" or x.numel() == 0:
+        return None  # another kind of tensor knows ATen's norms, and the formula may be more than it can do
+    if may_look and config.op == "rms_norm":
+        return "ATen's RMSNorm is these operations too, but makes zeros of an input whose squares overflow"
+    if may_look and _long_gain_sums(request):
+        return "ATen adds up the gradient of a gain over many elements in one float32 sum, which loses digits"
     if config.family == "channels" and config.batch_statistics:
         rows_of_channels = x.dim() == 2 or not x.is_contiguous()
-        if rows_of_channels and x.numel() // x.shape[1] > RUNNING_SUM_LIMIT:
+        if rows_of_channels and x.dtype != torch.float64 and x.numel() // x.shape[1] > RUNNING_SUM_LIMIT:
             return "ATen adds up long columns of channels in one float32 sum, which loses digits"
     if not may_look:
         return None
@@ -70,6 +79,21 @@ def shortcoming(request: NormRequest, may_look: bool) -> str | None:
         near = (mean.abs() <= MEAN_TO_DEVIATION_LIMIT * deviation) | (not config.center)
         fine = (near & (deviation <= LARGEST_DEVIATION) & (mean.abs() <= LARGEST_DEVIATION)).all()
     return None if bool(fine) else "ATen loses digits where a mean dwarfs the deviation, or is not finite"
+
+
+def _without_features(config: NormConfig, x: Tensor) -> bool:
+    """Whether an axis of channels, or a normalized axis of LayerNorm and RMSNorm, has size 0."""
+    if x.numel():
+        return False
+    return 0 in (x.shape[x.dim() - config.axes :] if config.family == "features" else x.shape[1:2])
+
+
+def _long_gain_sums(request: NormRequest) -> bool:
+    """Whether the gradient of the gain is wanted, and a float32 sum over so many elements that it loses digits."""
+    x, weight = request.x, request.weight
+    if weight is None or not weight.requires_grad or not torch.is_grad_enabled() or x.dtype != torch.float32:
+        return False
+    return x.numel() // max(weight.numel(), 1) > RUNNING_SUM_LIMIT
 
 
 def _rows_of_statistics(request: NormRequest) -> Tensor:
@@ -99,6 +123,8 @@ def features(
     if mask is not None:
         x = x.masked_fill(~mask, 0)
     shape = x.shape[x.dim() - config.axes :]
+    # ATen's kernels read gains, biases and averages as if they were contiguous.
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     if config.center:
         y = torch.layer_norm(x, shape, weight, bias, config.eps, torch.backends.cudnn.enabled)
     else:
@@ -121,6 +147,7 @@ def groups(
 ) -> NormResult:
     """GroupNorm and InstanceNorm."""
     cudnn = torch.backends.cudnn.enabled
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     if config.op == "instance_norm":
         y = torch.instance_norm(
             x, weight, bias, running_mean, running_var, True, float(config.momentum), config.eps, cudnn
@@ -142,7 +169,9 @@ def channels(
     *_: object,
 ) -> NormResult:
     """BatchNorm."""
-    mean, var, new_running = running_mean, running_var, None
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    mean, var = (None if t is None else t.contiguous() for t in (running_mean, running_var))
+    new_running = None
     if config.batch_statistics and running_mean is not None and running_var is not None:
         # ATen moves copies: what it makes of a batch may not be finite, and it saves them for a backward that does not
         # read them in training, so that moving the averages again before the backward is no error.

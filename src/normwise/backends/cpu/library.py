@@ -20,6 +20,7 @@ ABI = 5
 NAME = {"Darwin": "libnormwise.dylib"}.get(platform.system(), "libnormwise.so")
 NOT_UPDATED = 3  # NW_NOT_MOVED: all was done but updating running averages
 ISA_LEVELS = ("avx512_amx", "avx512", "avx2", "baseline")
+OFF = "none"  # in place of a level: no kernels, as on a machine where they were not built
 CURE = "install a C++ compiler (g++ or clang++) and reinstall normwise with pip install --force-reinstall --no-deps"
 
 
@@ -32,7 +33,11 @@ class Loaded(NamedTuple):
 
 @cache
 def load() -> Loaded:
-    """The loaded library. NORMWISE_ISA, one of ISA_LEVELS, forces an instruction set; it never falls back."""
+    """The loaded library. NORMWISE_ISA, one of ISA_LEVELS, forces an instruction set, and never falls back; OFF leaves
+    the library alone."""
+    wanted = os.environ.get("NORMWISE_ISA")
+    if wanted == OFF:
+        return Loaded(None, f"NORMWISE_ISA={OFF} turns the C++ kernels off: unset it to have them")
     path = _find()
     if path is None:
         return Loaded(None, f"normwise was installed without its compiled library {NAME}; to get it, {CURE}")
@@ -49,16 +54,31 @@ def load() -> Loaded:
     handle.nw_count_valid.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     handle.nw_count_valid.restype = ctypes.c_int64
     handle.nw_mean_exceeds.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_double]
-    wanted = os.environ.get("NORMWISE_ISA")
     if wanted and handle.nw_use_isa(wanted.encode()) != 0:
         usable = [level for level in ISA_LEVELS if handle.nw_use_isa(level.encode()) == 0]
-        return Loaded(None, f"NORMWISE_ISA={wanted} cannot run here: set it to one of {', '.join(usable)}, or unset it")
+        return Loaded(
+            None,
+            f"NORMWISE_ISA={wanted} cannot run here: set it to one of {', '.join(usable)}, to {OFF} for no kernels at "
+            "all, or unset it",
+        )
     return Loaded(handle, None)
+
+
+class _Switch:
+    off: str | None = None  # why the kernels are off although the library is there
+
+
+_switch = _Switch()
 
 
 def missing() -> str | None:
     """What keeps the library from being used, with the cure; None if nothing does."""
-    return load().why_not
+    return _switch.off or load().why_not
+
+
+def turned_off() -> bool:
+    """Whether the kernels are not used because somebody said so, by NORMWISE_ISA=none or `use_isa("none")`."""
+    return _switch.off is not None or os.environ.get("NORMWISE_ISA") == OFF
 
 
 def library() -> ctypes.CDLL:
@@ -90,14 +110,23 @@ def raise_fault(status: int) -> NoReturn:
 
 
 def isa() -> str:
-    """The instruction set in use, one of ISA_LEVELS; "avx512_amx" multiplies matrices in tile registers."""
-    return str(library().nw_isa().decode())
+    """The instruction set in use, one of ISA_LEVELS, or "none" where the kernels are turned off; "avx512_amx"
+    multiplies matrices in tile registers."""
+    return OFF if turned_off() else str(library().nw_isa().decode())
 
 
 def use_isa(name: str) -> None:
-    """Switch the whole process to another instruction set. ValueError if the processor or the build lacks it."""
-    if name not in ISA_LEVELS or library().nw_use_isa(name.encode()) != 0:
-        raise ValueError(f"instruction set {name!r} cannot run here: expected one of {', '.join(ISA_LEVELS)}")
+    """Switch the whole process to another instruction set; "none" turns the kernels off until another one is named.
+    ValueError if the processor or the build lacks it, RuntimeError if there is no library."""
+    if name == OFF:
+        _switch.off = f"the C++ kernels are turned off by use_isa({OFF!r}): name an instruction set to have them again"
+    elif name not in ISA_LEVELS or library().nw_use_isa(name.encode()) != 0:
+        raise ValueError(
+            f"instruction set {name!r} cannot run here: expected one of {', '.join(ISA_LEVELS)}, or {OFF} for no "
+            "kernels"
+        )
+    else:
+        _switch.off = None
 
 
 def threads_used(threads: int) -> int:
@@ -106,7 +135,7 @@ def threads_used(threads: int) -> int:
 
 
 def count_valid(mask: Tensor, enough: int) -> int:
-    """How many elements of a bool mask on the CPU, contiguous, are True; no more than `enough` are looked for."""
+    """How many elements of a bool mask, `readable` and contiguous, are True; no more than `enough` are looked for."""
     return int(library().nw_count_valid(mask.data_ptr(), mask.numel(), enough))
 
 

@@ -1,4 +1,7 @@
-"""Which tensors the kernels may read, and in what form they get them."""
+"""In what form the kernels get tensors: dtypes, layouts, addresses.
+
+That C may read them at all, `normwise.ops.dispatch` has seen to.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,6 @@ from torch import Tensor
 ACTS: dict[str | None, int] = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "gelu": 4}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 CHANNELS_FIRST, CHANNELS_LAST = 0, 1
-
-_PLAIN = (Tensor, torch.nn.Parameter)
-_strided = torch.strided
-
-
-def unreadable(t: Tensor) -> str | None:
-    """Why the kernels cannot trust the memory of `t`, or None: it must be a plain, dense tensor on the CPU, since all
-    that reaches C is an address."""
-    if type(t) not in _PLAIN:
-        return f"the C++ kernels take plain tensors, not {type(t).__name__}"
-    if not t.is_cpu:
-        return f"the C++ kernels run on the CPU, not on {t.device}"
-    if t.layout is not _strided or t.is_nested or t.is_quantized or t.is_neg() or t.is_conj():
-        return "the C++ kernels take plain dense tensors"
-    return None
-
 
 def address(t: Tensor | None) -> int:
     """Where `t` lies in memory, 0 for none."""
@@ -49,9 +36,17 @@ def of_parameter(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None
     return grad.to(parameter.dtype)
 
 
+def statistics(t: Tensor, count: int) -> Tensor:
+    """Mean and reciprocal deviation as a forward kernel wrote them, `count` of each: what hooks on saved tensors give
+    back may lie otherwise."""
+    if t.numel() != 2 * count:
+        raise ValueError(f"expected {2 * count} saved statistics, but got {tuple(t.shape)}")
+    return t.to(torch.float64).contiguous()
+
+
 def laid_out_like(t: Tensor, x: Tensor) -> Tensor:
     """`t` in the memory layout of `x`, which is dense."""
-    if t.stride() == x.stride() and t.dtype is x.dtype and not t.is_neg():
+    if t.stride() == x.stride() and t.dtype is x.dtype:
         return t
     return torch.empty_like(x).copy_(t)
 

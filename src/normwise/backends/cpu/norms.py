@@ -21,7 +21,7 @@ from normwise.backends.cpu.memory import (
     laid_out_like,
     of_parameter,
     parameter_dtype,
-    unreadable,
+    statistics,
     vector,
 )
 from normwise.backends.protocol import (
@@ -45,12 +45,9 @@ _empty_like, _empty, _float64, _threads = torch.empty_like, torch.empty, torch.f
 
 def supports(request: NormRequest) -> str | None:
     """What the kernels cannot do; that there are no kernels here is the last reason to be named."""
-    config, x, residual, weight, bias, mask, running_mean, running_var, tracked = request
+    config, x, residual, _, _, mask, running_mean, running_var, _ = request
     if x.dtype not in DTYPES:
         return f"the C++ kernels take float32, bfloat16 and float64, not {x.dtype}"
-    for t in (x, residual, weight, bias, mask, running_mean, running_var, tracked):
-        if t is not None and (reason := unreadable(t)) is not None:
-            return reason
     if x.numel() == 0:
         return "the C++ kernels take no empty input"
     if residual is not None and residual.dtype is not x.dtype:
@@ -134,7 +131,10 @@ def features_backward(
     dy: Tensor,
     dtotal: Tensor | None,
 ) -> NormGradients:
-    rows = stats.shape[1]
+    total = total.contiguous()
+    cols = total.shape[-1] if config.axes == 1 else prod(total.shape[total.dim() - config.axes :])
+    rows = total.numel() // cols
+    stats = statistics(stats, rows)
     dtype = total.dtype
     wide = parameter_dtype(dtype)
     gain, shift = vector(weight, wide), vector(bias, wide)
@@ -160,7 +160,7 @@ def features_backward(
             address(dweight),
             address(dbias),
             rows,
-            total.numel() // rows,
+            cols,
             DTYPES[dtype],
             config.center,
             ACTS[config.act],
@@ -261,6 +261,7 @@ def groups_backward(
         mask = _of_positions(mask, x)
     dx = _empty_like(x)
     dweight, dbias = (None if t is None else _empty_like(t) for t in (gain, shift))
+    stats = statistics(stats, batch * config.groups)
     at_stats = stats.data_ptr()
     status = library.functions.nw_groups_backward(
         GROUPS_BACKWARD.pack(
@@ -368,6 +369,7 @@ def channels_backward(
         mask = _of_positions(mask, x)
     dx = _empty_like(x)
     dweight, dbias = (None if t is None else _empty_like(t) for t in (gain, shift))
+    stats = statistics(stats, channels)
     at_stats = stats.data_ptr()
     status = library.functions.nw_channels_backward(
         CHANNELS_BACKWARD.pack(

@@ -13,6 +13,7 @@ from normwise.backends.reference.moments import (
     count_valid,
     mean_square,
     moments,
+    rstd_of,
 )
 from normwise.backends.reference.norm import norm, norm_backward
 
@@ -29,4 +30,5 @@ __all__ = [
     "norm",
     "norm_backward",
     "renorm_correction",
+    "rstd_of",
 ]

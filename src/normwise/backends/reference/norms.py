@@ -43,6 +43,8 @@ def run(
         form.x, form.dims, form.weight, form.bias, mask=form.mask, eps=config.eps, center=config.center, **options
     )
     y = add_residual_and_activate(y.reshape(x.shape), after, config.act, mask)
+    if config.family == "groups":
+        y = _laid_out_like(y, x)
     to_update = config.batch_statistics and running_mean is not None
     return NormResult(y, x, None, None if to_update else True, Moments(*(m.detach() for m in moments)))
 
@@ -82,6 +84,13 @@ def backward(
     )
 
 
+def _laid_out_like(y: Tensor, x: Tensor) -> Tensor:
+    """`y` with its channels last in memory where those of `x` are."""
+    if x.is_contiguous() or not x.movedim(1, -1).is_contiguous():
+        return y
+    return y.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def _as_autocast(config: NormConfig, x: Tensor) -> Tensor:
     """On the devices where autocast runs layer_norm, group_norm and rms_norm in float32, so do we."""
     kind = x.device.type
@@ -92,9 +101,9 @@ def _as_autocast(config: NormConfig, x: Tensor) -> Tensor:
 
 def _through(act: str, z: Tensor, dy: Tensor) -> Tensor:
     """The gradient at `z` of act(z), differentiable in both arguments."""
-    with torch.enable_grad():
-        at = z if z.requires_grad else z.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(ACTIVATIONS[act](at).sum(), at, create_graph=True)
+    at = z if z.requires_grad else z.detach().requires_grad_()
+    with torch.enable_grad():  # off where no gradient of this gradient is asked for
+        (slope,) = torch.autograd.grad(ACTIVATIONS[act](at).sum(), at, create_graph=z.requires_grad)
     return slope * dy
 
 

@@ -132,7 +132,7 @@ def batch_norm_with_stats(
             process_group=process_group,
         )
         return ragged.by_rows(rows, input, mask=mask, lengths=lengths, residual=residual)  # type: ignore[no-any-return]
-    x: Tensor = input  # type: ignore[assignment]
+    x = inputs.tensor("batch_norm", input)
     valid = inputs.validate_channels(
         "batch_norm", x, running_mean, running_var, weight, bias, momentum, eps, mask, lengths, act, residual
     )

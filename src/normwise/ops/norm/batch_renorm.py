@@ -74,7 +74,7 @@ def batch_renorm_with_stats(
             "BatchRenorm was run again inside a backward (activation checkpointing), but the running averages that its "
             "correction is taken from have moved since its first run: leave this layer outside of the checkpoint"
         )
-    x: Tensor = input  # type: ignore[assignment]
+    x = inputs.tensor("batch_renorm", input)
     valid = inputs.validate_channels(
         "batch_renorm", x, running_mean, running_var, weight, bias, momentum, eps, mask, lengths, act, residual
     )

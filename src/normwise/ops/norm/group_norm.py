@@ -79,8 +79,7 @@ def group_norm_of(
             num_channels=num_channels,
         )
         return ragged.by_sequences(sequences, input, mask=mask, lengths=lengths, residual=residual)
-    assert isinstance(input, Tensor)
-    x = input
+    x = inputs.tensor("group_norm", input)
     inputs.floating("group_norm", x)
     inputs.positive_eps(eps)
     if x.dim() < 2:
@@ -96,6 +95,7 @@ def group_norm_of(
     inputs.per_channel("weight", weight, channels)
     inputs.per_channel("bias", bias, channels)
     inputs.same_shape("residual", residual, x)
+    inputs.beside(x, mask=mask, residual=residual, weight=weight, bias=bias)
     assert residual is None or isinstance(residual, Tensor)
     if act is not None:
         activation(act)

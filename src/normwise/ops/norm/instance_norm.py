@@ -109,15 +109,18 @@ def instance_norm_of(
             num_features=num_features,
         )
         return ragged.by_sequences(sequences, input, mask=mask, lengths=lengths, residual=residual)
-    x: Tensor = input  # type: ignore[assignment]
+    x = inputs.tensor("instance_norm", input)
     single = False
     if rank is not None:
         inputs.rank(x, (rank - 1, rank))
         single = x.dim() < rank
     if single:
         inputs.same_shape("residual", residual, x)
-        x, mask, residual = (None if t is None else t.unsqueeze(0) for t in (x, mask, residual))  # type: ignore[assignment, union-attr]
-        lengths = None if lengths is None else lengths.reshape(1)
+        if mask is not None:
+            mask = inputs.mask_tensor(mask, x.device).unsqueeze(0)
+        if lengths is not None:
+            lengths = inputs.lengths_tensor(lengths).reshape(1)
+        x, residual = x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)  # type: ignore[union-attr]
     if num_features is not None and x.shape[1] != num_features:
         raise inputs.ShapeError(
             f"expected input's size at dim=1 to match num_features ({num_features}), but got: {x.shape[1]}."
@@ -132,6 +135,15 @@ def instance_norm_of(
     channels, *positions = x.shape[1:]
     inputs.channel_vectors(channels, running_mean, running_var, weight, bias)
     inputs.same_shape("residual", residual, x)
+    inputs.beside(
+        x,
+        mask=mask,
+        residual=residual,
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+    )
     if act is not None:
         activation(act)
     valid = inputs.validity(x, mask, lengths, channel_dim=1)

@@ -119,6 +119,7 @@ def _feature_norm(
     inputs.like_normalized_shape("weight", weight, normalized_shape)
     inputs.like_normalized_shape("bias", bias, normalized_shape)
     inputs.same_shape("add", add, x)
+    inputs.beside(x, mask=mask, add=add, weight=weight, bias=bias)
     if config.act is not None:
         activation(config.act)
     dims = inputs.feature_dims(x, normalized_shape, dim)

@@ -13,15 +13,23 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from normwise.backends.cpu import library
-from normwise.backends.cpu.memory import unreadable
-from normwise.backends.protocol import Moments
 from normwise.backends.reference import recurrent as reference
+from normwise.backends.reference.moments import Moments
 from normwise.backends.reference.recurrence import Recurrence, Weights
 from normwise.backends.reference.recurrent import Result, Running
 from normwise.backends.reference.sequences import valid_steps
 from normwise.ops import inputs
-from normwise.ops.dispatch import BackendError, _unseen, forced, is_transforming, values_visible
-from normwise.ops.rnn import cpu, loop, registered
+from normwise.ops.dispatch import (
+    BackendError,
+    forced,
+    is_traced_or_transformed,
+    is_transforming,
+    unreadable,
+    values_visible,
+)
+from normwise.ops.rnn import cpu as recurrent_cpu
+from normwise.ops.rnn import loop as recurrent_loop
+from normwise.ops.rnn import registered as recurrent_registered
 
 
 class Stacked(NamedTuple):
@@ -51,15 +59,23 @@ def recurrence(
     zoned: Tensor | None = None,
     running: Running | None = None,
     first: int = 0,
+    writable: bool = False,
 ) -> Result:
-    """One layer in one direction, by the chosen backend. See `reference.recurrent.recurrence` for every argument."""
-    if registered.fits(x, weights, how, zoned):
-        return registered.recurrence(x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse)
-    uncompiled = cpu.obstacle(x, weights, how, zoned)
+    """One layer in one direction, by the chosen backend. See `reference.recurrent.recurrence` for every argument.
+
+    writable: the output is the caller's to change in place; see `recurrent_cpu.recurrence`.
+    """
+    if recurrent_registered.fits(x, weights, how, zoned):
+        return recurrent_registered.recurrence(
+            x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse, writable=writable
+        )
+    uncompiled = recurrent_cpu.obstacle(x, weights, how, zoned, h0, c0, lengths, reset)
     backend = _choose(x, uncompiled)
     if backend == "cpu":
-        return cpu.recurrence(x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse)
-    run = reference.recurrence if backend == "reference" else loop.recurrence
+        return recurrent_cpu.recurrence(
+            x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse, writable=writable
+        )
+    run = reference.recurrence if backend == "reference" else recurrent_loop.recurrence
     return run(
         x,
         h0,
@@ -76,7 +92,7 @@ def recurrence(
 
 
 def _choose(x, uncompiled):
-    reason = uncompiled or _unseen() or unreadable(x) or library.missing()
+    reason = uncompiled or ("traced" if is_traced_or_transformed() else None) or unreadable(x) or library.missing()
     if forced() == "cpu" and reason:
         raise BackendError(reason)
     if forced() is not None:
@@ -119,6 +135,8 @@ def stack(
     """
     if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN: leave empty batches of steps out")
+    for parameters in weights:
+        inputs.beside(x, h0=h0, c0=c0, reset=reset, **parameters._asdict())
     if how.norm == "batch" and running is None:
         _enough_samples(x, lengths, how)
     x, h0, c0, weights, autocast = _cast_for_autocast(x, h0, c0, weights)
@@ -141,6 +159,7 @@ def stack(
                     zoned=_zoned(x, h0, how) if training else None,
                     running=None if running is None else running[n],
                     first=first,
+                    writable=directions == 1 and k + 1 == len(weights),
                 )
                 for n in range(k, k + directions)
             ]
@@ -180,7 +199,7 @@ def compiled_plain(x: Tensor | PackedSequence, weights: Sequence[Weights], how: 
     products = x.shape[0] * x.shape[1] * min(w.weight_ih.numel() + w.weight_hh.numel() for w in weights)
     if products < _FEW_PRODUCTS:
         return False
-    uncompiled = next((o for w in weights if (o := cpu.obstacle(x, w, how, None))), None)
+    uncompiled = next((o for w in weights if (o := recurrent_cpu.obstacle(x, w, how, None))), None)
     return _choose(x, uncompiled) == "cpu"
 
 
@@ -274,28 +293,21 @@ def pack_like(output: Tensor, lengths: Tensor, packed: PackedSequence) -> Packed
     return packed._replace(data=data)
 
 
-def checked_lengths(
-    lengths: Tensor | Sequence[int], steps: int, batch: int, device: torch.device, batched: bool = True
-) -> Tensor:
+def checked_lengths(lengths: Any, steps: int, batch: int, device: torch.device, batched: bool = True) -> Tensor:
     """`lengths` as int64 on `device`; without a batch a single number will do. Raises as `inputs.one_length_each`."""
-    if not isinstance(lengths, Tensor):
-        lengths = torch.tensor(lengths, device="cpu")  # not a default device: their values are looked at
     if not batched:
-        lengths = lengths.reshape(-1)
-    inputs.one_length_each(lengths, batch, steps, "the input")
-    return lengths.to(device, torch.int64)
+        lengths = inputs.lengths_tensor(lengths).reshape(-1)
+    return inputs.one_length_each(lengths, batch, steps, "the input").to(device, torch.int64)
 
 
-def checked_reset(reset: Tensor, expected: tuple[int, ...], layout: str) -> Tensor:
-    """`reset` as it is, if it is a bool tensor of the `expected` shape, which `layout` names."""
-    if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
-        kind = reset.dtype if isinstance(reset, Tensor) else type(reset).__name__
-        raise TypeError(f"reset must be a bool tensor, True where an episode starts, but got {kind}: use reset.bool()")
-    if tuple(reset.shape) != expected:
+def checked_reset(reset: Any, expected: tuple[int, ...], layout: str, device: torch.device) -> Tensor:
+    """`reset` as a bool tensor, if it is one, or a list or array, of the `expected` shape, which `layout` names."""
+    flags = inputs.bool_tensor("reset", reset, "True where an episode starts", device)
+    if tuple(flags.shape) != expected:
         raise inputs.ShapeError(
-            f"reset must be of shape {expected}, {layout} as the input, but got {tuple(reset.shape)}"
+            f"reset must be of shape {expected}, {layout} as the input, but got {tuple(flags.shape)}"
         )
-    return reset
+    return flags
 
 
 def _zoned(x: Tensor, h0: Tensor, how: Recurrence) -> Tensor | None:
