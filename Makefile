@@ -46,4 +46,4 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*)
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
 	rm -rf CMakeCache.txt CMakeFiles CMakeInit.txt build.ninja cmake_install.cmake .ninja_deps .ninja_log
-	rm -f src/normwise/kernels/libnormwise.*
+	rm -f src/normwise/backends/cpu/libnormwise.*
