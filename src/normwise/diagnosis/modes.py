@@ -16,8 +16,8 @@ from normwise.diagnosis.batches import Batch, Loss, all_tensors, main_tensor, sc
 from normwise.diagnosis.errors import DiagnosisError
 from normwise.diagnosis.layers import Named, layers_of, norm_kind
 from normwise.diagnosis.pace import Pace
-from normwise.diagnosis.preserve import buffers_kept
 from normwise.diagnosis.rules.rule import some
+from normwise.measure.snapshot import state_kept
 from normwise.surgery.freeze import is_frozen
 
 # Layers whose mode is switched one at a time are seen on this many batches: a pass each.
@@ -103,7 +103,7 @@ class Eval:
             for module in modules:
                 module.training = True
             for batch, reference in zip(self.batches[:BATCHES], self.outputs, strict=False):
-                with buffers_kept(*modules):
+                with state_kept(*modules):
                     output = main_tensor(batch.call(self.model))
                 self.pace.step()
                 if reference is not None and output is not None:
