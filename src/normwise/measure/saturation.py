@@ -1,4 +1,4 @@
-"""Saturation: inputs of a nonlinearity or a gate at which it passes next to no gradient, and units that never pass any."""
+"""Saturation: inputs at which a nonlinearity or a gate passes next to no gradient, and units that never pass any."""
 
 from __future__ import annotations
 

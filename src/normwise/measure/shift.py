@@ -60,7 +60,7 @@ def evenly_spread(layers: Sequence[Layer], most: int) -> list[Layer]:
 
 
 class Replay:
-    """A batch's loss, computed again and again from the random numbers and the state that were there when this was made.
+    """A batch's loss, computed again from the random numbers and the state that were there when this was made.
 
     So dropout draws the same masks, and norms that read their running statistics in training read the same ones: what
     differs from one pass to another is what was done to the weights. A pass leaves random states and the model's state
