@@ -82,7 +82,7 @@ def test_a_dry_run_leaves_a_frozen_layer_in_eval_mode(training, fails):
 def test_modes_are_those_of_each_module():
     model = nn.Sequential(nn.Linear(1, 1), nn.Sequential(nn.ReLU()))
     model[1].eval()
-    with modes_kept(model):
+    with modes_kept([model, model[1]]):
         model.eval()
         model[1].train()
-    assert [m.training for m in model.modules()] == [True, True, False, False]
+    assert [m.training for m in model.modules()] == [True, False, False, True]

@@ -47,9 +47,9 @@ def state_kept(*modules: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def modes_kept(model: nn.Module) -> Iterator[None]:
-    """Every module is in train or eval mode again afterwards, as it was."""
-    modes = [(module, module.training) for module in model.modules()]
+def modes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Each of these modules is in train or eval mode again afterwards, as it was."""
+    modes = [(module, module.training) for module in modules]
     try:
         yield
     finally:
@@ -70,7 +70,7 @@ def random_state_kept() -> Iterator[None]:
 @contextmanager
 def dry_run(model: nn.Module, *, training: bool) -> Iterator[None]:
     """The model in train or eval mode while open. Modes, state (`state_of`) and random states are then put back."""
-    with random_state_kept(), state_kept(model), modes_kept(model):
+    with random_state_kept(), state_kept(model), modes_kept(model.modules()):
         model.train(training)
         yield
 

@@ -234,7 +234,7 @@ class _Run:
         """The model in evaluation, without gradients or compiled code, which passes hooks by. Afterwards all modes are
         as they were; after an error so is every buffer of the layers."""
         self.state = Values(state_of(*(one.module for one in wanted)))
-        with modes_kept(self.model):
+        with modes_kept(self.model.modules()):
             try:
                 for module in self.model.modules():
                     module.training = False
