@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from normwise.measure.gradients import gradient_norm, loss_and_gradients, root_mean, total_norm
+from normwise.measure.gradients import gradient_norm, loss_and_gradients, root_mean, squared_norm, total_norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -17,8 +17,15 @@ def test_the_norm_of_a_vanishing_or_exploding_gradient(dtype, scale):
     assert total_norm([gradient[:1], gradient[1:]]) == pytest.approx(gradient_norm(gradient))
 
 
-def test_total_norm_of_nothing():
+def test_total_norm_of_nothing_and_of_what_is_not_finite():
     assert total_norm([]) == 0
+    inf, nan = torch.tensor([math.inf]), torch.tensor([math.nan])
+    assert total_norm([inf, torch.ones(2)]) == math.inf
+    assert math.isnan(total_norm([inf, nan]))
+
+
+def test_a_square_that_is_too_large_is_infinite():
+    assert squared_norm(torch.tensor([1e200], dtype=torch.float64)) == math.inf
 
 
 def test_root_mean():

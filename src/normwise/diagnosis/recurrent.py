@@ -14,7 +14,7 @@ from normwise.backends.reference.recurrence import GATES, Recurrence, Weights
 from normwise.backends.reference.recurrent import Step, recurrence
 from normwise.backends.reference.sequences import valid_steps
 from normwise.diagnosis import records
-from normwise.measure.gradients import gradient_norm
+from normwise.measure.gradients import squared_norm
 from normwise.measure.saturation import THRESHOLDS, is_saturated
 from normwise.measure.time_steps import StepMeans, gate_inputs, summed_inputs
 from normwise.nn.recurrent_parameters import running_of, weights_of
@@ -39,7 +39,7 @@ class PlaceWatch:
         for means, values in ((self.summed, summed_inputs(tape)), (self.state, states)):
             means.add(values.double().square().mean(-1), valid)
         if any(g is not None for g in gradients):
-            squares = torch.tensor([0.0 if g is None else gradient_norm(g) ** 2 for g in gradients])
+            squares = torch.tensor([0.0 if g is None else squared_norm(g) for g in gradients])
             self.gradient.add_sums(squares, torch.ones(len(squares)))
 
     def nonlinearity(self, gate: int) -> str:

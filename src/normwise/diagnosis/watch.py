@@ -20,7 +20,7 @@ from normwise.diagnosis.norms import NormWatch
 from normwise.diagnosis.padding import Valid, counted, is_mask, valid_positions
 from normwise.diagnosis.records import NonFinite
 from normwise.diagnosis.recurrent import RecurrentWatch
-from normwise.measure.gradients import gradient_norm
+from normwise.measure.gradients import squared_norm
 from normwise.measure.saturation import Saturation, is_saturated, nonlinearity_of
 
 
@@ -201,7 +201,7 @@ class Watch:
             self.produced[y.untyped_storage().data_ptr()] = Produced(y, seen.name, y._version)
 
     def _square(self, gradient: Tensor) -> float:
-        return gradient_norm(gradient, fast=self.lean) ** 2
+        return squared_norm(gradient, fast=self.lean)
 
     def _counts(self) -> bool:
         """Whether this is a pass to look at, and not one in eval mode in the middle of somebody's training."""

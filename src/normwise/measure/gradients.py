@@ -18,9 +18,15 @@ def gradient_norm(gradient: Tensor, *, fast: bool = False) -> float:
     return float(torch.linalg.vector_norm(gradient, dtype=None if fast else torch.float64))
 
 
+def squared_norm(gradient: Tensor, *, fast: bool = False) -> float:
+    """The square of `gradient_norm`; infinite where that has no square."""
+    norm = gradient_norm(gradient, fast=fast)
+    return norm * norm
+
+
 def total_norm(gradients: Iterable[Tensor]) -> float:
-    """The Euclidean norm of all of them together."""
-    return math.hypot(*map(gradient_norm, gradients))
+    """The Euclidean norm of all of them together; NaN where one is."""
+    return math.sqrt(sum(map(squared_norm, gradients)))
 
 
 def root_mean(squares: Sequence[float]) -> float:
