@@ -125,3 +125,20 @@ def test_an_update_of_nothing_shifts_nothing_where_passes_draw_and_read_running_
     shift = Shift(model, task, batch)
     optimizer.step()
     assert [value for name, value in shift.after_update().items() if "cosine" not in name] == [0] * 6
+
+
+@dataclass(frozen=True)
+class OneLayer(Mlp):
+    """Nothing acts on the inputs of its only layer."""
+
+    name: ClassVar[str] = "one-layer"
+
+    def model(self, norm, seed):
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+
+
+def test_a_net_of_one_layer_has_no_layer_to_follow():
+    task = OneLayer()
+    model = task.model("none", 0).train()
+    shift = Shift(model, task, next(task.batches(8, 1, 0)))
+    assert shift.after_update() == {}

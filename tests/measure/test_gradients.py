@@ -43,4 +43,9 @@ def test_gradients_are_of_what_the_loss_depends_on():
     assert found.keys() == {"used.weight", "used.bias"}
     torch.testing.assert_close(found["used.weight"], x.sum(0, keepdim=True))
     assert not any(p.grad is not None for p in parameters.values())
-    assert math.isfinite(value)
+
+
+def test_without_trainable_parameters_there_is_a_loss_alone():
+    assert loss_and_gradients(lambda: torch.ones(()), {}) == (1, {})
+    fixed = nn.Linear(2, 1).requires_grad_(False)
+    assert loss_and_gradients(lambda: fixed(torch.zeros(2)).sum() * 0, dict(fixed.named_parameters())) == (0, {})

@@ -44,5 +44,5 @@ def loss_and_gradients(
     wanted = {name: p for name, p in parameters.items() if p.requires_grad}
     with torch.enable_grad():
         value = loss()
-        found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
+        found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True) if wanted else ()
     return float(value.detach()), {n: g.detach() for n, g in zip(wanted, found, strict=True) if g is not None}
