@@ -6,7 +6,6 @@ import os
 import random
 import sys
 import zlib
-from array import array
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from browser import browser, open_page  # noqa: F401 (fixtures)
 from devices import devices
-from normwise.backends.cpu import arguments, channels, rows
+from normwise.backends.cpu import norms
 
 # Examples come from a fixed seed, so that a red run is red again on the next machine; the first call of an op
 # may compile or load a library, so a deadline per example would fail by chance.
@@ -70,6 +69,5 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
-    for module in (rows, channels):  # which hold it at hand
-        monkeypatch.setattr(module, "_empty_like", torch.empty_like)
-    monkeypatch.setattr(arguments, "_ZERO", array("d", (float("nan"),)))
+    for name in ("_empty", "_empty_like"):  # which hold them at hand
+        monkeypatch.setattr(norms, name, getattr(torch, name.removeprefix("_")))

@@ -12,11 +12,11 @@ from torch import Tensor
 from instruction_sets import USABLE, on
 from kernel_truth import tensor
 from normwise.backends.cpu import recurrent as kernels
-from normwise.ops.rnn import loop as recurrent_loop
-from normwise.ops.rnn.cpu import Call, kernel_layer, kernel_weights, rows_of
 from normwise.backends.reference import recurrent as reference
 from normwise.backends.reference.recurrence import PRESETS, Recurrence, Weights, preset
 from normwise.backends.reference.sequences import valid_steps
+from normwise.ops.rnn import loop as recurrent_loop
+from normwise.ops.rnn.cpu import Call, kernel_layer, kernel_weights, rows_of
 from recurrences import random_weights
 from tolerances import TABLE
 

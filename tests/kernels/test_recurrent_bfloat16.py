@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from normwise.backends.cpu import recurrent as kernels
-from normwise.ops.rnn.cpu import kernel_layer
 from normwise.backends.reference import recurrent as reference
 from normwise.backends.reference.recurrence import Recurrence, Weights
+from normwise.ops.rnn.cpu import kernel_layer
 from recurrent_samples import HOWS, Sample
 
 BF16 = torch.bfloat16

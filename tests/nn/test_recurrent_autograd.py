@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normwise
 from benchmarks.held import beside_saved
-from normwise.backends.cpu import cpu
+from normwise.backends.cpu import library
 from normwise.backends.reference.recurrence import PRESETS
 from recurrent_cases import CELLS, LAYERS
 from tolerances import assert_close
@@ -43,7 +43,7 @@ KERNELS = [
 ]
 LOOPS = [("lstm", {"proj_size": 2}), ("gru", {"zoneout": 0.3}), ("rnn", {"norm": "batch"}), ("lstm", {"norm": "batch"})]
 CHANGED_IN_PLACE = "has been modified by an inplace operation"
-NEEDS_KERNELS = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
+NEEDS_KERNELS = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 
 
 def name_of(value: Any) -> str:
@@ -217,7 +217,7 @@ def test_buffers_of_lengths_and_resets_may_be_filled_anew(cell: str) -> None:
         for change in (False, True):
             given = {name: t.clone() for name, t in options.items()}
             output, _ = layer(x, **given)
-            if change and cpu.available():
+            if change and (library.missing() is None):
                 given["reset"].logical_not_()
                 if "lengths" in given:
                     given["lengths"].fill_(1)
@@ -432,7 +432,7 @@ def test_derivatives_of_other_kinds(
     """Those that the kernels do not have come by a loop."""
     layer = LAYERS[cell](2, 8, **options)
     x = drawn(T, B, 2).float()
-    with normwise.backend("cpu" if cpu.available() and ask in BACKWARD else None):
+    with normwise.backend("cpu" if (library.missing() is None) and ask in BACKWARD else None):
         got = ask(layer, x)
     with normwise.backend("reference"):
         expected = ask(exact(layer), x.double())

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import normwise
-from normwise.ops.rnn import stack as recurrent, running_stats as recurrent_running
 from normwise.backends.reference import recurrent as reference
 from normwise.backends.reference.moments import Moments
 from normwise.backends.reference.recurrence import PRESETS, Recurrence, Weights, preset
+from normwise.ops.rnn import running_stats as recurrent_running
+from normwise.ops.rnn import stack as recurrent
 from recurrences import random_weights
 from tolerances import assert_close
 

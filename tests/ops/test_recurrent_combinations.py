@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normwise.ops.rnn import stack as recurrent
 from normwise.backends.reference import recurrent as reference
 from normwise.backends.reference.recurrence import Recurrence, Weights
+from normwise.ops.rnn import stack as recurrent
 from recurrences import random_weights
 from tolerances import assert_close
 

@@ -9,15 +9,16 @@ import torch
 
 import normwise
 from backends import ran, using
-from normwise.backends.cpu import cpu
-from normwise.ops.rnn import stack as recurrent, cpu as recurrent_cpu
-from normwise.ops.dispatch import Call, choose
+from normwise.backends.cpu import library
 from normwise.backends.reference import recurrent as reference
 from normwise.backends.reference.recurrence import PRESETS, Recurrence, Weights, preset
+from normwise.ops.dispatch import Call, choose
+from normwise.ops.rnn import cpu as recurrent_cpu
+from normwise.ops.rnn import stack as recurrent
 from recurrences import random_weights
 from tolerances import assert_close
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no compiled library: {cpu.why_not()}")
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"no compiled library: {library.missing()}")
 
 T, B, INPUT, HIDDEN = 6, 5, 3, 4
 CASES = [

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 import normwise
-from normwise.backends.cpu import cpu
-from normwise.ops.rnn import registered as recurrent_registered
+from normwise.backends.cpu import library
 from normwise.backends.reference.recurrence import Weights, preset
+from normwise.ops.rnn import registered as recurrent_registered
 from recurrences import random_weights
 from tolerances import assert_close
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no compiled library: {cpu.why_not()}")
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"no compiled library: {library.missing()}")
 
 T, B, INPUT, HIDDEN = 4, 3, 3, 5
 KINDS = [

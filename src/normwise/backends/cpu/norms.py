@@ -19,6 +19,7 @@ from normwise.backends.cpu.memory import (
     address,
     dense,
     laid_out_like,
+    mask_bytes,
     of_parameter,
     parameter_dtype,
     statistics,
@@ -86,7 +87,7 @@ def features_forward(
     rows = x.numel() // cols
     dtype = x.dtype
     wide = parameter_dtype(dtype)
-    gain, shift = vector(weight, wide), vector(bias, wide)
+    gain, shift = vector(weight, wide, cols), vector(bias, wide, cols)
     total = x
     if residual is not None:
         residual, total = laid_out_like(residual, x), _empty_like(x)
@@ -137,7 +138,7 @@ def features_backward(
     stats = statistics(stats, rows)
     dtype = total.dtype
     wide = parameter_dtype(dtype)
-    gain, shift = vector(weight, wide), vector(bias, wide)
+    gain, shift = vector(weight, wide, cols), vector(bias, wide, cols)
     dy = laid_out_like(dy, total)
     if dtotal is not None:
         dtotal = laid_out_like(dtotal, total)
@@ -188,7 +189,7 @@ def groups_forward(
     x, layout, batch, channels, positions = _channels_of(x)
     dtype = x.dtype
     wide = parameter_dtype(dtype)
-    gain, shift = vector(weight, wide), vector(bias, wide)
+    gain, shift = vector(weight, wide, channels), vector(bias, wide, channels)
     if residual is not None:
         residual = laid_out_like(residual, x)
     if mask is not None:
@@ -252,7 +253,7 @@ def groups_backward(
     x, layout, batch, channels, positions = _channels_of(total)
     dtype = x.dtype
     wide = parameter_dtype(dtype)
-    gain, shift = vector(weight, wide), vector(bias, wide)
+    gain, shift = vector(weight, wide, channels), vector(bias, wide, channels)
     dy = laid_out_like(dy, x)
     dresidual = None
     if residual is not None:
@@ -308,7 +309,7 @@ def channels_forward(
     x, layout, batch, channels, positions = _channels_of(x)
     dtype = x.dtype
     wide = parameter_dtype(dtype)
-    gain, shift = vector(weight, wide), vector(bias, wide)
+    gain, shift = vector(weight, wide, channels), vector(bias, wide, channels)
     if residual is not None:
         residual = laid_out_like(residual, x)
     if mask is not None:
@@ -360,7 +361,7 @@ def channels_backward(
     x, layout, batch, channels, positions = _channels_of(total)
     dtype = x.dtype
     wide = parameter_dtype(dtype)
-    gain, shift = vector(weight, wide), vector(bias, wide)
+    gain, shift = vector(weight, wide, channels), vector(bias, wide, channels)
     dy = laid_out_like(dy, x)
     dresidual = None
     if residual is not None:
@@ -412,12 +413,12 @@ def _channels_of(x: Tensor) -> tuple[Tensor, int, int, int, int]:
 def _of_rows(config: NormConfig, mask: Tensor, x: Tensor) -> Tensor:
     """A mask of whole rows as one byte a row."""
     rows = x.shape[: x.dim() - config.axes]
-    return mask.expand(*rows, *(1,) * config.axes).contiguous()
+    return mask_bytes(mask, (*rows, *(1,) * config.axes))
 
 
 def _of_positions(mask: Tensor, x: Tensor) -> Tensor:
     """The mask of all channels of (N, C, ...) as one byte a sample and position."""
-    return mask.expand(x.shape[0], 1, *x.shape[2:]).contiguous()
+    return mask_bytes(mask, (x.shape[0], 1, *x.shape[2:]))
 
 
 FAMILIES = {
