@@ -38,7 +38,6 @@ LAYERS = {
     "BatchNorm3d act": Layer(lambda lib: lib.BatchNorm3d(6, act="relu"), (2, 6, 2, 3, 2), (2, 2, 3, 2), in_torch=False),
     "SyncBatchNorm": Layer(lambda lib: lib.SyncBatchNorm(6), (5, 6, 4), (5, 4), in_torch=False),
     "ghosts": Layer(lambda lib: lib.BatchNorm1d(6, virtual_batch_size=2), (4, 6, 3), (4, 3), in_torch=False),
-    "recent": Layer(lambda lib: lib.BatchNorm1d(6, accumulate=2), (4, 6, 3), (4, 3), in_torch=False),
     "BatchRenorm2d": Layer(lambda lib: lib.BatchRenorm2d(6), (3, 6, 4, 5), (3, 4, 5), in_torch=False),
     "FrozenBatchNorm2d": Layer(lambda lib: lib.FrozenBatchNorm2d(6), (3, 6, 4, 5), (3, 4, 5), in_torch=False),
     "LayerNorm": Layer(lambda lib: lib.LayerNorm(6), (3, 4, 6), (3, 4)),

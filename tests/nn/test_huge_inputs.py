@@ -33,7 +33,6 @@ EXTRA = [
 ]
 OURS_ALONE = [
     Case("BatchNorm1d", (4,), (6, 4, 5), {"virtual_batch_size": 3}),
-    Case("BatchNorm1d", (4,), (6, 4, 5), {"accumulate": 2}),
     Case("BatchNorm2d", (4,), (3, 4, 5, 6), {"act": "silu"}),
     Case("BatchRenorm1d", (4,), (6, 4, 5)),
     Case("LayerNorm", (4,), (3, 4, 5), {"dim": 1, "act": "leaky_relu"}),
