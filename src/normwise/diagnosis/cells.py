@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 
-from normwise.backends.reference.recurrence import Recurrence
-from normwise.backends.reference.recurrent import Step, recurrence
+from normwise.backends.recurrence import Recurrence
+from normwise.backends.reference.recurrence import Step, recurrence
 from normwise.diagnosis import records
 from normwise.diagnosis.recurrent import PlaceWatch
 from normwise.nn.recurrent_parameters import weights_of

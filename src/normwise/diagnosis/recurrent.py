@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from normwise.backends.reference.recurrence import GATES, Recurrence, Weights
-from normwise.backends.reference.recurrent import Step, recurrence
+from normwise.backends.recurrence import GATES, Recurrence, Weights
+from normwise.backends.reference.recurrence import Step, recurrence
 from normwise.backends.reference.sequences import valid_steps
 from normwise.diagnosis import records
 from normwise.diagnosis.units import saturated
