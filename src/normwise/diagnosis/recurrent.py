@@ -17,7 +17,6 @@ from normwise.backends.reference.sequences import valid_steps
 from normwise.diagnosis import records
 from normwise.diagnosis.units import saturated
 from normwise.nn.recurrent_parameters import running_of, weights_of
-from normwise.ops.rnn.stack import unpack
 
 # What one or two long sequences do is no mean.
 FEWEST_SEQUENCES = 5
@@ -46,9 +45,9 @@ class PerStep:
 class PlaceWatch:
     """One layer in one direction: sums over the batches."""
 
-    def __init__(self, how: Recurrence) -> None:
-        self.how = how
-        self.gates = [PerStep() for _ in GATES[how.cell]]
+    def __init__(self, config: Recurrence) -> None:
+        self.config = config
+        self.gates = [PerStep() for _ in GATES[config.cell]]
         self.summed, self.state, self.gradient = PerStep(), PerStep(), PerStep()
         self.running_on = PerStep()
         self.error = 0.0
@@ -75,15 +74,15 @@ class PlaceWatch:
         self.running_on.add(counts, torch.ones(len(counts)))
 
     def nonlinearity(self, gate: int) -> str:
-        name = GATES[self.how.cell][gate]
-        if self.how.cell == "rnn":
-            return self.how.nonlinearity
+        name = GATES[self.config.cell][gate]
+        if self.config.cell == "rnn":
+            return self.config.nonlinearity
         return "tanh" if name in ("g", "n") else "sigmoid"
 
     def kinds(self) -> list[tuple[str, float]]:
         """(name, threshold) of each gate."""
         thresholds = {"sigmoid": SIGMOID, "tanh": TANH, "relu": 0.0}
-        return [(name, thresholds[self.nonlinearity(k)]) for k, name in enumerate(GATES[self.how.cell])]
+        return [(name, thresholds[self.nonlinearity(k)]) for k, name in enumerate(GATES[self.config.cell])]
 
     def record(self, place: str, shared: bool, exact: bool) -> records.Recurrence:
         alive = self.running_on.mean()
@@ -94,8 +93,8 @@ class PlaceWatch:
             gates.append(records.Gate(name, threshold, share, watch.mean()[:enough].tolist()))
         return records.Recurrence(
             place,
-            self.how.cell,
-            self.how.norm,
+            self.config.cell,
+            self.config.norm,
             shared,
             gates,
             self.summed.mean().sqrt()[:enough].tolist(),
@@ -110,18 +109,18 @@ class RecurrentWatch:
 
     def __init__(self, module: RNNBase) -> None:
         self.module = module
-        self.how = description(module)
+        self.config = description(module)
         self.places = [
             f"l{layer}{end}"
             for layer in range(module.num_layers)
             for end in (("", "_reverse") if module.bidirectional else ("",))
         ]
-        self.watches = {place: PlaceWatch(self.how) for place in self.places}
+        self.watches = {place: PlaceWatch(self.config) for place in self.places}
         self.calls: list[Call] = []
 
     def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """One call of the present pass, whose gradients arrive later."""
-        if self.how is not None and isinstance(result, tuple) and len(result) == 2:
+        if self.config is not None and isinstance(result, tuple) and len(result) == 2:
             self.calls.append(Call(args, kwargs, result))
 
     def look(self, gradients: bool = True) -> None:
@@ -131,7 +130,7 @@ class RecurrentWatch:
             self._look_at(call, gradients)
 
     def _look_at(self, call: Call, gradients: bool) -> None:
-        module, how = self.module, self.how
+        module, config = self.module, self.config
         x, lengths = call.padded(module.batch_first)
         steps, batch = x.shape[:2]
         valid = torch.ones(steps, batch, dtype=torch.bool, device=x.device)
@@ -140,7 +139,7 @@ class RecurrentWatch:
         states = call.states(module, x)
         directions = 2 if module.bidirectional else 1
         running = (
-            None if module.training or how.norm != "batch" else [running_of(module, how, f"_{p}") for p in self.places]
+            None if module.training or config.norm != "batch" else [running_of(module, config, f"_{p}") for p in self.places]
         )
         tapes: list[list[Step]] = []
         finals: list[list[Tensor]] = []
@@ -156,7 +155,7 @@ class RecurrentWatch:
                         states[0][n],
                         states[1][n] if len(states) > 1 else None,
                         Weights(*(None if w is None else w.detach().requires_grad_() for w in weights)),  # type: ignore[arg-type]
-                        how,
+                        config,
                         lengths=lengths,
                         reset=call.reset(module.batch_first, steps),
                         reverse=n > k,
@@ -184,9 +183,9 @@ class RecurrentWatch:
 
     def record(self) -> list[records.Recurrence]:
         # Dropout and zoneout draw at random, which the second computation leaves out.
-        exact = not (self.module.dropout and self.module.num_layers > 1) and not self.how.zoneout
+        exact = not (self.module.dropout and self.module.num_layers > 1) and not self.config.zoneout
         shared = (
-            self.how.norm == "batch" and self.how.statistics == "frame" and getattr(self.module, "max_length", 0) == 1
+            self.config.norm == "batch" and self.config.statistics == "per_step" and getattr(self.module, "num_stat_steps", 0) == 1
         )
         return [w.record(place, shared, exact) for place, w in self.watches.items() if len(w.running_on.total)]
 
@@ -226,7 +225,8 @@ class Call:
     def padded(self, batch_first: bool) -> tuple[Tensor, Tensor | None]:
         """The input as (T, B, I), and the lengths (B,) if there are any."""
         if isinstance(self.input, PackedSequence):
-            return unpack(self.input)
+            x, lengths = pad_packed_sequence(self.input)
+            return x, lengths.to(x.device)
         lengths = self.kwargs.get("lengths")
         x = self._steps_first(self.input, batch_first)
         return x, None if lengths is None else torch.as_tensor(lengths, device=x.device).reshape(-1).long()

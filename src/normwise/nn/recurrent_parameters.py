@@ -42,7 +42,7 @@ def describe(
         for field, value, default in (("norm", norm, "layer"), ("nonlinearity", nonlinearity, "tanh")):
             if value is not None and value not in (default, getattr(config, field)):
                 raise ValueError(
-                    f"{field}={value!r} contradicts the {field}={getattr(how, field)!r} of the given Recurrence: "
+                    f"{field}={value!r} contradicts the {field}={getattr(config, field)!r} of the given Recurrence: "
                     "leave the argument out, or use dataclasses.replace on the description"
                 )
         if norm is None and config.norm is not None:

@@ -125,7 +125,7 @@ class RecurrentLayer(torch.autograd.Function):
         tensors, (batch_sizes, flip, reset, *saved) = everything[:DIFFERENTIABLE], everything[DIFFERENTIABLE:]
         request = _layer_request(ctx.config, Layout(*ctx.size, batch_sizes, flip), ctx.reverse, reset, tensors)
         needs = ctx.needs_input_grad[6:]
-        if all(g is None or supports_grad_output(g) for g in grads) and readable(*everything):
+        if supports_grad_output(*grads):
             found = ctx.kernel.backward(request, saved, grads, needs)
         else:
             found = differentiable_layer_backward(request, grads, needs)

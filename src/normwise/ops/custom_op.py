@@ -303,16 +303,16 @@ def _run(*arguments: Any) -> tuple[Tensor, ...]:
     node = _node(tuple(called))
     output, h, c, _, saved = cpu_rnn.forward(node.request, save)
     every_row = len(x) * len(h0)
-    nothing = x.new_empty(0, dtype=torch.float32)
-    kept = [nothing] * _KEPT
+    kept: list[Tensor | None] = [None] * _KEPT
     if save:
         wide, *others = saved
-        apart = wide is not None and wide.dtype != x.dtype
-        ordered = [*others, wide.flatten(0, -2) if apart and wide is not None else None]
-        kept = [nothing if t is None else _with_rows(t, every_row) for t in ordered]
+        assert wide is not None
+        kept = [*others, None if wide.dtype == x.dtype else wide.flatten(0, -2)]
     final_h, final_c = node.restore(h), node.restore(c)
     assert final_h is not None
-    return node.put(output, x), final_h, x.new_empty(0) if final_c is None else final_c, *kept
+    return node.put(output, x), final_h, x.new_empty(0) if final_c is None else final_c, *[
+        x.new_empty(0, dtype=torch.float32) if t is None else _with_rows(t, every_row) for t in kept
+    ]
 
 
 def _with_rows(t: Tensor, rows: int) -> Tensor:

@@ -48,7 +48,7 @@ def normalized(layer: nn.Module, norm: str, **options: Any) -> tuple[nn.Module, 
         raise Refusal("its two biases become one, but one of them is parametrized")
     carry_tensors(layer, new, but=[name for pair in biases for name in pair])
     for suffix, pair in zip(summed, biases, strict=True):
-        parameters.start_from(new, layer, suffix)
+        parameters.copy_from_torch(new, layer, suffix)
         new.get_parameter(pair[0]).requires_grad_(any(getattr(layer, name).requires_grad for name in pair))
     return new, "weights carried, gains as the variant starts them" + (", biases summed" if summed else "")
 
@@ -75,9 +75,7 @@ def _name(layer: nn.Module) -> str:
     name = known_base(layer).__name__
     if name not in _ARGUMENTS:
         raise Refusal(f"there is no normalized {name}")
-    how = getattr(layer, "recurrence", None)
-    if how is not None and how.norm is None:
-        plain = Recurrence(how.cell, None, eps=how.eps, forget_bias=how.forget_bias, nonlinearity=how.nonlinearity)
-        if how != plain:
-            raise Refusal("its zoneout, or another option of its recurrence, is unknown to torch.nn's layer")
+    config = getattr(layer, "recurrence", None)
+    if config is not None and config.norm is None and not config.is_torch_layer:
+        raise Refusal("its zoneout, or another option of its recurrence, is unknown to torch.nn's layer")
     return name

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.protocol import (
-    Layout,
+    LayerKernel,
     LayerRequest,
     LayerResult,
+    Layout,
     RecurrenceRequest,
     RecurrenceResult,
 )
@@ -80,11 +81,14 @@ def sequences(layers: Layers, x: Any, hx: Any, lengths: Any, reset: Any) -> tupl
         if lengths is not None:
             lengths = arguments.lengths(lengths, steps, batch, batched)
         given = packed.padded(x, lengths, batch_first, both)
-    h, c = arguments.states(hx, layers.sizes(batch), given.x, batched, layers.name)
+    states = arguments.states(hx, layers.sizes(batch), given.x, batched, layers.name)
     if reset is not None:
         reset = _reset_flags(reset, steps, batch, given.x.device, batched, layers.batch_first)
-    output, h, c = _run(layers, given, h, c, reset)
-    found = packed.output(output, given, shape, batch_first)
+    # An LSTM's output is what its backward reads, as with torch's; but rows of a PackedSequence are the caller's own.
+    returns_copy = given.source is None and (layers.config.cell != "lstm" or given.packed is not None)
+    result = run(_request(layers, given, states, reset), returns_copy)
+    h, c = _finals(layers, given, result)
+    found = packed.output(result.output, given, shape, batch_first)
     if not batched:
         found, h, c = found.squeeze(1), h.squeeze(1), None if c is None else c.squeeze(1)  # type: ignore[union-attr]
     return found, h if c is None else (h, c)
@@ -113,14 +117,15 @@ def step(layers: Layers, x: Any, state: Any, reset: Any, step: int | None) -> tu
     arguments.rows(x, layers.weights[0])
     batch = x.shape[1]
     given = packed.padded(x, None, False, False)
-    h, c = arguments.states(state, layers.sizes(batch), x, batched, layers.name)
+    states = arguments.states(state, layers.sizes(batch), x, batched, layers.name)
     if reset is not None:
         reset = arguments.reset(reset, (batch,) if batched else (), "one for each sample", x.device).reshape(1, -1)
-    output, h, c = _run(layers, given, h, c, reset, start_step)
+    result = run(_request(layers, given, states, reset, start_step), layers.config.cell != "lstm")
+    h, c = _finals(layers, given, result, start_step)
     if batched:
-        return output[0], h if c is None else (h, c)
+        return result.output[0], h if c is None else (h, c)
     h, c = h.squeeze(1), None if c is None else c.squeeze(1)
-    return output.view(-1), h if c is None else (h, c)
+    return result.output.view(-1), h if c is None else (h, c)
 
 
 def cell(layers: Layers, x: Any, hx: Any, step: int | None) -> State:
@@ -145,7 +150,8 @@ def cell(layers: Layers, x: Any, hx: Any, step: int | None) -> State:
     given = packed.Sequences(rows.unsqueeze(0), Layout(1, len(rows)))
     whole = (1, len(rows), units)
     h, *c = [rows.new_zeros(whole) if s is None else s.reshape(whole) for s in states]
-    _, new_h, new_c = _run(layers, given, h, c[0] if lstm else None, None, start_step, is_cell=True)
+    result = run(_request(layers, given, (h, c[0] if lstm else None), None, start_step, is_cell=True))
+    new_h, new_c = _finals(layers, given, result, start_step)
     if x.dim() == 1:
         return new_h.view(units) if new_c is None else (new_h.view(units), new_c.view(units))
     return new_h[0] if new_c is None else (new_h[0], new_c[0])
@@ -162,30 +168,29 @@ def _reset_flags(
     return arguments.reset(reset, (steps, batch), "steps first", device)
 
 
-def _run(
+def _request(
     layers: Layers,
     given: packed.Sequences,
-    h0: Tensor,
-    c0: Tensor | None,
-    reset: Tensor | None,
+    states: tuple[Tensor, Tensor | None],
+    reset: Tensor | None = None,
     start_step: int = 0,
     is_cell: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows and final states; running statistics are updated in training."""
-    config, x, layout, stats = layers.config, given.x, given.layout, layers.batch_stats
+) -> RecurrenceRequest:
+    """A call of the layers in the form that backends take; `reset` is (T, B)."""
+    config, x, stats, (h0, c0) = layers.config, given.x, layers.batch_stats, states
     if x.dim() == 3 and x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN: leave empty batches of steps out")
     for weights in layers.weights:
         inputs.beside(x, h0=h0, c0=c0, reset=reset, **weights._asdict())
     if stats is not None and stats.uses_batch:
         _enough_samples(given, config)
-    request = RecurrenceRequest(
+    return RecurrenceRequest(
         config,
         x,
         packed.sort(h0, given.order),  # type: ignore[arg-type]
         packed.sort(c0, given.order),
         layers.weights,
-        layout,
+        given.layout,
         packed.resets(given, reset, layers.bidirectional),
         None if stats is None or stats.uses_batch else stats.tables,
         start_step,
@@ -194,13 +199,16 @@ def _run(
         layers.training,
         is_cell,
     )
-    # An LSTM's output is what its backward reads, as with torch's; but rows of a PackedSequence are the caller's own.
-    returns_copy = config.cell != "lstm" or given.packed is not None
-    result = run(request, returns_copy and given.source is None)
-    if stats is not None:
-        stats.update(result.statistics, start_step)
+
+
+def _finals(
+    layers: Layers, given: packed.Sequences, result: RecurrenceResult, start_step: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """Final states in the given order of samples, after the running statistics were updated."""
+    if layers.batch_stats is not None:
+        layers.batch_stats.update(result.statistics, start_step)
     h, c = (packed.restore(s, given.order) for s in (result.h, result.c))
-    return result.output, h, c  # type: ignore[return-value]
+    return h, c  # type: ignore[return-value]
 
 
 def run(request: RecurrenceRequest, returns_copy: bool = False) -> RecurrenceResult:
@@ -211,53 +219,49 @@ def run(request: RecurrenceRequest, returns_copy: bool = False) -> RecurrenceRes
     if whole is not None and whole.supports(request) is None and not is_transforming():
         # torch's own kernels know autocast.
         return whole.forward(request) if request.is_cell else _run_whole(whole.forward, request)
-    config, x, h0, c0, weights, layout, resets, running, start_step, bidirectional, dropout, training, _ = cast
     kernel = backend.recurrence.kernels["layer"]
-    compiled = kernel.backward is not None
-    if compiled:
-        h0, c0 = h0.to(x.dtype), None if c0 is None else c0.to(x.dtype)
+    config, x, h0, c0, weights, layout, resets, running, start_step, bidirectional, dropout, training, _ = cast
     directions = 2 if bidirectional else 1
     results: list[LayerResult] = []
     with autocast:
         for n, of_layer in enumerate(weights):
             reverse = n % directions == 1
-            if not reverse and n:
-                below = results[-directions:]
-                x = below[0].output if directions == 1 else torch.cat([r.output for r in below], -1)
+            if n and not reverse:
+                x = _side_by_side(results, directions)
                 if training and dropout:
                     x = F.dropout(x, dropout)
             zoneout_mask = None
             if training and config.zoneout:
                 zoneout_mask = torch.rand(*x.shape[:-1], h0.shape[-1], device=x.device) < config.zoneout
-            layer = LayerRequest(
-                config,
-                x,
-                h0[n],
-                None if c0 is None else c0[n],
-                of_layer,
-                layout,
-                reverse,
-                resets[reverse],
-                zoneout_mask,
-                None if running is None else running[n],
-                start_step,
+            c, table = None if c0 is None else c0[n], None if running is None else running[n]
+            of = LayerRequest(
+                config, x, h0[n], c, of_layer, layout, reverse, resets[reverse], zoneout_mask, table, start_step
             )
-            copied = returns_copy and directions == 1 and n + 1 == len(weights)
-            tensors = layer.x, layer.h0, layer.c0, *of_layer
-            if not compiled:
-                results.append(kernel.forward(layer, False))
-            elif torch.compiler.is_compiling():
-                results.append(custom_op.recurrence(layer, copied))
-            elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-                found = RecurrentLayer.apply(kernel, copied, config, layout, reverse, layer.reset, *tensors)
-                results.append(LayerResult(*found, {}))
-            else:
-                results.append(kernel.forward(layer, False))
-    last = results[-directions:]
-    output = last[0].output if directions == 1 else torch.cat([r.output for r in last], -1)
+            results.append(layer(kernel, of, returns_copy and directions == 1 and n + 1 == len(weights)))
     h = torch.stack([r.h for r in results])
-    c = None if c0 is None else torch.stack([r.c for r in results])  # type: ignore[misc]
-    return RecurrenceResult(output, h, c, [r.statistics for r in results])
+    finals = None if c0 is None else torch.stack([r.c for r in results])  # type: ignore[misc]
+    return RecurrenceResult(_side_by_side(results, directions), h, finals, [r.statistics for r in results])
+
+
+def _side_by_side(results: list[LayerResult], directions: int) -> Tensor:
+    """The output of the last layer."""
+    if directions == 1:
+        return results[-1].output
+    return torch.cat([results[-2].output, results[-1].output], -1)
+
+
+def layer(kernel: LayerKernel, request: LayerRequest, returns_copy: bool = False) -> LayerResult:
+    """One layer in one direction."""
+    if kernel.backward is None:
+        return kernel.forward(request, False)
+    config, x, h0, c0, weights, layout, reverse, reset, *_ = request
+    tensors = x, h0.to(x.dtype), None if c0 is None else c0.to(x.dtype), *weights
+    if torch.compiler.is_compiling():
+        return custom_op.recurrence(request._replace(h0=tensors[1], c0=tensors[2]), returns_copy)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        found = RecurrentLayer.apply(kernel, returns_copy, config, layout, reverse, reset, *tensors)
+        return LayerResult(*found, {})
+    return kernel.forward(request._replace(h0=tensors[1], c0=tensors[2]), False)
 
 
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
