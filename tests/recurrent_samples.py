@@ -13,18 +13,21 @@ from instruction_sets import USABLE, on
 from kernel_truth import tensor
 from normwise.backends.aten import rnn as aten
 from normwise.backends.cpu import rnn as kernels
-from normwise.backends.protocol import Layout, LayerRequest, LayerResult
-from normwise.backends.reference import recurrence as reference
+from normwise.backends.protocol import LayerRequest, LayerResult, Layout
 from normwise.backends.recurrence import Recurrence, Weights
-from normwise.ops.rnn.presets import PRESETS, preset
+from normwise.backends.reference import recurrence as reference
 from normwise.backends.reference import rnn as reference_rnn
 from normwise.backends.reference.sequences import valid_steps
 from normwise.ops.rnn import packed
+from normwise.ops.rnn.presets import PRESETS, preset
 from recurrences import random_weights
 from tolerances import TABLE
 
 CONFIGS: dict[str, Recurrence] = {f"{cell} plain": Recurrence(cell, None) for cell in PRESETS} | {
-    f"{cell} {name}": config for cell, presets in PRESETS.items() for name, config in presets.items() if config.norm != "batch"
+    f"{cell} {name}": config
+    for cell, presets in PRESETS.items()
+    for name, config in presets.items()
+    if config.norm != "batch"
 }
 CONFIGS["lstm rms"] = preset("lstm", "rms")
 CONFIGS["gru paper"] = replace(PRESETS["gru"]["ba2016"], update_gate="paper")

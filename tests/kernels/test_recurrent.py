@@ -15,7 +15,7 @@ from instruction_sets import USABLE
 from normwise.backends.cpu import rnn as kernels
 from normwise.backends.cpu.library import load
 from normwise.backends.protocol import Layout
-from recurrent_samples import FEW_UNITS, CONFIGS, Sample, check, error
+from recurrent_samples import CONFIGS, FEW_UNITS, Sample, check, error
 
 Size = tuple[int, int, int, int]  # T, B, I, H
 DTYPES = [torch.float32, torch.bfloat16]

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from normwise.backends.cpu import rnn as kernels
-from normwise.backends.protocol import Layout, LayerRequest
-from normwise.backends.reference import recurrence as reference
+from normwise.backends.protocol import LayerRequest, Layout
 from normwise.backends.recurrence import Recurrence, Weights
+from normwise.backends.reference import recurrence as reference
 from recurrent_samples import CONFIGS, Sample
 
 BF16 = torch.bfloat16

@@ -97,7 +97,11 @@ def test_a_packed_sequence_states_its_own_lengths(norm):
         (lambda: normwise.GRU(4, 6, update_gate="ours"), ValueError, r"update_gate='ours' is not known"),
         (lambda: normwise.GRU(4, 6, eps=0.0), ValueError, r"eps must be positive"),
         (lambda: normwise.GRU(4, 6, zoneout=1.1), ValueError, r"zoneout is a probability"),
-        (lambda: normwise.GRU(4, 6, norm="batch", num_stat_steps=0), ValueError, r"num_stat_steps must be a positive integer"),
+        (
+            lambda: normwise.GRU(4, 6, norm="batch", num_stat_steps=0),
+            ValueError,
+            r"num_stat_steps must be a positive integer",
+        ),
         (lambda: normwise.GRU(4, 6, norm="batch", momentum=1.5), ValueError, r"momentum must lie in \[0, 1\]"),
         (lambda: normwise.LSTM(4, 6, statistics="sequence"), ValueError, r"only for batch norm on the input term"),
         (lambda: normwise.LSTM(4, 6, norm="batch", statistics="sequence"), ValueError, r"variant='laurent2015'"),

@@ -7,10 +7,10 @@ import torch
 
 import normwise
 from backends import using
-from normwise.ops.rnn import running_stats as recurrent_running
+from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.reference import recurrence as reference
 from normwise.backends.reference.moments import Moments
-from normwise.backends.recurrence import Recurrence, Weights
+from normwise.ops.rnn import running_stats as recurrent_running
 from normwise.ops.rnn.presets import PRESETS, preset
 from recurrences import random_weights
 from recurrent_calls import recurrence
@@ -137,7 +137,10 @@ def test_a_forced_reference_runs_the_reference():
 
 def test_a_backend_that_cannot_run_it_says_so():
     config, w, x, h0, c0, _, _ = sample("lstm", "ba2016", "layer")
-    with normwise.backend("cpu"), pytest.raises(normwise.BackendError, match="cannot run recurrence: .*not torch.float64"):
+    with (
+        normwise.backend("cpu"),
+        pytest.raises(normwise.BackendError, match=r"cannot run recurrence: .*not torch\.float64"),
+    ):
         recurrence(x, h0, c0, w, config)
 
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import recurrent_calls
-from normwise.backends.reference import recurrence as reference
 from normwise.backends.recurrence import Recurrence, Weights
+from normwise.backends.reference import recurrence as reference
 from recurrences import random_weights
 from tolerances import assert_close
 

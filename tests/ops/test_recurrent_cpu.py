@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import normwise
+import recurrent_calls
 from backends import ran, using
 from normwise.backends.cpu import library
 from normwise.backends.cpu import rnn as cpu_rnn
-from normwise.backends.reference import recurrence as reference
 from normwise.backends.recurrence import Recurrence, Weights
+from normwise.backends.reference import recurrence as reference
 from normwise.ops.rnn.presets import PRESETS, preset
 from recurrences import random_weights
-import recurrent_calls
 from recurrent_calls import recurrence
 from tolerances import assert_close
 
@@ -165,7 +165,9 @@ def differentiated(layer, backend, x, upstream):
 )
 def test_what_the_kernels_cannot_do_is_said(config, options, message):
     dtype, proj_size = options.get("dtype", torch.float32), options.get("proj_size", 0)
-    w = Weights(**{k: v.to(dtype) for k, v in random_weights(config.shapes(INPUT, HIDDEN, proj_size=proj_size)).items()})
+    w = Weights(
+        **{k: v.to(dtype) for k, v in random_weights(config.shapes(INPUT, HIDDEN, proj_size=proj_size)).items()}
+    )
     x, h0 = torch.randn(T, B, INPUT, dtype=dtype), torch.zeros(B, proj_size or HIDDEN, dtype=dtype)
     c0 = torch.zeros(B, HIDDEN, dtype=dtype)
     with normwise.backend("cpu"), pytest.raises(normwise.BackendError, match=message):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from normwise.backends.recurrence import Recurrence, Weights
-from normwise.ops.rnn.presets import PRESETS, preset
 from normwise.backends.reference.recurrence import recurrence
+from normwise.ops.rnn.presets import PRESETS, preset
 from recurrences import BATCH, EQUATIONS, random_weights, run, run_batch
 from tolerances import assert_close
 

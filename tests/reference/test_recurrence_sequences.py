@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from normwise.backends.recurrence import Recurrence, Weights
-from normwise.ops.rnn.presets import PRESETS
 from normwise.backends.reference.recurrence import recurrence
 from normwise.backends.reference.sequences import reverse, reverse_reset, valid_steps
+from normwise.ops.rnn.presets import PRESETS
 from recurrences import random_weights
 from tolerances import assert_close
 
@@ -102,7 +102,9 @@ def test_zoneout_keeps_units_in_training_and_takes_the_expectation_otherwise():
     plain = Recurrence("gru")
     h1 = torch.where(zoneout_mask[0], h0, recurrence(x[:1], h0, None, w, plain).h)
     h2 = torch.where(zoneout_mask[1], h1, recurrence(x[1:], h1, None, w, plain).h)
-    assert_close(recurrence(x, h0, None, w, config, zoneout_mask=zoneout_mask).output, torch.stack([h1, h2]), kind="composed")
+    assert_close(
+        recurrence(x, h0, None, w, config, zoneout_mask=zoneout_mask).output, torch.stack([h1, h2]), kind="composed"
+    )
     expected = 0.25 * h0 + 0.75 * recurrence(x[:1], h0, None, w, plain).h
     assert_close(recurrence(x[:1], h0, None, w, config).h, expected, kind="composed")
 
@@ -113,7 +115,9 @@ def test_backwards_zoneout_masks_stay_with_their_steps():
     zoneout_mask = torch.rand(T, B, HIDDEN) < 0.5
     lengths = torch.tensor([6, 2, 3, 5])
     backwards = recurrence(x, h0, None, w, config, lengths=lengths, zoneout_mask=zoneout_mask, reverse=True)
-    forwards = recurrence(reverse(x, lengths), h0, None, w, config, lengths=lengths, zoneout_mask=reverse(zoneout_mask, lengths))
+    forwards = recurrence(
+        reverse(x, lengths), h0, None, w, config, lengths=lengths, zoneout_mask=reverse(zoneout_mask, lengths)
+    )
     assert_close(backwards.output, reverse(forwards.output, lengths))
     assert_close(backwards.h, forwards.h)
 

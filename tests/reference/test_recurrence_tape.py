@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from normwise.backends.recurrence import Weights
-from normwise.ops.rnn.presets import PRESETS
 from normwise.backends.reference.recurrence import Step, recurrence
+from normwise.ops.rnn.presets import PRESETS
 from recurrences import random_weights
 from tolerances import assert_close
 

@@ -202,8 +202,8 @@ class RecurrenceRequest(NamedTuple):
 
 
 class RecurrenceResult(NamedTuple):
-    """What a stack gives: rows as those of x, (L * D, batch, H) final states, and for each layer and direction the batch
-    moments by site."""
+    """What a stack gives: rows as those of x, (L * D, batch, H) final states, and for each layer and direction the
+    batch moments by site."""
 
     output: Tensor
     h: Tensor
@@ -215,10 +215,11 @@ class LayerRequest(NamedTuple):
     """One layer in one direction of a `RecurrenceRequest`.
 
     Attributes:
-        x, h0, c0, weights, layout, reset, running, start_step: as there, of this layer and direction; states (batch, H).
+        x, h0, c0, weights, layout, reset, running, start_step: as there, of this layer and direction; states are
+            (batch, H).
         reverse: run from the last step to the first.
-        zoneout_mask: bool, laid out as the rows, (..., H): True where zoneout keeps the previous h; None takes zoneout's
-            expectation.
+        zoneout_mask: bool, laid out as the rows, (..., H): True where zoneout keeps the previous h; None takes
+            zoneout's expectation.
     """
 
     config: Recurrence

@@ -123,7 +123,13 @@ class Recurrence:
     @property
     def is_torch_layer(self) -> bool:
         """Whether torch.nn's own layer computes just this."""
-        return self.norm is None and self.reset_after and self.update_gate == "torch" and not self.update_offset and not self.zoneout
+        return (
+            self.norm is None
+            and self.reset_after
+            and self.update_gate == "torch"
+            and not self.update_offset
+            and not self.zoneout
+        )
 
     @property
     def gates(self) -> int:
@@ -190,5 +196,3 @@ class Weights(NamedTuple):
     bias_inner: Tensor | None = None
     gain_c: Tensor | None = None
     bias_c: Tensor | None = None
-
-

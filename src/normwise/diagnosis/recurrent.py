@@ -139,7 +139,9 @@ class RecurrentWatch:
         states = call.states(module, x)
         directions = 2 if module.bidirectional else 1
         running = (
-            None if module.training or config.norm != "batch" else [running_of(module, config, f"_{p}") for p in self.places]
+            None
+            if module.training or config.norm != "batch"
+            else [running_of(module, config, f"_{p}") for p in self.places]
         )
         tapes: list[list[Step]] = []
         finals: list[list[Tensor]] = []
@@ -185,7 +187,9 @@ class RecurrentWatch:
         # Dropout and zoneout draw at random, which the second computation leaves out.
         exact = not (self.module.dropout and self.module.num_layers > 1) and not self.config.zoneout
         shared = (
-            self.config.norm == "batch" and self.config.statistics == "per_step" and getattr(self.module, "num_stat_steps", 0) == 1
+            self.config.norm == "batch"
+            and self.config.statistics == "per_step"
+            and getattr(self.module, "num_stat_steps", 0) == 1
         )
         return [w.record(place, shared, exact) for place, w in self.watches.items() if len(w.running_on.total)]
 
@@ -225,8 +229,8 @@ class Call:
     def padded(self, batch_first: bool) -> tuple[Tensor, Tensor | None]:
         """The input as (T, B, I), and the lengths (B,) if there are any."""
         if isinstance(self.input, PackedSequence):
-            x, lengths = pad_packed_sequence(self.input)
-            return x, lengths.to(x.device)
+            unpacked, sizes = pad_packed_sequence(self.input)
+            return unpacked, sizes.to(unpacked.device)
         lengths = self.kwargs.get("lengths")
         x = self._steps_first(self.input, batch_first)
         return x, None if lengths is None else torch.as_tensor(lengths, device=x.device).reshape(-1).long()

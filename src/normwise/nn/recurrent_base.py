@@ -60,7 +60,9 @@ class Recurrent(NotScripted, RNNBase):
         for layer, suffix in self._places():
             inputs = self.input_size if layer == 0 else self._output_size() * (1 + self.bidirectional)
             shapes = config.shapes(inputs, self.hidden_size, proj_size=self.proj_size, bias=self.bias)
-            parameters.register_norm_parameters(self, config, shapes, suffix, rows=self.num_stat_steps, hidden_size=self.hidden_size)
+            parameters.register_norm_parameters(
+                self, config, shapes, suffix, rows=self.num_stat_steps, hidden_size=self.hidden_size
+            )
         self._all_weights = [[n for n in names if hasattr(self, n)] for names in self._all_weights]
         self._flat_weights_names = [n for names in self._all_weights for n in names]
         self._init_flat_weights()
@@ -221,4 +223,3 @@ class Recurrent(NotScripted, RNNBase):
         if config.norm == "batch":
             said += f", num_stat_steps={self.num_stat_steps}, momentum={self.momentum}"
         return str(super().extra_repr()) + said
-

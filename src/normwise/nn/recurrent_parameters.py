@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -63,12 +62,13 @@ def describe(
 
 def positive_rows(num_stat_steps: Any) -> int:
     """`num_stat_steps`, an integer of any kind: the tables of running statistics need at least one row."""
-    if not isinstance(num_stat_steps, Integral) or isinstance(num_stat_steps, bool) or num_stat_steps < 1:
+    rows = inputs.whole_number("num_stat_steps", num_stat_steps)
+    if isinstance(num_stat_steps, bool) or rows < 1:
         raise ValueError(
-            f"num_stat_steps must be a positive integer, but got {num_stat_steps!r}: it is the number of steps with running "
-            "statistics of their own"
+            f"num_stat_steps must be a positive integer, but got {num_stat_steps!r}: it is the number of steps with "
+            "running statistics of their own"
         )
-    return int(num_stat_steps)
+    return rows
 
 
 def register_norm_parameters(

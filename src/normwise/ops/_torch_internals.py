@@ -6,6 +6,7 @@ tests/ops/test_torch_internals.py says for each what breaks if it goes.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,8 +71,8 @@ def is_fake(t: Tensor) -> bool:
     return isinstance(t, FakeTensor)
 
 
-def without_fake_tensors() -> AbstractContextManager[None]:
+def without_fake_tensors() -> AbstractContextManager[Any]:
     """Inside, new tensors are real ones even while torch.compile or torch.export looks on with FakeTensors."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    return unset_fake_temporarily()  # type: ignore[no-any-return]
+    return unset_fake_temporarily()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.backends.protocol import Layout, LayerKernel, LayerRequest, NormConfig, NormFamily, NormRequest
+from normwise.backends.protocol import LayerKernel, LayerRequest, Layout, NormConfig, NormFamily, NormRequest
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.reference import rnn as reference_rnn
 from normwise.backends.reference.norms import backward as differentiable_backward
@@ -123,7 +123,9 @@ class RecurrentLayer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         everything = ctx.saved_tensors  # once: each look at it unpacks all, and checkpointing allows one
         tensors, (batch_sizes, flip, reset, *saved) = everything[:DIFFERENTIABLE], everything[DIFFERENTIABLE:]
-        request = _layer_request(ctx.config, Layout(*ctx.size, batch_sizes, flip), ctx.reverse, reset, tensors)
+        steps, batch = ctx.size
+        layout = Layout(steps, batch, batch_sizes, flip)
+        request = _layer_request(ctx.config, layout, ctx.reverse, reset, tensors)
         needs = ctx.needs_input_grad[6:]
         if supports_grad_output(*grads):
             found = ctx.kernel.backward(request, saved, grads, needs)
@@ -146,9 +148,9 @@ def _layer_request(
 def differentiable_layer_backward(
     request: LayerRequest, grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """The gradients by the reference, which runs once more: for gradients of these gradients, for several gradients from
-    above at once, and for forward-mode derivatives."""
-    tensors = (request.x, request.h0, request.c0, *request.weights)
+    """The gradients by the reference, which runs once more: for gradients of these gradients, for several gradients
+    from above at once, and for forward-mode derivatives."""
+    tensors: tuple[Tensor | None, ...] = (request.x, request.h0, request.c0, *request.weights)
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # A view of each, or a tensor that is given twice would get the sum of both gradients twice.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from normwise.backends import reference
 from normwise.backends.cpu import rnn as cpu_rnn
-from normwise.backends.protocol import Layout, LayerRequest, LayerResult
+from normwise.backends.protocol import LayerRequest, LayerResult, Layout
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.reference import Moments, accumulation_dtype
 from normwise.ops._torch_internals import without_fake_tensors
@@ -201,7 +201,7 @@ _norm_backward.register_autograd(_differentiate_norm_backward, setup_context=_sa
 
 
 def recurrence(request: LayerRequest, returns_copy: bool) -> LayerResult:
-    """A recurrent layer in one direction, dense or padded, as one node; `returns_copy` as in `autograd.RecurrentLayer`."""
+    """A recurrent layer in one direction, dense or padded, as one node; `returns_copy` as in `stack.layer`."""
     config, x, h0, c0, weights, layout, reverse, reset, *_ = request
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
     flattened = (
@@ -223,8 +223,8 @@ def recurrence(request: LayerRequest, returns_copy: bool) -> LayerResult:
 
 _TENSORS = "Tensor x, Tensor h0, Tensor? c0, " + ", ".join(f"Tensor? {name}" for name in Weights._fields)
 _CALL = (
-    "Tensor? lengths, Tensor? reset, bool reverse, str cell, str? norm, str norm_placement, int[] groups, str? cell_norm, "
-    "float eps, bool reset_after, str update_gate, float update_offset, str nonlinearity"
+    "Tensor? lengths, Tensor? reset, bool reverse, str cell, str? norm, str norm_placement, int[] groups, "
+    "str? cell_norm, float eps, bool reset_after, str update_gate, float update_offset, str nonlinearity"
 )
 _KEPT = len(cpu_rnn.SAVED)
 
@@ -277,7 +277,8 @@ def _node(arguments: tuple[Any, ...]) -> _Node:
         sequences = packed.pack(x.detach(), lengths, batch_first=False, bidirectional=reverse)
     request = LayerRequest(_config(flattened), sequences.x, h0, c0, Weights(*weights), sequences.layout, reverse)
     node = _Node(request, sequences)
-    return node._replace(request=request._replace(h0=node.sort(h0), c0=node.sort(c0), reset=node.take(reset)))
+    request = request._replace(h0=node.sort(h0), c0=node.sort(c0), reset=node.take(reset))  # type: ignore[arg-type]
+    return node._replace(request=request)
 
 
 def _config(flattened: Sequence[Any]) -> Recurrence:
@@ -310,9 +311,12 @@ def _run(*arguments: Any) -> tuple[Tensor, ...]:
         kept = [*others, None if wide.dtype == x.dtype else wide.flatten(0, -2)]
     final_h, final_c = node.restore(h), node.restore(c)
     assert final_h is not None
-    return node.put(output, x), final_h, x.new_empty(0) if final_c is None else final_c, *[
-        x.new_empty(0, dtype=torch.float32) if t is None else _with_rows(t, every_row) for t in kept
-    ]
+    return (
+        node.put(output, x),
+        final_h,
+        x.new_empty(0) if final_c is None else final_c,
+        *[x.new_empty(0, dtype=torch.float32) if t is None else _with_rows(t, every_row) for t in kept],
+    )
 
 
 def _with_rows(t: Tensor, rows: int) -> Tensor:

@@ -143,10 +143,8 @@ def resolve(request: Any, operation: str = "norm") -> Resolved:
 
 def _resolve_forced(request: Any, operation: str) -> Resolved:
     backend = BACKENDS[_forced.name]  # type: ignore[index]
-    if backend is CPU:
-        obstacle = _kernel_obstacle(request, operation)
-    else:
-        obstacle = getattr(backend, operation).supports(request)
+    supports = getattr(backend, operation).supports
+    obstacle = _kernel_obstacle(request, operation) if backend is CPU else supports(request)
     if obstacle is not None:
         raise BackendError(
             f"backend {_forced.name!r} was forced but cannot run {_name(request)}: {obstacle}. "

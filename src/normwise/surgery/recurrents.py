@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import normwise.nn as ours
-from normwise.backends.recurrence import Recurrence
 from normwise.nn import recurrent_parameters as parameters
 from normwise.nn.recurrent_base import Recurrent
 from normwise.surgery.carry import carry_tensors, rebuild

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from normwise.backends.protocol import (
-    Layout,
     LayerKernel,
     LayerRequest,
     LayerResult,
+    Layout,
     Moments,
     RecurrenceRequest,
     RecurrenceResult,
@@ -183,8 +183,8 @@ class _Steps:
     def split(self, rows: Tensor) -> Sequence[Tensor]:
         """The rows of each step. Not by indexing, which would write a gradient of all steps at every step."""
         if self.sizes is not None:
-            return rows.split(self.sizes)
-        steps = rows.unbind(0)
+            return rows.split(self.sizes)  # type: ignore[no-any-return]
+        steps: Sequence[Tensor] = rows.unbind(0)
         return steps[::-1] if self.reverse else steps
 
     def join(self, steps: list[Tensor]) -> Tensor:

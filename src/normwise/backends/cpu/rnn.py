@@ -123,7 +123,7 @@ def backward(
     if status:
         raise_fault(status)
     if dx is not None:
-        dx = _flipped(_as(dx, given), flip)
+        dx = _flipped(dx if dx.dtype is given.dtype else dx.to(given.dtype), flip)
     by_name = dict(zip(_ORDER, found, strict=True))
     by_name["gain_sum"] = by_name["gain_hh"]
     named = zip(Weights._fields, request.weights, strict=True)
@@ -132,7 +132,7 @@ def backward(
 
 
 class _Readable(NamedTuple):
-    """The tensors of a request as the kernel reads them: contiguous, in float32, and rows in the order of processing."""
+    """The tensors of a request as the kernel reads them: contiguous, in float32, rows in the order of processing."""
 
     x: Tensor
     h0: Tensor
@@ -242,9 +242,7 @@ def _as(grad: Tensor | None, given: Tensor | None) -> Tensor | None:
     return grad.to(given.dtype)
 
 
-def _fields(
-    request: LayerRequest, at: _Readable, output: Tensor, saved: Sequence[Tensor | None]
-) -> list[int | float]:
+def _fields(request: LayerRequest, at: _Readable, output: Tensor, saved: Sequence[Tensor | None]) -> list[int | float]:
     """The fields of nw_recurrent."""
     config, layout = request.config, request.layout
     pointers = (at.x, at.batch_sizes, at.reset, *at.weights, at.h0, at.c0, output, *saved)

@@ -14,6 +14,7 @@ from normwise.backends.reference.norm import norm
 from normwise.backends.reference.sequences import reverse as reversed_steps
 from normwise.backends.reference.sequences import reverse_reset, valid_steps
 
+
 class Step(NamedTuple):
     """One step as it was computed, differentiable.
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normwise.backends.protocol import Layout, LayerKernel, LayerRequest, LayerResult
+from normwise.backends.protocol import LayerKernel, LayerRequest, LayerResult, Layout
 from normwise.backends.reference.recurrence import recurrence
 from normwise.backends.reference.sequences import reverse as reversed_steps
 

@@ -38,7 +38,9 @@ def padded(x: Tensor, lengths: Tensor | None, batch_first: bool, bidirectional: 
     if lengths is not None and visible:
         return pack(x, lengths, batch_first, bidirectional)
     x = x.transpose(0, 1) if batch_first else x
-    return Sequences(x, Layout(*x.shape[:2], lengths=None if lengths is None else lengths.to(x.device), visible=visible))
+    return Sequences(
+        x, Layout(x.shape[0], x.shape[1], lengths=None if lengths is None else lengths.to(x.device), visible=visible)
+    )
 
 
 def pack(x: Tensor, lengths: Tensor, batch_first: bool, bidirectional: bool) -> Sequences:
@@ -62,13 +64,11 @@ def packed(given: PackedSequence, bidirectional: bool) -> Sequences:
     x, batch_sizes = given.data, given.batch_sizes.contiguous()
     if not _may_look(x, batch_sizes):
         unpacked, lengths = pad_packed_sequence(given)
-        layout = Layout(*unpacked.shape[:2], lengths=lengths.to(x.device), visible=False)
+        layout = Layout(unpacked.shape[0], unpacked.shape[1], lengths=lengths.to(x.device), visible=False)
         return Sequences(unpacked, layout, packed=given)
     steps, batch = len(batch_sizes), int(batch_sizes[0])
     if int(batch_sizes[-1]) == batch:
-        return Sequences(
-            x.unflatten(0, (steps, batch)), Layout(steps, batch), given.sorted_indices, packed=given
-        )
+        return Sequences(x.unflatten(0, (steps, batch)), Layout(steps, batch), given.sorted_indices, packed=given)
     flip = None
     if bidirectional:
         valid = torch.arange(batch, device="cpu") < batch_sizes[:, None]
@@ -136,7 +136,7 @@ def output(rows: Tensor, sequences: Sequences, shape: Sequence[int], batch_first
             return _pack_like(rows, layout.lengths, given)
         return given._replace(data=rows if layout.batch_sizes is not None else rows.flatten(0, 1))
     if sequences.source is not None:
-        return put_rows(rows, sequences.source, shape[0] * shape[1]).unflatten(0, tuple(shape[:2]))
+        return put_rows(rows, sequences.source, shape[0] * shape[1]).view(shape[0], shape[1], -1)
     steps = shape[1] if batch_first else shape[0]
     if layout.steps != steps:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, steps - layout.steps))

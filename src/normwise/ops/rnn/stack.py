@@ -19,6 +19,7 @@ from normwise.backends.protocol import (
     Layout,
     RecurrenceRequest,
     RecurrenceResult,
+    StackKernel,
 )
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.ops import custom_op, inputs
@@ -157,9 +158,7 @@ def cell(layers: Layers, x: Any, hx: Any, step: int | None) -> State:
     return new_h[0] if new_c is None else (new_h[0], new_c[0])
 
 
-def _reset_flags(
-    reset: Any, steps: int, batch: int, device: torch.device, batched: bool, batch_first: bool
-) -> Tensor:
+def _reset_flags(reset: Any, steps: int, batch: int, device: torch.device, batched: bool, batch_first: bool) -> Tensor:
     """`reset` as (T, B)."""
     if not batched:
         return arguments.reset(reset, (steps,), "one for each step", device).unsqueeze(1)
@@ -218,7 +217,7 @@ def run(request: RecurrenceRequest, returns_copy: bool = False) -> RecurrenceRes
     whole = backend.recurrence.kernels.get("stack")
     if whole is not None and whole.supports(request) is None and not is_transforming():
         # torch's own kernels know autocast.
-        return whole.forward(request) if request.is_cell else _run_whole(whole.forward, request)
+        return _run_stack(whole, request)
     kernel = backend.recurrence.kernels["layer"]
     config, x, h0, c0, weights, layout, resets, running, start_step, bidirectional, dropout, training, _ = cast
     directions = 2 if bidirectional else 1
@@ -251,7 +250,7 @@ def _side_by_side(results: list[LayerResult], directions: int) -> Tensor:
 
 
 def layer(kernel: LayerKernel, request: LayerRequest, returns_copy: bool = False) -> LayerResult:
-    """One layer in one direction."""
+    """One layer in one direction; `returns_copy` as in `autograd.RecurrentLayer`."""
     if kernel.backward is None:
         return kernel.forward(request, False)
     config, x, h0, c0, weights, layout, reverse, reset, *_ = request
@@ -259,8 +258,8 @@ def layer(kernel: LayerKernel, request: LayerRequest, returns_copy: bool = False
     if torch.compiler.is_compiling():
         return custom_op.recurrence(request._replace(h0=tensors[1], c0=tensors[2]), returns_copy)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        found = RecurrentLayer.apply(kernel, returns_copy, config, layout, reverse, reset, *tensors)
-        return LayerResult(*found, {})
+        output, h, c = RecurrentLayer.apply(kernel, returns_copy, config, layout, reverse, reset, *tensors)
+        return LayerResult(output, h, c, {})
     return kernel.forward(request._replace(h0=tensors[1], c0=tensors[2]), False)
 
 
@@ -283,8 +282,14 @@ def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _run_stack(kernel: StackKernel, request: RecurrenceRequest) -> RecurrenceResult:
+    return kernel.forward(request) if request.is_cell else _run_whole(kernel.forward, request)
+
+
 @_as_it_is
-def _run_whole(forward: Callable[[RecurrenceRequest], RecurrenceResult], request: RecurrenceRequest) -> RecurrenceResult:
+def _run_whole(
+    forward: Callable[[RecurrenceRequest], RecurrenceResult], request: RecurrenceRequest
+) -> RecurrenceResult:
     """A compiled model calls it as it is: torch.compile does the same with torch.nn's layers, and the compiler's own
     code for them may not even run."""
     return forward(request)
