@@ -26,8 +26,9 @@ def recurrence(
 ) -> LayerResult:
     """As `reference.recurrence.recurrence`: what goes in and comes out is padded, (T, B, ...)."""
     given = packed.padded(x, lengths, batch_first=False, bidirectional=reverse)
-    layout, resets = given.layout, packed.resets(given, reset, bidirectional=True)
-    h0, c0 = packed.sort(h0[None], given.order), None if c0 is None else packed.sort(c0[None], given.order)
+    layout, order = given.layout, given.order
+    resets = (None, None) if reset is None else packed.resets(given, reset, bidirectional=True)
+    h0, c0 = (None if s is None else s[None] if order is None else packed.sort(s[None], order) for s in (h0, c0))
     tables = None if running is None else (running,)
     whole = RecurrenceRequest(config, given.x, h0, c0, (weights,), layout, resets, tables, start_step)
     kernel = resolve(whole, "recurrence").backend.recurrence.kernels["layer"]
@@ -41,5 +42,5 @@ def recurrence(
     )
     found = stack.layer(kernel, request)
     output = packed.output(found.output, given, x.shape, batch_first=False)
-    h, c = (None if s is None else packed.restore(s[None], given.order)[0] for s in (found.h, found.c))
+    h, c = (s if s is None or order is None else packed.restore(s[None], order)[0] for s in (found.h, found.c))
     return LayerResult(output, h, c, found.statistics)

@@ -23,7 +23,7 @@ from normwise.ops.rnn.presets import PRESETS, preset
 from recurrences import random_weights
 from tolerances import TABLE
 
-CONFIGS: dict[str, Recurrence] = {f"{cell} plain": Recurrence(cell, None) for cell in PRESETS} | {
+CONFIGS: dict[str, Recurrence] = {f"{cell} unnormalized": Recurrence(cell, None) for cell in PRESETS} | {
     f"{cell} {name}": config
     for cell, presets in PRESETS.items()
     for name, config in presets.items()
@@ -31,7 +31,7 @@ CONFIGS: dict[str, Recurrence] = {f"{cell} plain": Recurrence(cell, None) for ce
 }
 CONFIGS["lstm rms"] = preset("lstm", "rms")
 CONFIGS["gru paper"] = replace(PRESETS["gru"]["ba2016"], update_gate="paper")
-CONFIGS["gru plain candidate"] = Recurrence("gru", None, reset_after=False)
+CONFIGS["gru unnormalized candidate"] = Recurrence("gru", None, reset_after=False)
 CONFIGS["gru candidate"] = replace(PRESETS["gru"]["haste"], reset_after=False)
 CONFIGS["rnn relu"] = Recurrence("rnn", None, nonlinearity="relu")
 
@@ -138,14 +138,16 @@ class Sample:
             self.weights,
             rows.layout,
             self.reverse,
-            packed.resets(rows, self.reset, True)[self.reverse],
+            None if self.reset is None else packed.resets(rows, self.reset, True)[self.reverse],
         )
 
     def sorted(self, state: Tensor | None) -> Tensor | None:
-        return None if state is None else packed.sort(state[None], self.rows.order)[0]
+        order = self.rows.order
+        return state if state is None or order is None else packed.sort(state[None], order)[0]
 
     def restored(self, state: Tensor | None) -> Tensor | None:
-        return None if state is None else packed.restore(state[None], self.rows.order)[0]
+        order = self.rows.order
+        return state if state is None or order is None else packed.restore(state[None], order)[0]
 
     @property
     def upstream_of_rows(self) -> list[Tensor]:

@@ -108,7 +108,7 @@ def inputs_of(cell: str, options: dict[str, Any]) -> list[Tensor]:
 @pytest.mark.parametrize(
     "options",
     [{}, {"batch_first": True}, {"bidirectional": True}, {"num_layers": 2}, {"dtype": torch.bfloat16}],
-    ids=["plain", "batch first", "bidirectional", "two layers", "bfloat16"],
+    ids=["one layer", "batch first", "bidirectional", "two layers", "bfloat16"],
 )
 @pytest.mark.parametrize("cell", LAYERS)
 def test_tensors_changed_in_place_as_with_torchs_layer(cell: str, options: dict[str, Any]) -> None:

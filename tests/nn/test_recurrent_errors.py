@@ -120,7 +120,7 @@ def test_a_packed_sequence_states_its_own_lengths(norm):
             r"nonlinearity='relu' contradicts the nonlinearity='tanh'",
         ),
         (lambda: normwise.LSTM.from_torch(nn.GRU(4, 6)), TypeError, r"expects a torch.nn.LSTM, but got GRU"),
-        (lambda: normwise.LSTM.from_torch(nn.LSTM(4, 6), forget_bias=1.0), TypeError, r"keeps the plain layer's b"),
+        (lambda: normwise.LSTM.from_torch(nn.LSTM(4, 6), forget_bias=1.0), TypeError, r"keeps the layer's b"),
         (
             lambda: normwise.LSTMCell(4, 6, variant=replace(PRESETS["lstm"]["laurent2015"], statistics="sequence")),
             ValueError,

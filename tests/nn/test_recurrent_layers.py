@@ -180,9 +180,9 @@ def test_zoneout_draws_in_training_only():
 @pytest.mark.parametrize("variant", list(PRESETS["lstm"]))
 def test_from_torch_starts_from_a_plain_layers_weights(variant):
     norm = PRESETS["lstm"][variant].norm
-    plain = nn.LSTM(INPUT, HIDDEN, 2, bidirectional=True, proj_size=2, batch_first=True, dtype=torch.float64)
-    layer = normwise.LSTM.from_torch(plain, norm=norm, variant=variant)
-    ours, theirs = layer.state_dict(), plain.state_dict()
+    given = nn.LSTM(INPUT, HIDDEN, 2, bidirectional=True, proj_size=2, batch_first=True, dtype=torch.float64)
+    layer = normwise.LSTM.from_torch(given, norm=norm, variant=variant)
+    ours, theirs = layer.state_dict(), given.state_dict()
     for suffix in ("_l0", "_l1_reverse"):
         for name in ("weight_ih", "weight_hh", "weight_hr"):
             assert torch.equal(ours[name + suffix], theirs[name + suffix])

@@ -1,4 +1,4 @@
-"""Sequences run as packed rows from end to end: packed once on the way in and padded once on the way out, in few calls."""
+"""Sequences run as packed rows: packed once on the way in and padded once on the way out, in few calls."""
 
 from __future__ import annotations
 
@@ -173,15 +173,16 @@ def test_a_call_of_a_layer_is_at_most_seven_frames_from_the_kernel(given: dict[s
     assert max(depths) <= 7
 
 
-@pytest.mark.parametrize(
-    ("steps", "hidden", "backend"), [(4, 4, "aten"), (64, 64, "cpu")], ids=["small", "not small"]
-)
+@pytest.mark.parametrize(("steps", "hidden", "backend"), [(4, 4, "aten"), (64, 64, "cpu")], ids=["small", "not small"])
 @NEEDS_KERNELS
 def test_a_small_layer_without_a_norm_is_torchs_own(steps: int, hidden: int, backend: str) -> None:
     layer, sequences = normwise.GRU(8, hidden, norm=None), [torch.randn(steps - n, 8) for n in range(4)]
     for given, options in (
         (torch.randn(steps, 4, 8), {}),
-        (torch.randn(steps, 4, 8), {"lengths": [steps, 1, 0, 2][:4] if backend == "aten" else [steps, steps, 0, steps]}),
+        (
+            torch.randn(steps, 4, 8),
+            {"lengths": [steps, 1, 0, 2][:4] if backend == "aten" else [steps, steps, 0, steps]},
+        ),
         (pack_sequence(sequences), {}),
     ):
         with ran() as found:

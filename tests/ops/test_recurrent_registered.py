@@ -53,12 +53,12 @@ def arguments(
 def test_opcheck(cell: str, norm: str | None, variant: str | None, lengths: str, dtype: torch.dtype) -> None:
     args = arguments(cell, norm, variant, LENGTHS[lengths], dtype)
     torch.library.opcheck(torch.ops.normwise.recurrence.default, [*args, True])
-    plain = [a.detach() if isinstance(a, Tensor) else a for a in args]
-    torch.library.opcheck(torch.ops.normwise.recurrence.default, [*plain, False])
-    output, _, c, *kept = torch.ops.normwise.recurrence(*plain, True)
+    detached = [a.detach() if isinstance(a, Tensor) else a for a in args]
+    torch.library.opcheck(torch.ops.normwise.recurrence.default, [*detached, False])
+    output, _, c, *kept = torch.ops.normwise.recurrence(*detached, True)
     grads = torch.randn_like(output), None, torch.randn_like(c) if cell == "lstm" else None
     needs = [True] * (3 + len(Weights._fields))
-    torch.library.opcheck(torch.ops.normwise.recurrence_backward.default, [*grads, *plain, [output, *kept], needs])
+    torch.library.opcheck(torch.ops.normwise.recurrence_backward.default, [*grads, *detached, [output, *kept], needs])
 
 
 def recurrences_in(graphs: list[torch.fx.GraphModule]) -> list[str]:

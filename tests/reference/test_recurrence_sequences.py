@@ -99,13 +99,13 @@ def test_zoneout_keeps_units_in_training_and_takes_the_expectation_otherwise():
     config = Recurrence(**{**vars(PRESETS["gru"]["haste"]), "zoneout": 0.25})
     _, w, x, h0, _, _ = sample("gru", "haste", steps=2)
     zoneout_mask = torch.rand(2, B, HIDDEN) < 0.25
-    plain = Recurrence("gru")
-    h1 = torch.where(zoneout_mask[0], h0, recurrence(x[:1], h0, None, w, plain).h)
-    h2 = torch.where(zoneout_mask[1], h1, recurrence(x[1:], h1, None, w, plain).h)
+    without = Recurrence("gru")
+    h1 = torch.where(zoneout_mask[0], h0, recurrence(x[:1], h0, None, w, without).h)
+    h2 = torch.where(zoneout_mask[1], h1, recurrence(x[1:], h1, None, w, without).h)
     assert_close(
         recurrence(x, h0, None, w, config, zoneout_mask=zoneout_mask).output, torch.stack([h1, h2]), kind="composed"
     )
-    expected = 0.25 * h0 + 0.75 * recurrence(x[:1], h0, None, w, plain).h
+    expected = 0.25 * h0 + 0.75 * recurrence(x[:1], h0, None, w, without).h
     assert_close(recurrence(x[:1], h0, None, w, config).h, expected, kind="composed")
 
 

@@ -23,8 +23,8 @@ def test_each_step_follows_from_the_summed_input_and_the_state(cell, name):
     c0 = torch.randn(B, HIDDEN, dtype=torch.float64) if cell == "lstm" else None
     tape: list[Step] = []
     result = recurrence(x, h0, c0, w, config, lengths=LENGTHS, tape=tape)
-    plain = recurrence(x, h0, c0, w, config, lengths=LENGTHS)
-    assert torch.equal(result.output, plain.output)
+    untaped = recurrence(x, h0, c0, w, config, lengths=LENGTHS)
+    assert torch.equal(result.output, untaped.output)
     assert len(tape) == T
     valid = torch.arange(T)[:, None] < LENGTHS
     states = torch.stack([step.h for step in tape])

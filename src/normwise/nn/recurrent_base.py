@@ -80,9 +80,9 @@ class Recurrent(NotScripted, RNNBase):
 
     @classmethod
     def from_torch(cls, layer: nn.Module, *, norm: NormKind | None = "layer", **options: Any) -> Any:
-        """A layer that starts from the weights of a plain torch.nn layer of the same cell.
+        """A layer that starts from the weights of a torch.nn layer of the same cell.
 
-        Sizes, layers, directions, dropout, device and dtype are the plain layer's. Its biases are kept and stand
+        Sizes, layers, directions, dropout, device and dtype are that layer's. Its biases are kept and stand
         behind the norms; where the recurrence has one bias instead of torch's two, it gets their sum. Gains start as
         the preset says.
 
@@ -100,7 +100,7 @@ class Recurrent(NotScripted, RNNBase):
                 f"{cls.__name__}.from_torch expects a torch.nn.{wanted.__name__}, but got {type(layer).__name__}"
             )
         if "forget_bias" in options:
-            raise TypeError("from_torch keeps the plain layer's biases: set forget_bias on these")
+            raise TypeError("from_torch keeps the layer's biases: set forget_bias on these")
         names = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"]
         names += {"lstm": ["proj_size"], "gru": [], "rnn": ["nonlinearity"]}[cls.cell]
         arguments = {name: getattr(layer, name) for name in names}

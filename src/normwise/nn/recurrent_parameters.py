@@ -138,19 +138,20 @@ def no_projection(proj_size: int) -> None:
 
 
 def weights_of(layer: nn.Module, suffix: str = "") -> Weights:
-    """The parameters of one layer in one direction."""
-    return Weights(*[_held(layer, name + suffix) for name in Weights._fields])  # type: ignore[arg-type]
-
-
-def _held(layer: nn.Module, name: str) -> Tensor | None:
-    """A parameter, or what stands for it: torch.nn.utils.parametrize makes a property of it, others an attribute.
+    """The parameters of one layer in one direction, or what stands for them: torch.nn.utils.parametrize makes
+    properties of them, others attributes.
 
     nn.Module's own look for what is not there ends in an error, which takes longer than all the others together.
     """
-    found = layer._parameters.get(name)
-    if found is None and (name in layer.__dict__ or hasattr(type(layer), name)):
-        return getattr(layer, name)  # type: ignore[no-any-return]
-    return found
+    parameters, attributes, kind = layer._parameters, layer.__dict__, type(layer)
+    found = []
+    for field in Weights._fields:
+        name = field + suffix
+        value: Any = parameters.get(name)
+        if value is None and (name in attributes or hasattr(kind, name)):
+            value = getattr(layer, name)
+        found.append(value)
+    return Weights(*found)
 
 
 def running_of(layer: nn.Module, config: Recurrence, suffix: str = "") -> Running:
@@ -177,12 +178,12 @@ def batch_stats_of(layer: Any, suffixes: tuple[str, ...]) -> BatchStats | None:
     return BatchStats(tables, suffixes, layer.momentum, uses_batch, layer.stats_observer)
 
 
-def copy_from_torch(layer: nn.Module, plain: nn.Module, suffix: str = "") -> None:
+def copy_from_torch(layer: nn.Module, source: nn.Module, suffix: str = "") -> None:
     """Copy torch's own parameters into `layer`; where it has one bias, it gets the sum of torch's two."""
     with torch.no_grad():
         for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"):
-            source, target = (getattr(m, name + suffix, None) for m in (plain, layer))
-            if source is not None and target is not None:
-                target.copy_(source)
-            elif source is not None:
-                getattr(layer, f"bias_ih{suffix}").add_(source)
+            given, own = (getattr(m, name + suffix, None) for m in (source, layer))
+            if given is not None and own is not None:
+                own.copy_(given)
+            elif given is not None:
+                getattr(layer, f"bias_ih{suffix}").add_(given)

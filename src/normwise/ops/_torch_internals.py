@@ -5,8 +5,9 @@ tests/ops/test_torch_internals.py says for each what breaks if it goes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "any_autocast_enabled",
+    "constant_while_compiling",
     "current_graph_task_id",
     "dispatch_modes_active",
     "forward_ad_active",
@@ -25,6 +27,8 @@ __all__ = [
     "transforms_active",
     "without_fake_tensors",
 ]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Inside torch.func's vmap, grad and the like: no value of a tensor may be looked at.
 transforms_active = torch._C._are_functorch_transforms_active
@@ -69,6 +73,15 @@ def is_fake(t: Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(t, FakeTensor)
+
+
+def constant_while_compiling(function: F) -> F:
+    """`function`, which torch.compile calls once and then takes for a constant: it cannot look into it.
+
+    What torch.compiler.assume_constant_result does; but calling that loads the compiler, which costs a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def without_fake_tensors() -> AbstractContextManager[Any]:

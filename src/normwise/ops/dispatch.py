@@ -28,6 +28,7 @@ from normwise.backends.cpu.backend import BACKEND as CPU
 from normwise.backends.protocol import Backend, RecurrenceRequest
 from normwise.backends.reference.backend import BACKEND as REFERENCE
 from normwise.ops._torch_internals import (
+    constant_while_compiling,
     dispatch_modes_active,
     forward_ad_active,
     is_fake,
@@ -38,6 +39,7 @@ from normwise.ops._torch_internals import (
 
 BACKENDS = {backend.name: backend for backend in (CPU, ATEN, REFERENCE)}
 
+constant_while_compiling(library.missing)
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -79,7 +81,8 @@ def _is_small_torch_layer(request: RecurrenceRequest) -> bool:
     if request.is_cell or _is_compiling():
         return True
     rows = request.x.numel() // max(request.x.shape[-1], 1)
-    return rows * min(w.weight_ih.numel() + w.weight_hh.numel() for w in request.weights) < FEW_PRODUCTS
+    fewest = min([w.weight_ih.numel() + w.weight_hh.numel() for w in request.weights])
+    return rows * fewest < FEW_PRODUCTS
 
 
 # Where another backend is faster than the C++ kernels, although these could run the call: by the operation.

@@ -31,13 +31,13 @@ _ARGUMENTS = {
 def normalized(layer: nn.Module, norm: str, **options: Any) -> tuple[nn.Module, str]:
     """normwise's layer of the same cell, with norms inside.
 
-    The weights are the plain layer's. Its biases stand behind the norms; where the recurrence has one bias for torch's
+    The weights are that layer's. Its biases stand behind the norms; where the recurrence has one bias for torch's
     two, it is their sum. Gains start as the variant says.
     """
     if has_norm(layer):
         raise Refusal(f"has norm={layer.recurrence.norm!r} inside already")
     if "forget_bias" in options:
-        raise TypeError("convert keeps the plain layers' biases: set forget_bias on these")
+        raise TypeError("convert keeps the layers' biases: set forget_bias on these")
     name = _name(layer)
     new = rebuild(layer, getattr(ours, name), _ARGUMENTS[name], bias=layer.bias, norm=norm, **options)
     places = [suffix for _, suffix in new._places()] if isinstance(new, Recurrent) else [""]

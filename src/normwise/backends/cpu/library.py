@@ -76,11 +76,6 @@ def missing() -> str | None:
     return _switch.off or load().why_not
 
 
-# torch.compile cannot look into it. This is what torch.compiler.assume_constant_result does; calling that here would
-# load the compiler, which costs a second.
-missing._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def turned_off() -> bool:
     """Whether the kernels are not used because somebody said so, by NORMWISE_ISA=none or `use_isa("none")`."""
     return _switch.off is not None or os.environ.get("NORMWISE_ISA") == OFF

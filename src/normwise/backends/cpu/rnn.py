@@ -262,14 +262,14 @@ def _fields(request: LayerRequest, at: _Readable, output: Tensor, saved: Sequenc
 @cache
 def _settings(config: Recurrence, reverse: bool) -> tuple[int | float, ...]:
     """From `eps` to `groups`."""
-    plain = config.norm is None
-    groups = () if plain else config.groups or (config.gates,)
+    unnormalized = config.norm is None
+    groups = () if unnormalized else config.groups or (config.gates,)
     return (
         config.eps,
         config.update_offset,
         DTYPES[_WIDE],
         _CELLS[f"rnn_{config.nonlinearity}" if config.cell == "rnn" else config.cell],
-        _PLACEMENTS[None if plain else config.norm_placement],
+        _PLACEMENTS[None if unnormalized else config.norm_placement],
         config.norm == "layer",
         _CELL_NORMS[config.cell_norm],
         not config.reset_after,

@@ -66,6 +66,7 @@ def states(
         if tuple(state.shape) != size:
             which = f"hidden[{n}]" if lstm else "hidden"
             raise RuntimeError(f"Expected {which} size {size}, got {list(state.shape)}")
+    inputs.beside(x, h0=found[0], c0=found[1] if lstm else None)
     return found[0], found[1] if lstm else None
 
 

@@ -34,13 +34,12 @@ class Sequences(NamedTuple):
 
 def padded(x: Tensor, lengths: Tensor | None, batch_first: bool, bidirectional: bool) -> Sequences:
     """(T, B, I), or (B, T, I) `batch_first`, as rows: packed if lengths differ, else dense."""
-    visible = _may_look(x, lengths)
-    if lengths is not None and visible:
+    if lengths is not None and may_look(x, lengths):
         return pack(x, lengths, batch_first, bidirectional)
     x = x.transpose(0, 1) if batch_first else x
-    return Sequences(
-        x, Layout(x.shape[0], x.shape[1], lengths=None if lengths is None else lengths.to(x.device), visible=visible)
-    )
+    if lengths is None:
+        return Sequences(x, Layout(x.shape[0], x.shape[1]))
+    return Sequences(x, Layout(x.shape[0], x.shape[1], lengths=lengths.to(x.device), visible=False))
 
 
 def pack(x: Tensor, lengths: Tensor, batch_first: bool, bidirectional: bool) -> Sequences:
@@ -62,7 +61,7 @@ def pack(x: Tensor, lengths: Tensor, batch_first: bool, bidirectional: bool) -> 
 def packed(given: PackedSequence, bidirectional: bool) -> Sequences:
     """A PackedSequence's own rows; dense where all sequences have one length."""
     x, batch_sizes = given.data, given.batch_sizes.contiguous()
-    if not _may_look(x, batch_sizes):
+    if not may_look(x, batch_sizes):
         unpacked, lengths = pad_packed_sequence(given)
         layout = Layout(unpacked.shape[0], unpacked.shape[1], lengths=lengths.to(x.device), visible=False)
         return Sequences(unpacked, layout, packed=given)
@@ -76,7 +75,7 @@ def packed(given: PackedSequence, bidirectional: bool) -> Sequences:
     return Sequences(x, Layout(steps, batch, batch_sizes, flip), given.sorted_indices, packed=given)
 
 
-def _may_look(x: Tensor, lengths: Tensor | None) -> bool:
+def may_look(x: Tensor, lengths: Tensor | None) -> bool:
     """Whether values may decide how the call goes, of tensors that are nothing but tensors."""
     if not values_visible(x, lengths) or is_traced_or_transformed():
         return False
@@ -90,11 +89,9 @@ def _flip(valid: Tensor, lengths: Tensor) -> Tensor:
     return number.gather(0, (lengths - 1 - step).clamp(min=0))[valid]
 
 
-def resets(sequences: Sequences, reset: Tensor | None, bidirectional: bool) -> tuple[Tensor | None, Tensor | None]:
+def resets(sequences: Sequences, reset: Tensor, bidirectional: bool) -> tuple[Tensor, Tensor | None]:
     """Flags (T, B) between steps t-1 and t, in the samples' given order, as flags of rows: for the forward and the
     backward direction True where the state is zeroed before that row is computed."""
-    if reset is None:
-        return None, None
     layout = sequences.layout
     order, backward = sequences.order, None
     if layout.lengths is not None:
@@ -116,15 +113,13 @@ def resets(sequences: Sequences, reset: Tensor | None, bidirectional: bool) -> t
     return reset[valid], backward
 
 
-def sort(state: Tensor | None, order: Tensor | None) -> Tensor | None:
+def sort(state: Tensor, order: Tensor) -> Tensor:
     """(L * D, B, H) in the order of the rows."""
-    return state if state is None or order is None else state.index_select(1, order)
+    return state.index_select(1, order)
 
 
-def restore(state: Tensor | None, order: Tensor | None) -> Tensor | None:
+def restore(state: Tensor, order: Tensor) -> Tensor:
     """(L * D, B, H) in the given order of the samples."""
-    if state is None or order is None:
-        return state
     return torch.empty_like(state).index_copy_(1, order, state)
 
 

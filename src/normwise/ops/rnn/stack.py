@@ -19,10 +19,10 @@ from normwise.backends.protocol import (
     Layout,
     RecurrenceRequest,
     RecurrenceResult,
-    StackKernel,
 )
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.ops import custom_op, inputs
+from normwise.ops._torch_internals import constant_while_compiling
 from normwise.ops.autograd import RecurrentLayer
 from normwise.ops.dispatch import is_transforming, resolve
 from normwise.ops.rnn import arguments, packed
@@ -147,6 +147,8 @@ def cell(layers: Layers, x: Any, hx: Any, step: int | None) -> State:
     for n, state in enumerate(states):
         if state is not None and tuple(state.shape) != shape:
             raise inputs.ShapeError(f"{name}: Expected hidden[{n}] to be of shape {shape}, got {tuple(state.shape)}")
+    if hx is not None:
+        inputs.beside(x, h0=states[0], c0=states[1] if lstm else None)
     rows = x if x.dim() == 2 else x.unsqueeze(0)
     given = packed.Sequences(rows.unsqueeze(0), Layout(1, len(rows)))
     whole = (1, len(rows), units)
@@ -176,21 +178,26 @@ def _request(
     is_cell: bool = False,
 ) -> RecurrenceRequest:
     """A call of the layers in the form that backends take; `reset` is (T, B)."""
-    config, x, stats, (h0, c0) = layers.config, given.x, layers.batch_stats, states
+    config, x, stats, layout, (h0, c0) = layers.config, given.x, layers.batch_stats, given.layout, states
     if x.dim() == 3 and x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN: leave empty batches of steps out")
-    for weights in layers.weights:
-        inputs.beside(x, h0=h0, c0=c0, reset=reset, **weights._asdict())
     if stats is not None and stats.uses_batch:
         _enough_samples(given, config)
+    if given.order is not None:
+        h0, c0 = packed.sort(h0, given.order), None if c0 is None else packed.sort(c0, given.order)
+    resets: tuple[Tensor | None, Tensor | None] = (None, None)
+    if reset is not None:
+        inputs.beside(x, reset=reset)
+        resets = packed.resets(given, reset, layers.bidirectional)
+        layout = layout._replace(visible=packed.may_look(x, reset))
     return RecurrenceRequest(
         config,
         x,
-        packed.sort(h0, given.order),  # type: ignore[arg-type]
-        packed.sort(c0, given.order),
+        h0,
+        c0,
         layers.weights,
-        given.layout,
-        packed.resets(given, reset, layers.bidirectional),
+        layout,
+        resets,
         None if stats is None or stats.uses_batch else stats.tables,
         start_step,
         layers.bidirectional,
@@ -206,8 +213,10 @@ def _finals(
     """Final states in the given order of samples, after the running statistics were updated."""
     if layers.batch_stats is not None:
         layers.batch_stats.update(result.statistics, start_step)
-    h, c = (packed.restore(s, given.order) for s in (result.h, result.c))
-    return h, c  # type: ignore[return-value]
+    h, c, order = result.h, result.c, given.order
+    if order is None:
+        return h, c
+    return packed.restore(h, order), None if c is None else packed.restore(c, order)
 
 
 def run(request: RecurrenceRequest, returns_copy: bool = False) -> RecurrenceResult:
@@ -217,9 +226,13 @@ def run(request: RecurrenceRequest, returns_copy: bool = False) -> RecurrenceRes
     whole = backend.recurrence.kernels.get("stack")
     if whole is not None and whole.supports(request) is None and not is_transforming():
         # torch's own kernels know autocast.
-        return _run_stack(whole, request)
+        if torch.compiler.is_compiling() and not request.is_cell:
+            return _run_as_it_is(whole.forward, request)  # type: ignore[no-any-return]
+        return whole.forward(request)  # type: ignore[no-any-return]
     kernel = backend.recurrence.kernels["layer"]
     config, x, h0, c0, weights, layout, resets, running, start_step, bidirectional, dropout, training, _ = cast
+    for of_layer in weights:
+        inputs.beside(x, **of_layer._asdict())
     directions = 2 if bidirectional else 1
     results: list[LayerResult] = []
     with autocast:
@@ -273,8 +286,6 @@ def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal disabled
-        if not torch.compiler.is_compiling():
-            return function(*args, **kwargs)
         if disabled is None:
             disabled = torch.compiler.disable(function)
         return disabled(*args, **kwargs)
@@ -282,16 +293,12 @@ def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _run_stack(kernel: StackKernel, request: RecurrenceRequest) -> RecurrenceResult:
-    return kernel.forward(request) if request.is_cell else _run_whole(kernel.forward, request)
-
-
 @_as_it_is
-def _run_whole(
+def _run_as_it_is(
     forward: Callable[[RecurrenceRequest], RecurrenceResult], request: RecurrenceRequest
 ) -> RecurrenceResult:
-    """A compiled model calls it as it is: torch.compile does the same with torch.nn's layers, and the compiler's own
-    code for them may not even run."""
+    """A compiled model calls torch's own kernel as it is: torch.compile does the same with torch.nn's layers, and the
+    compiler's own code for them may not even run."""
     return forward(request)
 
 
@@ -325,10 +332,6 @@ def _cast_for_autocast(request: RecurrenceRequest) -> tuple[RecurrenceRequest, A
     return cast, torch.autocast(kind, enabled=False)
 
 
+@constant_while_compiling
 def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
-
-
-# torch.compile of 2.11 cannot look into it. This is what torch.compiler.assume_constant_result does; calling that here
-# would load the compiler, which costs a second.
-_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
