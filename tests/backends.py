@@ -12,15 +12,9 @@ import torch
 
 import normwise
 from normwise.backends.cpu import library
-from normwise.backends.cpu import recurrent as recurrent_kernels
-from normwise.backends.protocol import NormFamily
-from normwise.backends.reference import recurrent as recurrent_reference
-from normwise.ops.dispatch import BACKENDS as KNOWN
-from normwise.ops.rnn import loop as recurrent_loop
-from normwise.ops.rnn import stack as recurrent
+from normwise.ops.dispatch import BACKENDS as PROVIDERS
 
-# "chosen": whatever is best here; "kernels": that, which must be the C++ kernels; "no kernels": what is chosen without
-# them; the others force a backend.
+# "chosen": whatever is best here; "kernels": the C++ kernels; "no kernels": what is chosen without them.
 BACKENDS = ["chosen", "kernels", "no kernels", "aten", "reference"]
 # Which of the real backends may run, and one of which must, under each name; "chosen" is none.
 _MAY_RUN = {
@@ -47,14 +41,6 @@ def each_backend_and_dtype(*dtypes: torch.dtype) -> pytest.MarkDecorator:
     )
 
 
-# The functions by which a backend computes recurrences, as normwise calls them.
-_RECURRENCES: list[tuple[str, Any, str]] = [
-    ("cpu", recurrent_kernels, "_call"),
-    ("aten", recurrent_loop, "recurrence"),
-    ("reference", recurrent_reference, "recurrence"),
-]
-
-
 @contextmanager
 def ran() -> Iterator[set[str]]:
     """The backends that normwise computes by inside the block: "cpu", "aten", "reference".
@@ -71,17 +57,18 @@ def ran() -> Iterator[set[str]]:
 
         return call
 
-    def noted_family(backend: str, family: NormFamily) -> NormFamily:
-        return NormFamily(*(None if way is None else noted(backend, way) for way in family))  # type: ignore[arg-type]
-
     with ExitStack() as stack:
-        for name, backend in KNOWN.items():
-            kernels = {family: noted_family(name, ways) for family, ways in backend.norm.kernels.items()}
-            stack.enter_context(mock.patch.dict(backend.norm.kernels, kernels))
-        for name, owner, function in _RECURRENCES:
-            stack.enter_context(mock.patch.object(owner, function, noted(name, getattr(owner, function))))
-        layers = {key: noted("aten", function) for key, function in recurrent._ATEN.items()}
-        stack.enter_context(mock.patch.dict(recurrent._ATEN, layers))
+        for backend, provider in PROVIDERS.items():
+            for kernels in (provider.norm.kernels, provider.recurrence.kernels):
+                patched = {}
+                for name, kernel in kernels.items():
+                    fields = {
+                        field: noted(backend, function)
+                        for field, function in kernel._asdict().items()
+                        if field in ("forward", "backward") and function is not None
+                    }
+                    patched[name] = kernel._replace(**fields)
+                stack.enter_context(mock.patch.dict(kernels, patched))
         yield found
 
 
@@ -104,13 +91,11 @@ def using(backend: str) -> Iterator[None]:
 
 @contextmanager
 def _switched_to(backend: str) -> Iterator[None]:
-    if backend == "kernels":
-        yield
-    elif backend == "no kernels":
+    if backend == "no kernels":
         with without_kernels():
             yield
     else:
-        with normwise.backend(backend):
+        with normwise.backend("cpu" if backend == "kernels" else backend):
             yield
 
 

@@ -57,7 +57,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """All fresh memory holds NaN: an element that a kernel forgets shows.
 
-    That is what `empty`, `empty_like` and `new_empty` of torch give, and the memory of a plain call's statistics.
+    That is what `empty`, `empty_like` and `new_empty` of torch give.
     """
 
     def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -69,5 +69,5 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
-    for name in ("_empty", "_empty_like"):  # which hold them at hand
-        monkeypatch.setattr(norms, name, getattr(torch, name.removeprefix("_")))
+    for name in ("_empty_like", "_empty"):  # which it holds at hand
+        monkeypatch.setattr(norms, name, getattr(torch, name[1:]))

@@ -31,7 +31,7 @@ def on(level: str) -> Iterator[None]:
 
 
 # Best first; none where there are no kernels.
-USABLE = [level for level in ISA_LEVELS if (library.missing() is None) and _runs_here(level)]
+USABLE = [level for level in ISA_LEVELS if library.missing() is None and _runs_here(level)]
 # "avx512_amx" is "avx512" but for matrix products.
 USABLE_FOR_NORMS = [level for level in USABLE if level != "avx512_amx"]
 

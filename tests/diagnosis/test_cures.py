@@ -90,7 +90,7 @@ def test_few_values_of_few_features_are_not_cured_by_a_norm_of_too_few(width, to
 
 
 def test_batch_statistics_inside_a_recurrence_are_cured_where_it_is_built():
-    model = normwise.LSTM(5, 8, norm="batch", max_length=12)
+    model = normwise.LSTM(5, 8, norm="batch", num_stat_steps=12)
     data = [(torch.randn(12, 8, 5), torch.randn(12, 8, 8))]
     loss = lambda output, target: (output[0] - target).square().mean()  # noqa: E731
     (finding,) = found({"model": model, "batches": data, "loss": loss}, "NW001")

@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 
-from normwise.backends.reference.recurrence import PRESETS, Recurrence, Weights, preset
+from normwise.backends.recurrence import Recurrence, Weights
+from normwise.ops.rnn.presets import PRESETS, preset
 
 
 @pytest.mark.parametrize(
@@ -14,20 +15,20 @@ from normwise.backends.reference.recurrence import PRESETS, Recurrence, Weights,
     [
         ({"cell": "lstmp"}, r"cell='lstmp' is not known: expected one of 'lstm', 'gru', 'rnn'"),
         ({"norm": "group"}, r"norm='group' is not known: expected one of 'layer', 'rms', 'batch', None"),
-        ({"terms": "both"}, r"terms='both' is not known"),
+        ({"norm_placement": "both"}, r"norm_placement='both' is not known"),
         ({"groups": (2, 1)}, r"groups=\(2, 1\) must be positive and add up to the 4 gates .* i, f, g, o"),
         ({"groups": (5, -1)}, r"must be positive"),
         ({"eps": 0.0}, r"eps must be positive, but got 0.0"),
         ({"eps": float("nan")}, r"eps must be positive"),
         ({"zoneout": 1.5}, r"zoneout is a probability in \[0, 1\], but got 1.5"),
-        ({"cell": "gru", "cell_norm": "output"}, r"needs a cell state, which a gru cell has not"),
+        ({"cell": "gru", "cell_norm": "readout"}, r"needs a cell state, which a gru cell has not"),
         ({"cell": "rnn", "forget_bias": 1.0}, r"needs a forget gate, which a rnn cell has not"),
-        ({"cell": "gru", "terms": "sum"}, r"no hidden term for the reset gate .* reset_gate='candidate'"),
-        ({"inner_bias": True}, r"needs terms='sum'"),
-        ({"norm": None, "cell_norm": "output"}, r"belong to a norm, but norm=None has none"),
+        ({"cell": "gru", "norm_placement": "sum"}, r"no hidden term for the reset gate .* reset_after=False"),
+        ({"inner_bias": True}, r"needs norm_placement='sum'"),
+        ({"norm": None, "cell_norm": "readout"}, r"belong to a norm, but norm=None has none"),
         ({"statistics": "sequence"}, r"only for batch norm on the input term alone"),
         (
-            {"norm": "batch", "terms": "input", "cell_norm": "output", "statistics": "sequence"},
+            {"norm": "batch", "norm_placement": "input", "cell_norm": "readout", "statistics": "sequence"},
             r"on the input term alone",
         ),
         ({"norm": "batch", "statistics": "sequence"}, r"variant='laurent2015'"),
@@ -58,12 +59,12 @@ def test_parameters_follow_the_description():
 
 def test_every_parameter_that_a_preset_asks_for_is_a_weight():
     for presets in PRESETS.values():
-        for how in presets.values():
-            assert set(how.shapes(3, 5, proj_size=2)) <= set(Weights._fields)
+        for config in presets.values():
+            assert set(config.shapes(3, 5, proj_size=2)) <= set(Weights._fields)
 
 
 def test_rms_takes_the_place_of_layer_norm_and_has_no_norm_bias():
-    assert preset("lstm", "rms") == Recurrence("lstm", "rms", cell_norm="output", cell_bias=False)
+    assert preset("lstm", "rms") == Recurrence("lstm", "rms", cell_norm="readout", cell_bias=False)
     assert "bias_c" not in preset("lstm", "rms", "haste").shapes(3, 5)
 
 
@@ -91,6 +92,6 @@ def test_a_preset_that_cannot_be_found_says_which_can(arguments, message):
 
 
 def test_descriptions_are_values():
-    how = PRESETS["gru"]["dreamer"]
-    assert pickle.loads(pickle.dumps(how)) == how
-    assert hash(how) == hash(pickle.loads(pickle.dumps(how)))
+    config = PRESETS["gru"]["dreamer"]
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert hash(config) == hash(pickle.loads(pickle.dumps(config)))
