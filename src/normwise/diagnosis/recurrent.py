@@ -24,7 +24,7 @@ class PlaceWatch:
     """One layer in one direction: sums over the batches."""
 
     def __init__(self, config: Recurrence) -> None:
-        self.config = how
+        self.config = config
         self.gates = [StepMeans() for _ in GATES[config.cell]]
         self.summed, self.state, self.gradient = StepMeans(), StepMeans(), StepMeans()
         self.error = 0.0
