@@ -1,8 +1,8 @@
 // The public functions: each calls the table of the instruction set in use.
 #include <cstring>
 
-#include "kernels.h"
-#include "team.h"
+#include "kernel_table.h"
+#include "common/openmp.h"
 
 #define NW_EXPORT extern "C" __attribute__((visibility("default")))
 

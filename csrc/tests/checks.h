@@ -7,7 +7,7 @@
 #include <memory>
 #include <string>
 
-#include "../include/normwise.h"
+#include "normwise.h"
 
 inline int checks = 0;
 
@@ -27,4 +27,4 @@ inline void check_status(const std::string& what, int status) {
   if (status != NW_OK) fail(what + " status", status, NW_OK);
 }
 
-void recurrent();  // the checks of recurrent.cpp
+void recurrent();  // the checks of rnn.cpp

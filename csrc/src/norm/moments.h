@@ -1,7 +1,7 @@
 // Mean and variance: the one home of the C++ side.
 #pragma once
 
-#include "simd.h"
+#include "common/simd.h"
 
 namespace NW_ISA {
 namespace {

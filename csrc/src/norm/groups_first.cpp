@@ -1,8 +1,8 @@
 // GroupNorm and InstanceNorm on (batch, channels, positions). One thread takes a whole group: its second pass finds the
 // group in cache. With too few groups for the threads, blocks and then channels of all groups are shared out instead;
 // the blocks, and the order in which they are merged, stay the same, so the results do too.
-#include "groups.h"
-#include "kernels.h"
+#include "norm/groups.h"
+#include "kernel_table.h"
 
 namespace NW_ISA {
 namespace {

@@ -2,9 +2,9 @@
 // columns of a group. One thread takes a whole sample: its second pass finds the end of the sample in cache. With too
 // few samples for the threads, chunks of rows of all samples are shared out instead; the chunks, and the order in which
 // they are merged, stay the same, so the results do too.
-#include "column_gradients.h"
-#include "groups.h"
-#include "kernels.h"
+#include "norm/columns_backward.h"
+#include "norm/groups.h"
+#include "kernel_table.h"
 
 namespace NW_ISA {
 namespace {

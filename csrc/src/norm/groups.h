@@ -2,9 +2,9 @@
 // the numbers that every element needs. Groups are counted through all samples.
 #pragma once
 
-#include "../include/normwise.h"
-#include "parallel.h"
-#include "planes.h"
+#include "normwise.h"
+#include "common/parallel.h"
+#include "norm/planes.h"
 
 namespace NW_ISA {
 

@@ -2,7 +2,7 @@
 // Gates are computed again from the products that the forward kept.
 #pragma once
 
-#include "recurrent_cells.h"
+#include "rnn/cells_forward.h"
 
 namespace NW_ISA {
 namespace {

@@ -1,7 +1,7 @@
 // What each instruction set offers; the public functions of normwise.h call the table of the one in use.
 #pragma once
 
-#include "../include/normwise.h"
+#include "normwise.h"
 
 struct KernelTable {
   int (*rows_forward)(const nw_rows_forward_args*);

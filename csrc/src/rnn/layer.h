@@ -6,9 +6,9 @@
 
 #include <atomic>
 
-#include "../include/normwise.h"
-#include "parallel.h"
-#include "products.h"
+#include "normwise.h"
+#include "common/parallel.h"
+#include "gemm/precision.h"
 
 namespace NW_ISA {
 namespace {
@@ -257,7 +257,7 @@ inline bool work_together(const nw_recurrent& a, int threads) {
   return a.batch <= 2 * threads && gates_of(a.cell) * a.units * a.units >= serial_step;
 }
 
-// f(policy of products.h) by the one that is to multiply for this layer.
+// f(policy of precision.h) by the one that is to multiply for this layer.
 template <class F> inline int with_products(const nw_recurrent& a, bool tiles, F f) {
 #if defined(NW_TILES)
   if (tiles && a.products == NW_BFLOAT16) return f(Tiles{});

@@ -1,7 +1,7 @@
 // One instruction set's table; compiled once for each.
-#include "channels.h"
-#include "groups.h"
-#include "kernels.h"
+#include "norm/channels.h"
+#include "norm/groups.h"
+#include "kernel_table.h"
 
 namespace NW_ISA {
 namespace {

@@ -1,8 +1,8 @@
 // act(z) and its derivative, a vector at a time.
 #pragma once
 
-#include "../include/normwise.h"
-#include "simd.h"
+#include "normwise.h"
+#include "common/simd.h"
 
 namespace NW_ISA {
 namespace {

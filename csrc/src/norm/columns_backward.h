@@ -1,7 +1,7 @@
 // The backward of columns.h: sums of gradients down the columns, then the gradient of every element.
 #pragma once
 
-#include "columns.h"
+#include "norm/columns.h"
 
 namespace NW_ISA {
 namespace {

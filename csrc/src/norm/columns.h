@@ -3,10 +3,10 @@
 // first, since the last ones are still in cache.
 #pragma once
 
-#include "activations.h"
-#include "moments.h"
-#include "parallel.h"
-#include "planes.h"
+#include "common/activations.h"
+#include "norm/moments.h"
+#include "common/parallel.h"
+#include "norm/planes.h"
 
 namespace NW_ISA {
 namespace {

@@ -1,7 +1,7 @@
 // BatchNorm on (batch * positions, channels): statistics down the columns.
-#include "channels.h"
-#include "column_gradients.h"
-#include "kernels.h"
+#include "norm/channels.h"
+#include "norm/columns_backward.h"
+#include "kernel_table.h"
 
 namespace NW_ISA {
 namespace {

@@ -1,9 +1,9 @@
 // BatchNorm on (batch, channels, positions). One thread takes a whole channel: its second pass finds the channel in
 // L2. With too few channels for the threads, the blocks of all channels are shared out instead; the blocks, and the
 // order in which they are merged, stay the same, so the results do too.
-#include "channels.h"
-#include "kernels.h"
-#include "parallel.h"
+#include "norm/channels.h"
+#include "kernel_table.h"
+#include "common/parallel.h"
 
 namespace NW_ISA {
 namespace {

@@ -2,7 +2,7 @@
 // panels. At these sizes this is as fast as a BLAS or faster, and a result's digits depend on no thread count.
 #pragma once
 
-#include "simd.h"
+#include "common/simd.h"
 
 namespace NW_ISA {
 namespace {

@@ -1,11 +1,11 @@
-#include "gemm_amx.h"
+#include "gemm/amx.h"
 
 #include <cpuid.h>
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "gemm.h"
+#include "gemm/packed.h"
 
 namespace NW_ISA {
 namespace {

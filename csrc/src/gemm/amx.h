@@ -5,7 +5,7 @@
 
 namespace NW_ISA {
 
-// A policy of products.h, which says what its members are: operands are rounded to bfloat16. Tiles take numbers below
+// A policy of precision.h, which says what its members are: operands are rounded to bfloat16. Tiles take numbers below
 // 2^-126 for 0.
 struct Tiles {
   static constexpr int64_t panel_width = 32;

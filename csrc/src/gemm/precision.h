@@ -12,9 +12,9 @@
 //   begin, end                   what each thread does before its first product and after its last
 #pragma once
 
-#include "gemm.h"
+#include "gemm/packed.h"
 #if defined(NW_TILES)
-#include "gemm_amx.h"
+#include "gemm/amx.h"
 #endif
 
 namespace NW_ISA {

@@ -1,7 +1,7 @@
 // The backward pass of a recurrent layer, a chunk of steps at a time from the last: step by step through the cell and
 // W_hh; then, while the chunk's gradients are in the cache, the products that give dx and the weights' gradients.
-#include "kernels.h"
-#include "recurrent_gradients.h"
+#include "kernel_table.h"
+#include "rnn/cells_backward.h"
 
 namespace NW_ISA {
 namespace {

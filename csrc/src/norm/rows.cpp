@@ -1,8 +1,8 @@
 // LayerNorm and RMSNorm: statistics along each row, gain and bias along the columns.
-#include "activations.h"
-#include "kernels.h"
-#include "moments.h"
-#include "parallel.h"
+#include "common/activations.h"
+#include "kernel_table.h"
+#include "norm/moments.h"
+#include "common/parallel.h"
 
 namespace NW_ISA {
 namespace {

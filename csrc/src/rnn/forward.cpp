@@ -1,7 +1,7 @@
 // The forward pass of a recurrent layer: W_ih x of a chunk of steps as one product, then step by step W_hh h and the
 // cell. Chunks are small enough that a row's W_ih x is still in the cache when its step comes.
-#include "kernels.h"
-#include "recurrent_cells.h"
+#include "kernel_table.h"
+#include "rnn/cells_forward.h"
 
 namespace NW_ISA {
 namespace {

@@ -2,9 +2,9 @@
 // BatchNorm do once they have their statistics.
 #pragma once
 
-#include "activations.h"
-#include "moments.h"
-#include "parallel.h"
+#include "common/activations.h"
+#include "norm/moments.h"
+#include "common/parallel.h"
 
 namespace NW_ISA {
 namespace {

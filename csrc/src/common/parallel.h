@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <cstdlib>
 
-#include "simd.h"
-#include "team.h"
+#include "common/simd.h"
+#include "common/openmp.h"
 
 namespace NW_ISA {
 namespace {

@@ -1,8 +1,8 @@
 // Some rows of one step, forward: from the two products to the next state.
 #pragma once
 
-#include "activations.h"
-#include "recurrent.h"
+#include "common/activations.h"
+#include "rnn/layer.h"
 
 namespace NW_ISA {
 namespace {

@@ -1,9 +1,9 @@
 // What both layouts of BatchNorm share: from statistics to the numbers that every element needs.
 #pragma once
 
-#include "../include/normwise.h"
-#include "moments.h"
-#include "planes.h"
+#include "normwise.h"
+#include "norm/moments.h"
+#include "norm/planes.h"
 
 namespace NW_ISA {
 
