@@ -1,4 +1,4 @@
-// What each instruction set offers; the public functions of normwise.h call the table of the one in use.
+// All kernels of one instruction set. The public functions of normwise.h call those of the instruction set in use.
 #pragma once
 
 #include "normwise.h"
@@ -11,20 +11,7 @@ struct KernelTable {
   int (*channels_forward)(const nw_channels_forward_args*);
   int (*channels_backward)(const nw_channels_backward_args*);
   int (*recurrent_saves)(const nw_recurrent*, int64_t*);
-  int (*recurrent_forward)(const nw_recurrent_forward_args*, bool tiles);
-  int (*recurrent_backward)(const nw_recurrent_backward_args*, bool tiles);
-  bool (*has_tiles)();
+  int (*recurrent_forward)(const nw_recurrent_forward_args*, bool use_amx);
+  int (*recurrent_backward)(const nw_recurrent_backward_args*, bool use_amx);
+  bool (*amx_available)();
 };
-
-#ifdef NW_ISA
-namespace NW_ISA {
-int rows_forward(const nw_rows_forward_args*);
-int rows_backward(const nw_rows_backward_args*);
-int recurrent_saves(const nw_recurrent*, int64_t*);
-// `tiles`: matrices may be multiplied in the processor's tile registers.
-int recurrent_forward(const nw_recurrent_forward_args*, bool tiles);
-int recurrent_backward(const nw_recurrent_backward_args*, bool tiles);
-// Whether this library and this processor have such, and the system lets this process use them.
-bool has_tiles();
-}  // namespace NW_ISA
-#endif

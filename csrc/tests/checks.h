@@ -1,4 +1,4 @@
-// What the parts of the test driver share: a comparison that ends the run at the first difference.
+// What the files of the test driver share: a comparison that ends the run at the first difference.
 #pragma once
 
 #include <cmath>
@@ -27,4 +27,4 @@ inline void check_status(const std::string& what, int status) {
   if (status != NW_OK) fail(what + " status", status, NW_OK);
 }
 
-void recurrent();  // the checks of rnn.cpp
+void check_recurrent();  // rnn.cpp

@@ -1,4 +1,4 @@
-// The recurrent kernels against the equations of normwise.h in double: outputs element by element, every gradient
+// The recurrent kernels against the equations of normwise.h in double: outputs element by element, and every gradient
 // by the change of a random functional of all outputs along a random direction.
 #include <algorithm>
 #include <cmath>
@@ -17,28 +17,28 @@ std::mt19937 generator(2);
 Numbers normals(size_t n, double scale = 1) {
   std::normal_distribution<double> normal(0, scale);
   Numbers v(n);
-  for (double& x : v) x = double(float(normal(generator)));  // what a float can hold, so that both sides start alike
+  for (double& x : v) x = double(float(normal(generator)));  // exact in float, so that both sides get the same numbers
   return v;
 }
 
-struct Form {
-  int cell, terms, cell_norm, groups[4];
-  bool center, reset_candidate, update_paper;
+struct Recurrence {
+  int cell, norm_placement, cell_norm = NW_CELL_NONE, groups[4] = {};
+  bool center = true, reset_candidate = false, update_paper = false;
 };
 
 struct Size {
   int64_t steps, batch, inputs, units;
 };
 
-enum Rows { EVERY, RAGGED, RESET, REVERSE };
+enum StepLayout { EQUAL_LENGTHS, RAGGED, RESET, REVERSE };
 
-// All that can be differentiated; empty: null in the call.
+// Everything with a gradient; empty: null in the call.
 enum Field { X, H0, C0, W_IH, W_HH, B_IH, B_HH, G_IH, G_HH, B_INNER, G_C, B_C, FIELDS };
-const char* const field_names[FIELDS] = {"x",    "h0",      "c0",      "weight_ih",  "weight_hh", "bias_ih",
+const char* const field_names[FIELDS] = {"x",       "h0",      "c0",      "weight_ih",  "weight_hh", "bias_ih",
                                          "bias_hh", "gain_ih", "gain_hh", "bias_inner", "gain_c",    "bias_c"};
 
 struct Problem {
-  Form form;
+  Recurrence recurrence;
   Size size;
   int gates;
   bool reverse;
@@ -48,31 +48,36 @@ struct Problem {
   std::vector<int64_t> start;  // of each step's rows
   int64_t rows = 0;
 
-  Problem(const Form& form, const Size& size, Rows how)
-      : form(form), size(size), gates(form.cell == NW_LSTM ? 4 : form.cell == NW_GRU ? 3 : 1), reverse(how == REVERSE) {
+  Problem(const Recurrence& recurrence, const Size& size, StepLayout layout)
+      : recurrence(recurrence),
+        size(size),
+        gates(recurrence.cell == NW_LSTM  ? 4
+              : recurrence.cell == NW_GRU ? 3
+                                          : 1),
+        reverse(layout == REVERSE) {
     for (int64_t s = 0; s < size.steps; ++s) {
       start.push_back(rows);
-      rows += how == RAGGED ? std::max<int64_t>(1, size.batch - 2 * s) : size.batch;
-      if (how == RAGGED) batch_sizes.push_back(rows - start.back());
+      rows += layout == RAGGED ? std::max<int64_t>(1, size.batch - 2 * s) : size.batch;
+      if (layout == RAGGED) batch_sizes.push_back(rows - start.back());
     }
-    for (int64_t r = 0; how == RESET && r < rows; ++r) reset.push_back(uint8_t(r % 3 == 1));
+    for (int64_t r = 0; layout == RESET && r < rows; ++r) reset.push_back(uint8_t(r % 3 == 1));
   }
 
   std::vector<Numbers> inputs() const {
     const size_t units = size_t(size.units), wide = size_t(gates) * units, ins = size_t(size.inputs);
-    const bool norm = form.terms != NW_PLAIN, separate = form.terms == NW_SEPARATE;
+    const bool norm = recurrence.norm_placement != NW_UNNORMALIZED, separate = recurrence.norm_placement == NW_SEPARATE;
     std::vector<Numbers> v(FIELDS);
     v[X] = normals(size_t(rows) * ins);
     v[H0] = normals(size_t(size.batch) * units);
-    if (form.cell == NW_LSTM) v[C0] = normals(size_t(size.batch) * units);
+    if (recurrence.cell == NW_LSTM) v[C0] = normals(size_t(size.batch) * units);
     v[W_IH] = normals(wide * ins, 1 / std::sqrt(double(ins)));
     v[W_HH] = normals(wide * units, 1 / std::sqrt(double(units)));
     v[B_IH] = normals(wide);
-    if (!reverse) v[B_HH] = normals(wide);  // once without
+    if (!reverse) v[B_HH] = normals(wide);  // one case without
     if (separate) v[G_IH] = normals(wide);
     if (norm) v[G_HH] = normals(wide);
-    if (form.terms == NW_SUM) v[B_INNER] = normals(wide);
-    if (form.cell_norm != NW_CELL_NONE) v[G_C] = normals(units), v[B_C] = normals(units);
+    if (recurrence.norm_placement == NW_SUM) v[B_INNER] = normals(wide);
+    if (recurrence.cell_norm != NW_CELL_NONE) v[G_C] = normals(units), v[B_C] = normals(units);
     return v;
   }
 };
@@ -97,8 +102,8 @@ Outcome truth(const Problem& p, const std::vector<Numbers>& v) {
   auto at = [&](Field f, int64_t i) { return v[f].empty() ? 0.0 : v[f][size_t(i)]; };
   auto norm_groups = [&](Numbers& n, Field gain) {
     int64_t first = 0;
-    for (int count : p.form.groups) {
-      if (count) normalize(&n[size_t(first)], count * units, p.form.center, p.eps, &v[gain][size_t(first)]);
+    for (int count : p.recurrence.groups) {
+      if (count) normalize(&n[size_t(first)], count * units, p.recurrence.center, p.eps, &v[gain][size_t(first)]);
       first += count * units;
     }
   };
@@ -117,34 +122,37 @@ Outcome truth(const Problem& p, const std::vector<Numbers>& v) {
         for (int64_t i = 0; i < ins; ++i) in[size_t(g)] += at(W_IH, g * ins + i) * at(X, row * ins + i);
         for (int64_t u = 0; u < units; ++u) hid[size_t(g)] += at(W_HH, g * units + u) * h[u];
       }
-      if (p.form.terms == NW_SEPARATE) norm_groups(in, G_IH), norm_groups(hid, G_HH);
-      if (p.form.terms == NW_SUM) {
+      if (p.recurrence.norm_placement == NW_SEPARATE) norm_groups(in, G_IH), norm_groups(hid, G_HH);
+      if (p.recurrence.norm_placement == NW_SUM) {
         for (int64_t g = 0; g < wide; ++g) in[size_t(g)] += hid[size_t(g)] + at(B_INNER, g), hid[size_t(g)] = 0;
         norm_groups(in, G_HH);
       }
       for (int64_t g = 0; g < wide; ++g) in[size_t(g)] += at(B_IH, g), hid[size_t(g)] += at(B_HH, g);
-      auto gate = [&](int64_t which, int64_t u) { return in[size_t(which * units + u)] + hid[size_t(which * units + u)]; };
+      auto gate = [&](int64_t which, int64_t u) {
+        return in[size_t(which * units + u)] + hid[size_t(which * units + u)];
+      };
       Numbers fresh(static_cast<size_t>(units));
-      if (p.form.cell == NW_LSTM) {
-        for (int64_t u = 0; u < units; ++u) c[u] = sigmoid(gate(1, u)) * c[u] + sigmoid(gate(0, u)) * std::tanh(gate(2, u));
+      if (p.recurrence.cell == NW_LSTM) {
+        for (int64_t u = 0; u < units; ++u)
+          c[u] = sigmoid(gate(1, u)) * c[u] + sigmoid(gate(0, u)) * std::tanh(gate(2, u));
         Numbers seen(c, c + units);
-        if (p.form.cell_norm != NW_CELL_NONE) {
-          normalize(seen.data(), units, p.form.center, p.eps, v[G_C].data());
+        if (p.recurrence.cell_norm != NW_CELL_NONE) {
+          normalize(seen.data(), units, p.recurrence.center, p.eps, v[G_C].data());
           for (int64_t u = 0; u < units; ++u) seen[size_t(u)] += at(B_C, u);
         }
-        if (p.form.cell_norm == NW_CELL_CARRIED) std::copy(seen.begin(), seen.end(), c);
+        if (p.recurrence.cell_norm == NW_CELL_STATE) std::copy(seen.begin(), seen.end(), c);
         for (int64_t u = 0; u < units; ++u) fresh[size_t(u)] = sigmoid(gate(3, u)) * std::tanh(seen[size_t(u)]);
-      } else if (p.form.cell == NW_GRU) {
+      } else if (p.recurrence.cell == NW_GRU) {
         for (int64_t u = 0; u < units; ++u) {
           const double r = sigmoid(gate(0, u)), z = sigmoid(gate(1, u) + p.offset);
           const size_t n = size_t(2 * units + u);
-          const double candidate = std::tanh(p.form.reset_candidate ? r * (in[n] + hid[n]) : in[n] + r * hid[n]);
-          const double old = p.form.update_paper ? 1 - z : z;
+          const double candidate = std::tanh(p.recurrence.reset_candidate ? r * (in[n] + hid[n]) : in[n] + r * hid[n]);
+          const double old = p.recurrence.update_paper ? 1 - z : z;
           fresh[size_t(u)] = old * h[u] + (1 - old) * candidate;
         }
       } else {
         for (int64_t u = 0; u < units; ++u) {
-          fresh[size_t(u)] = p.form.cell == NW_RNN_TANH ? std::tanh(gate(0, u)) : std::max(gate(0, u), 0.0);
+          fresh[size_t(u)] = p.recurrence.cell == NW_RNN_TANH ? std::tanh(gate(0, u)) : std::max(gate(0, u), 0.0);
         }
       }
       std::copy(fresh.begin(), fresh.end(), h);
@@ -169,14 +177,16 @@ struct Floats {
   float* get() const { return data.get(); }
 };
 
-void check(const Form& form, const Size& size, Rows how, int threads, int products) {
-  const Problem p(form, size, how);
+void check(const Recurrence& recurrence, const Size& size, StepLayout layout, int threads, int products) {
+  const Problem p(recurrence, size, layout);
   const std::vector<Numbers> v = p.inputs();
-  const std::string what = "recurrent cell " + std::to_string(form.cell) + " terms " + std::to_string(form.terms) +
-                           " norm of c " + std::to_string(form.cell_norm) + " rows " + std::to_string(how) + " products " + std::to_string(products);
+  const std::string what = "recurrent cell " + std::to_string(recurrence.cell) + " norm placement " +
+                           std::to_string(recurrence.norm_placement) + " norm of c " +
+                           std::to_string(recurrence.cell_norm) + " layout " + std::to_string(layout) + " products " +
+                           std::to_string(products);
   std::vector<Floats> given;
   for (const Numbers& numbers : v) given.emplace_back(numbers);
-  const size_t state = size_t(size.batch * size.units), lstm = form.cell == NW_LSTM ? state : 0;
+  const size_t state = size_t(size.batch * size.units), lstm = recurrence.cell == NW_LSTM ? state : 0;
   Floats output(size_t(p.rows * size.units)), h(state), c(lstm);
 
   nw_recurrent layer{};
@@ -185,8 +195,8 @@ void check(const Form& form, const Size& size, Rows how, int threads, int produc
   layer.reset = p.reset.empty() ? nullptr : p.reset.data();
   layer.weight_ih = given[W_IH].get();
   layer.weight_hh = given[W_HH].get();
-  const float** fields[] = {&layer.bias_ih, &layer.bias_hh, &layer.gain_ih, &layer.gain_hh, &layer.bias_inner,
-                            &layer.gain_c, &layer.bias_c};
+  const float** fields[] = {&layer.bias_ih,    &layer.bias_hh, &layer.gain_ih, &layer.gain_hh,
+                            &layer.bias_inner, &layer.gain_c,  &layer.bias_c};
   for (int f = B_IH; f < FIELDS; ++f) *fields[f - B_IH] = given[size_t(f)].get();
   layer.h0 = given[H0].get();
   layer.c0 = given[C0].get();
@@ -194,10 +204,12 @@ void check(const Form& form, const Size& size, Rows how, int threads, int produc
   layer.steps = size.steps, layer.batch = size.batch, layer.rows = p.rows;
   layer.inputs = size.inputs, layer.units = size.units;
   layer.eps = p.eps, layer.update_offset = p.offset;
-  layer.dtype = NW_FLOAT32, layer.cell = form.cell, layer.terms = form.terms, layer.center = form.center;
-  layer.cell_norm = form.cell_norm, layer.reset_candidate = form.reset_candidate, layer.update_paper = form.update_paper;
+  layer.dtype = NW_FLOAT32, layer.cell = recurrence.cell, layer.norm_placement = recurrence.norm_placement,
+  layer.center = recurrence.center;
+  layer.cell_norm = recurrence.cell_norm, layer.reset_candidate = recurrence.reset_candidate,
+  layer.update_paper = recurrence.update_paper;
   layer.reverse = p.reverse, layer.threads = threads, layer.products = products;
-  std::copy(form.groups, form.groups + 4, layer.groups);
+  std::copy(recurrence.groups, recurrence.groups + 4, layer.groups);
   int64_t widths[4];
   check_status(what + " saves", nw_recurrent_saves(&layer, widths));
   std::vector<Floats> saved;
@@ -205,7 +217,7 @@ void check(const Form& form, const Size& size, Rows how, int threads, int produc
   layer.input_terms = saved[0].get(), layer.hidden_terms = saved[1].get();
   layer.cells = saved[2].get(), layer.stats = saved[3].get();
 
-  nw_recurrent_forward_args forward{layer, h.get(), c.get()};
+  nw_recurrent_forward_args forward{.layer = layer, .h = h.get(), .c = c.get()};
   check_status(what + " forward", nw_recurrent_forward(&forward));
   const Outcome exact = truth(p, v);
   auto same = [&](const std::string& name, const Floats& got, const Numbers& expected) {
@@ -217,10 +229,20 @@ void check(const Form& form, const Size& size, Rows how, int threads, int produc
   Floats doutput(up), dh(up_h), dc(up_c);
   std::vector<Floats> grads;
   for (int f = 0; f < FIELDS; ++f) grads.emplace_back(f == H0 || f == C0 ? 0 : v[size_t(f)].size());
-  nw_recurrent_backward_args backward{layer,           doutput.get(),      dh.get(),          dc.get(),
-                                      grads[X].get(),  grads[W_IH].get(),  grads[W_HH].get(), grads[B_IH].get(),
-                                      grads[B_HH].get(), grads[G_IH].get(), grads[G_HH].get(), grads[B_INNER].get(),
-                                      grads[G_C].get(), grads[B_C].get()};
+  nw_recurrent_backward_args backward{.layer = layer,
+                                      .doutput = doutput.get(),
+                                      .dh = dh.get(),
+                                      .dc = dc.get(),
+                                      .dx = grads[X].get(),
+                                      .dweight_ih = grads[W_IH].get(),
+                                      .dweight_hh = grads[W_HH].get(),
+                                      .dbias_ih = grads[B_IH].get(),
+                                      .dbias_hh = grads[B_HH].get(),
+                                      .dgain_ih = grads[G_IH].get(),
+                                      .dgain_hh = grads[G_HH].get(),
+                                      .dbias_inner = grads[B_INNER].get(),
+                                      .dgain_c = grads[G_C].get(),
+                                      .dbias_c = grads[B_C].get()};
   check_status(what + " backward", nw_recurrent_backward(&backward));
   auto functional = [&](const std::vector<Numbers>& at) {
     const Outcome o = truth(p, at);
@@ -245,30 +267,34 @@ void check(const Form& form, const Size& size, Rows how, int threads, int produc
 
 }  // namespace
 
-void recurrent() {
-  const Form forms[] = {
-      {NW_LSTM, NW_PLAIN, NW_CELL_NONE, {}, true, false, false},
-      {NW_LSTM, NW_SEPARATE, NW_CELL_OUTPUT, {4}, true, false, false},
-      {NW_LSTM, NW_SEPARATE, NW_CELL_NONE, {1, 1, 1, 1}, false, false, false},
-      {NW_LSTM, NW_SUM, NW_CELL_CARRIED, {1, 1, 1, 1}, true, false, false},
-      {NW_GRU, NW_PLAIN, NW_CELL_NONE, {}, true, false, false},
-      {NW_GRU, NW_SEPARATE, NW_CELL_NONE, {2, 1}, true, false, true},
-      {NW_GRU, NW_SUM, NW_CELL_NONE, {3}, false, true, false},
-      {NW_RNN_TANH, NW_SEPARATE, NW_CELL_NONE, {1}, true, false, false},
-      {NW_RNN_TANH, NW_SUM, NW_CELL_NONE, {1}, false, false, false},
-      {NW_RNN_RELU, NW_PLAIN, NW_CELL_NONE, {}, true, false, false},
+void check_recurrent() {
+  const Recurrence recurrences[] = {
+      {.cell = NW_LSTM, .norm_placement = NW_UNNORMALIZED},
+      {.cell = NW_LSTM, .norm_placement = NW_SEPARATE, .cell_norm = NW_CELL_READOUT, .groups = {4}},
+      {.cell = NW_LSTM, .norm_placement = NW_SEPARATE, .groups = {1, 1, 1, 1}, .center = false},
+      {.cell = NW_LSTM, .norm_placement = NW_SUM, .cell_norm = NW_CELL_STATE, .groups = {1, 1, 1, 1}},
+      {.cell = NW_GRU, .norm_placement = NW_UNNORMALIZED},
+      {.cell = NW_GRU, .norm_placement = NW_SEPARATE, .groups = {2, 1}, .update_paper = true},
+      {.cell = NW_GRU, .norm_placement = NW_SUM, .groups = {3}, .center = false, .reset_candidate = true},
+      {.cell = NW_RNN_TANH, .norm_placement = NW_SEPARATE, .groups = {1}},
+      {.cell = NW_RNN_TANH, .norm_placement = NW_SUM, .groups = {1}, .center = false},
+      {.cell = NW_RNN_RELU, .norm_placement = NW_UNNORMALIZED},
   };
-  const Size sizes[] = {{1, 1, 1, 2}, {3, 5, 2, 7}, {2, 9, 5, 19}, {3, 1, 3, 65}};
-  for (const Form& form : forms) {
+  const Size sizes[] = {{1, 1, 1, 2}, {3, 5, 2, 7}, {2, 9, 5, 19}, {3, 1, 3, 65}};  // steps, batch, inputs, units
+  for (const Recurrence& recurrence : recurrences) {
     for (const Size& size : sizes) {
-      for (Rows how : {EVERY, RAGGED, RESET, REVERSE}) check(form, size, how, how == EVERY ? 3 : 1, NW_FLOAT32);
+      for (StepLayout layout : {EQUAL_LENGTHS, RAGGED, RESET, REVERSE}) {
+        check(recurrence, size, layout, layout == EQUAL_LENGTHS ? 3 : 1, NW_FLOAT32);
+      }
     }
   }
-  // Around a tile of 16 rows and columns and of depth 32, which ends where the memory does.
+  // Sizes around a tile of 16 rows and columns and of depth 32, so that tiles end where the memory does.
   const Size tiles[] = {{2, 33, 5, 3}, {2, 3, 33, 17}, {1, 17, 31, 16}};
-  for (const Form& form : forms) {
+  for (const Recurrence& recurrence : recurrences) {
     for (const Size& size : tiles) {
-      for (Rows how : {EVERY, RAGGED}) check(form, size, how, how == EVERY ? 2 : 1, NW_BFLOAT16);
+      for (StepLayout layout : {EQUAL_LENGTHS, RAGGED}) {
+        check(recurrence, size, layout, layout == EQUAL_LENGTHS ? 2 : 1, NW_BFLOAT16);
+      }
     }
   }
 }

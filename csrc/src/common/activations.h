@@ -1,8 +1,8 @@
-// act(z) and its derivative, a vector at a time.
+// Activations and their derivatives, a vector at a time.
 #pragma once
 
-#include "normwise.h"
 #include "common/simd.h"
+#include "normwise.h"
 
 namespace NW_ISA {
 namespace {
@@ -14,7 +14,7 @@ NW_INLINE vec<double> exp(vec<double> x) {
 
 // exp(x) = scale * (1 + p), p = exp(r) - 1 by a polynomial whose greatest error relative to p is least, 3e-10, for
 // |r| <= ln(2)/2. ln(2) is split in two so that r keeps its digits; |x| <= 87.
-NW_INLINE vec<float> exp_minus_one(vec<float> x, vec<float>& scale) {
+NW_INLINE vec<float> scaled_expm1(vec<float> x, vec<float>& scale) {
   const float to_integer = 12582912.f;  // 1.5 * 2^23: adding it rounds to the nearest integer
   const vec<float> k = (x * 1.44269504f + to_integer) - to_integer;
   const vec<float> r = (x - k * 0.693359375f) + k * 2.12194440e-4f;
@@ -24,18 +24,18 @@ NW_INLINE vec<float> exp_minus_one(vec<float> x, vec<float>& scale) {
   p = p * r + 0.0416663587f;
   p = p * r + 0.166666657f;
   p = p * r + 0.5f;
-  scale = power_of_two(k);
+  scale = exp2_of_integer(k);
   return p * (r * r) + r;
 }
 NW_INLINE vec<float> exp(vec<float> x) {
   vec<float> scale;
-  const vec<float> p = exp_minus_one(x, scale);
+  const vec<float> p = scaled_expm1(x, scale);
   return p * scale + scale;
 }
 
-// How far from 0 z is looked at: farther out silu and gelu are 0 or z. exp of the first and its opposite is finite.
-template <class C> constexpr C silu_reach = sizeof(C) == 8 ? 700 : 87;
-template <class C> constexpr C gelu_reach = sizeof(C) == 8 ? 38 : 13;
+// Beyond these limits silu and gelu are 0 or z to within rounding; exp(silu_limit) and exp(-silu_limit) are finite.
+template <class C> constexpr C silu_limit = sizeof(C) == 8 ? 700 : 87;
+template <class C> constexpr C gelu_limit = sizeof(C) == 8 ? 38 : 13;
 
 template <class C> NW_INLINE vec<C> at_least(vec<C> z, C low) { return z < low ? splat(low) : z; }
 
@@ -66,32 +66,32 @@ NW_INLINE vec<float> normal_cdf(vec<float> z, vec<float>& density) {
   return z < 0.f ? tail : 1.f - tail;
 }
 
-template <int act, class C> NW_INLINE vec<C> act_value(vec<C> z) {
+template <int act, class C> NW_INLINE vec<C> activate(vec<C> z) {
   if constexpr (act == NW_RELU) return z <= C(0) ? vec<C>{} : z;
   if constexpr (act == NW_LEAKY_RELU) return z > C(0) ? z : z * C(0.01);
   if constexpr (act == NW_SILU) {
-    constexpr C reach = silu_reach<C>;
-    return at_least(z, -reach) * reciprocal(C(1) + exp(-bounded(z, reach)));
+    constexpr C limit = silu_limit<C>;
+    return at_least(z, -limit) * reciprocal(C(1) + exp(-clamp(z, limit)));
   }
   if constexpr (act == NW_GELU) {
-    constexpr C reach = gelu_reach<C>;
+    constexpr C limit = gelu_limit<C>;
     vec<C> density;
-    return at_least(z, -reach) * normal_cdf(bounded(z, reach), density);
+    return at_least(z, -limit) * normal_cdf(clamp(z, limit), density);
   }
   return z;
 }
 
-// d act(z) / dz
-template <int act, class C> NW_INLINE vec<C> act_slope(vec<C> z) {
+// d activate(z) / dz
+template <int act, class C> NW_INLINE vec<C> activation_derivative(vec<C> z) {
   if constexpr (act == NW_RELU) return z <= C(0) ? vec<C>{} : splat(C(1));
   if constexpr (act == NW_LEAKY_RELU) return z > C(0) ? splat(C(1)) : splat(C(0.01));
   if constexpr (act == NW_SILU) {  // s * (1 + z * (1 - s)), s the logistic function and 1 - s = exp(-z) * s
-    z = bounded(z, silu_reach<C>);
+    z = clamp(z, silu_limit<C>);
     const vec<C> e = exp(-z), s = reciprocal(C(1) + e);
     return s * (C(1) + z * (e * s));
   }
   if constexpr (act == NW_GELU) {
-    z = bounded(z, gelu_reach<C>);
+    z = clamp(z, gelu_limit<C>);
     vec<C> density;
     const vec<C> cdf = normal_cdf(z, density);
     return cdf + z * density * C(0.39894228040143267794);
@@ -99,33 +99,30 @@ template <int act, class C> NW_INLINE vec<C> act_slope(vec<C> z) {
   return splat(C(1));
 }
 
-// with_act and with_dtype call f with a tag for the code of a call and return true, or return false where the code is
-// unknown. NW_SUBSET leaves a few combinations that between them take every path: the sanitizers' build would take
-// minutes otherwise.
-template <int value> struct Act { static constexpr int act = value; };
-template <class F> NW_INLINE bool with_act(int act, F f) {
+// Calls f.operator()<T, act>() with the element type and activation that the codes of a call name and returns its
+// status, or NW_BAD_ARGUMENT if a code is unknown. NW_SUBSET leaves a few combinations that between them take every
+// path: the build with sanitizers would take minutes otherwise.
+template <class T, class F> NW_INLINE int dispatch_act(int act, F f) {
   switch (act) {
-    case NW_IDENTITY: f(Act<NW_IDENTITY>{}); return true;
-    case NW_GELU: f(Act<NW_GELU>{}); return true;
+    case NW_IDENTITY: return f.template operator()<T, NW_IDENTITY>();
+    case NW_GELU: return f.template operator()<T, NW_GELU>();
 #ifndef NW_SUBSET
-    case NW_RELU: f(Act<NW_RELU>{}); return true;
-    case NW_LEAKY_RELU: f(Act<NW_LEAKY_RELU>{}); return true;
-    case NW_SILU: f(Act<NW_SILU>{}); return true;
+    case NW_RELU: return f.template operator()<T, NW_RELU>();
+    case NW_LEAKY_RELU: return f.template operator()<T, NW_LEAKY_RELU>();
+    case NW_SILU: return f.template operator()<T, NW_SILU>();
 #endif
   }
-  return false;
+  return NW_BAD_ARGUMENT;
 }
-
-template <class E> struct Element { using type = E; };
-template <class F> NW_INLINE bool with_dtype(int dtype, F f) {
+template <class F> NW_INLINE int dispatch_dtype_and_act(int dtype, int act, F f) {
   switch (dtype) {
-    case NW_FLOAT32: f(Element<float>{}); return true;
-    case NW_BFLOAT16: f(Element<bf16>{}); return true;
+    case NW_FLOAT32: return dispatch_act<float>(act, f);
+    case NW_BFLOAT16: return dispatch_act<bf16>(act, f);
 #ifndef NW_SUBSET
-    case NW_FLOAT64: f(Element<double>{}); return true;
+    case NW_FLOAT64: return dispatch_act<double>(act, f);
 #endif
   }
-  return false;
+  return NW_BAD_ARGUMENT;
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
-// Teams of OpenMP threads. Two OpenMP runtimes in one process keep a pool each, whose threads wait on the cores that the
-// other's want: twice as slow in turn as alone. So the runtime must be torch's, which on Linux is GCC's libgomp. Clang's
-// pragmas want its own, libomp; NW_GOMP calls what GCC makes of the same pragma instead.
+// OpenMP parallel regions. Two OpenMP runtimes in one process keep a pool of threads each, and each pool's threads spin
+// on the cores that the other needs: calls that alternate between them take twice as long. So the runtime must be
+// torch's, which on Linux is GCC's libgomp. Clang's pragmas need its own, libomp; with NW_GOMP the code calls libgomp
+// directly, as GCC's code for the same pragma does.
 #pragma once
 
 #if defined(NW_GOMP)
@@ -15,8 +16,8 @@ int omp_get_num_threads(void);
 
 namespace {
 
-// f(index of the thread, number of threads) in a team of `threads`, or as many as there are to be had.
-template <class F> inline void in_team(int threads, F f) {
+// Runs f(index of the thread, number of threads) on `threads` threads, or on as many as the runtime provides.
+template <class F> inline void parallel_region(int threads, F f) {
 #if defined(NW_GOMP)
   if (threads > 1) {
     auto body = [](void* f) { (*static_cast<F*>(f))(omp_get_thread_num(), omp_get_num_threads()); };

@@ -1,5 +1,5 @@
-// Vectors one hardware register wide, at the instruction set that the including file is compiled for.
-// Kernels are written once in these; the last, partial vector of a run goes through the same code with a Head.
+// Vectors one hardware register wide, for the instruction set that the including file is compiled for. A kernel is
+// written once; the last vector of a run, of which only some lanes exist, goes through the same code as a Partial.
 #pragma once
 
 #include <cmath>
@@ -13,7 +13,7 @@
 #endif
 
 #ifndef NW_ISA
-#error "compile with -DNW_ISA=<avx512|avx2|baseline>: it is the namespace that keeps the instruction sets apart"
+#error "compile with -DNW_ISA=<avx512|avx2|baseline>: the namespace that separates the instruction sets"
 #endif
 
 #define NW_INLINE inline __attribute__((always_inline))
@@ -37,8 +37,12 @@ struct bf16 {
   uint16_t bits;
 };
 
-template <class T> struct ComputeType { using type = float; };
-template <> struct ComputeType<double> { using type = double; };
+template <class T> struct ComputeType {
+  using type = float;
+};
+template <> struct ComputeType<double> {
+  using type = double;
+};
 template <class T> using compute_t = typename ComputeType<T>::type;
 
 template <class C> struct Vector;
@@ -54,9 +58,9 @@ template <class C> using vec = typename Vector<C>::type;
 template <class C> using vmask = typename Vector<C>::mask;
 template <class C> constexpr int lanes = vector_bytes / int(sizeof(C));
 
-// Which lanes of a vector belong to the run: all of them, or the first n.
+// Which lanes of a vector exist: all of them, or the first n.
 struct Full {};
-struct Head {
+struct Partial {
   int n;
 };
 
@@ -70,94 +74,103 @@ template <class C> NW_INLINE vmask<C> iota() {
   return v;
 }
 
-template <class C> NW_INLINE vec<C> keep(vec<C> v, Full) { return v; }
-template <class C> NW_INLINE vec<C> keep(vec<C> v, Head head) { return iota<C>() < head.n ? v : vec<C>{}; }
+// Zeros in the lanes that do not exist.
+template <class C> NW_INLINE vec<C> clear_tail(vec<C> v, Full) { return v; }
+template <class C> NW_INLINE vec<C> clear_tail(vec<C> v, Partial part) { return iota<C>() < part.n ? v : vec<C>{}; }
 
-// --- loads: memory of type T into a vector of compute_t<T>; lanes past the head are 0 and their memory is not touched.
+// --- Loads from memory of type T into a vector of compute_t<T>, and stores. Lanes that do not exist read as 0, and
+// their memory is not touched.
 
-template <class V, class T> NW_INLINE V raw_load(const T* p, Full = {}) {
+template <class V, class T> NW_INLINE V load_bytes(const T* p, Full = {}) {
   V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-template <class V, class T> NW_INLINE V raw_load(const T* p, Head head) {
+template <class V, class T> NW_INLINE V load_bytes(const T* p, Partial part) {
   V v{};
-  std::memcpy(&v, p, size_t(head.n) * sizeof(T));
+  std::memcpy(&v, p, size_t(part.n) * sizeof(T));
   return v;
 }
 
-typedef uint16_t half_vector __attribute__((vector_size(vector_bytes / 2)));
-typedef uint32_t word_vector __attribute__((vector_size(vector_bytes)));
-NW_INLINE vec<float> widen(half_vector h) { return (vec<float>)(__builtin_convertvector(h, word_vector) << 16); }
+typedef uint16_t uint16_vector __attribute__((vector_size(vector_bytes / 2)));
+typedef uint32_t uint32_vector __attribute__((vector_size(vector_bytes)));
+NW_INLINE vec<float> widen(uint16_vector h) { return (vec<float>)(__builtin_convertvector(h, uint32_vector) << 16); }
 // Round to nearest, ties to even, as torch; a NaN stays one instead of rounding up to infinity.
-NW_INLINE half_vector narrow(vec<float> v) {
-  word_vector bits = (word_vector)v;
-  word_vector rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  rounded = v != v ? (word_vector{} + 0x7fc0u) : rounded;
-  return __builtin_convertvector(rounded, half_vector);
+NW_INLINE uint16_vector narrow(vec<float> v) {
+  uint32_vector bits = (uint32_vector)v;
+  uint32_vector rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  rounded = v != v ? (uint32_vector{} + 0x7fc0u) : rounded;
+  return __builtin_convertvector(rounded, uint16_vector);
 }
 
-NW_INLINE vec<float> load(const float* p, Full = {}) { return raw_load<vec<float>>(p); }
-NW_INLINE vec<double> load(const double* p, Full = {}) { return raw_load<vec<double>>(p); }
-NW_INLINE vec<float> load(const bf16* p, Full = {}) { return widen(raw_load<half_vector>(p)); }
+NW_INLINE vec<float> load(const float* p, Full = {}) { return load_bytes<vec<float>>(p); }
+NW_INLINE vec<double> load(const double* p, Full = {}) { return load_bytes<vec<double>>(p); }
+NW_INLINE vec<float> load(const bf16* p, Full = {}) { return widen(load_bytes<uint16_vector>(p)); }
 
 NW_INLINE void store(float* p, vec<float> v, Full = {}) { std::memcpy(p, &v, sizeof v); }
 NW_INLINE void store(double* p, vec<double> v, Full = {}) { std::memcpy(p, &v, sizeof v); }
 NW_INLINE void store(bf16* p, vec<float> v, Full = {}) {
-  half_vector h = narrow(v);
+  uint16_vector h = narrow(v);
   std::memcpy(p, &h, sizeof h);
 }
 
 #if defined(NW_AVX512)
-NW_INLINE __mmask16 first(Head head) { return __mmask16((1u << head.n) - 1u); }
-NW_INLINE vec<float> load(const float* p, Head h) { return (vec<float>)_mm512_maskz_loadu_ps(first(h), p); }
-NW_INLINE vec<double> load(const double* p, Head h) {
-  return (vec<double>)_mm512_maskz_loadu_pd(__mmask8(first(h)), p);
+NW_INLINE __mmask16 lane_mask(Partial part) { return __mmask16((1u << part.n) - 1u); }
+NW_INLINE vec<float> load(const float* p, Partial part) {
+  return (vec<float>)_mm512_maskz_loadu_ps(lane_mask(part), p);
 }
-NW_INLINE vec<float> load(const bf16* p, Head h) {
-  return widen((half_vector)_mm256_maskz_loadu_epi16(first(h), p));
+NW_INLINE vec<double> load(const double* p, Partial part) {
+  return (vec<double>)_mm512_maskz_loadu_pd(__mmask8(lane_mask(part)), p);
 }
-NW_INLINE void store(float* p, vec<float> v, Head h) { _mm512_mask_storeu_ps(p, first(h), (__m512)v); }
-NW_INLINE void store(double* p, vec<double> v, Head h) { _mm512_mask_storeu_pd(p, __mmask8(first(h)), (__m512d)v); }
-NW_INLINE void store(bf16* p, vec<float> v, Head h) { _mm256_mask_storeu_epi16(p, first(h), (__m256i)narrow(v)); }
+NW_INLINE vec<float> load(const bf16* p, Partial part) {
+  return widen((uint16_vector)_mm256_maskz_loadu_epi16(lane_mask(part), p));
+}
+NW_INLINE void store(float* p, vec<float> v, Partial part) { _mm512_mask_storeu_ps(p, lane_mask(part), (__m512)v); }
+NW_INLINE void store(double* p, vec<double> v, Partial part) {
+  _mm512_mask_storeu_pd(p, __mmask8(lane_mask(part)), (__m512d)v);
+}
+NW_INLINE void store(bf16* p, vec<float> v, Partial part) {
+  _mm256_mask_storeu_epi16(p, lane_mask(part), (__m256i)narrow(v));
+}
 #else
 #if defined(__AVX2__)
-NW_INLINE vec<float> load(const float* p, Head h) {
-  return (vec<float>)_mm256_maskload_ps(p, (__m256i)(iota<float>() < h.n));
+NW_INLINE vec<float> load(const float* p, Partial part) {
+  return (vec<float>)_mm256_maskload_ps(p, (__m256i)(iota<float>() < part.n));
 }
-NW_INLINE void store(float* p, vec<float> v, Head h) {
-  _mm256_maskstore_ps(p, (__m256i)(iota<float>() < h.n), (__m256)v);
+NW_INLINE void store(float* p, vec<float> v, Partial part) {
+  _mm256_maskstore_ps(p, (__m256i)(iota<float>() < part.n), (__m256)v);
 }
 #else
-NW_INLINE vec<float> load(const float* p, Head h) { return raw_load<vec<float>>(p, h); }
-NW_INLINE void store(float* p, vec<float> v, Head h) { std::memcpy(p, &v, size_t(h.n) * sizeof *p); }
+NW_INLINE vec<float> load(const float* p, Partial part) { return load_bytes<vec<float>>(p, part); }
+NW_INLINE void store(float* p, vec<float> v, Partial part) { std::memcpy(p, &v, size_t(part.n) * sizeof *p); }
 #endif
-NW_INLINE vec<double> load(const double* p, Head h) { return raw_load<vec<double>>(p, h); }
-NW_INLINE vec<float> load(const bf16* p, Head h) { return widen(raw_load<half_vector>(p, h)); }
-NW_INLINE void store(double* p, vec<double> v, Head h) { std::memcpy(p, &v, size_t(h.n) * sizeof *p); }
-NW_INLINE void store(bf16* p, vec<float> v, Head h) {
-  half_vector half = narrow(v);
-  std::memcpy(p, &half, size_t(h.n) * sizeof *p);
+NW_INLINE vec<double> load(const double* p, Partial part) { return load_bytes<vec<double>>(p, part); }
+NW_INLINE vec<float> load(const bf16* p, Partial part) { return widen(load_bytes<uint16_vector>(p, part)); }
+NW_INLINE void store(double* p, vec<double> v, Partial part) { std::memcpy(p, &v, size_t(part.n) * sizeof *p); }
+NW_INLINE void store(bf16* p, vec<float> v, Partial part) {
+  uint16_vector half = narrow(v);
+  std::memcpy(p, &half, size_t(part.n) * sizeof *p);
 }
 #endif
 
-// --- large outputs go past the caches: what is written there would be gone before anyone reads it, and a store into a
-// cache fetches the line first, which is a third of a norm's traffic.
+// --- Non-temporal stores for large outputs. They bypass the caches: a large output would be evicted before anyone
+// reads it, and an ordinary store fetches the cache line first, which is a third of a norm's memory traffic.
 
-constexpr int64_t past_cache_bytes = 4 << 20;  // about the L2 of a few cores
+constexpr int64_t non_temporal_bytes = 4 << 20;  // about the L2 of a few cores
 template <class T> constexpr int64_t store_bytes = lanes<compute_t<T>> * int64_t(sizeof(T));
 
-// Whether an output of `elements` in runs of `run` neighbours is written so: large, and each of its vectors aligned.
-template <class T> inline bool goes_past_cache(const T* out, int64_t elements, int64_t run) {
+// Whether an output of `elements`, written in runs of `run` neighbours, takes non-temporal stores: it is large, and
+// each of its vectors is aligned.
+template <class T> inline bool use_non_temporal(const T* out, int64_t elements, int64_t run) {
 #if defined(__SSE2__)
-  return elements * int64_t(sizeof(T)) >= past_cache_bytes && uintptr_t(out) % store_bytes<T> == 0 &&
+  return elements * int64_t(sizeof(T)) >= non_temporal_bytes && uintptr_t(out) % store_bytes<T> == 0 &&
          run * int64_t(sizeof(T)) % store_bytes<T> == 0;
 #else
   return false;
 #endif
 }
 
-template <int bytes> NW_INLINE void stream_bytes(void* p, const void* v) {
+template <int bytes> NW_INLINE void store_bytes_non_temporal(void* p, const void* v) {
 #if defined(NW_AVX512)
   if constexpr (bytes == 64) return _mm512_stream_si512(static_cast<__m512i*>(p), _mm512_loadu_si512(v));
 #endif
@@ -173,42 +186,44 @@ template <int bytes> NW_INLINE void stream_bytes(void* p, const void* v) {
 #endif
   std::memcpy(p, v, bytes);
 }
-NW_INLINE void stream(float* p, vec<float> v) { stream_bytes<sizeof v>(p, &v); }
-NW_INLINE void stream(double* p, vec<double> v) { stream_bytes<sizeof v>(p, &v); }
-NW_INLINE void stream(bf16* p, vec<float> v) {
-  half_vector h = narrow(v);
-  stream_bytes<sizeof h>(p, &h);
+NW_INLINE void store_non_temporal(float* p, vec<float> v) { store_bytes_non_temporal<sizeof v>(p, &v); }
+NW_INLINE void store_non_temporal(double* p, vec<double> v) { store_bytes_non_temporal<sizeof v>(p, &v); }
+NW_INLINE void store_non_temporal(bf16* p, vec<float> v) {
+  uint16_vector h = narrow(v);
+  store_bytes_non_temporal<sizeof h>(p, &h);
 }
-template <class T, class V> NW_INLINE void store_output(T* p, V v, Full full, bool past_cache) {
-  if (past_cache) {
-    stream(p, v);
+template <class T, class V> NW_INLINE void store_output(T* p, V v, Full full, bool non_temporal) {
+  if (non_temporal) {
+    store_non_temporal(p, v);
   } else {
     store(p, v, full);
   }
 }
-template <class T, class V> NW_INLINE void store_output(T* p, V v, Head head, bool) { store(p, v, head); }
+template <class T, class V> NW_INLINE void store_output(T* p, V v, Partial part, bool) { store(p, v, part); }
 
-// Before another thread may read what went past the caches.
-NW_INLINE void finish_output() {
+// Makes non-temporal stores visible before another thread may read them.
+NW_INLINE void fence_non_temporal() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
 }
 
-// Which lanes a mask calls valid whose i-th bit, the lowest first, is that of lane 0; i is a multiple of the lanes.
-// load(p, part, valid) reads 0 in the others, whatever stands there, pick(v, valid) puts 0 there, and add and add_square
-// leave them out of a sum.
+// --- Masks. load_valid_lanes(mask, i): which lanes of the vector at element i are valid, from a mask of bits, lowest
+// first; i is a multiple of the lanes. In invalid lanes load(p, part, valid) reads 0, whatever the memory holds,
+// zero_invalid(v, valid) puts 0, and add and add_square leave the sum as it is.
 #if defined(NW_AVX512)
-template <class C> using Valid = __mmask16;
-template <class C> NW_INLINE Valid<C> load_valid(const uint64_t* mask, int64_t i) {
+template <class C> using ValidLanes = __mmask16;
+template <class C> NW_INLINE ValidLanes<C> load_valid_lanes(const uint64_t* mask, int64_t i) {
   const char* from = reinterpret_cast<const char*>(mask) + i / 8;
   if constexpr (sizeof(C) == 8) return uint8_t(*from);
   uint16_t bits;
   std::memcpy(&bits, from, sizeof bits);
   return bits;
 }
-NW_INLINE vec<float> pick(vec<float> v, __mmask16 valid) { return (vec<float>)_mm512_maskz_mov_ps(valid, (__m512)v); }
-NW_INLINE vec<double> pick(vec<double> v, __mmask16 valid) {
+NW_INLINE vec<float> zero_invalid(vec<float> v, __mmask16 valid) {
+  return (vec<float>)_mm512_maskz_mov_ps(valid, (__m512)v);
+}
+NW_INLINE vec<double> zero_invalid(vec<double> v, __mmask16 valid) {
   return (vec<double>)_mm512_maskz_mov_pd(__mmask8(valid), (__m512d)v);
 }
 template <class Part> NW_INLINE vec<float> load(const float* p, Part, __mmask16 valid) {
@@ -218,7 +233,7 @@ template <class Part> NW_INLINE vec<double> load(const double* p, Part, __mmask1
   return (vec<double>)_mm512_maskz_loadu_pd(__mmask8(valid), p);
 }
 template <class Part> NW_INLINE vec<float> load(const bf16* p, Part, __mmask16 valid) {
-  return widen((half_vector)_mm256_maskz_loadu_epi16(valid, p));
+  return widen((uint16_vector)_mm256_maskz_loadu_epi16(valid, p));
 }
 NW_INLINE void add(vec<float>& sum, vec<float> v, __mmask16 valid) {
   sum = (vec<float>)_mm512_mask_add_ps((__m512)sum, valid, (__m512)sum, (__m512)v);
@@ -233,26 +248,26 @@ NW_INLINE void add_square(vec<double>& sum, vec<double> v, __mmask16 valid) {
   sum = (vec<double>)_mm512_mask3_fmadd_pd((__m512d)v, (__m512d)v, (__m512d)sum, __mmask8(valid));
 }
 #else
-template <class C> using Valid = vmask<C>;
-template <class C> NW_INLINE Valid<C> load_valid(const uint64_t* mask, int64_t i) {
+template <class C> using ValidLanes = vmask<C>;
+template <class C> NW_INLINE ValidLanes<C> load_valid_lanes(const uint64_t* mask, int64_t i) {
   using Lane = decltype(vmask<C>{}[0] + 0);
   const vmask<C> own = (vmask<C>{} + Lane(1)) << iota<C>();
   const int bits = reinterpret_cast<const uint8_t*>(mask)[i / 8] >> (i % 8);
   return ((vmask<C>{} + Lane(bits)) & own) == own;
 }
-NW_INLINE vec<float> pick(vec<float> v, vmask<float> valid) { return valid ? v : vec<float>{}; }
-NW_INLINE vec<double> pick(vec<double> v, vmask<double> valid) { return valid ? v : vec<double>{}; }
-template <class T, class Part> NW_INLINE vec<compute_t<T>> load(const T* p, Part part, Valid<compute_t<T>> valid) {
-  return pick(load(p, part), valid);
+NW_INLINE vec<float> zero_invalid(vec<float> v, vmask<float> valid) { return valid ? v : vec<float>{}; }
+NW_INLINE vec<double> zero_invalid(vec<double> v, vmask<double> valid) { return valid ? v : vec<double>{}; }
+template <class T, class Part> NW_INLINE vec<compute_t<T>> load(const T* p, Part part, ValidLanes<compute_t<T>> valid) {
+  return zero_invalid(load(p, part), valid);
 }
-template <class V, class M> NW_INLINE void add(V& sum, V v, M valid) { sum += pick(v, valid); }
+template <class V, class M> NW_INLINE void add(V& sum, V v, M valid) { sum += zero_invalid(v, valid); }
 template <class V, class M> NW_INLINE void add_square(V& sum, V v, M valid) {
-  v = pick(v, valid);
+  v = zero_invalid(v, valid);
   sum += v * v;
 }
 #endif
 
-// A mask's n bytes as bits, (n + 63) / 64 words; bits past the last are 0.
+// Packs the n bytes of a mask into bits, (n + 63) / 64 words; bits past the last are 0.
 inline void pack_mask(const uint8_t* mask, int64_t n, uint64_t* bits) {
   for (int64_t start = 0; start < n; start += 64) {
     const int64_t length = n - start < 64 ? n - start : 64;
@@ -270,7 +285,7 @@ inline void pack_mask(const uint8_t* mask, int64_t n, uint64_t* bits) {
   }
 }
 
-// How many of n mask bytes say valid. Sums of single bytes, so that the compiler takes a whole vector of them at once.
+// How many of n mask bytes say valid. Sums are of single bytes, so that the compiler vectorizes them fully.
 inline int64_t count_valid(const uint8_t* mask, int64_t n) {
   int64_t count = 0, i = 0;
   for (; i + 128 <= n; i += 128) {
@@ -316,20 +331,20 @@ NW_INLINE vec<float> reciprocal(vec<float> x) {
 }
 NW_INLINE vec<double> reciprocal(vec<double> x) { return 1.0 / x; }
 
-// -most .. most; NaN stays NaN.
-template <class V, class C> NW_INLINE V bounded(V x, C most) {
+// x limited to -limit .. limit; NaN stays NaN.
+template <class V, class C> NW_INLINE V clamp(V x, C limit) {
 #if defined(NW_AVX512)
   if constexpr (sizeof(C) == 4) {
-    return (V)_mm512_maskz_min_ps(0xffff, (__m512)splat(most),
-                                  _mm512_maskz_max_ps(0xffff, (__m512)splat(-most), (__m512)x));
+    return (V)_mm512_maskz_min_ps(0xffff, (__m512)splat(limit),
+                                  _mm512_maskz_max_ps(0xffff, (__m512)splat(-limit), (__m512)x));
   }
 #endif
-  x = x < -most ? splat(-most) : x;
-  return x > most ? splat(most) : x;
+  x = x < -limit ? splat(-limit) : x;
+  return x > limit ? splat(limit) : x;
 }
 
-// 2^k of an integer k
-NW_INLINE vec<float> power_of_two(vec<float> k) {
+// 2^k for a k that holds an integer.
+NW_INLINE vec<float> exp2_of_integer(vec<float> k) {
 #if defined(NW_AVX512)
   return (vec<float>)_mm512_maskz_scalef_ps(0xffff, (__m512)splat(1.f), (__m512)k);
 #else
@@ -337,22 +352,27 @@ NW_INLINE vec<float> power_of_two(vec<float> k) {
 #endif
 }
 
-// Asks for memory that the next row or channel will want; an address past the end of an array does no harm. The
-// processor fetches ahead by itself within a run, but while it computes it does not start on the next one.
+// Prefetches memory that the next row or channel will read; an address past the end of an array does no harm. The
+// hardware prefetcher follows a run by itself, but does not start on the next one.
 template <class T> NW_INLINE void prefetch(const T* p) { __builtin_prefetch(static_cast<const void*>(p)); }
-// The same into L2, for what is not needed at once.
+// The same into L2, for what is not needed immediately.
 template <class T> NW_INLINE void prefetch_l2(const T* p) { __builtin_prefetch(static_cast<const void*>(p), 0, 2); }
 
-// Calls body(i, part) for a run of n elements, a vector at a time.
-template <class C, class Body> NW_INLINE void sweep(int64_t n, Body body) {
+template <class T> NW_INLINE void zero_fill(T* p, int64_t n) {
+  std::memset(static_cast<void*>(p), 0, size_t(n) * sizeof(T));
+}
+
+// Calls body(i, part) for each vector of a run of n elements.
+template <class C, class Body> NW_INLINE void for_each_vector(int64_t n, Body body) {
   constexpr int64_t w = lanes<C>;
   int64_t i = 0;
   for (; i + w <= n; i += w) body(i, Full{});
-  if (i < n) body(i, Head{int(n - i)});
+  if (i < n) body(i, Partial{int(n - i)});
 }
 
-// The same for sums: k = 0..3 names one of four accumulators, so that an addition does not wait for the one before.
-template <class C, class Body> NW_INLINE void sweep_sums(int64_t n, Body body) {
+// The same for sums: body(i, part, k), where k = 0..3 selects one of four accumulators, so that an addition does not
+// wait for the one before.
+template <class C, class Body> NW_INLINE void for_each_vector_x4(int64_t n, Body body) {
   constexpr int64_t w = lanes<C>;
   int64_t i = 0;
   for (; i + 4 * w <= n; i += 4 * w) {
@@ -362,7 +382,7 @@ template <class C, class Body> NW_INLINE void sweep_sums(int64_t n, Body body) {
     body(i + 3 * w, Full{}, 3);
   }
   for (; i + w <= n; i += w) body(i, Full{}, 0);
-  if (i < n) body(i, Head{int(n - i)}, 1);
+  if (i < n) body(i, Partial{int(n - i)}, 1);
 }
 
 }  // namespace

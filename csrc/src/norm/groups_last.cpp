@@ -1,84 +1,88 @@
-// GroupNorm and InstanceNorm on (batch, positions, channels): statistics down the columns of one sample, then across the
-// columns of a group. One thread takes a whole sample: its second pass finds the end of the sample in cache. With too
-// few samples for the threads, chunks of rows of all samples are shared out instead; the chunks, and the order in which
-// they are merged, stay the same, so the results do too.
+// GroupNorm and InstanceNorm on (batch, positions, channels): statistics down the columns of one sample, then across
+// the columns of a group. Each thread computes whole samples: the second pass then finds the end of the sample in
+// cache. With too few samples for the threads, they share the chunks of rows of all samples instead; the chunks, and
+// the order in which they are merged, stay the same, so the results do too.
+#include "common/activations.h"
 #include "norm/columns_backward.h"
 #include "norm/groups.h"
-#include "kernel_table.h"
 
 namespace NW_ISA {
 namespace {
 
-// Which thread does what. A sample is taken through four stages: open(sample, room), look(sample, chunk, room) at every
-// chunk, settle(sample, room) what was seen, finish(sample, chunk, room) every chunk. Of the samples that are in work at
-// the same time each has a room of its own.
+// How the work is divided among threads. Each sample goes through four stages: prepare(sample, slot),
+// accumulate(sample, chunk, slot) for every chunk, reduce(sample, slot), apply(sample, chunk, slot) for every chunk.
+// Samples that are in progress at the same time have a slot of scratch memory each.
 struct Plan {
   int64_t samples;
   Chunks chunks;
   int threads;
   bool by_sample;
-  int64_t rooms;
+  int64_t slots;
 
   template <class Args>
   explicit Plan(const Args& a)
-      : samples(a.batch), chunks(chunks_of(a.positions)),
-        threads(worth_threads(a.batch * a.channels * a.positions, a.threads)), by_sample(one_thread_each(samples, threads)),
-        rooms(by_sample && threads < samples ? threads : samples) {}
+      : samples(a.batch),
+        chunks(row_chunks(a.positions)),
+        threads(useful_threads(a.batch * a.channels * a.positions, a.threads)),
+        by_sample(fills_threads(samples, threads)),
+        slots(by_sample && threads < samples ? threads : samples) {}
 
-  template <class Open, class Look, class Settle, class Finish>
-  void run(Open open, Look look, Settle settle, Finish finish) const {
+  template <class Prepare, class Accumulate, class Reduce, class Apply>
+  void run(Prepare prepare, Accumulate accumulate, Reduce reduce, Apply apply) const {
     if (by_sample) {
-      parallel_for(rooms, threads, [&](int64_t room) {
-        for (int64_t n = samples * room / rooms; n < samples * (room + 1) / rooms; ++n) {
-          open(n, room);
-          for (int64_t k = 0; k < chunks.count; ++k) look(n, k, room);
-          settle(n, room);
-          for (int64_t k = chunks.count - 1; k >= 0; --k) finish(n, k, room);
+      parallel_for(slots, threads, [&](int64_t slot) {
+        for (int64_t n = samples * slot / slots; n < samples * (slot + 1) / slots; ++n) {
+          prepare(n, slot);
+          for (int64_t k = 0; k < chunks.count; ++k) accumulate(n, k, slot);
+          reduce(n, slot);
+          for (int64_t k = chunks.count - 1; k >= 0; --k) apply(n, k, slot);
         }
       });
       return;
     }
     const int64_t tasks = samples * chunks.count;
-    for (int64_t n = 0; n < samples; ++n) open(n, n);
-    parallel_for(tasks, threads, [&](int64_t i) { look(i / chunks.count, i % chunks.count, i / chunks.count); });
-    for (int64_t n = 0; n < samples; ++n) settle(n, n);
-    parallel_for(tasks, threads, [&](int64_t i) { finish(i / chunks.count, i % chunks.count, i / chunks.count); });
+    for (int64_t n = 0; n < samples; ++n) prepare(n, n);
+    parallel_for(tasks, threads, [&](int64_t i) { accumulate(i / chunks.count, i % chunks.count, i / chunks.count); });
+    for (int64_t n = 0; n < samples; ++n) reduce(n, n);
+    parallel_for(tasks, threads, [&](int64_t i) { apply(i / chunks.count, i % chunks.count, i / chunks.count); });
   }
 };
 
-template <class C, class Args> void set_lines(const Args& a, int64_t sample, Columns<C>& col) {
+template <class C, class Args> void set_affine(const Args& a, int64_t sample, ColumnCoeffs<C>& coeffs) {
   const int64_t channels = a.channels / a.groups;
-  for (int64_t c = 0; c < a.channels; ++c) col.set(c, line_of<C>(a, sample * a.groups + c / channels, c));
+  for (int64_t c = 0; c < a.channels; ++c) coeffs.set(c, affine_of<C>(a, sample * a.groups + c / channels, c));
 }
 
 template <class T, int act> int forward(const nw_groups_forward_args& a) {
   using C = compute_t<T>;
   const Plan plan(a);
   const Chunks& chunks = plan.chunks;
-  const int64_t channels = a.channels / a.groups, numbers = Columns<C>::arrays * a.channels;
-  ChunkMoments<C> moments(plan.rooms * chunks.count, a.channels);
-  Scratch<C> columns(plan.rooms * numbers);
-  if (!moments || !columns) return NW_OUT_OF_MEMORY;
+  const int64_t channels = a.channels / a.groups, coeff_count = ColumnCoeffs<C>::arrays * a.channels;
+  ChunkMoments<C> moments(plan.slots * chunks.count, a.channels);
+  Scratch<C> coeff_memory(plan.slots * coeff_count);
+  if (!moments || !coeff_memory) return NW_OUT_OF_MEMORY;
 
-  plan.run(
-      [](int64_t, int64_t) {},
-      [&](int64_t n, int64_t k, int64_t room) {
-        moments.take(room * chunks.count + k, forward_rows<T>(a, n * a.positions), chunks.begin(k), chunks.end(k));
-      },
-      [&](int64_t n, int64_t room) {
-        const ColumnMoments m = moments.merged(room * chunks.count, chunks.count);
-        for (int64_t g = 0; g < a.groups; ++g) {
-          Moments group;
-          for (int64_t c = g * channels; c < (g + 1) * channels; ++c) group.merge({m.count, m.mean[c], m.m2[c]});
-          settle(a, n * a.groups + g, group);
-        }
-        Columns<C> col(columns.get() + room * numbers, a.channels);
-        set_lines(a, n, col);
-      },
-      [&](int64_t n, int64_t k, int64_t room) {
-        const Columns<C> col(columns.get() + room * numbers, a.channels);
-        normalize_rows<T, act>(forward_rows<T>(a, n * a.positions), col, chunks.begin(k), chunks.end(k));
-      });
+  plan.run([](int64_t, int64_t) {},
+           [&](int64_t n, int64_t k, int64_t slot) {
+             moments.compute(slot * chunks.count + k, forward_arrays<T>(a, n * a.positions), chunks.begin(k),
+                             chunks.end(k));
+           },
+           [&](int64_t n, int64_t slot) {
+             const ColumnMoments m = moments.merged(slot * chunks.count, chunks.count);
+             for (int64_t g = 0; g < a.groups; ++g) {
+               Moments group;
+               for (int64_t c = g * channels; c < (g + 1) * channels; ++c) {
+                 group.merge({.count = m.count, .mean = m.mean[c], .m2 = m.m2[c]});
+               }
+               store_statistics(a, n * a.groups + g, group);
+             }
+             ColumnCoeffs<C> coeffs(coeff_memory.get() + slot * coeff_count, a.channels);
+             set_affine(a, n, coeffs);
+           },
+           [&](int64_t n, int64_t k, int64_t slot) {
+             const ColumnCoeffs<C> coeffs(coeff_memory.get() + slot * coeff_count, a.channels);
+             normalize_rows<T, act>(forward_arrays<T>(a, n * a.positions), coeffs, chunks.begin(k), chunks.end(k));
+           });
   return NW_OK;
 }
 
@@ -86,36 +90,38 @@ template <class T, int act> int backward(const nw_groups_backward_args& a) {
   using C = compute_t<T>;
   const Plan plan(a);
   const Chunks& chunks = plan.chunks;
-  const int64_t channels = a.channels / a.groups, numbers = Columns<C>::arrays * a.channels;
-  ChunkSums<C> partial(plan.rooms * chunks.count, a.channels);
-  Scratch<C> columns(plan.rooms * numbers);
-  Scratch<Sums> sums(a.batch * a.channels);
-  if (!partial || !columns || !sums) return NW_OUT_OF_MEMORY;
+  const int64_t channels = a.channels / a.groups, coeff_count = ColumnCoeffs<C>::arrays * a.channels;
+  ChunkGradSums<C> partial(plan.slots * chunks.count, a.channels);
+  Scratch<C> coeff_memory(plan.slots * coeff_count);
+  Scratch<GradSums> sums(a.batch * a.channels);
+  if (!partial || !coeff_memory || !sums) return NW_OUT_OF_MEMORY;
 
   plan.run(
-      [&](int64_t n, int64_t room) {
-        Columns<C> col(columns.get() + room * numbers, a.channels);
-        set_lines(a, n, col);
+      [&](int64_t n, int64_t slot) {
+        ColumnCoeffs<C> coeffs(coeff_memory.get() + slot * coeff_count, a.channels);
+        set_affine(a, n, coeffs);
       },
-      [&](int64_t n, int64_t k, int64_t room) {
-        const Columns<C> col(columns.get() + room * numbers, a.channels);
-        partial.template take<act>(room * chunks.count + k, backward_rows<T>(a, n * a.positions), col, chunks.begin(k),
-                                   chunks.end(k));
+      [&](int64_t n, int64_t k, int64_t slot) {
+        const ColumnCoeffs<C> coeffs(coeff_memory.get() + slot * coeff_count, a.channels);
+        partial.template compute<act>(slot * chunks.count + k, backward_arrays<T>(a, n * a.positions), coeffs,
+                                      chunks.begin(k), chunks.end(k));
       },
-      [&](int64_t n, int64_t room) {
-        const double* found = partial.added(room * chunks.count, chunks.count);
-        Sums* const mine = sums.get() + n * a.channels;
-        for (int64_t c = 0; c < a.channels; ++c) mine[c] = {found[c], found[a.channels + c]};
-        Columns<C> col(columns.get() + room * numbers, a.channels);
-        const double count = count_values(a, n);
+      [&](int64_t n, int64_t slot) {
+        const double* summed = partial.summed(slot * chunks.count, chunks.count);
+        GradSums* const sample_sums = sums.get() + n * a.channels;
+        for (int64_t c = 0; c < a.channels; ++c) {
+          sample_sums[c] = {.grad = summed[c], .grad_deviation = summed[a.channels + c]};
+        }
+        ColumnCoeffs<C> coeffs(coeff_memory.get() + slot * coeff_count, a.channels);
+        const double count = count_elements(a, n);
         for (int64_t g = 0; g < a.groups; ++g) {
-          const GroupSlope<C> slope(a, n * a.groups + g, mine + g * channels, count);
-          for (int64_t c = 0; c < channels; ++c) col.set(g * channels + c, slope.of(c));
+          const GroupGradCoeffs<C> group_coeffs(a, n * a.groups + g, sample_sums + g * channels, count);
+          for (int64_t c = 0; c < channels; ++c) coeffs.set(g * channels + c, group_coeffs.of(c));
         }
       },
-      [&](int64_t n, int64_t k, int64_t room) {
-        const Columns<C> col(columns.get() + room * numbers, a.channels);
-        gradient_rows<T, act>(backward_rows<T>(a, n * a.positions), col, chunks.begin(k), chunks.end(k));
+      [&](int64_t n, int64_t k, int64_t slot) {
+        const ColumnCoeffs<C> coeffs(coeff_memory.get() + slot * coeff_count, a.channels);
+        input_gradient_rows<T, act>(backward_arrays<T>(a, n * a.positions), coeffs, chunks.begin(k), chunks.end(k));
       });
   parameter_gradients<C>(a, sums.get(), plan.threads);
   return NW_OK;
@@ -124,19 +130,11 @@ template <class T, int act> int backward(const nw_groups_backward_args& a) {
 }  // namespace
 
 int groups_last_forward(const nw_groups_forward_args& a) {
-  int status = NW_BAD_ARGUMENT;
-  with_dtype(a.dtype, [&](auto element) {
-    with_act(a.act, [&](auto which) { status = forward<typename decltype(element)::type, decltype(which)::act>(a); });
-  });
-  return status;
+  return dispatch_dtype_and_act(a.dtype, a.act, [&]<class T, int act>() { return forward<T, act>(a); });
 }
 
 int groups_last_backward(const nw_groups_backward_args& a) {
-  int status = NW_BAD_ARGUMENT;
-  with_dtype(a.dtype, [&](auto element) {
-    with_act(a.act, [&](auto which) { status = backward<typename decltype(element)::type, decltype(which)::act>(a); });
-  });
-  return status;
+  return dispatch_dtype_and_act(a.dtype, a.act, [&]<class T, int act>() { return backward<T, act>(a); });
 }
 
 }  // namespace NW_ISA

@@ -18,7 +18,7 @@ import torch  # noqa: F401  # before the library, see above
 
 ABI = 5
 NAME = {"Darwin": "libnormwise.dylib"}.get(platform.system(), "libnormwise.so")
-NOT_MOVED = 3  # NW_NOT_MOVED
+STATS_NOT_UPDATED = 3  # NW_STATS_NOT_UPDATED
 ISA_LEVELS = ("avx512_amx", "avx512", "avx2", "baseline")
 CURE = "install a C++ compiler (g++ or clang++) and reinstall normwise with pip install --force-reinstall --no-deps"
 
@@ -85,7 +85,7 @@ def kernel(name: str) -> Callable[[bytes], bool]:
             found.argtypes, found.restype = [ctypes.c_char_p], ctypes.c_int
             function = found
         status = function(arguments)
-        if status and status != NOT_MOVED:
+        if status and status != STATS_NOT_UPDATED:
             raise fault(status)
         return not status
 
