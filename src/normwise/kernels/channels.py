@@ -27,10 +27,9 @@ from normwise.kernels.arguments import (
     wide,
 )
 from normwise.kernels.library import kernel
+from normwise.kernels.structs import CHANNELS_BACKWARD, CHANNELS_FORWARD, packer
 
-# The argument structs of normwise.h: pointers, int64, double, int32, padding.
-_FORWARD = struct.Struct("@11P3q2d5i4x")
-_BACKWARD = struct.Struct("@12P3q5i4x")
+_FORWARD, _BACKWARD = packer(CHANNELS_FORWARD), packer(CHANNELS_BACKWARD)
 STRUCTS = (_FORWARD, _BACKWARD)
 # The same for plain calls: float32 and no activation are 0, as are null pointers to what such a call has not.
 _PLAIN_FORWARD = struct.Struct("@P16x8P3q2d4x2i4xi4x")

@@ -5,17 +5,14 @@ Tensors in, tensors out: check, allocate, call. csrc/include/normwise.h is the c
 
 from __future__ import annotations
 
-import struct
-
 import torch
 from torch import Tensor
 
 from normwise.kernels.arguments import ACTS, DTYPES, at, dense, like, mask_bytes, sizes, vector, wide
 from normwise.kernels.library import kernel
+from normwise.kernels.structs import GROUPS_BACKWARD, GROUPS_FORWARD, packer
 
-# The argument structs of normwise.h: pointers, int64, double, int32.
-_FORWARD = struct.Struct("@8P4qd4i")
-_BACKWARD = struct.Struct("@12P4q4i")
+_FORWARD, _BACKWARD = packer(GROUPS_FORWARD), packer(GROUPS_BACKWARD)
 STRUCTS = (_FORWARD, _BACKWARD)
 
 _forward = kernel("nw_groups_forward")

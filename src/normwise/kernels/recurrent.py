@@ -11,7 +11,6 @@ gradients come in the dtype of what they belong to.
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -21,10 +20,10 @@ from torch import Tensor
 
 from normwise.kernels.arguments import DTYPES
 from normwise.kernels.library import fault, load
+from normwise.kernels.structs import RECURRENT, RECURRENT_BACKWARD, RECURRENT_FORWARD, packer
 
-_RECURRENT = "19P5q2d14i"
-_FORWARD = struct.Struct("@" + _RECURRENT + "2P")
-_BACKWARD = struct.Struct("@" + _RECURRENT + "13P")
+_RECURRENT = packer(RECURRENT)
+_FORWARD, _BACKWARD = packer(RECURRENT_FORWARD), packer(RECURRENT_BACKWARD)
 STRUCTS = (_FORWARD, _BACKWARD)
 
 CELLS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
@@ -289,7 +288,7 @@ def saved_widths(layer: Layer, inputs: int, units: int, dtype: torch.dtype) -> t
     widths = (ctypes.c_int64 * 4)()
     function = _library().nw_recurrent_saves
     function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_void_p], ctypes.c_int
-    status = function(struct.pack("@" + _RECURRENT, *description), widths)
+    status = function(_RECURRENT.pack(*description), widths)
     if status:
         raise fault(status)
     # An LSTM's backward only multiplies its output, rounded as it was returned; others find a gate's slope by it.

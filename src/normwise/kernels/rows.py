@@ -14,10 +14,9 @@ from torch import Tensor
 
 from normwise.kernels.arguments import ACTS, DTYPES, at, like, mask_bytes, numbers, vector, wide
 from normwise.kernels.library import kernel
+from normwise.kernels.structs import ROWS_BACKWARD, ROWS_FORWARD, packer
 
-# The argument structs of normwise.h: pointers, int64, double, int32, padding.
-_FORWARD = struct.Struct("@9P2qd4i")
-_BACKWARD = struct.Struct("@11P2q4i")
+_FORWARD, _BACKWARD = packer(ROWS_FORWARD), packer(ROWS_BACKWARD)
 STRUCTS = (_FORWARD, _BACKWARD)
 # The same for plain calls: float32 and no activation are 0, as are null pointers to what such a call has not.
 _PLAIN_FORWARD = struct.Struct("@P16x2P8x3P2qd4xi4xi")
