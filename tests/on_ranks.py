@@ -21,9 +21,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_SERVER = multiprocessing.get_context("forkserver")
+SERVER = multiprocessing.get_context("forkserver")
 # What the first torch.autograd.grad, DistributedDataParallel and checkpoint import, half a second each.
-_SERVER.set_forkserver_preload(["normwise", "pytest", "torch.fx.experimental.symbolic_shapes", "torch._dynamo"])
+SERVER.set_forkserver_preload(["normwise", "pytest", "torch.fx.experimental.symbolic_shapes", "torch._dynamo"])
 
 
 def on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
@@ -35,9 +35,9 @@ def on_ranks(size: int, function: Callable[..., Any], *args: Any, timeout: float
     file = sys.modules[function.__module__].__file__
     assert file is not None
     with tempfile.TemporaryDirectory() as folder:
-        ends = [_SERVER.Pipe(duplex=False) for _ in range(size)]
+        ends = [SERVER.Pipe(duplex=False) for _ in range(size)]
         settings = (size, Path(folder) / "store", timeout, file, function.__name__, args)
-        processes = [_SERVER.Process(target=_rank, args=(r, ends[r][1], *settings), daemon=True) for r in range(size)]
+        processes = [SERVER.Process(target=_rank, args=(r, ends[r][1], *settings), daemon=True) for r in range(size)]
         for process in processes:
             process.start()
         for _, writer in ends:

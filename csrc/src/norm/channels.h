@@ -22,7 +22,7 @@ inline void store_statistics(const nw_channels_forward_args& a, int64_t c, const
 // Evaluation: stores the running statistics in the form that the backward reads.
 template <class C> void store_running_stats(const nw_channels_forward_args& a, int64_t c) {
   a.mean[c] = double(static_cast<const C*>(a.running_mean)[c]);
-  a.rstd[c] = 1.0 / std::sqrt(double(static_cast<const C*>(a.running_var)[c]) + a.eps);
+  a.rstd[c] = rstd_of(double(static_cast<const C*>(a.running_var)[c]), a.eps);
 }
 
 template <class C, class Args> Affine<C> affine_of(const Args& a, int64_t c) {

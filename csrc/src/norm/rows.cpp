@@ -67,7 +67,7 @@ template <class T, int act> void forward_row(const nw_rows_forward_args& a, int6
     mean = m.mean;
     rstd = m.rstd(a.eps);
   } else {
-    rstd = 1.0 / std::sqrt(mean_square(x, n) + a.eps);
+    rstd = rstd_of(mean_square(x, n), a.eps);
   }
   store_statistics(a, row, mean, rstd);
 
@@ -117,7 +117,7 @@ void forward_short_rows(const nw_rows_forward_args& a, int64_t row, bool non_tem
   for (int r = 0; r < R; ++r) {
     double s1 = a.center ? double(sum_lanes<C>(sum_d[r])) : 0.0, s2 = double(sum_lanes<C>(sum_d2[r]));
     mean[r] = double(rounded_mean[r]) + s1 / double(n);
-    rstd[r] = 1.0 / std::sqrt((s2 - s1 * s1 / double(n)) / double(n) + a.eps);
+    rstd[r] = rstd_of((s2 - s1 * s1 / double(n)) / double(n), a.eps);
     store_statistics(a, row + r, mean[r], rstd[r]);
   }
   const ParamVector<C> weight(a.weight, C(1)), bias(a.bias, C(0));

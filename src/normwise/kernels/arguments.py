@@ -6,8 +6,6 @@ for float64 inputs) and their gradients come in that dtype. Nothing here knows o
 
 from __future__ import annotations
 
-from array import array
-
 import torch
 from torch import Tensor
 
@@ -16,13 +14,58 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 CHANNELS_FIRST, CHANNELS_LAST = 0, 1
 
 
-_ZERO = array("d", (0.0,))
+# What torch's dispatcher knows of a dense tensor on the CPU. Whatever else it knows of a tensor (a wrapper subclass, a
+# functional or batched tensor, a negative or conjugate bit, another layout or device, zeros without memory) means that
+# the elements are not those that lie at `data_ptr()`.
+_KNOWN = 0
+for _key in ("CPU", "AutogradCPU", "AutocastCPU", "ADInplaceOrView"):
+    _KNOWN |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
+_FOREIGN = ~_KNOWN
+
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
+_dispatch_keys = torch._C._dispatch_keys
 
 
-def numbers(count: int) -> array[float]:
-    """Memory for so many doubles that only kernels read (`buffer_info()` says where), made in a tenth of the time that
-    a tensor takes."""
-    return _ZERO * count
+def readable(*tensors: Tensor | None) -> bool:
+    """Whether C may read each of these where its `data_ptr()` points: the one condition for a tensor to go to a kernel.
+
+    That is a dense tensor on the CPU which is nothing but a tensor, and has memory. None is none, and may go.
+    """
+    for t in tensors:
+        if t is not None and (
+            type(t) not in _TENSORS or _dispatch_keys(t).raw_repr() & _FOREIGN or (t.data_ptr() == 0 and t.numel() > 0)
+        ):
+            return False
+    return True
+
+
+def unreadable(*tensors: Tensor | None) -> str | None:
+    """What keeps kernels from tensors that are not `readable`, or None."""
+    if readable(*tensors):
+        return None
+    found = next(t for t in tensors if not readable(t))
+    assert found is not None
+    return f"the C++ kernels take plain dense tensors on the CPU, not {_described(found)}"
+
+
+def _described(t: Tensor) -> str:
+    if type(t) not in _TENSORS:
+        return type(t).__name__
+    if t.device.type != "cpu":
+        return f"a tensor on {t.device}"
+    kinds = {"negative": t.is_neg(), "conjugate": t.is_conj(), "nested": t.is_nested, "quantized": t.is_quantized}
+    kind = next((name for name, found in kinds.items() if found), None)
+    if kind is None:
+        kind = "wrapped" if t.layout is torch.strided else str(t.layout).removeprefix("torch.")
+    return f"a {kind} tensor"
+
+
+def statistics(t: Tensor, count: int) -> Tensor:
+    """Mean and reciprocal deviation as a forward kernel wrote them, `count` of each: what hooks on saved tensors give
+    back may lie otherwise."""
+    if t.numel() != 2 * count:
+        raise ValueError(f"expected {2 * count} saved statistics, but got {tuple(t.shape)}")
+    return t.to(torch.float64).contiguous()
 
 
 def at(t: Tensor | None) -> int:
@@ -41,11 +84,6 @@ def vector(t: Tensor | None, dtype: torch.dtype, size: int) -> Tensor | None:
         return None
     if t.numel() != size:
         raise ValueError(f"expected a vector of {size} elements, but got one of shape {tuple(t.shape)}")
-    if not t.is_cpu:
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but the input is on cpu and a gain or bias on {t.device}: "
-            "move the layer, e.g. layer.to(input.device)"
-        )
     return t if t.dtype is dtype and t.is_contiguous() and not t.is_neg() else t.to(dtype).resolve_neg().contiguous()
 
 

@@ -6,7 +6,6 @@ Tensors in, tensors out: check, allocate, call. csrc/include/normwise.h is the c
 from __future__ import annotations
 
 import struct
-from array import array
 
 import torch
 from torch import Tensor
@@ -21,8 +20,8 @@ from normwise.kernels.arguments import (
     dense,
     like,
     mask_bytes,
-    numbers,
     sizes,
+    statistics,
     vector,
     wide,
 )
@@ -36,7 +35,7 @@ _PLAIN_FORWARD = struct.Struct("@P16x8P3q2d4x2i4xi4x")
 _PLAIN_BACKWARD = struct.Struct("@2P16xP8x3P8x2P3q4x2i4xi4x")
 PLAIN_STRUCTS = (_PLAIN_FORWARD, _PLAIN_BACKWARD)
 
-_empty_like, _threads = torch.empty_like, torch.get_num_threads
+_empty_like, _threads, _float64 = torch.empty_like, torch.get_num_threads, torch.float64
 
 _forward = kernel("nw_channels_forward")
 _backward = kernel("nw_channels_backward")
@@ -129,6 +128,7 @@ def channels_backward(
         dresidual = dy if act is None and mask is None else torch.empty_like(x)
     dweight = None if weight is None else torch.empty_like(weight)
     dbias = None if bias is None else torch.empty_like(bias)
+    stats = statistics(stats, channels)
     mean = stats.data_ptr()
     _backward(
         _BACKWARD.pack(
@@ -168,7 +168,7 @@ def plain_channels_forward(
     training: bool,
     momentum: float,
     eps: float,
-) -> tuple[Tensor, array[float], bool]:
+) -> tuple[Tensor, Tensor, bool]:
     """(y, stats, moved) of `channels_forward` without residual, mask and activation, where everything is contiguous
     float32 and `sizes` are (batch, channels, positions). `tracked`, an int64, counts the batch if the averages move.
 
@@ -176,8 +176,8 @@ def plain_channels_forward(
     """
     batch, channels, positions = sizes
     y = _empty_like(x)
-    stats = numbers(2 * channels)
-    mean = stats.buffer_info()[0]
+    stats = x.new_empty((2, channels), dtype=_float64)
+    mean = stats.data_ptr()
     moved = _forward(
         _PLAIN_FORWARD.pack(
             x.data_ptr(),
@@ -205,7 +205,7 @@ def plain_channels_forward(
 def plain_channels_backward(
     dy: Tensor,
     x: Tensor,
-    stats: array[float],
+    stats: Tensor,
     weight: Tensor | None,
     has_bias: bool,
     sizes: tuple[int, int, int],
@@ -216,7 +216,7 @@ def plain_channels_backward(
     dx = _empty_like(x)
     dweight = None if weight is None else _empty_like(weight)
     dbias = _empty_like(weight) if weight is not None and has_bias else None
-    mean = stats.buffer_info()[0]
+    mean = stats.data_ptr()
     _backward(
         _PLAIN_BACKWARD.pack(
             dy.data_ptr(),

@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from normwise.kernels.arguments import DTYPES
+from normwise.kernels.arguments import DTYPES, unreadable
 from normwise.kernels.library import ISA_LEVELS, library, load
 
 
@@ -40,23 +39,21 @@ def threads_used(threads: int) -> int:
 
 
 def obstacle(x: Tensor) -> str | None:
-    """Why the kernels cannot take `x`, or None if they can."""
+    """Why the kernels cannot take the input `x`, or None if they can."""
     if x.device.type != "cpu":
         return f"the C++ kernels run on the CPU, not on {x.device}"
     if x.dtype not in DTYPES:
         return f"the C++ kernels take float32, bfloat16 and float64, not {x.dtype}"
-    if x.layout != torch.strided or x.is_nested or x.is_conj() or x.is_neg():
-        return "the C++ kernels take plain dense tensors"
-    return why_not()
+    return unreadable(x) or why_not()
 
 
 def count_valid(mask: Tensor, enough: int) -> int:
-    """How many elements of a bool mask on the CPU, contiguous, are True; no more than `enough` are looked for."""
+    """How many elements of a bool mask, `readable` and contiguous, are True; no more than `enough` are looked for."""
     return int(library().nw_count_valid(mask.data_ptr(), mask.numel(), enough))
 
 
 def mean_exceeds(mean: Tensor, rstd: Tensor, limit: float) -> bool:
-    """Whether any |mean * rstd| is above `limit`; both float32, contiguous and on the CPU."""
+    """Whether any |mean * rstd| is above `limit`; both float32, `readable` and contiguous."""
     return _mean_exceeds()(mean.data_ptr(), rstd.data_ptr(), mean.numel(), limit) != 0  # type: ignore[no-any-return]
 
 

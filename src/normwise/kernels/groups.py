@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normwise.kernels.arguments import ACTS, DTYPES, at, dense, like, mask_bytes, sizes, vector, wide
+from normwise.kernels.arguments import ACTS, DTYPES, at, dense, like, mask_bytes, sizes, statistics, vector, wide
 from normwise.kernels.library import kernel
 from normwise.kernels.structs import GROUPS_BACKWARD, GROUPS_FORWARD, packer
 
@@ -95,6 +95,7 @@ def groups_backward(
         dresidual = dy if act is None and mask is None else torch.empty_like(x)
     dweight = None if weight is None else torch.empty_like(weight)
     dbias = None if bias is None else torch.empty_like(bias)
+    stats = statistics(stats, batch * groups)
     mean = stats.data_ptr()
     _backward(
         _BACKWARD.pack(

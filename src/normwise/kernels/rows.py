@@ -6,13 +6,12 @@ Tensors in, tensors out: check, allocate, call. csrc/include/normwise.h is the c
 from __future__ import annotations
 
 import struct
-from array import array
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from normwise.kernels.arguments import ACTS, DTYPES, at, like, mask_bytes, numbers, vector, wide
+from normwise.kernels.arguments import ACTS, DTYPES, at, like, mask_bytes, statistics, vector, wide
 from normwise.kernels.library import kernel
 from normwise.kernels.structs import ROWS_BACKWARD, ROWS_FORWARD, packer
 
@@ -23,7 +22,7 @@ _PLAIN_FORWARD = struct.Struct("@P16x2P8x3P2qd4xi4xi")
 _PLAIN_BACKWARD = struct.Struct("@P8xP8xP8x5P2q4xi4xi")
 PLAIN_STRUCTS = (_PLAIN_FORWARD, _PLAIN_BACKWARD)
 
-_empty_like, _threads = torch.empty_like, torch.get_num_threads
+_empty_like, _threads, _float64 = torch.empty_like, torch.get_num_threads, torch.float64
 
 _forward = kernel("nw_rows_forward")
 _backward = kernel("nw_rows_backward")
@@ -114,6 +113,7 @@ def rows_backward(
     ds = torch.empty_like(s)
     dweight = None if weight is None else torch.empty_like(weight)
     dbias = None if bias is None else torch.empty_like(bias)
+    stats = statistics(stats, rows)
     mean = stats.data_ptr()
     _backward(
         _BACKWARD.pack(
@@ -141,15 +141,15 @@ def rows_backward(
 
 def plain_rows_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, rows: int, cols: int, eps: float, center: bool, keep: bool
-) -> tuple[Tensor, array[float] | None]:
+) -> tuple[Tensor, Tensor | None]:
     """y of `rows_forward` without residual, mask and activation, where everything is contiguous float32, and if `keep`
     the statistics that `plain_rows_backward` asks for.
 
     On small tensors what Python does takes longer than the kernel: nothing is checked here, callers vouch for it.
     """
     y = _empty_like(x)
-    stats = numbers(2 * rows) if keep else None
-    mean = stats.buffer_info()[0] if stats is not None else 0
+    stats = x.new_empty((2, rows), dtype=_float64) if keep else None
+    mean = stats.data_ptr() if stats is not None else 0
     _forward(
         _PLAIN_FORWARD.pack(
             x.data_ptr(),
@@ -171,7 +171,7 @@ def plain_rows_forward(
 def plain_rows_backward(
     dy: Tensor,
     x: Tensor,
-    stats: array[float],
+    stats: Tensor,
     weight: Tensor | None,
     has_bias: bool,
     rows: int,
@@ -182,7 +182,7 @@ def plain_rows_backward(
     dx = _empty_like(x)
     dweight = None if weight is None else _empty_like(weight)
     dbias = _empty_like(weight) if weight is not None and has_bias else None
-    mean = stats.buffer_info()[0]
+    mean = stats.data_ptr()
     _backward(
         _PLAIN_BACKWARD.pack(
             dy.data_ptr(),

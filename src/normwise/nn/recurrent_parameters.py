@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from normwise.ops import recurrent_running
+from normwise.ops import check, recurrent_running
 from normwise.reference import Moments
 from normwise.reference.recurrence import DEFAULTS, Cell, NormKind, Recurrence, Weights, preset
 from normwise.reference.recurrent import Running
@@ -168,11 +168,14 @@ def running_of(layer: nn.Module, how: Recurrence, suffix: str = "") -> Running:
     """Its tables of running mean and variance by site; none unless the norm is "batch"."""
     if how.norm != "batch":
         return {}
-    units = getattr(layer, f"weight_hh{suffix}").shape[0] // how.gates
-    return {
+    weight = getattr(layer, f"weight_hh{suffix}")
+    tables = {
         site: (getattr(layer, f"running_mean_{site}{suffix}"), getattr(layer, f"running_var_{site}{suffix}"))
-        for site in how.sites(units)
+        for site in how.sites(weight.shape[0] // how.gates)
     }
+    for mean, var in tables.values():  # they move after the call, when it is too late for an error
+        check.beside(weight, running_mean=mean, running_var=var)
+    return tables
 
 
 def learn(layer: Any, table: Running, used: dict[str, Moments], first: int, suffix: str = "") -> None:

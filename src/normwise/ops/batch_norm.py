@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.kernels import cpu
+from normwise.kernels.arguments import readable
 from normwise.ops import check, compiled, plain, ragged, ranks, running
 from normwise.ops.choose import Call, choose, loses_digits, values_visible, watches_digits
 from normwise.ops.choose import plain as is_plain
@@ -173,6 +174,15 @@ def checked(
         raise check.ShapeError(f"expected 2D input or more (got {x.dim()}D input): axis 1 must hold the channels")
     check.channel_vectors(x.shape[1], running_mean, running_var, weight, bias)
     check.same_shape("residual", residual, x)
+    check.beside(
+        x,
+        mask=mask,
+        residual=residual,
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+    )
     if act is not None:
         activation(act)
     return check.validity(x, mask, lengths, channel_dim=1)
@@ -192,9 +202,9 @@ def applied(
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Moved]:
     """`batch_norm_moved` of arguments that are in order, `valid` with as many axes as `x`."""
-    call = _call(x, averages, weight, batch_statistics, momentum, valid, residual, group)
+    call = _call(x, averages, weight, bias, batch_statistics, momentum, valid, residual, group)
     if choose(call).backend == "cpu":
-        return _compiled(call, bias, momentum, eps, act)
+        return _compiled(call, momentum, eps, act)
     y, moved = standardized(x, averages, weight, bias, batch_statistics, momentum, eps, valid, group)
     return finished(y, residual, act, valid), moved
 
@@ -211,11 +221,11 @@ def standardized(
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Moved]:
     """gamma * (x - mean) / sqrt(var + eps) + beta by the chosen backend, and whether running averages moved."""
-    call = _call(x, averages, weight, batch_statistics, momentum, valid, group=group)
+    call = _call(x, averages, weight, bias, batch_statistics, momentum, valid, group=group)
     dims = call.dims
     backend = choose(call).backend
     if backend == "cpu":
-        return _compiled(call, bias, momentum, eps, None)
+        return _compiled(call, momentum, eps, None)
     if backend == "torch":
         by_aten = _aten(x, averages, weight, bias, batch_statistics, float(momentum), eps)
         if by_aten is not None:
@@ -235,6 +245,7 @@ def _call(
     x: Tensor,
     averages: tuple[Tensor, Tensor] | None,
     weight: Tensor | None,
+    bias: Tensor | None,
     batch_statistics: bool,
     momentum: float | Tensor,
     valid: Tensor | None,
@@ -246,6 +257,7 @@ def _call(
         x,
         (0, *range(2, x.dim())),
         weight=weight,
+        bias=bias,
         mask=valid,
         residual=residual,
         averages=averages,
@@ -255,15 +267,13 @@ def _call(
     )
 
 
-def _compiled(
-    call: Call, bias: Tensor | None, momentum: float | Tensor, eps: float, act: str | None
-) -> tuple[Tensor, Moved]:
+def _compiled(call: Call, momentum: float | Tensor, eps: float, act: str | None) -> tuple[Tensor, Moved]:
     """By the kernel of channels, activation and residual included."""
     return compiled.channels(
         compiled.dense(call.x),
         call.residual,
         call.weight,
-        bias,
+        call.bias,
         call.averages,
         compiled.mask_of_positions(call),
         call.batch_statistics,
@@ -284,8 +294,10 @@ def _aten(
 ) -> tuple[Tensor, Moved] | None:
     """ATen's result and whether running averages moved, or None, and nothing moved, where it lost digits."""
     watched = watches_digits(x)
+    # ATen reads them as if they were contiguous; averages that move are copied anyway.
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     if averages is None or not batch_statistics:
-        mean, var = averages or (None, None)
+        mean, var = (None, None) if averages is None else (t.contiguous() for t in averages)
         if not watched:
             cudnn = torch.backends.cudnn.enabled
             return torch.batch_norm(x, weight, bias, mean, var, batch_statistics, momentum, eps, cudnn), True
@@ -319,7 +331,7 @@ def enough_values(x: Tensor, valid: Tensor | None, needed: int) -> None:
     if not values_visible(valid) or x.numel() == 0:
         return
     if valid.shape[1] == 1:  # the mask is that of all channels
-        at_hand = type(valid) is Tensor and valid.is_cpu and valid.is_contiguous() and cpu.available()
+        at_hand = readable(valid) and valid.is_contiguous() and cpu.available()
         found = cpu.count_valid(valid, needed) if at_hand else int(torch.count_nonzero(valid))
         count = found * (x.numel() // (x.shape[1] * valid.numel()))
     else:

@@ -24,6 +24,31 @@ def floating(op: str, x: Tensor) -> None:
         )
 
 
+def beside(x: Tensor, **given: Any) -> None:
+    """What goes with the input lies on its device and, except for a mask or reset, holds floating numbers.
+
+    Raises:
+        RuntimeError: another device. TypeError: integers, complex or quantized numbers. What torch raises of two kinds
+        of tensors that do not mix.
+    """
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            continue  # None, or refused where its shape is looked at
+        if value.device != x.device:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but the input is on {x.device} and {name} on "
+                f"{value.device}: move {name}, or the layer that owns it, by .to(input.device)"
+            )
+        if type(value) not in (Tensor, torch.nn.Parameter, type(x)):
+            # Only the two types know whether they go together: they say so now, before a running average moves.
+            torch.add(x.detach().reshape(-1)[:0], value.detach().reshape(-1)[:0])
+        if name not in ("mask", "reset") and not value.is_floating_point():
+            raise TypeError(
+                f"{name} must be of a floating dtype like the input's {x.dtype}, but got {value.dtype}: convert it: "
+                f"{name}.to(input.dtype)"
+            )
+
+
 def rank(x: Tensor, allowed: Sequence[int]) -> None:
     """`x` must have one of the allowed numbers of axes."""
     if x.dim() not in allowed:

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from normwise.kernels import cpu
+from normwise.kernels.arguments import readable, unreadable
 from normwise.reference import accumulation_dtype
 
 BACKENDS = ("torch", "cpu", "triton", "reference")
@@ -46,7 +46,7 @@ SMALLEST_RSTD = 1e-19
 
 
 # What is asked in each call, at hand.
-_float32, _strided = torch.float32, torch.strided
+_float32 = torch.float32
 _grad_enabled = torch.is_grad_enabled
 # Of all that compile, Dynamo alone shows plain tensors to Python: this costs half of torch.compiler.is_compiling.
 _is_compiling = torch.compiler.is_dynamo_compiling
@@ -77,7 +77,7 @@ class Call(NamedTuple):
         op: the op's name, as in `normwise.functional`.
         x: its input.
         dims: the axes of `x` that share statistics, ascending.
-        weight: the gain.
+        weight, bias: the gain and what is added after it.
         mask: which elements count, with as many axes as `x`; None for all.
         residual: what is added inside the same kernel.
         averages: the running mean and variance that are used or moved.
@@ -91,6 +91,7 @@ class Call(NamedTuple):
     x: Tensor
     dims: tuple[int, ...]
     weight: Tensor | None = None
+    bias: Tensor | None = None
     mask: Tensor | None = None
     residual: Tensor | None = None
     averages: tuple[Tensor, Tensor] | None = None
@@ -183,23 +184,22 @@ def watches_digits(x: Tensor) -> bool:
     """Whether ATen's result for `x` is to be judged by `loses_digits` before it is used.
 
     Only on the CPU (on a GPU a look at a value would wait for the queue, and ATen's kernels there subtract the mean
-    first), and not when a backend was forced, which never falls back.
+    first), not of tensors of other kinds, which answer for themselves, and not when a backend was forced, which never
+    falls back.
     """
-    return _forced.name is None and x.device.type == "cpu" and x.numel() > 0 and values_visible(x)
+    return _forced.name is None and values_visible() and readable(x) and x.numel() > 0
 
 
 def plain(x: Any) -> bool:
-    """Whether a call with nothing but this input and parameters leaves the choice to us: float32 on the CPU, no backend
-    forced, no compiler, torch.func transform or torch.jit.trace looking on. Such calls may be short, and what Python
-    does in them counts."""
+    """Whether a call with nothing but this input and parameters leaves the choice to us: float32 that C may read, no
+    backend forced, no compiler, torch.func transform or torch.jit.trace looking on. Such calls may be short, and what
+    Python does in them counts."""
     return (
         type(x) is Tensor
         and x.dtype is _float32
-        and x.is_cpu
-        and x.layout is _strided
-        and not x.is_nested
         and _forced.name is None
         and not _is_compiling()
+        and readable(x)
         and not _transforms_active()
         and not _is_tracing()
     )
@@ -210,8 +210,6 @@ def compiles_plain(x: Tensor) -> bool:
     return (
         x.is_contiguous()
         and x.numel() > 0
-        and not x.is_neg()
-        and not is_functorch_wrapped_tensor(x)
         and not _modes_active()
         and forward_ad._current_level < 0
         and cpu.available()
@@ -224,22 +222,25 @@ def observed() -> bool:
     return _transforms_active() or _modes_active() > 0 or forward_ad._current_level >= 0 or _is_tracing()
 
 
-def may_take(dy: Tensor) -> bool:
-    """Whether a compiled kernel's backward may take this upstream gradient: nobody differentiates it again, or in
-    forward mode, and it is no batch of gradients (torch.func.vmap, is_grads_batched) nor another kind of tensor."""
+def may_take(*tensors: Tensor | None) -> bool:
+    """Whether a compiled kernel's backward may take these: upstream gradients that nobody differentiates again, or in
+    forward mode, and that are no batch of gradients (torch.func.vmap, is_grads_batched) nor another kind of tensor; and
+    saved tensors, in whose place a hook may have put anything."""
     return (
-        type(dy) is Tensor
-        and not _grad_enabled()
-        and not _transforms_active()
-        and not is_legacy_batchedtensor(dy)
-        and forward_ad._current_level < 0
+        not _grad_enabled()
         and not _is_compiling()
+        and not _transforms_active()
+        and not _modes_active()
+        and forward_ad._current_level < 0
+        and readable(*tensors)
     )
 
 
 def loses_digits(mean: Tensor, rstd: Tensor) -> bool:
     """Whether ATen lost digits to cancellation with these statistics, or they are NaN, infinite or next to it."""
-    if mean.dtype is torch.float32 and mean.is_cpu and cpu.available():
+    if not readable(mean, rstd):
+        return False  # a gain of another kind, or a dispatch mode, made them something without values to look at
+    if mean.dtype is torch.float32 and cpu.available():
         return cpu.mean_exceeds(mean.contiguous(), rstd.contiguous(), MEAN_TO_DEVIATION_LIMIT)
     fine = ((mean.abs() * rstd).amax() <= MEAN_TO_DEVIATION_LIMIT) & (rstd.amin() > SMALLEST_RSTD)
     return not bool(fine)
@@ -258,15 +259,13 @@ def _cpu_obstacle(call: Call) -> str | None:
     x, mask = call.x, call.mask
     if torch.compiler.is_compiling():
         return "while compiling, ATen's operations are left to the compiler"
-    if type(x) not in (Tensor, torch.nn.Parameter):
-        return f"the C++ kernels take plain tensors, not {type(x).__name__}"
     if call.op not in _COMPILED:
         return f"there is no C++ kernel for {call.op}"
     if call.uncompiled is not None:
         return call.uncompiled
     if call.over_ranks:
         return "the C++ kernels know nothing of other ranks"
-    if observed() or is_functorch_wrapped_tensor(x):
+    if observed():
         return "torch.func, forward-mode derivatives, dispatch modes and torch.jit.trace do not see a C++ kernel"
     if call.residual is not None and call.residual.dtype != x.dtype:
         return f"the C++ kernels do not mix an input of {x.dtype} with a residual of {call.residual.dtype}"
@@ -278,7 +277,8 @@ def _cpu_obstacle(call: Call) -> str | None:
     for average in call.averages or () if call.op != "instance_norm" else ():
         if average.dtype != statistics or not average.is_contiguous():
             return f"the C++ kernels keep contiguous running averages of {statistics} beside {x.dtype}"
-    return cpu.obstacle(x)
+    others = unreadable(call.weight, call.bias, mask, call.residual, *(call.averages or ())) if x.is_cpu else None
+    return others or cpu.obstacle(x)
 
 
 def _torch_obstacle(call: Call) -> str | None:
@@ -307,6 +307,10 @@ def _torch_obstacle(call: Call) -> str | None:
 def _torch_weakness(call: Call) -> str | None:
     """Where ATen's kernels would do the job, but less exactly than they should."""
     x = call.x
+    if call.op == "rms_norm" and watches_digits(x):
+        return "ATen's RMSNorm is these operations too, but makes zeros of an input whose squares overflow"
+    if type(x) not in (Tensor, torch.nn.Parameter):
+        return None  # another kind of tensor knows ATen's norms, and the formula may be more than it can do
     if call.op != "batch_norm" or not call.batch_statistics or x.device.type != "cpu" or x.numel() == 0:
         return None
     rows_of_channels = x.dim() == 2 or not x.is_contiguous()

@@ -38,16 +38,17 @@ def rows(
     if not _differentiates(x, residual, weight, bias):
         y, s, _ = rows_forward(x, cols, weight, bias, eps, center=center, act=act, residual=residual, mask=mask)
         return y, s
-    out = _rows(x, residual, weight, bias, mask, (cols, eps, center, act))
+    out = _Rows.apply(x, residual, weight, bias, mask, (cols, eps, center, act))
     return (out, x) if residual is None else out
 
 
-def groups(call: Call, bias: Tensor | None, groups: int, eps: float, act: str | None) -> tuple[Tensor, Tensor]:
+def groups(call: Call, groups: int, eps: float, act: str | None) -> tuple[Tensor, Tensor]:
     """(act(GroupNorm of (N, C, ...) + residual), stats (2, N * groups): mean and 1 / sqrt(var + eps) in float64)."""
-    x, residual, weight, mask = dense(call.x), call.residual, call.weight, mask_of_positions(call)
+    x, residual, mask = dense(call.x), call.residual, mask_of_positions(call)
+    weight, bias = call.weight, call.bias
     if not _differentiates(x, residual, weight, bias):
         return groups_forward(x, groups, weight, bias, eps, act=act, residual=residual, mask=mask)
-    return _groups(x, residual, weight, bias, mask, (groups, eps, act))  # type: ignore[no-any-return]
+    return _Groups.apply(x, residual, weight, bias, mask, (groups, eps, act))  # type: ignore[no-any-return]
 
 
 def dense(x: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def channels(
         )
         return y, moved
     settings = batch_statistics, momentum, eps, act
-    return _channels(x, residual, weight, bias, averages, mask, settings)  # type: ignore[no-any-return]
+    return _Channels.apply(x, residual, weight, bias, averages, mask, settings)  # type: ignore[no-any-return]
 
 
 def _differentiates(*tensors: Tensor | None) -> bool:
@@ -94,14 +95,18 @@ def _differentiates(*tensors: Tensor | None) -> bool:
     return False
 
 
-def unwatched(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` without its look for torch.func transforms, which takes longer than a small norm: `choose` has
-    said that there are none. Its node calls `backward` straight: the look for a `vjp` or boxed gradients, of which
-    there are none either, takes as long."""
-    node = getattr(function, "_backward_cls", None)
-    if node is not None:
-        node.apply = function.backward
-    return super(torch.autograd.Function, function).apply  # type: ignore[misc, no-any-return]
+# Everything that a backward reads goes through `save_for_backward`, and nothing else does: then a tensor may be changed
+# in place, packed by hooks and freed as with torch.nn. The values of a bias count only where an activation follows.
+
+
+def kind(bias: Tensor | None) -> tuple[torch.Size, torch.dtype] | None:
+    """What a backward has to know of a bias that is not saved."""
+    return None if bias is None else (bias.shape, bias.dtype)
+
+
+def stand_in(kind: tuple[torch.Size, torch.dtype] | None, x: Tensor) -> Tensor | None:
+    """For a bias that was not saved: of its `kind`, with no values."""
+    return None if kind is None else x.new_empty(kind[0], dtype=kind[1])
 
 
 class _Rows(torch.autograd.Function):
@@ -117,8 +122,8 @@ class _Rows(torch.autograd.Function):
     ) -> Any:
         cols, eps, center, act = settings
         y, s, stats = rows_forward(x, cols, weight, bias, eps, center=center, act=act, residual=residual, mask=mask)
-        ctx.save_for_backward(s, weight, bias, mask, stats)
-        ctx.settings = settings
+        ctx.save_for_backward(s, weight, bias if act is not None else None, mask, stats)
+        ctx.settings, ctx.bias = settings, kind(bias)
         if residual is None:
             return y
         ctx.set_materialize_grads(False)
@@ -126,11 +131,13 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None = None) -> Any:
-        s, weight, bias, mask, stats = ctx.saved_tensors
+        s, weight, bias, mask, stats = saved = ctx.saved_tensors
         cols, _, center, act = ctx.settings
+        if act is None:
+            bias = stand_in(ctx.bias, s)
         if dy is None:
             dy = torch.zeros_like(s)
-        if may_take(dy) and (dsum is None or may_take(dsum)):
+        if may_take(dy, dsum, *saved):
             ds, dweight, dbias = rows_backward(
                 dy, s, stats, cols, weight, bias, center=center, act=act, mask=mask, dsum=dsum
             )
@@ -153,25 +160,28 @@ class _Groups(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         groups, eps, act = settings
         y, stats = groups_forward(x, groups, weight, bias, eps, act=act, residual=residual, mask=mask)
-        # The residual is needed again only to know where the activation was flat.
-        ctx.save_for_backward(x, residual if act is not None else None, weight, bias, mask, stats)
+        # Residual and bias are needed again only to know where the activation was flat.
+        needed = (residual, bias) if act is not None else (None, None)
+        ctx.save_for_backward(x, weight, *needed, mask, stats)
         ctx.mark_non_differentiable(stats)
-        ctx.settings = settings
+        ctx.settings, ctx.bias = settings, kind(bias)
         return y, stats
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: None) -> Any:
-        x, residual, weight, bias, mask, stats = ctx.saved_tensors
+        x, weight, residual, bias, mask, stats = saved = ctx.saved_tensors
         groups, eps, act = ctx.settings
+        if act is None:
+            bias = stand_in(ctx.bias, x)
         wants_residual = ctx.needs_input_grad[1]
         dresidual: Tensor | None
-        if not may_take(dy):
+        if not may_take(dy, *saved):
             grouped = (x.shape[0], groups, x.shape[1] // groups, -1)
-            gain, shift = (None if t is None else t.view(1, groups, -1, 1) for t in (weight, bias))
+            gain, shift = (None if t is None else t.reshape(1, groups, -1, 1) for t in (weight, bias))
             upstream, wide, added = (None if t is None else t.reshape(grouped) for t in (dy, x, residual))
             assert upstream is not None
             assert wide is not None
-            options = {"mask": None if mask is None else mask.view(x.shape[0], 1, 1, -1), "eps": eps, "center": True}
+            options = {"mask": None if mask is None else mask.reshape(x.shape[0], 1, 1, -1), "eps": eps, "center": True}
             dx, dweight, dbias, dz = _differentiable(upstream, wide, (2, 3), gain, shift, options, act, added)
             dx, dresidual = dx.reshape(x.shape), dz.reshape(x.shape)
         else:
@@ -200,17 +210,20 @@ class _Channels(torch.autograd.Function):
         y, stats, moved = channels_forward(
             x, mean, var, weight, bias, batch_statistics, momentum, eps, act=act, residual=residual, mask=mask
         )
-        # The residual is needed again only to know where the activation was flat.
-        ctx.save_for_backward(x, residual if act is not None else None, weight, bias, mask, stats)
-        ctx.settings = settings
+        # Residual and bias are needed again only to know where the activation was flat.
+        needed = (residual, bias) if act is not None else (None, None)
+        ctx.save_for_backward(x, weight, *needed, mask, stats)
+        ctx.settings, ctx.bias = settings, kind(bias)
         return y, moved
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: None) -> Any:
-        x, residual, weight, bias, mask, stats = ctx.saved_tensors
+        x, weight, residual, bias, mask, stats = saved = ctx.saved_tensors
         batch_statistics, _, _, act = ctx.settings
+        if act is None:
+            bias = stand_in(ctx.bias, x)
         wants_residual = ctx.needs_input_grad[1]
-        if not may_take(dy):
+        if not may_take(dy, *saved):
             dx, dweight, dbias, dz = channels_gradients(dy, x, stats, weight, bias, mask, residual, ctx.settings)
             return (
                 dx,
@@ -237,9 +250,6 @@ class _Channels(torch.autograd.Function):
         )
 
 
-_rows, _groups, _channels = (unwatched(function) for function in (_Rows, _Groups, _Channels))
-
-
 def rows_gradients(
     dy: Tensor,
     s: Tensor,
@@ -251,8 +261,8 @@ def rows_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(ds, dweight, dbias) of `rows` in operations that autograd can differentiate again."""
     cols, eps, center, act = settings
-    wide = s.view(-1, cols)
-    valid = None if mask is None else mask.view(-1, 1)
+    wide = s.reshape(-1, cols)
+    valid = None if mask is None else mask.reshape(-1, 1)
     options = {"mask": valid, "eps": eps, "center": center}
     gain, shift = (None if t is None else t.reshape(1, cols) for t in (weight, bias))
     ds, dweight, dbias, _ = _differentiable(dy.reshape(wide.shape), wide, (1,), gain, shift, options, act, None)
@@ -275,11 +285,11 @@ def channels_gradients(
     """(dx, dweight, dbias, dresidual) of `channels` in operations that autograd can differentiate again."""
     batch_statistics, _, eps, act = settings
     per_channel = (1, -1) + (1,) * (x.dim() - 2)
-    gain, shift = (None if t is None else t.view(per_channel) for t in (weight, bias))
-    valid = None if mask is None else mask.view(x.shape[0], 1, *x.shape[2:])
+    gain, shift = (None if t is None else t.reshape(per_channel) for t in (weight, bias))
+    valid = None if mask is None else mask.reshape(x.shape[0], 1, *x.shape[2:])
     options: dict[str, Any] = {"mask": valid, "eps": eps, "center": True}
     if not batch_statistics:
-        mean, rstd = (t.view(per_channel).to(torch.float64) for t in stats)
+        mean, rstd = (t.reshape(per_channel).to(torch.float64) for t in stats)
         options |= {"mean": mean, "var": rstd.pow(-2) - eps}
     dims = (0, *range(2, x.dim()))
     return _differentiable(dy, x, dims, gain, shift, options, act, residual)
@@ -287,7 +297,7 @@ def channels_gradients(
 
 def _passed(dy: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     """The gradient of a residual that no activation follows."""
-    return dy if mask is None else dy.masked_fill(~mask.view(x.shape[0], 1, *x.shape[2:]), 0)
+    return dy if mask is None else dy.masked_fill(~mask.reshape(x.shape[0], 1, *x.shape[2:]), 0)
 
 
 def _differentiable(
@@ -314,7 +324,8 @@ def _differentiable(
 def _through(act: Callable[[Tensor], Tensor], z: Tensor, dy: Tensor) -> Tensor:
     """The gradient at `z` of act(z), differentiable in both arguments."""
     at = z if z.requires_grad else z.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(act(at).sum(), at, create_graph=True)
+    with torch.enable_grad():  # off where no gradient of this gradient is asked for
+        (slope,) = torch.autograd.grad(act(at).sum(), at, create_graph=z.requires_grad)
     return slope * dy
 
 

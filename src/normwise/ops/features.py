@@ -66,6 +66,7 @@ def feature_norm(
     check.like_normalized_shape("weight", weight, normalized_shape)
     check.like_normalized_shape("bias", bias, normalized_shape)
     check.same_shape("residual", residual, x)
+    check.beside(x, mask=mask, residual=residual, weight=weight, bias=bias)
     dims = feature_dims(x, normalized_shape, dim)
     if lengths is not None and dims == (x.dim() - 1,):
         raise ValueError(
@@ -78,7 +79,7 @@ def feature_norm(
     group = None
     if process_group is not None:
         group = ranks.peers(process_group).group(op, x.device, _row_facts(x, dims, valid))
-    call = Call(op, x, dims, weight=weight, mask=valid, residual=residual, over_ranks=group is not None)
+    call = Call(op, x, dims, weight=weight, bias=bias, mask=valid, residual=residual, over_ranks=group is not None)
     if choose(call).backend == "cpu":
         return _compiled(x, dims, weight, bias, eps, center, valid, act, residual)
     if residual is not None:
@@ -144,7 +145,7 @@ def _standardized(
     # A row is valid as a whole where the mask does not vary along the normalized axes. Its padding is 0 by now, so
     # an unmasked kernel does the job, and the rest is putting 0 where the bias went.
     whole_rows = valid is None or all(valid.shape[d] == 1 for d in dims)
-    call = Call(op, x, dims, weight=weight, mask=None if whole_rows else valid, over_ranks=group is not None)
+    call = Call(op, x, dims, weight=weight, bias=bias, mask=None if whole_rows else valid, over_ranks=group is not None)
     y = None
     if choose(call).backend == "torch":
         y = aten(x, list(normalized_shape), weight, bias, eps)

@@ -69,6 +69,7 @@ def group_norm(
     check.per_channel("weight", weight, channels)
     check.per_channel("bias", bias, channels)
     check.same_shape("residual", residual, x)
+    check.beside(x, mask=mask, residual=residual, weight=weight, bias=bias)
     assert residual is None or isinstance(residual, Tensor)
     if act is not None:
         activation(act)
@@ -79,25 +80,27 @@ def group_norm(
         "Use fewer groups, so that each holds several channels, or LayerNorm.",
     )
     dims = tuple(range(2, x.dim() + 1))
-    call = Call("group_norm", x, dims, weight=weight, mask=valid, residual=residual)
+    call = Call("group_norm", x, dims, weight=weight, bias=bias, mask=valid, residual=residual)
     if choose(call).backend == "cpu":
-        return compiled.groups(call, bias, num_groups, eps, act)[0]
-    y = _standardized(call._replace(residual=None), bias, num_groups, eps)
+        return compiled.groups(call, num_groups, eps, act)[0]
+    y = _standardized(call._replace(residual=None), num_groups, eps)
     return finished(y, residual, act, valid)
 
 
-def _standardized(call: Call, bias: Tensor | None, num_groups: int, eps: float) -> Tensor:
+def _standardized(call: Call, num_groups: int, eps: float) -> Tensor:
     """gamma * (x - mean) / sqrt(var + eps) + beta by the chosen backend."""
-    x, weight, valid = call.x, call.weight, call.mask
+    x, weight, bias, valid = call.x, call.weight, call.bias, call.mask
     samples, channels, *positions = x.shape
     backend = choose(call).backend
     if backend == "cpu":
-        return compiled.groups(call, bias, num_groups, eps, None)[0]
+        return compiled.groups(call, num_groups, eps, None)[0]
     if backend == "torch":
         if not watches_digits(x):
             return torch.group_norm(x, num_groups, weight, bias, eps, torch.backends.cudnn.enabled)
+        # It reads gain and bias as if they were contiguous.
+        gain, shift = (None if t is None else t.contiguous() for t in (weight, bias))
         y, mean, rstd = torch.native_group_norm(
-            _dense(x), weight, bias, samples, channels, prod(positions), num_groups, eps
+            _dense(x), gain, shift, samples, channels, prod(positions), num_groups, eps
         )
         if not loses_digits(mean, rstd):
             return y

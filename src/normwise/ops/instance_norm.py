@@ -83,6 +83,15 @@ def instance_norm(
     channels, *positions = x.shape[1:]
     check.channel_vectors(channels, running_mean, running_var, weight, bias)
     check.same_shape("residual", residual, x)
+    check.beside(
+        x,
+        mask=mask,
+        residual=residual,
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+    )
     assert residual is None or isinstance(residual, Tensor)
     if act is not None:
         activation(act)
@@ -104,17 +113,17 @@ def instance_norm(
         )
 
     dims = tuple(range(2, x.dim()))
-    call = Call("instance_norm", x, dims, weight=weight, mask=valid, residual=residual, averages=averages)
+    call = Call("instance_norm", x, dims, weight=weight, bias=bias, mask=valid, residual=residual, averages=averages)
     if choose(call).backend == "cpu":
-        return _compiled(call, bias, momentum, eps, act)
-    y = _standardized(call._replace(residual=None), bias, momentum, eps)
+        return _compiled(call, momentum, eps, act)
+    y = _standardized(call._replace(residual=None), momentum, eps)
     return finished(y, residual, act, valid)
 
 
-def _compiled(call: Call, bias: Tensor | None, momentum: float, eps: float, act: str | None) -> Tensor:
+def _compiled(call: Call, momentum: float, eps: float, act: str | None) -> Tensor:
     """By the kernel of groups, every channel a group of its own; it says what the running averages move towards."""
     samples, channels = call.x.shape[:2]
-    y, stats = compiled.groups(call, bias, channels, eps, act)
+    y, stats = compiled.groups(call, channels, eps, act)
     if call.averages is not None and samples:
         mean, rstd = stats.view(2, samples, channels)
         counted = count_valid(call.x, call.dims, call.mask).to(torch.float64).flatten(1).expand(samples, channels)
@@ -123,13 +132,13 @@ def _compiled(call: Call, bias: Tensor | None, momentum: float, eps: float, act:
     return y
 
 
-def _standardized(call: Call, bias: Tensor | None, momentum: float, eps: float) -> Tensor:
+def _standardized(call: Call, momentum: float, eps: float) -> Tensor:
     """gamma * (x - mean) / sqrt(var + eps) + beta by the chosen backend; moves the running averages, if any."""
-    x, weight, averages = call.x, call.weight, call.averages
+    x, weight, bias, averages = call.x, call.weight, call.bias, call.averages
     samples, channels, *positions = x.shape
     backend = choose(call).backend
     if backend == "cpu":
-        return _compiled(call, bias, momentum, eps, None)
+        return _compiled(call, momentum, eps, None)
     if backend == "torch":
         mean, var = averages or (None, None)
         if not watches_digits(x):

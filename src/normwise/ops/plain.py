@@ -15,23 +15,24 @@ import torch
 from torch import Tensor
 
 from normwise.kernels import cpu
+from normwise.kernels.arguments import readable
 from normwise.kernels.channels import plain_channels_backward, plain_channels_forward
 from normwise.kernels.rows import plain_rows_backward, plain_rows_forward
 from normwise.ops import compiled
-from normwise.ops.choose import MEAN_TO_DEVIATION_LIMIT, SHORT_ROW, SMALL, compiles_plain, may_take, plain
+from normwise.ops.choose import SHORT_ROW, SMALL, compiles_plain, loses_digits, may_take, plain
 
 
 def layer_norm(
     x: Any, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor | None:
     """`functional.layer_norm` of a plain call; None where it takes more to say what is right, or wrong."""
-    if not plain(x) or not eps > 0:
+    if not plain(x) or not eps > 0 or not readable(weight, bias):
         return None
     if x.numel() <= SMALL and _grad_enabled() and cpu.available():
         try:
             if normalized_shape[-1] <= SHORT_ROW:
                 y, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
-                return None if cpu.mean_exceeds(mean, rstd, MEAN_TO_DEVIATION_LIMIT) else y
+                return None if loses_digits(mean, rstd) else y
         except (RuntimeError, TypeError, IndexError):
             return None  # the full path says what does not fit
     return _by_rows(x, normalized_shape, weight, bias, eps, center=True)
@@ -66,7 +67,7 @@ def batch_norm(
     if training:
         if batch * positions < 2 or (running_mean is None) is not (running_var is None):
             return None
-        if tracked is not None and not (tracked.dtype is torch.int64 and tracked.is_cpu and type(tracked) in _TENSORS):
+        if tracked is not None and not (tracked.dtype is torch.int64 and readable(tracked)):
             return None
     elif running_mean is None or running_var is None:
         return None
@@ -78,7 +79,7 @@ def batch_norm(
     if _grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
-        return _channels(x, running_mean, running_var, tracked, weight, bias, settings)  # type: ignore[no-any-return]
+        return _Channels.apply(x, running_mean, running_var, tracked, weight, bias, settings)  # type: ignore[no-any-return]
     y, _, moved = plain_channels_forward(x, running_mean, running_var, tracked, weight, bias, *settings)
     return y, moved
 
@@ -96,25 +97,30 @@ def _by_rows(
     if _grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
-        return _rows(x, weight, bias, (rows, cols, eps, center))  # type: ignore[no-any-return]
+        return _Rows.apply(x, weight, bias, (rows, cols, eps, center))  # type: ignore[no-any-return]
     return plain_rows_forward(x, weight, bias, rows, cols, eps, center, False)[0]
 
 
 def _read_by_kernels(tensors: tuple[Tensor | None, ...], shape: tuple[int, ...]) -> bool:
     """Whether the plain kernels read these gains, biases and running averages as they lie in memory."""
     for t in tensors:
-        if t is not None and (
-            type(t) not in _TENSORS
-            or t.dtype is not _float32
-            or not t.is_cpu
-            or t.shape != shape
-            or not t.is_contiguous()
-        ):
+        if t is not None and (t.dtype is not _float32 or t.shape != shape or not t.is_contiguous()):
             return False
-    return True
+    return readable(*tensors)
 
 
-_TENSORS = (torch.nn.Parameter, Tensor)
+def _as_saved(x: Tensor, weight: Tensor | None, stats: Tensor) -> bool:
+    """Whether these are as the forward saved them: a hook on saved tensors may give back other dtypes and layouts."""
+    return (
+        x.dtype is _float32
+        and x.is_contiguous()
+        and stats.dtype is _float64
+        and stats.is_contiguous()
+        and (weight is None or (weight.dtype is _float32 and weight.is_contiguous()))
+    )
+
+
+_float64 = torch.float64
 _float32, _grad_enabled = torch.float32, torch.is_grad_enabled
 
 
@@ -124,16 +130,16 @@ class _Rows(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, settings: tuple[int, int, float, bool]
     ) -> Tensor:
         y, stats = plain_rows_forward(x, weight, bias, *settings, True)
-        ctx.save_for_backward(x, weight)
-        ctx.settings = bias is not None, stats, settings
+        ctx.save_for_backward(x, weight, stats)
+        ctx.settings = bias is not None, settings
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        has_bias, stats, (rows, cols, eps, center) = ctx.settings
-        if may_take(dy):
-            if not dy.is_contiguous() or dy.is_neg():
+        x, weight, stats = ctx.saved_tensors
+        has_bias, (rows, cols, eps, center) = ctx.settings
+        if may_take(dy, x, weight, stats) and _as_saved(x, weight, stats):
+            if not dy.is_contiguous():
                 dy = torch.empty_like(x).copy_(dy)
             return *plain_rows_backward(dy, x, stats, weight, has_bias, rows, cols, center), None
         shift = weight if has_bias else None  # only whether there is one counts
@@ -154,25 +160,21 @@ class _Channels(torch.autograd.Function):
         settings: tuple[tuple[int, int, int], bool, float, float],
     ) -> tuple[Tensor, bool]:
         y, stats, moved = plain_channels_forward(x, running_mean, running_var, tracked, weight, bias, *settings)
-        ctx.save_for_backward(x, weight)
-        ctx.settings = bias is not None, stats, settings
+        ctx.save_for_backward(x, weight, stats)
+        ctx.settings = bias is not None, settings
         return y, moved
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: None) -> Any:
-        x, weight = ctx.saved_tensors
-        has_bias, stats, (sizes, training, momentum, eps) = ctx.settings
-        if may_take(dy):
-            if not dy.is_contiguous() or dy.is_neg():
+        x, weight, stats = ctx.saved_tensors
+        has_bias, (sizes, training, momentum, eps) = ctx.settings
+        if may_take(dy, x, weight, stats) and _as_saved(x, weight, stats):
+            if not dy.is_contiguous():
                 dy = torch.empty_like(x).copy_(dy)
             dx, dweight, dbias = plain_channels_backward(dy, x, stats, weight, has_bias, sizes, training)
             return dx, None, None, None, dweight, dbias, None
         shift = weight if has_bias else None
-        used = torch.frombuffer(stats, dtype=torch.float64).view(2, -1)
         settings = (training, momentum, eps, None)
-        found = compiled.channels_gradients(dy, x, used, weight, shift, None, None, settings)
+        found = compiled.channels_gradients(dy, x, stats, weight, shift, None, None, settings)
         dx, dweight, dbias = found[:3]
         return dx, None, None, None, compiled.shaped_as(dweight, weight), compiled.shaped_as(dbias, shift), None
-
-
-_rows, _channels = (compiled.unwatched(function) for function in (_Rows, _Channels))

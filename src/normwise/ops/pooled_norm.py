@@ -14,7 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from normwise.ops import ranks
-from normwise.reference import Moments, accumulation_dtype, centre_in_two, combined, count_valid, mean_square
+from normwise.reference import (
+    Moments,
+    accumulation_dtype,
+    centre_in_two,
+    combined,
+    count_valid,
+    mean_square,
+    rstd_of,
+)
 
 
 def pooled_norm(
@@ -102,7 +110,7 @@ def forward(
     z = local.centred
     # What is left to subtract: small, so that it may be rounded.
     offset = (moments.mean - local.rough.double()).to(z.dtype)
-    rstd = torch.rsqrt(moments.var + settings.eps).to(z.dtype)
+    rstd = rstd_of(moments.var, settings.eps).to(z.dtype)
     left = local.rest - offset
     if settings.center and _per_statistic(rstd, weight, bias):
         scale = rstd if weight is None else (rstd * weight).to(z.dtype)
@@ -193,7 +201,7 @@ def _differentiable(
     wide = local.centred.dtype
     # Both means are known to more digits than `wide` has, their difference need not be.
     own = local.rough.double() + local.rest.double()
-    y = (local.centred + (own - moments.mean).to(wide)) * torch.rsqrt(moments.var + settings.eps).to(wide)
+    y = (local.centred + (own - moments.mean).to(wide)) * rstd_of(moments.var, settings.eps).to(wide)
     y = y if weight is None else y * weight
     y = y if bias is None else y + bias
     y = y if mask is None else y.masked_fill(~mask, 0)

@@ -53,7 +53,7 @@ def recurrence(
     """One layer in one direction, by the chosen backend. See `reference.recurrent.recurrence` for every argument."""
     if recurrent_registered.fits(x, weights, how, zoned):
         return recurrent_registered.recurrence(x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse)
-    uncompiled = recurrent_cpu.obstacle(x, weights, how, zoned)
+    uncompiled = recurrent_cpu.obstacle(x, weights, how, zoned, h0, c0, lengths, reset)
     if uncompiled is None and choose_plain(x) and compiles_plain(x):
         backend = "cpu"
     else:
@@ -111,6 +111,8 @@ def stack(
     """
     if x.shape[0] == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN: leave empty batches of steps out")
+    for parameters in weights:
+        check.beside(x, h0=h0, c0=c0, reset=reset, **parameters._asdict())
     if how.norm == "batch" and running is None:
         _enough_samples(x, lengths, how)
     x, h0, c0, weights, autocast = _cast_for_autocast(x, h0, c0, weights)

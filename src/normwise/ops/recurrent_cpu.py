@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from normwise.kernels import recurrent as kernels
+from normwise.kernels.arguments import unreadable
 from normwise.kernels.library import load
 from normwise.ops import recurrent_loop
-from normwise.ops.compiled import unwatched
 from normwise.reference.recurrence import Recurrence, Weights
 from normwise.reference.recurrent import Result
 from normwise.reference.sequences import reverse_reset, valid_steps
 
 
-def obstacle(x: Tensor, weights: Weights, how: Recurrence, zoned: Tensor | None) -> str | None:
-    """What keeps the kernels from this recurrence, or None."""
+def obstacle(x: Tensor, weights: Weights, how: Recurrence, zoned: Tensor | None, *others: Tensor | None) -> str | None:
+    """What keeps the kernels from this recurrence, or None. `others`: what else they read, such as states."""
     if torch.compiler.is_compiling():
         return "while compiling, ATen's operations are left to the compiler"
     if (unknown := unsupported(weights, how, zoned)) is not None:
@@ -29,13 +29,7 @@ def obstacle(x: Tensor, weights: Weights, how: Recurrence, zoned: Tensor | None)
     if not known_dtypes(x, weights):
         dtypes = sorted({str(t.dtype) for t in (x, *given)})
         return f"the recurrent C++ kernels take float32 or bfloat16, not {', '.join(dtypes)}"
-    for w in given:
-        if type(w) not in _TENSORS or not w.is_cpu:
-            return "the C++ kernels take plain tensors on the CPU as weights"
-    return None
-
-
-_TENSORS = (torch.nn.Parameter, Tensor)
+    return unreadable(*weights, *others)
 
 
 def unsupported(weights: Weights, how: Recurrence, zoned: Tensor | None) -> str | None:
@@ -83,7 +77,7 @@ def recurrence(
     call = Call(how, lengths, reset, reverse)
     tensors = (x, h0, c0, *weights)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        output, h, c = _compiled(call, *tensors)
+        output, h, c = _Compiled.apply(call, *tensors)
     else:
         output, h, c, _ = forward(call, tensors, save=False)
     return Result(output, h, c, {})
@@ -218,9 +212,6 @@ class _Compiled(torch.autograd.Function):
         if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
             return None, *differentiable(ctx.call, tensors, needs, grads)
         return None, *backward(ctx.call, tensors, ctx.kept, grads, needs)
-
-
-_compiled = unwatched(_Compiled)
 
 
 def backward(

@@ -108,7 +108,7 @@ def _alive(valid: Tensor | None) -> list[Tensor | None] | None:
 
 def _batch_norm(rows: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Moments]:
     """N_g over axis 0 by ATen's kernel, and the moments, which that kernel gives only rounded."""
-    y = torch.batch_norm(rows, gain, None, None, None, True, 0.0, eps, False)
+    y = torch.batch_norm(rows, gain.contiguous(), None, None, None, True, 0.0, eps, False)
     with torch.no_grad():
         mean = rows.sum(0, keepdim=True) / max(len(rows), 1)
         var = (rows - mean).square().sum(0, keepdim=True) / max(len(rows), 1)

@@ -66,6 +66,7 @@ def move(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: 
 
 def replace(averages: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Moved:
     """Store `new` in the running averages, both or, where anything in it is NaN or infinite, none of them."""
+    writable(*averages)
     with torch.no_grad():
         # In the averages' own dtype, in which a finite number may have become infinite.
         rows = torch.stack([now.to(old.dtype) for old, now in zip(averages, new, strict=True)])
@@ -81,12 +82,23 @@ def replace(averages: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Move
         return finite
 
 
+def writable(*averages: Tensor) -> None:
+    """RuntimeError for a running average that cannot be written, before the other one moves."""
+    for t in averages:
+        if t.numel() > 1 and 0 in t.stride():
+            raise RuntimeError(
+                "unsupported operation: more than one element of the written-to tensor refers to a single memory "
+                f"location: a running average of shape {tuple(t.shape)} is expanded, but moves in place: clone() it"
+            )
+
+
 def move_over_samples(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float | Tensor) -> None:
     """`move` by the average over samples (axis 0) of each sample's own moments.
 
     A sample without a valid element has no mean, and one with a single element no deviation: they are left out of
     the average, as are samples whose moments are NaN or infinite. Where no sample is left, the running average stays.
     """
+    writable(running_mean, running_var)
     with torch.no_grad():
         var = unbiased_var(moments)
         finite = moments.mean.isfinite() & var.isfinite()

@@ -15,6 +15,7 @@ from normwise.reference.moments import (
     count_valid,
     mean_square,
     moments,
+    rstd_of,
 )
 from normwise.reference.norm import norm, norm_backward
 
@@ -33,4 +34,5 @@ __all__ = [
     "norm",
     "norm_backward",
     "renorm_correction",
+    "rstd_of",
 ]

@@ -90,6 +90,12 @@ def mean_square(x: Tensor, dims: Sequence[int], count: Tensor) -> Tensor:
     return x.square().sum(list(dims), keepdim=True) / count.clamp(min=1)
 
 
+def rstd_of(var: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(var + eps). A variance that has left the range of its dtype gives NaN: 1 over infinity would make zeros
+    of an input that exploded, and hide it."""
+    return torch.rsqrt(var + eps) + var * 0
+
+
 def count_valid(x: Tensor, dims: Sequence[int], mask: Tensor | None) -> Tensor:
     """How many elements of `dims` are valid, broadcastable against the statistics of `x`."""
     if mask is None:

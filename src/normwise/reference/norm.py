@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from normwise.reference.moments import Moments, accumulation_dtype, centre, count_valid, mean_square
+from normwise.reference.moments import Moments, accumulation_dtype, centre, count_valid, mean_square, rstd_of
 
 
 def norm(
@@ -42,8 +42,8 @@ def norm(
         (y, moments): `y` has the dtype of `x`; `moments` are those used, in at least float32. Without `center` the
         mean is 0 and the variance is the mean square.
     """
-    normalized, rstd, used = _standardize(x, dims, mask, mean, var, eps, center)
-    y = normalized * rstd
+    normalized, scale, used = _standardize(x, dims, mask, mean, var, eps, center)
+    y = normalized * scale
     if weight is not None:
         y = y * weight
     if bias is not None:
@@ -77,8 +77,8 @@ def norm_backward(
     Source: Ioffe & Szegedy 2015, section 3, rearranged.
     """
     dims = list(dims)
-    normalized, rstd, used = _standardize(x, dims, mask, mean, var, eps, center)
-    z = normalized * rstd
+    normalized, scale, used = _standardize(x, dims, mask, mean, var, eps, center)
+    z = normalized * scale
     grad = grad.to(z.dtype)
     if mask is not None:
         grad = grad.masked_fill(~mask, 0)
@@ -89,7 +89,7 @@ def norm_backward(
         if center:
             dx = dx - g.sum(dims, keepdim=True) / count
         dx = dx - z * ((g * z).sum(dims, keepdim=True) / count)
-    dx = dx * rstd
+    dx = dx * scale
     if mask is not None:
         dx = dx.masked_fill(~mask, 0)
     dweight = None if weight is None else (grad * z).sum_to_size(weight.shape).to(weight.dtype)
@@ -112,7 +112,7 @@ def _standardize(
         if mask is not None:
             wide = wide.masked_fill(~mask, 0)
         mean, var = mean.to(wide.dtype), var.to(wide.dtype)
-        return wide - mean, torch.rsqrt(var + eps), Moments(mean, var, torch.ones_like(var))
+        return wide - mean, rstd_of(var, eps), Moments(mean, var, torch.ones_like(var))
     if center:
         centred, mean, count = centre(x, dims, mask)
     else:
@@ -122,4 +122,4 @@ def _standardize(
         count = count_valid(centred, dims, mask)
         mean = torch.zeros_like(count)
     var = mean_square(centred, dims, count)
-    return centred, torch.rsqrt(var + eps), Moments(mean, var, count)
+    return centred, rstd_of(var, eps), Moments(mean, var, count)
