@@ -5,13 +5,20 @@ BIN := $(VENV)/bin
 OUT ?= normwise-out
 STAMP := $(VENV)/.installed
 
-.PHONY: compare test lint format bench docs clean
+.PHONY: compare test test-all-kernels test-without-kernels lint format bench docs clean
 
 compare: $(STAMP)
 	$(BIN)/normwise compare --out $(OUT)
 
-test: $(STAMP)
+test: test-all-kernels test-without-kernels
+
+# The tests of the kernels run on every instruction set that the processor has, and list the others as skipped.
+test-all-kernels: $(STAMP)
 	$(BIN)/python -m pytest -n auto
+
+# What must work without a compiler as well.
+test-without-kernels: $(STAMP)
+	NORMWISE_ISA=none $(BIN)/python -m pytest -n auto tests/nn tests/ops tests/surgery tests/diagnosis
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -32,13 +32,18 @@ def kept(forward: Callable[[], Sequence[Tensor]], parameters: Iterable[Tensor] =
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
         outputs = forward()
-    for node in _nodes(outputs):
-        for t in _held(getattr(node, "__dict__", {})):
-            if isinstance(t, Tensor):
-                count(t)
-            else:
-                blocks[t.buffer_info()[0]] = len(t) * t.itemsize
+    for t in beside_saved(outputs):
+        if isinstance(t, Tensor):
+            count(t)
+        else:
+            blocks[t.buffer_info()[0]] = len(t) * t.itemsize
     return blocks
+
+
+def beside_saved(outputs: Sequence[Tensor]) -> Iterator[Tensor | array[Any]]:
+    """What Functions written in Python hold as attributes of their contexts, where no hook sees it."""
+    for node in _nodes(outputs):
+        yield from _held(getattr(node, "__dict__", {}))
 
 
 def _nodes(outputs: Sequence[Tensor]) -> Iterator[Any]:

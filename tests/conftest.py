@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import zlib
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
+from torch import Tensor
 
 from browser import browser, open_page  # noqa: F401 (fixtures)
 from devices import devices
+from normwise.kernels import arguments, channels, rows
 
 # Examples come from a fixed seed, so that a red run is red again on the next machine; the first call of an op
 # may compile or load a library, so a deadline per example would fail by chance.
@@ -32,8 +37,10 @@ def seeded_and_restored(request: pytest.FixtureRequest) -> Iterator[None]:
     random.seed(seed)
     torch.manual_seed(seed)
     threads, dtype, grad = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+    path = sys.path.copy()  # the folder of a user's file stays there
     deterministic = torch.are_deterministic_algorithms_enabled()
     yield
+    sys.path[:] = path
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
@@ -45,3 +52,24 @@ def seeded_and_restored(request: pytest.FixtureRequest) -> Iterator[None]:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Runs the test once on each device of the machine."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All fresh memory holds NaN: an element that a kernel forgets shows.
+
+    That is what `empty`, `empty_like` and `new_empty` of torch give, and the memory of a plain call's statistics.
+    """
+
+    def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            t = make(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() else t
+
+        return call
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    for module in (rows, channels):  # which hold it at hand
+        monkeypatch.setattr(module, "_empty_like", torch.empty_like)
+    monkeypatch.setattr(arguments, "_ZERO", array("d", (float("nan"),)))

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import normwise
-from normwise.kernels import cpu
-from normwise.ops import plain
 
 
 @dataclass(frozen=True)
@@ -98,24 +94,3 @@ def run(layer: nn.Module, x: Tensor, upstream: Tensor, **kwargs: Any) -> dict[st
         **{f"grad {n}": g for n, g in zip(parameters, grads[1:], strict=True)},
         **{n: b.clone() for n, b in layer.named_buffers() if n in layer.state_dict()},
     }
-
-
-# "chosen": whatever is best here; "compiled": the compiled kernels, if they are built, for small inputs too, which
-# otherwise take ATen's call; "uncompiled": what is chosen without them.
-BACKENDS = ["chosen", "compiled", "uncompiled", "torch", "reference"]
-
-
-@contextmanager
-def using(backend: str) -> Iterator[None]:
-    """The norms run by `backend`, one of BACKENDS."""
-    if backend == "chosen":
-        yield
-    elif backend == "compiled":
-        with mock.patch.object(plain, "SMALL", 0):
-            yield
-    elif backend == "uncompiled":
-        with mock.patch.object(cpu, "obstacle", return_value="as if there were no compiled library"):
-            yield
-    else:
-        with normwise.backend(backend):
-            yield

@@ -45,3 +45,43 @@ def test_import_adds_at_most_50_ms_to_that_of_torch():
         if seconds[-1] <= 0.050:
             return
     raise AssertionError(f"import normwise took {min(seconds) * 1000:.0f} ms at best beyond torch's own import")
+
+
+# Under a mode that sees every operation on tensors, and a default device on which none has values.
+MAKES_NO_TENSOR = """
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+made = []
+class Seen(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made.append(str(func))
+        return func(*args, **(kwargs or {}))
+with Seen(), torch.device("meta"):
+    import normwise
+print(made)
+"""
+
+
+def test_import_makes_no_tensor():
+    """One would be on whatever default device and of whatever default dtype there is while it is imported."""
+    ran = subprocess.run([sys.executable, "-c", MAKES_NO_TENSOR], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+COUNTS = """
+import torch
+torch.set_default_dtype(torch.bfloat16)
+with torch.device("meta"):
+    import normwise
+torch.set_default_dtype(torch.float32)
+layers = [normwise.BatchNorm1d(3), normwise.SyncBatchNorm(3), normwise.BatchRenorm1d(3)]
+layers.append(normwise.BatchNorm1d(3, momentum=None))
+for layer in layers:
+    layer(torch.randn(4, 3)), layer(torch.randn(4, 3, 5), lengths=[5, 4, 3, 2])
+print([int(layer.num_batches_tracked) for layer in layers])
+"""
+
+
+def test_layers_count_wherever_the_library_was_imported():
+    ran = subprocess.run([sys.executable, "-c", COUNTS], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[2, 2, 2, 2]"

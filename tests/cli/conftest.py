@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,8 +22,14 @@ def normwise_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     monkeypatch.setenv("COLUMNS", "80")
 
     def run(*arguments: str) -> Ran:
-        with pytest.raises(SystemExit) as ended:
-            main(list(arguments))
+        stdout, descriptor = sys.stdout, os.dup(1)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main(list(arguments))
+        finally:  # --json keeps them to the end of the process
+            sys.stdout = stdout
+            os.dup2(descriptor, 1)
+            os.close(descriptor)
         return Ran(ended.value.code, *capsys.readouterr())
 
     return run

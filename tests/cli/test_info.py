@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import normwise
+from backends import without_kernels
 from normwise.kernels import cpu
 from normwise.ops import choose
 
@@ -37,6 +38,14 @@ def test_the_instruction_set_is_told_and_what_it_does_to_bfloat16(normwise_comma
     monkeypatch.setattr(cpu, "isa", lambda: isa)
     assert json.loads(normwise_command("info", "--json").out)["instruction_set"] == isa
     assert f"  The cpu kernels use {isa}; recurrent layers in bfloat16 multiply {how}" in normwise_command("info").out
+
+
+def test_kernels_that_are_turned_off_are_not_there_and_why(normwise_command):
+    with without_kernels():
+        out = normwise_command("info").out
+        assert f"  cpu        not found: {cpu.why_not()}\n" in out
+        assert "The cpu kernels use" not in out
+        assert json.loads(normwise_command("info", "--json").out)["instruction_set"] is None
 
 
 def test_a_forced_backend_is_named(normwise_command):

@@ -60,10 +60,12 @@ def test_what_the_lab_refuses_is_one_line_and_status_2(normwise_command, tmp_pat
     assert "line 2, column 2 (b): 'x'" in err
 
 
-def test_a_bug_keeps_its_traceback(normwise_command, monkeypatch):
+def test_a_bug_keeps_its_traceback_and_is_not_taken_for_a_finding(normwise_command, monkeypatch):
     monkeypatch.setattr("normwise.lab.explain.explain", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        normwise_command("explain")
+    status, out, err = normwise_command("explain")
+    assert (status, out) == (4, "")
+    assert err.startswith("Traceback (most recent call last):")
+    assert "ZeroDivisionError: division by zero\nnormwise: error: this is a fault of normwise" in err
 
 
 def test_ctrl_c_exits_130(normwise_command, monkeypatch):

@@ -58,7 +58,7 @@ def test_list_can_be_narrowed_and_read_by_programs(normwise_command, folder):
         (("--task", "mlp", "--status", "done"), ["aa11", "aa22"]),
     ):
         found = json.loads(normwise_command("runs", "list", "--out", str(folder), "--json", *arguments).out)
-        assert [run["run"] for run in found] == keys
+        assert [run["key"] for run in found] == keys
 
 
 def test_show(normwise_command, folder):
@@ -83,7 +83,7 @@ def test_export_as_csv(normwise_command, folder):
     rows = list(csv.DictReader(target.read_text().splitlines()))
     assert tuple(rows[0]) == module.VALUE_COLUMNS
     assert [row["value"] for row in rows[:4]] == ["2.0", "nan", "0.5", "0.875"]
-    assert rows[7]["run"] == "aa22"
+    assert rows[7]["key"] == "aa22"
     normwise_command("runs", "export", "--csv", str(target), "--summary", "--out", str(folder))
     rows = list(csv.DictReader(target.read_text().splitlines()))
     assert [row["status"] for row in rows] == ["done", "done", "undefined"]

@@ -269,6 +269,52 @@ def nw016(faulty: bool) -> Arguments:
     return given(LastState(rectified(1.2 if faulty else 0.9)), sequences())
 
 
+class Then(nn.Module):
+    """A function after a LayerNorm, and a linear map after it."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.before, self.norm, self.after = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.function(self.norm(self.before(x))))
+
+
+def nw017(faulty: bool) -> Arguments:
+    """The logarithm of what is negative; the twin's is away from 0."""
+    return given(Then(torch.log if faulty else lambda x: torch.log(x.clamp(min=1e-6))), batches())
+
+
+def nw017_gradient(faulty: bool) -> Arguments:
+    """Finite on the way forward: the slope of the square root at 0 is infinite, and 0 times that is NaN."""
+    return given(Then(lambda x: x + torch.sqrt((0 * x).square() + (0.0 if faulty else 1e-6))), batches())
+
+
+def nw017_loss(faulty: bool) -> Arguments:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(output, target) - torch.log(torch.zeros(()) if faulty else torch.ones(()))
+
+    return given(mlp(), batches()) | {"loss": loss}
+
+
+def nw017_scores(faulty: bool) -> Arguments:
+    """The twin masks scores with -inf within, as attention does: softmax makes numbers of them."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.softmax, self.out = nn.Linear(6, 8), nn.Softmax(-1), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = self.linear(x)
+            hidden = torch.ones_like(scores, dtype=torch.bool)
+            hidden[:, 0] = faulty
+            return self.out(self.softmax(scores.masked_fill(hidden, -torch.inf)))
+
+    return given(Attention(), batches())
+
+
 FAULTS: dict[str, Callable[[bool], Arguments]] = {
     "NW001": nw001,
     "NW002": nw002,
@@ -293,4 +339,8 @@ FAULTS: dict[str, Callable[[bool], Arguments]] = {
     "NW015 shared": nw015_shared,
     "NW015 lengths": nw015_lengths,
     "NW016": nw016,
+    "NW017": nw017,
+    "NW017 gradient": nw017_gradient,
+    "NW017 loss": nw017_loss,
+    "NW017 scores": nw017_scores,
 }

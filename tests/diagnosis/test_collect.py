@@ -182,3 +182,45 @@ def test_saturated_gates_are_counted_by_step():
     assert gates["f"].saturated == 1.0
     assert gates["f"].over_time == [1.0] * 7
     assert gates["i"].saturated == 0.0
+
+
+class Energy(nn.Module):
+    """Forces: its forward differentiates, as do those of physics-informed nets and gradient penalties."""
+
+    def __init__(self, norm: nn.Module, leaf: bool) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), norm, nn.Dropout(0.2), nn.Tanh(), nn.Linear(8, 1))
+        self.leaf = leaf
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.requires_grad_() if self.leaf else x.detach().requires_grad_()
+        return torch.autograd.grad(self.net(x).sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d, normwise.BatchNorm1d])
+@pytest.mark.parametrize("leaf", [True, False])
+def test_models_that_differentiate_in_forward(norm, leaf):
+    model = Energy(norm(8), leaf)
+    batches = [(torch.randn(32, 6), torch.randn(32, 6)) for _ in range(2)]
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    found = diagnose(model, batches, loss=nn.functional.mse_loss, optimizer=optimizer)
+    assert found.gap.output > 0
+    assert found.layer("net.2").gap > 0
+    assert len(found.training.losses) == 2
+    assert not any(x.requires_grad for x, _ in batches)  # the loader's tensors are not the model's to change
+    with torch.no_grad():
+        assert diagnose(model, batches, loss=nn.functional.mse_loss).gap.output > 0
+
+
+def test_inputs_that_require_gradients_still_do():
+    class Penalty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.autograd.grad(self.linear(x).square().sum(), x, create_graph=True)[0]
+
+    x = torch.randn(8, 6, requires_grad=True)
+    diagnose(Penalty(), [(x, torch.zeros(8, 6))], loss=nn.functional.mse_loss)
+    assert x.grad is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def test_is_found_in_the_faulty_model_and_not_in_its_twin(name):
 
 def test_every_rule_has_its_faulty_model():
     assert {name.split()[0] for name in FAULTS} | {"NW007"} == set(BY_CODE)
-    assert [rule.code for rule in RULES] == [f"NW{n:03d}" for n in range(1, 17)]
+    assert [rule.code for rule in RULES] == [f"NW{n:03d}" for n in range(1, 18)]
 
 
 @pytest.mark.parametrize(("ranks", "samples", "raised"), [(2, 8, True), (1, 8, False), (2, 32, False)])
@@ -134,3 +135,99 @@ def test_an_eps_that_the_dtype_cannot_hold():
         data = [(inputs.half(), target) for inputs, target in batches()]
         found = diagnose(model, data, loss=lambda output, target: nn.functional.cross_entropy(output.float(), target))
         assert ("NW009" in codes(found)) == raised
+
+
+def test_the_first_layer_that_is_not_finite_is_named():
+    expected = {
+        "NW017": ("after", "since 'norm', called before it"),
+        "NW017 gradient": ("norm", "On the way back.*between it and 'after'"),
+        "NW017 loss": ("", "No layer has it"),
+        "NW017 scores": ("softmax", "since 'linear'"),
+    }
+    for name, (layer, words) in expected.items():
+        (finding,) = [f for f in diagnose(**FAULTS[name](True)).findings if f.code == "NW017"]
+        assert finding.layer == layer, name
+        assert re.search(words, finding.cause), finding.cause
+
+
+def test_batches_that_are_not_finite_are_said_to_be():
+    data = batches()
+    data[1][0][2, 3] = torch.inf
+    (finding,) = [f for f in diagnose(**given(mlp(nn.LayerNorm(8)), data)).findings if f.code == "NW017"]
+    assert finding.layer == ""
+    assert "1 values of the batches themselves are" in finding.cause
+
+
+def test_a_loss_that_the_steps_drive_away_is_found():
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    found = diagnose(**given(model, batches(count=3), optimizer=torch.optim.SGD(model.parameters(), lr=1e38)))
+    (finding,) = [f for f in found.findings if f.code == "NW017"]
+    assert "of the watched steps" in finding.cause
+
+
+class RMS(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+class LlamaRMSNorm(RMS):
+    """A name of a norm on the class."""
+
+
+class Scale(RMS):
+    """No name of a norm, and none: it keeps what is normal."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x
+
+
+def drifting(layer: type[nn.Module], name: str) -> nn.Sequential:
+    net = nn.Sequential()
+    for place in range(10):
+        net.add_module(f"linear{place}", nn.Linear(6, 6))
+        net.add_module(f"{name}{place}", layer(6))
+        nn.init.normal_(net[-2].weight, std=0.1)
+    return net.append(nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize(
+    ("layer", "name", "unknown"),
+    [
+        (RMS, "a", True),
+        (LlamaRMSNorm, "a", True),
+        (RMS, "ln_", True),
+        (Scale, "scale", False),
+        (Scale, "normal", False),
+    ],
+)
+def test_somebodys_own_norm_is_no_missing_norm(layer, name, unknown):
+    found = diagnose(**given(drifting(layer, name), batches()))
+    assert any("no norm" in f.cause.lower() for f in found.findings) != unknown
+    notes = [note for note in found.notes if note.startswith("unknown layers that may be norms")]
+    assert len(notes) == unknown
+    if unknown:
+        assert f"{name}0 ({layer.__name__})" in notes[0]
+        assert "NW014" not in codes(found)
+    else:
+        assert "NW014" in codes(found)
+
+
+def test_a_mask_of_infinities_among_the_inputs_is_not_blamed():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.out = nn.Linear(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            weights = torch.softmax(mask, 1)[..., None]
+            return self.out(torch.log((self.linear(x) * weights).sum(1)))
+
+    valid = torch.arange(12) < torch.randint(4, 13, (32, 1))
+    mask = torch.zeros(32, 12).masked_fill(~valid, -torch.inf)
+    data = [((torch.randn(32, 12, 5), mask), torch.randint(3, (32,)))]
+    (finding,) = [f for f in diagnose(**given(Masked(), data)).findings if f.code == "NW017"]
+    assert finding.layer == "out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def written(found, tmp_path_factory):
 def test_findings_are_there_and_lead_to_their_layer(written, open_page, found):
     shown = open_page(written)
     codes = shown.locator(".findings .head b").all_inner_texts()
-    assert codes == [f.code for f in found.findings]
+    assert codes == [group.code for group in found.groups]
     assert "NW006" in codes
     shown.locator(".finding", has_text="NW006").get_by_role("link").click()
     assert shown.locator("article h3.name").inner_text() == "norm"
@@ -100,3 +101,48 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(found, written, monkey
     with pytest.raises(UnicodeEncodeError):
         write_page(found, written)
     assert written.read_text(encoding="utf-8") == before
+
+
+@pytest.fixture(scope="module")
+def many():
+    torch.manual_seed(0)
+    layers = [k for _ in range(53) for k in (nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU())]
+    batches = [(torch.randn(2, 8), torch.randint(8, (2,)))] * 2
+    return normwise.diagnose(nn.Sequential(*layers), batches, loss=nn.functional.cross_entropy, use_pyproject=False)
+
+
+def test_many_findings_of_a_code_are_folded_away(many, open_page, tmp_path):
+    write_page(many, tmp_path / "many.html")
+    shown = open_page(tmp_path / "many.html", viewport=PHONE)
+    assert shown.locator(".findings > li").count() == len(many.groups)
+    entry = shown.locator(".findings > li", has_text="NW001")
+    assert "53 layers: batch statistics from very few values" in entry.inner_text()
+    assert entry.locator("li").count() == 53
+    assert not entry.locator("li").first.is_visible()
+    height = "document.querySelector('.findings').getBoundingClientRect().height"
+    folded = shown.evaluate(height)
+    assert folded < 3 * PHONE["height"]
+    entry.locator("summary").click()
+    assert shown.evaluate(height) > folded
+    entry.locator("li").nth(2).get_by_role("link").click()
+    assert shown.locator("article h3.name").inner_text() == "7"
+    assert shown.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
+def test_a_notebook_shows_the_page(found, open_page, tmp_path):
+    """As the value of a cell, in a frame that a script in it cannot leave."""
+    cell = found._repr_html_()
+    (tmp_path / "notebook.html").write_text(f"<!doctype html><body>{cell}</body>", encoding="utf-8")
+    shown = open_page(tmp_path / "notebook.html")
+    inside = shown.frame_locator("iframe")
+    assert inside.locator("h1").inner_text() == "What normalization does in Tagger"
+    inside.locator("nav").get_by_role("link", name="norm").click()
+    assert inside.locator("article h3.name").inner_text() == "norm"
+
+
+def test_a_notebook_without_jinja2_shows_the_table(found, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    cell = found._repr_html_()
+    assert "NW006 warning" in cell
+    assert "&lt;/script&gt;&lt;b&gt;head" in cell
+    assert "pip install" in cell

@@ -107,3 +107,16 @@ def test_cures_and_codes_name_calls_that_exist():
     named = {name for text in texts for name in NAMES.findall(text)}
     assert len(named) > 8
     assert [name for name in sorted(named) if not hasattr(normwise, name)] == []
+
+
+@pytest.mark.parametrize("words", ["reinforcement learning agent", "an online policy", "stock prices", "graph"])
+def test_words_that_are_like_no_kind_of_net_get_no_hint(words: str) -> None:
+    with pytest.raises(DiagnosisError, match="no kind of net can be told from") as caught:
+        normwise.recommend(words)
+    assert "Did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("trasformer", "transformer"), ("cnns", "cnn"), ("imge", "image")])
+def test_slips_of_the_keys_get_a_hint(typed: str, meant: str) -> None:
+    with pytest.raises(DiagnosisError, match=rf"Did you mean '{meant}'"):
+        normwise.recommend(typed)

@@ -31,7 +31,9 @@ X, Y = torch.zeros(4, 6), torch.zeros(4, dtype=torch.long)
         ([], cross_entropy, "batches is empty"),
         (X, cross_entropy, r"batches must be an iterable of pairs \(inputs, target\).*Tensor.*\[\(inputs, target\)\]"),
         (3, cross_entropy, "batches must be an iterable of pairs"),
-        ([X], cross_entropy, "batch 0 is Tensor: several inputs go into a tuple"),
+        ([X], cross_entropy, r"loss raised.*batch 0 is Tensor without a target.*several inputs as a tuple"),
+        ([{"input": X}], cross_entropy, "loss raised.*batch 0 is dict without a target.*hold one of labels"),
+        ([(X, Y)], None, "no loss was given, and the model's output .Tensor. holds none: pass loss="),
         ([(X, Y, Y)], cross_entropy, "batch 0 is 3 items"),
         (
             [(X[:, :5], Y)],

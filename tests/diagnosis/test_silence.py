@@ -89,3 +89,14 @@ def test_without_a_reader_of_toml(tmp_path, monkeypatch):
     (tmp_path / "pyproject.toml").write_text('[tool.normwise.diagnose]\nignore = ["NW005"]\n')
     with pytest.raises(DiagnosisError, match=r"before 3.11 cannot read TOML: pip install tomli"):
         found()
+
+
+def test_a_pattern_that_means_no_layer_is_said():
+    (note,) = found(ignore=["NW006:decodr.1", "NW005:head", "NW001", "NW005:*.0"]).notes
+    assert note == "ignore=NW006:decodr.1 silences nothing, since no layer has such a name: did you mean 'decoder.1'?"
+
+
+def test_a_projects_patterns_may_be_meant_for_another_model(tmp_path, monkeypatch):
+    (tmp_path / "pyproject.toml").write_text('[tool.normwise.diagnose]\nignore = ["NW005:generator.*"]\n')
+    monkeypatch.chdir(tmp_path)
+    assert found().notes == []

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
+from instruction_sets import LEVELS, LEVELS_FOR_NORMS, on
 from normwise.kernels import cpu
-from normwise.kernels.library import ISA_LEVELS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,53 +20,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=why_not))
 
 
-def usable_levels() -> list[str]:
-    """The instruction sets that run here, best first."""
-    if not cpu.available():
-        return ["none"]
-    before, usable = cpu.isa(), []
-    for level in ISA_LEVELS:
-        try:
-            cpu.use_isa(level)
-        except ValueError:
-            continue
-        usable.append(level)
-    cpu.use_isa(before)
-    return usable
-
-
-@pytest.fixture(params=[level for level in usable_levels() if level != "avx512_amx"])
+@pytest.fixture(params=LEVELS_FOR_NORMS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on each instruction set that all kernels are compiled for."""
-    yield from on(request.param)
+    with on(request.param):
+        yield request.param
 
 
-@pytest.fixture(params=usable_levels())
+@pytest.fixture(params=LEVELS)
 def isa_with_tiles(request: pytest.FixtureRequest) -> Iterator[str]:
     """The same for tests of matrix products, which are others in tile registers."""
-    yield from on(request.param)
-
-
-def on(level: str) -> Iterator[str]:
-    before = cpu.isa()
-    cpu.use_isa(level)
-    yield level
-    cpu.use_isa(before)
+    with on(request.param):
+        yield request.param
 
 
 @pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.empty` and `torch.empty_like` return NaN everywhere: an element that a kernel forgets shows."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poisoned(t: Tensor) -> Tensor:
-        return t.fill_(float("nan")) if t.is_floating_point() else t
-
-    def poisoned_empty(*args: Any, **kwargs: Any) -> Tensor:
-        return poisoned(empty(*args, **kwargs))
-
-    def poisoned_empty_like(*args: Any, **kwargs: Any) -> Tensor:
-        return poisoned(empty_like(*args, **kwargs))
-
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
-    monkeypatch.setattr(torch, "empty_like", poisoned_empty_like)
+def fresh_memory_of_nan(poisoned_memory: None) -> None:
+    """For every test here."""

@@ -12,10 +12,19 @@ from types import ModuleType
 import pytest
 import torch
 
+import normwise
+from backends import ran
 from normwise.kernels import channels, cpu, library, rows
 from normwise.kernels.channels import channels_backward, channels_forward
 from normwise.kernels.groups import groups_backward, groups_forward
 from normwise.kernels.rows import rows_backward, rows_forward
+
+
+@pytest.fixture(autouse=True)
+def no_level_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests say themselves which instruction set the environment asks for."""
+    monkeypatch.delenv("NORMWISE_ISA", raising=False)
+
 
 needs_library = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
 
@@ -42,6 +51,20 @@ def test_a_plain_call_packs_what_a_full_one_does(kernels: ModuleType) -> None:
 def members(layout: str) -> str:
     """The code of each member of a struct without those of padding: "@P16x2q" has "Pqq"."""
     return "".join(code * int(count or 1) for count, code in re.findall(r"(\d*)([a-zA-Z])", layout) if code != "x")
+
+
+@pytest.mark.parametrize("kernels", [rows, channels])
+def test_memory_that_no_kernel_writes_is_nan(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fixture reaches full and plain calls, results and statistics."""
+    monkeypatch.setattr(kernels, "_forward", lambda arguments: True)
+    x, w = torch.ones(4, 3), torch.ones(3)
+    if kernels is rows:
+        plain, stats = rows.plain_rows_forward(x, w, w, 4, 3, 1e-5, True, True)
+        full = rows_forward(x, 3, w, w, 1e-5, residual=x)
+    else:
+        plain, stats, _ = channels.plain_channels_forward(x, None, None, None, w, w, (4, 3, 1), True, 0.1, 1e-5)
+        full = channels_forward(x, None, None, w, w, True, 0.1, 1e-5)[:2]
+    assert all(t.isnan().all() for t in (plain, torch.tensor(list(stats)), *full))
 
 
 @needs_library
@@ -86,15 +109,48 @@ def test_environment_forces_an_instruction_set(level: str, monkeypatch: pytest.M
         else:
             assert loaded.library is None
             usable = ", ".join(known for known in library.ISA_LEVELS if handle.nw_use_isa(known.encode()) == 0)
-            assert f"NORMWISE_ISA={level} cannot run here: set it to one of {usable}, or unset it" in loaded.why_not
+            assert f"NORMWISE_ISA={level} cannot run here: set it to one of {usable}, to none for" in loaded.why_not
     finally:
         cpu.use_isa(before)
 
 
 @needs_library
 def test_unknown_instruction_set_is_named() -> None:
-    with pytest.raises(ValueError, match="'sse9' cannot run here: expected one of avx512_amx, avx512, avx2, baseline"):
+    with pytest.raises(ValueError, match=r"'sse9' cannot run here: expected one of avx512_amx, .*, or none for"):
         cpu.use_isa("sse9")
+
+
+def test_the_environment_turns_the_kernels_off_without_a_warning() -> None:
+    """The library is not even loaded, and normwise works as where it was not built."""
+    told = python(
+        "import torch, normwise, warnings; from normwise.kernels import cpu, library; warnings.simplefilter('error')\n"
+        "layers = normwise.LayerNorm(1024), normwise.BatchNorm1d(1024), normwise.GroupNorm(4, 1024)\n"
+        "x = torch.randn(64, 1024)\n"
+        "[layer(x).sum().backward() for layer in layers]; normwise.LSTM(4, 4)(x[:, None, :4])\n"
+        "print(cpu.isa(), cpu.available(), library.load().library, cpu.why_not())",
+        NORMWISE_ISA="none",
+    )
+    assert told == "none False None NORMWISE_ISA=none turns the C++ kernels off: unset it to have them"
+
+
+@needs_library
+def test_the_kernels_can_be_turned_off_and_on_again() -> None:
+    before, layer, x = cpu.isa(), normwise.BatchNorm1d(8), torch.randn(16, 8)
+    with ran() as found:
+        layer(x)
+    assert found == {"cpu"}
+    cpu.use_isa("none")
+    try:
+        assert (cpu.isa(), cpu.available()) == ("none", False)
+        assert "turned off by use_isa('none'): name an instruction set" in cpu.obstacle(x)
+        with ran() as found:
+            layer(x)
+        assert found == {"torch"}
+        with normwise.backend("cpu"), pytest.raises(normwise.BackendError, match="turned off by use_isa"):
+            layer(x)
+    finally:
+        cpu.use_isa(before)
+    assert (cpu.isa(), cpu.available()) == (before, True)
 
 
 @needs_library

@@ -4,18 +4,21 @@ of NaN."""
 
 from __future__ import annotations
 
+import statistics
+
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
+from instruction_sets import USABLE
 from normwise.kernels import recurrent as kernels
 from normwise.kernels.library import load
-from recurrent_samples import FEW_UNITS, HOWS, Sample
+from recurrent_samples import FEW_UNITS, HOWS, Sample, check, error
 
 Size = tuple[int, int, int, int]  # T, B, I, H
 DTYPES = [torch.float32, torch.bfloat16]
+LOST_DIGITS = 1.45
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -54,20 +57,16 @@ SIZES = [
     ],
 )
 def test_the_kernels_are_the_reference(dtype: torch.dtype, name: str, size: Size) -> None:
-    sample = Sample(HOWS[name], size, dtype)
-    for threads in (1, 2):
-        sample.check(threads)
+    check(lambda: Sample(HOWS[name], size, dtype), threads=(1, 2))
 
 
-@pytest.mark.parametrize("threads", [1, 3, 4])
 @pytest.mark.parametrize("name", ["lstm ba2016", "lstm plain", "gru ba2016", "gru plain", "rnn ba2016"])
 @each_dtype
-def test_every_instruction_set_and_number_of_threads(
-    dtype: torch.dtype, name: str, threads: int, isa_with_tiles: str
-) -> None:
-    Sample(HOWS[name], (3, 9, 63, 63), dtype, reverse=True).check(threads)
-    Sample(HOWS[name], (3, 4, 63, 130), dtype, reverse=True, resets=True, offset=1).check(threads)
-    Sample(HOWS[name], (24, 33, 2, 17), dtype, ragged=True, resets=True, offset=3).check(threads)
+def test_every_number_of_threads(dtype: torch.dtype, name: str) -> None:
+    threads = (1, 3, 4)
+    check(lambda: Sample(HOWS[name], (3, 9, 63, 63), dtype, reverse=True), threads)
+    check(lambda: Sample(HOWS[name], (3, 4, 63, 130), dtype, reverse=True, resets=True, offset=1), threads)
+    check(lambda: Sample(HOWS[name], (24, 33, 2, 17), dtype, ragged=True, resets=True, offset=3), threads)
 
 
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -85,7 +84,7 @@ def test_any_size_of_any_recurrence(
 ) -> None:
     assume(not decided_by_rounding(name, dtype, size[3]))
     torch.manual_seed(seed)
-    Sample(HOWS[name], size, dtype, **rows, offset=offset).check(threads)
+    check(lambda: Sample(HOWS[name], size, dtype, **rows, offset=offset), [threads])
 
 
 @each_dtype
@@ -96,17 +95,31 @@ def test_outputs_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
         assert all(torch.equal(a, b) for a, b in zip(one, sample.by_kernel(threads)[:3], strict=True))
 
 
+# One step of many samples, and a few steps of few.
+@pytest.mark.parametrize("size", [(1, 32, 8, 24), (20, 4, 8, 24)], ids=["a step", "some steps"])
 @pytest.mark.parametrize("name", ["lstm ba2016", "lstm plain", "gru ba2016", "rnn ba2016"])
-def test_long_sequences_are_as_exact_as_an_eager_loop(name: str) -> None:
-    sample = Sample(HOWS[name], (1000, 2, 8, 24))
+def test_no_digits_are_lost_beside_an_eager_loop(name: str, size: Size) -> None:
+    """The median error over draws and tensors, in units of the loop's in float32.
 
-    def errors(found: list[Tensor]) -> list[float]:
-        return [float((f.double() - t).norm() / t.norm()) for f, t in zip(found, sample.truth, strict=True)]
+    In a net that magnifies roundings, as most do over a thousand steps, the ratio of two errors is anything from .15 to
+    100. Here it says how many digits a step costs. Over 96 draws, 12 medians of 8 draws each: .95 to 1.1 with AVX-512
+    and AVX2, .97 to 1.17 on the baseline, which has no fused multiply-add; the widest spread had a standard deviation
+    of .053 about 1.11. Of 12 draws 1.45 is thus eight standard deviations away: a false alarm in less than 1e-12 runs.
+    Weights that lost three of their 24 bits give 1.7 to 3.9.
+    """
+    samples = [Sample(HOWS[name], size) for _ in range(12)]
+    loops = [[error(t, true) for t, true in zip(s.eager, s.truth, strict=True)] for s in samples]
 
-    loops = errors(sample.eager)
-    for error, loops_error, true in zip(errors(sample.by_kernel(2)), loops, sample.truth, strict=True):
-        # Of few numbers either may be the luckier by far.
-        assert error <= 1.5 * (loops_error if true.numel() > 100 else max(loops))
+    def median(level: str, bits: int | None = None) -> float:
+        ratios: list[float] = []
+        for sample, loop in zip(samples, loops, strict=True):
+            found = zip(sample.by_kernel(1, level, bits), sample.truth, loop, strict=True)
+            ratios += [error(t, true) / loops_error for t, true, loops_error in found if loops_error]
+        return statistics.median(ratios)
+
+    for level in USABLE:
+        assert median(level) < LOST_DIGITS, level
+        assert median(level, bits=21) > LOST_DIGITS, level
 
 
 @each_dtype

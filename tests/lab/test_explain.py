@@ -33,6 +33,26 @@ def test_batch_norm_standardizes_each_column(people):
     assert people.batch_norm.output_variance == pytest.approx([1] * 3, rel=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1e150, 1e100, 1e-3])
+def test_numbers_of_any_size_have_exact_outputs(scale):
+    """The same numbers in another unit, from 1e-3 on: eps does not count beside their variance."""
+    values = [[scale, 1e-3], [-scale, 2e-3], [scale / 2, 5e-3]]
+    made = explain(Table(["a", "b"], ["1", "2", "3"], values))
+    column = [1, -1, 0.5]
+    expected = standardized(column, 0 if scale > 1 else made.eps / scale**2)
+    assert [row[0] for row in made.batch_norm.output] == pytest.approx(expected, rel=1e-12)
+    assert made.batch_norm.variance[0] == pytest.approx(statistics.pvariance(column) * scale**2, rel=1e-12)
+    assert all(error <= 1e-12 * scale for error in made.batch_norm_undone.error)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("number", [1.1e150, -1e200, 1e308])
+def test_numbers_whose_variance_is_too_large_for_a_float_are_named(number):
+    table = Table(["a", "b"], ["line 2", "line 3", "line 4"], [[1, 2], [3, number], [5, 6]])
+    with pytest.raises(LabError, match=r"line 3, b: -?1(\.1)?e\+\d+ is too large, for variances are squares: "):
+        explain(table)
+
+
 def test_layer_norm_standardizes_each_row(people):
     for i, row in enumerate(PEOPLE.values):
         assert people.layer_norm.mean[i] == pytest.approx(statistics.fmean(row), rel=1e-14)

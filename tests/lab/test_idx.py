@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_numbers_come_back(path):
     images = torch.randint(0, 256, (5, 28, 28), dtype=torch.uint8)
     for content in (as_idx(images), gzip.compress(as_idx(images))):
         path.write_bytes(content)
-        assert torch.equal(read_idx(path, axes=3), images)
+        assert torch.equal(read_idx(path, (28, 28)), images)
 
 
 @pytest.mark.parametrize("spelling", [{}, {"packed": True}, {"point": True}, {"packed": True, "point": True}])
@@ -35,9 +36,10 @@ def test_a_folder_has_the_same_fingerprint_in_every_spelling(tmp_path, spelling)
     assert plain.sha256 != load_folder(write_folder(tmp_path / "c", test=99)).sha256
 
 
-GOOD = as_idx(torch.zeros(3, 28, 28, dtype=torch.uint8))
+GOOD_IMAGES = torch.zeros(3, 28, 28, dtype=torch.uint8)
+GOOD = as_idx(GOOD_IMAGES)
 # Without the time of day: it would be part of the test's name, and differ between the processes that run the tests.
-PACKED = gzip.compress(bytes(range(256)) * 100, mtime=0)
+PACKED = gzip.compress(as_idx((torch.arange(40 * 28 * 28) % 251).byte().reshape(40, 28, 28)), mtime=0)
 
 
 @pytest.mark.parametrize(
@@ -46,21 +48,50 @@ PACKED = gzip.compress(bytes(range(256)) * 100, mtime=0)
         (b"", r"offset 0: the file ends within its header of 16 bytes"),
         (GOOD[:10], r"offset 10: the file ends within its header of 16 bytes"),
         (GOOD[:-1], r"offset 2367: the file ends here, and 3x28x28 numbers need 2368 bytes: it is truncated"),
-        (GOOD + b"xy", r"offset 2368: 2 bytes too many"),
+        (GOOD + b"xy", r"offset 2368: more bytes follow after 3x28x28 numbers"),
+        (gzip.compress(GOOD + b"x", mtime=0), r"offset 2368: more bytes follow after 3x28x28 numbers"),
+        (gzip.compress(GOOD[:-1], mtime=0), r"offset 2367: the file ends here, and 3x28x28 numbers need 2368 bytes"),
+        (gzip.compress(GOOD, mtime=0) + gzip.compress(b"x", mtime=0), r"offset 2368: more bytes follow"),
+        (gzip.compress(GOOD, mtime=0) + b"rubbish", r"the gzip data is broken .*Not a gzipped file"),
+        (as_idx(torch.zeros(0, 28, 28, dtype=torch.uint8)), r"offset 4: the file has 0 items, expected at least 1"),
+        (as_idx(torch.zeros(3, 32, 28, dtype=torch.uint8)), r"offset 8: images of 32x28 pixels, expected 28x28"),
+        (as_idx(torch.zeros(3, 28, 0, dtype=torch.uint8)), r"offset 8: images of 28x0 pixels, expected 28x28"),
         (b"<html>" + GOOD, r"offset 0: 3c 68, expected 00 00: this is no IDX file"),
         (b"\0\0\x0d" + GOOD[3:], r"offset 2: numbers of kind 0x0d, expected 0x08"),
         (as_idx(torch.zeros(30, dtype=torch.uint8)), r"offset 3: 1 axes, expected 3"),
         (struct.pack(">BBBB3I", 0, 0, 8, 3, 2**32 - 1, 28, 28), r"offset 16: the file ends here"),
         (PACKED[:50], r"offset 50: the gzip data ends before its end mark, after \d+ unpacked bytes"),
-        (PACKED[:100] + b"\xff" * 20 + PACKED[120:], r"offset 0 to \d+: the gzip data is broken"),
-        (PACKED[:-8] + b"\0\0\0\0" + PACKED[-4:], r"offset 0 to \d+: the gzip data is broken .*incorrect data check"),
+        (PACKED[:100] + b"\xff" * 20 + PACKED[120:], r"before offset \d+: the gzip data is broken"),
+        (PACKED[:-8] + b"\0\0\0\0" + PACKED[-4:], r"before offset \d+: the gzip data is broken .*CRC check failed"),
     ],
 )
 def test_a_broken_file_is_named_with_the_offset(path, content, message):
     path.write_bytes(content)
     with pytest.raises(LabError, match=message) as caught:
-        read_idx(path, axes=3)
+        read_idx(path, (28, 28))
     assert str(path) in str(caught.value)
+
+
+def test_a_gzip_file_is_unpacked_no_further_than_its_header_promises(path):
+    """64 MB out of 64 kB; what the header cannot mean is refused before the rest is looked at."""
+    for header, message in ((as_idx(GOOD_IMAGES), "more bytes follow"), (b"", "0x00, expected 0x08")):
+        path.write_bytes(gzip.compress(header + bytes(1 << 26)))
+        tracemalloc.start()
+        with pytest.raises(LabError, match=message):
+            read_idx(path, (28, 28))
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < 4 << 20
+
+
+def test_files_of_no_items_are_refused_in_every_place(tmp_path):
+    folder = write_folder(tmp_path / "a")
+    for name, cell in (("train-labels-idx1-ubyte", ()), ("t10k-images-idx3-ubyte", (28, 28))):
+        good = (folder / name).read_bytes()
+        (folder / name).write_bytes(as_idx(torch.zeros(0, *cell, dtype=torch.uint8)))
+        with pytest.raises(LabError, match=f"{name}: offset 4: the file has 0 items"):
+            load_folder(folder)
+        (folder / name).write_bytes(good)
 
 
 def test_files_that_do_not_belong_together_are_named(tmp_path):

@@ -163,6 +163,10 @@ def test_a_task_whose_code_is_not_at_hand_is_drawn_all_the_same(rows, tmp_path):
     assert '<section id="mine"' in text
     assert text.count("<svg") >= 8
     assert "normwise compare --task FILE.py:" in text
+    write_report(renamed, {"mine": None}, tmp_path / "page.html", references={"mine": "my tasks/net.py:make"})
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "normwise compare --task &#39;my tasks/net.py:make&#39; --norms" in text
+    assert "FILE.py:" not in text
 
 
 def test_verdicts(rows):

@@ -184,6 +184,24 @@ def test_a_store_to_read_is_not_made(path):
     assert not path.parent.exists()
 
 
+def test_a_folder_in_its_place_is_named(path):
+    path.mkdir(parents=True)
+    for make in (True, False):
+        with pytest.raises(StoreError, match=r"runs\.sqlite is no file, and so no store of normwise\. .*another --out"):
+            Store(path, make=make)
+
+
+def test_a_store_on_a_read_only_disk_can_be_read(full, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    before = full.read_bytes()
+    with Store(full, make=False) as store:
+        assert len(store.index()) == len(store.keys()) == 50
+        with pytest.raises(StoreError, match="You have no permission to write it, or its disk is read-only"):
+            store.add("more", {}, RESULT)
+    assert [file.name for file in full.parent.iterdir()] == [full.name]
+    assert full.read_bytes() == before
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match=r"file cannot be made .*give another --out"):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 
@@ -127,6 +128,19 @@ def test_a_worker_that_dies_is_an_error_and_what_was_finished_is_kept(tmp_path):
         with pytest.raises(RuntimeError, match="a worker process died while it trained"):
             sweep(specs, store, jobs=2, finished=lambda *_: None)
         assert store.keys() < {spec.key() for spec in specs}
+
+
+def test_an_error_that_cannot_leave_a_worker_is_told_by_its_text(tmp_path):
+    (tmp_path / "odd.py").write_text(
+        "from normwise.lab.tasks.mlp import Mlp\n"
+        "class OddError(Exception):\n    def __init__(self, code, text):\n        super().__init__(text)\n"
+        "class Odd(Mlp):\n    name = 'odd'\n    def model(self, norm, seed):\n        raise OddError(5, 'of it')\n"
+    )
+    (spec,) = expand(f"{tmp_path}/odd.py:Odd", seeds=1, norms=["none"], batch_sizes=[4], learning_rates=[0.1])
+    with pytest.raises(RuntimeError, match="OddError: of it") as caught:
+        module._run(spec.key(), spec, None)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == "OddError: of it"
+    assert type(caught.value.__cause__).__name__ == "OddError"
 
 
 DEADLY = """

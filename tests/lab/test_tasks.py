@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -7,7 +11,7 @@ import normwise
 from normwise.lab import watch
 from normwise.lab.errors import LabError, UndefinedError
 from normwise.lab.norms import NORM_LAYERS, feature_norm, groups, image_norm
-from normwise.lab.tasks import TASKS, Batch, load_task
+from normwise.lab.tasks import TASKS, Batch, Task, load_task
 
 each_task = pytest.mark.parametrize("name", TASKS)
 
@@ -135,3 +139,54 @@ def test_what_is_no_task_is_named(reference, text, message, tmp_path, monkeypatc
     load_task.cache_clear()
     with pytest.raises(LabError, match=message):
         load_task(reference)
+
+
+GOOD = Batch(torch.zeros(4, 2), torch.zeros(4).long())
+
+
+def made_of(data, **settings):
+    @dataclass(frozen=True)
+    class Mine(Task):
+        name = "mine"
+        rate: object = None
+
+        def data(self):
+            return data
+
+        def model(self, norm, seed):
+            raise NotImplementedError
+
+    return Mine(**settings)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (
+            ((1, 2), (3, 4)),
+            r"returned tuple of \(tuple, tuple\), expected a tuple of two batches, to train on",
+        ),
+        ((GOOD, (3, 4)), r"returned tuple of \(Batch, tuple\)"),
+        ((GOOD,), r"returned tuple of \(Batch\)"),
+        ([GOOD, GOOD], r"returned list of \(Batch, Batch\), expected a tuple"),
+        (GOOD, r"returned Batch, expected"),
+        (None, r"returned NoneType, expected"),
+        (
+            (GOOD, Batch(torch.zeros(4, 2), torch.zeros(3))),
+            r"cases held out of task 'mine' have 4 inputs, 3 targets",
+        ),
+        ((Batch(torch.zeros(0, 2), torch.zeros(0)), GOOD), r"the cases to train on .* have 0 inputs, 0 targets: exp"),
+        ((GOOD, Batch(torch.zeros(2, 2), torch.zeros(2), torch.ones(1))), r"2 inputs, 2 targets, 1 lengths"),
+    ],
+)
+def test_data_that_are_no_two_batches_are_named(data, message):
+    with pytest.raises(LabError, match=message):
+        _ = made_of(data).cases
+
+
+def test_settings_are_what_json_holds_and_still_tell_runs_apart():
+    values = [math.inf, -math.inf, math.nan, 1.5, True, None, "a", (1, [math.inf]), {1: 2.5}]
+    settings = [json.dumps(made_of(None, rate=value).settings, allow_nan=False) for value in values]
+    assert len(set(settings)) == len(values)
+    with pytest.raises(LabError, match="hyperparameter 'rate' of task 'mine' is of type dtype"):
+        _ = made_of(None, rate=[torch.float32]).settings

@@ -11,7 +11,8 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
 import normwise
-from norm_cases import BACKENDS, randomize, run, using
+from backends import each_backend_and_dtype, using
+from norm_cases import randomize, run
 from normwise import reference
 from tolerances import assert_close
 
@@ -41,8 +42,7 @@ def truth(layer: nn.Module, x: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 @each_shape
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@each_backend_and_dtype()
 def test_equals_the_reference(name: str, backend: str, dtype: torch.dtype, device: torch.device) -> None:
     layer = layer_for(name, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
     x = torch.randn(SHAPES[name], dtype=torch.float64, device=device).mul(2).add(1).to(dtype)

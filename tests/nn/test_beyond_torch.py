@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 import normwise
-from norm_cases import randomize, using
+from backends import using
+from norm_cases import randomize
 from tolerances import assert_close
 
 ACTS = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu, "gelu": F.gelu}

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 import normwise
-from norm_cases import BACKENDS, randomize, run, using
+from backends import BACKENDS, each_backend_and_dtype, using
+from norm_cases import randomize, run
 from tolerances import assert_close
 
 SHAPES = {"1d": (12, 3), "1d steps": (12, 3, 5), "2d": (12, 3, 4, 2), "3d": (12, 3, 2, 3, 2)}
@@ -56,8 +57,7 @@ def test_each_virtual_batch_as_if_alone(name: str, virtual: int, cuts: list[int]
     torch.testing.assert_close(ours.eval()(x), plain.eval()(x))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["chosen", "compiled", "uncompiled", "reference"])
+@each_backend_and_dtype(torch.float32, torch.bfloat16, torch.float16)
 def test_dtypes(dtype: torch.dtype, backend: str) -> None:
     ours, _ = pair("1d steps", 4, torch.float32)
     exact = copy.deepcopy(ours).double()

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 
 import normwise
-from norm_cases import BACKENDS, randomize, run, using
+from backends import BACKENDS, using
+from norm_cases import randomize, run
 from tolerances import assert_close
 
 ACTS = {None: lambda z: z, "relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu, "gelu": F.gelu}

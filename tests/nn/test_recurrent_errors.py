@@ -33,7 +33,7 @@ LAYERS = [normwise.RNN, normwise.GRU, normwise.LSTM]
         (X, {"lengths": [1, 2, 6]}, ValueError, r"lengths must lie in \[0, 5\].*values from 1 to 6"),
         (X, {"lengths": [1, -2, 5]}, ValueError, r"lengths must lie in \[0, 5\].*values from -2 to 5"),
         (X, {"lengths": torch.ones(3)}, TypeError, r"lengths must be of an integer dtype.*use lengths.long\(\)"),
-        (X, {"reset": torch.zeros(T, B)}, TypeError, r"reset must be a bool tensor.*float32: use reset.bool\(\)"),
+        (X, {"reset": torch.zeros(T, B)}, TypeError, r"reset must be of dtype torch.bool.*float32: use reset.bool\(\)"),
         (X, {"reset": torch.zeros(B, T).bool()}, ValueError, r"reset must be of shape \(5, 3\), steps first.*\(3, 5\)"),
     ],
 )

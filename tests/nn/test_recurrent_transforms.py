@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 
-import normwise
+from backends import using
 from recurrent_cases import LAYERS
 from tolerances import assert_close
 
@@ -35,7 +35,7 @@ def test_low_precision_layers(cell, norm, dtype):
     output.backward(torch.randn_like(output))
     assert {p.grad.dtype for p in layer.parameters()} == {dtype}
     exact = copy.deepcopy(layer).double()
-    with normwise.backend("reference"):
+    with using("reference"):
         assert_close(output, exact(x.double())[0], kind="composed", count=T * HIDDEN, scale=1.0)
 
 
@@ -119,7 +119,7 @@ def test_copies_pickles_and_state_dicts(cell, norm):
     assert all(parameter is not None for parameter in names)
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("backend", ["chosen", "reference"])
 @pytest.mark.parametrize(("cell", "norm"), KINDS)
 def test_first_and_second_derivatives(cell, norm, backend):
     torch.manual_seed(1)
@@ -133,7 +133,7 @@ def test_first_and_second_derivatives(cell, norm, backend):
         output, states = torch.func.functional_call(layer, given, (x,), {"lengths": [3, 2, 3]})
         return output, *parts(states)
 
-    with normwise.backend(backend):
+    with using(backend):
         inputs = [x, *layer.parameters()]
         assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
         assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True, atol=1e-4)
@@ -167,7 +167,7 @@ def test_odd_sizes(cell, norm, steps, batch, hidden):
     output.backward(torch.randn_like(output))
     assert torch.isfinite(x.grad).all()
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
-    with normwise.backend("reference"), torch.no_grad():
+    with using("reference"), torch.no_grad():
         truth, _ = exact(x.detach().double())
     assert_close(output, truth, kind="composed", count=steps * hidden, scale=1.0)
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import normwise
+from backends import using
 from derivatives import derivatives
 from norm_cases import randomize
 from on_ranks import on_ranks
@@ -95,7 +96,7 @@ def compare(batches: list[int], cases: list[Case], dtype: torch.dtype, offset: f
         whole = layer_of(kinds[2 + len(case[0])], case, dtype).double()
         for step in range(STEPS):
             tensors, more = data(case, batches, dtype, offset, step)
-            with normwise.backend("reference"):
+            with using("reference"):
                 truth = derivatives(whole, {k: t.double() for k, t in tensors.items()}, more)
             of_ranks = [part[i][step] for part in parts]
             for name, expected in truth.items():

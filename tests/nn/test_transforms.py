@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import normwise
-from norm_cases import Case, each_case, randomize, using
+from backends import using
+from norm_cases import Case, each_case, randomize
 from tolerances import assert_close
 
 MASKED = {

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 import normwise
+from backends import without_kernels
 from normwise.kernels import cpu
 from normwise.ops.choose import BACKENDS, RUNNING_SUM_LIMIT, Call, choose, forced, found
 
@@ -21,8 +23,9 @@ def choice(op: str = "layer_norm", dims: tuple[int, ...] = (2,), tensor: torch.T
 
 
 @pytest.fixture
-def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "obstacle", lambda x: "as if there were no compiled library")
+def no_library() -> Iterator[None]:
+    with without_kernels():
+        yield
 
 
 @pytest.mark.skipif(not cpu.available(), reason=f"no compiled library: {cpu.why_not()}")

@@ -24,7 +24,10 @@ from normwise.kernels import cpu
 from normwise.ops import plain
 from tolerances import assert_close
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no compiled library: {cpu.why_not()}")
+pytestmark = [
+    pytest.mark.skipif(not cpu.available(), reason=f"no compiled library: {cpu.why_not()}"),
+    pytest.mark.usefixtures("poisoned_memory"),
+]
 
 FEATURES = 12
 

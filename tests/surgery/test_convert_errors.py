@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+import torch
 from torch import nn
 
 import normwise
@@ -55,8 +58,52 @@ def test_a_wrapped_model_is_refused():
 
 
 def test_a_model_that_cannot_be_copied_names_the_cure():
-    layer = nn.BatchNorm1d(3)
+    layer = nn.BatchNorm1d(4)
     layer.cache = layer.weight * 2  # a result of autograd, which torch does not copy
     with pytest.raises(RuntimeError, match="inplace=True"):
         normwise.convert(nn.Sequential(layer), to="group")
     assert normwise.convert(nn.Sequential(layer), to="group", inplace=True).report.changed
+
+
+class OnChannels(nn.LayerNorm):
+    """As ConvNeXt's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "words"),
+    [
+        (nn.Sequential(OnChannels(8)), {"to": "group"}, "0: OnChannels: it has a forward of its own"),
+        (nn.Sequential(nn.LayerNorm(8), nn.RMSNorm(8)), {"to": "batch"}, "(?s)0: nn.LayerNorm: .*1: nn.RMSNorm: "),
+        (nn.LayerNorm(8), {"to": "sync"}, "(the model).*: nn.LayerNorm: its statistics are not over the batch"),
+        (nn.LSTM(3, 4), {"to": "torch", "where": "nothing"}, "means none"),
+        (normwise.LSTM(3, 4), {"to": "torch"}, "torch.nn has no layer with norm='layer'"),
+        (normwise.LSTM(3, 4), {"recurrent": "rms"}, "has norm='layer' inside already"),
+        (nn.Sequential(nn.BatchNorm1d(2)), {"to": "group"}, "to='renorm'"),
+    ],
+)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_call_that_would_change_nothing_says_what_was_found_and_why_it_stays(model, arguments, words, inplace):
+    before, layers = state(model), list(model.modules())
+    if inplace and len(layers) == 1:
+        words = "cannot become another layer in place"
+    with pytest.raises(ValueError, match=words):
+        normwise.convert(model, inplace=inplace, **arguments)
+    assert_same_state(model, before)
+    assert all(a is b for a, b in zip(model.modules(), layers, strict=True))
+
+
+def test_the_pair_that_comes_back_is_not_the_model():
+    pair = normwise.convert(net(), to="group")
+    with pytest.raises(TypeError, match=r"model, report = normwise\.convert"):
+        pair(torch.randn(2, 3, 8, 8))
+    for method in ("train", "parameters", "to"):
+        with pytest.raises(AttributeError, match=f"'{method}': .*model, report = normwise.convert"):
+            getattr(pair, method)
+    with pytest.raises(AttributeError, match=r"no attribute 'modle'$"):
+        pair.modle  # noqa: B018
+    model, report = copy.deepcopy(pair)
+    assert isinstance(model.stem[1], normwise.GroupNorm)
+    assert str(report) == str(pair.report)

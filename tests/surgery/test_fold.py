@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import types
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch.nn.utils import parametrize
 
 import normwise
 from norm_cases import randomize
+from normwise.surgery.fold import HasAxes
 from surgery_models import assert_same_state, net, randomized, state
 from tolerances import assert_close
 
@@ -189,11 +192,41 @@ def untracked(model: nn.Sequential) -> None:
     model[1] = nn.BatchNorm2d(3, track_running_stats=False).eval()
 
 
+class Inside(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return self[2](*[self[1](self[0](x)).flatten(2).mT] * 3)[0]
+
+
 def inside(model: nn.Sequential) -> None:
     attention = nn.MultiheadAttention(4, 2)
     attention.odd = model[1]
-    model.forward = lambda x: attention(*[model[1](model[0](x)).flatten(2).mT] * 3)[0]
     model.append(attention)
+    model.__class__ = Inside
+
+
+def bound(function):
+    """A change that binds a forward to the norm, as accelerate's hooks do."""
+
+    def change(model: nn.Sequential) -> None:
+        model[1].forward = function(model[1])
+
+    return change
+
+
+def with_gate(model: nn.Sequential) -> None:
+    class Gated(nn.BatchNorm2d):
+        def __init__(self) -> None:
+            super().__init__(3)
+            self.gate = nn.Linear(3, 3)
+
+    model[1] = Gated().eval()
+
+
+def holding(model: nn.Sequential) -> None:
+    norm = model[1]
+    block = nn.Sequential(norm)
+    block.forward = lambda x: norm(x)
+    model[1] = block
 
 
 @pytest.mark.parametrize(
@@ -206,12 +239,27 @@ def inside(model: nn.Sequential) -> None:
         (overriding, "a forward of its own"),
         (training, "training mode"),
         (untracked, "track_running_stats=False"),
+        (bound(lambda norm: functools.partial(lambda self, x: type(self).forward(self, x) * 2, norm)), "take it off"),
+        (bound(lambda norm: lambda x: x * 2), "take it off"),
+        (bound(lambda norm: types.MethodType(lambda self, x: x * 2, norm)), "take it off"),
+        (with_gate, r"modules of its own \(gate\)"),
+        (holding, "holds the nn.BatchNorm2d by itself"),
     ],
 )
 def test_layers_that_something_else_depends_on_are_refused(change, reason):
     model = nn.Sequential(nn.Conv2d(3, 3, 1), randomize(nn.BatchNorm2d(3))).eval()
     change(model)
     with pytest.raises(ValueError, match=reason):
+        normwise.fold(model, inplace=True)
+
+
+def test_a_forward_that_is_bound_to_the_model_is_not_what_is_followed():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), randomize(nn.BatchNorm2d(3))).eval()
+    model.forward = lambda x: x * 2
+    with pytest.raises(ValueError, match="another one is bound to this very instance"):
+        normwise.fold(model)
+    model.forward = lambda x: model[1](model[0](x))
+    with pytest.raises(ValueError, match="in a copy it would go on calling the original's"):
         normwise.fold(model)
 
 
@@ -241,6 +289,40 @@ def test_sizes_of_an_example_are_believed_more_than_assumptions():
     model = nn.Sequential(nn.Linear(5, 6), randomize(nn.BatchNorm1d(6))).eval()
     with pytest.raises(ValueError, match="must have 2 axes, but has 3"):
         normwise.fold(model, torch.randn(2, 6, 5))
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "same"),
+    [
+        # (N, L, C) and (N, H, W, C), where the norm works on axis 1.
+        (nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)), (2, 6, 5), (2, 5)),
+        (nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 5)), (2, 6, 6), (2, 6)),
+        (nn.Sequential(nn.Linear(5, 6), nn.SyncBatchNorm(6)), (2, 6, 4, 5), (2, 5)),
+        (nn.Sequential(nn.Linear(5, 6), normwise.BatchNorm1d(6, act="relu")), (2, 6, 5), (2, 5)),
+        # A convolution takes an input without a batch, a norm does not: (C, L) is to it (N, C).
+        (nn.Sequential(nn.Conv1d(5, 6, 1), nn.BatchNorm1d(6)), (5, 6), (2, 5, 4)),
+        (nn.Sequential(nn.BatchNorm1d(6), nn.Conv1d(6, 5, 1)), (6, 6), (2, 6, 4)),
+        (nn.Sequential(nn.Conv2d(5, 6, 1), nn.SyncBatchNorm(6)), (5, 6, 3), (2, 5, 4, 3)),
+        (nn.Sequential(nn.ConvTranspose1d(5, 6, 1), normwise.FrozenBatchNorm1d(6)), (5, 6), (2, 5, 4)),
+    ],
+)
+def test_where_the_number_of_axes_is_open_the_result_is_the_models_or_an_error(model, inputs, same):
+    model = randomized(model).eval()
+    model(torch.randn(inputs))  # the model itself takes both
+    folded = normwise.fold(model).model
+    with pytest.raises(ValueError, match="for which a norm was folded here"):
+        folded(torch.randn(inputs))
+    x = torch.randn(same)
+    assert_close(folded(x), model(x), kind="composed", count=10)
+    traced = torch.fx.symbolic_trace(folded)
+    assert torch.equal(traced(x), folded(x))
+    with pytest.raises(ValueError, match="for which a norm was folded here"):
+        traced(torch.randn(inputs))
+    known = normwise.fold(model, x).model
+    assert torch.equal(known(x), folded(x))
+    assert not any(isinstance(module, HasAxes) for module in known.modules())
+    with pytest.raises(ValueError, match="no norm that can be folded exactly"):
+        normwise.fold(model, torch.randn(inputs))
 
 
 def test_an_example_that_does_not_fit_is_the_models_own_error(capfd):

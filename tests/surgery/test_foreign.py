@@ -90,3 +90,63 @@ def test_what_does_not_fit():
         normwise.from_flax(normwise.BatchNorm1d, {"scale": [1.0]})
     with pytest.raises(ValueError, match="of the one layer"):
         normwise.from_flax(normwise.LayerNorm, {"LayerNorm_0": {"scale": [1.0]}})
+
+
+@pytest.mark.parametrize("layer", [normwise.LSTM, nn.GRU, normwise.RNNCell])
+def test_recurrent_weights_are_called_what_they_are(layer):
+    """A Keras LSTM has no gamma."""
+    weights = [np.zeros((3, 16)), np.zeros((4, 16)), np.zeros(16)]
+    with pytest.raises(TypeError, match=r"but got \w+: copy recurrent weights .*recurrent_kernel") as raised:
+        normwise.from_keras(layer, weights)
+    assert "gamma" not in str(raised.value)
+    with pytest.raises(TypeError, match=r"copy recurrent weights .*transposed kernels of ii"):
+        normwise.from_flax(layer, {"ii": {"kernel": weights[0]}})
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [(nn.Linear, "but got Linear"), (normwise.BatchNorm2d(2), "give the class itself, e.g. normwise.BatchNorm2d")],
+)
+def test_other_layers_are_refused(layer, words):
+    for call in (lambda: normwise.from_keras(layer, KERAS), lambda: normwise.from_flax(layer, {"scale": [1.0]})):
+        with pytest.raises(TypeError, match=words):
+            call()
+
+
+def test_the_recipe_for_a_keras_lstm_computes_what_keras_does():
+    """One step of Keras' LSTMCell, written out: z = x kernel + h recurrent_kernel + bias, in the blocks i, f, c, o."""
+    kernel, recurrent, bias = torch.randn(3, 16), torch.randn(4, 16), torch.randn(16)
+    x, h, c = torch.randn(2, 3), torch.randn(2, 4), torch.randn(2, 4)
+    i, f, g, o = (x @ kernel + h @ recurrent + bias).chunk(4, -1)
+    c_next = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    expected = o.sigmoid() * c_next.tanh()
+    layer = nn.LSTM(3, 4)
+    with torch.no_grad():
+        layer.weight_ih_l0.copy_(kernel.T)
+        layer.weight_hh_l0.copy_(recurrent.T)
+        layer.bias_ih_l0.copy_(bias)
+        layer.bias_hh_l0.zero_()
+    _, (h_next, _) = layer(x[None], (h[None], c[None]))
+    assert_close(h_next[0], expected, kind="composed", count=8)
+
+
+def test_the_recipe_for_a_keras_gru_computes_what_keras_does():
+    """Keras' GRUCell with reset_after=True, in the blocks z, r, h: h_t = z h + (1 - z) hh."""
+    kernel, recurrent, bias = torch.randn(3, 12), torch.randn(4, 12), torch.randn(2, 12)
+    x, h = torch.randn(2, 3), torch.randn(2, 4)
+    xz, xr, xh = (x @ kernel + bias[0]).chunk(3, -1)
+    hz, hr, hh = (h @ recurrent + bias[1]).chunk(3, -1)
+    z, r = (xz + hz).sigmoid(), (xr + hr).sigmoid()
+    expected = z * h + (1 - z) * (xh + r * hh).tanh()
+    layer = nn.GRU(3, 4)
+
+    def ordered(weight: torch.Tensor) -> torch.Tensor:
+        z, r, n = weight.chunk(3, -1)
+        return torch.cat([r, z, n], -1)
+
+    with torch.no_grad():
+        layer.weight_ih_l0.copy_(ordered(kernel).T)
+        layer.weight_hh_l0.copy_(ordered(recurrent).T)
+        layer.bias_ih_l0.copy_(ordered(bias[0]))
+        layer.bias_hh_l0.copy_(ordered(bias[1]))
+    assert_close(layer(x[None], h[None])[1][0], expected, kind="composed", count=8)

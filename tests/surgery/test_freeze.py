@@ -102,13 +102,32 @@ def test_recurrent_batch_norm():
 
 
 def test_a_converted_layer_stays_frozen_if_it_can():
-    model = nn.Sequential(nn.BatchNorm1d(3))
+    model = nn.Sequential(nn.BatchNorm1d(4))
     normwise.freeze(model)
     same, _ = normwise.convert(model, to="batch")
     assert not same.train()[0].training
     other, report = normwise.convert(model, to="group")
     assert "no longer frozen" in report.changed[0].note
     assert other.train()[0].training
+
+
+def test_a_layer_behind_which_an_activation_comes_stays_frozen():
+    model = nn.Sequential(normwise.BatchNorm1d(4, act="relu"))
+    normwise.freeze(model)
+    new = normwise.convert(model, to="torch").model.train()
+    assert normwise.frozen(new) == ["0.0"]
+    assert not new[0][0].training
+
+
+def test_a_train_that_is_bound_to_the_instance_is_not_replaced():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    said = []
+    model[0].train = said.append
+    report = normwise.freeze(model)
+    assert [skip.name for skip in report.skipped] == ["0"]
+    assert "bound to this very instance" in report.skipped[0].reason
+    model.train()
+    assert said == [True]
 
 
 def test_nothing_to_freeze_is_an_error():

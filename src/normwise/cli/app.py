@@ -45,4 +45,8 @@ def normwise_command(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Normalization for PyTorch: see what a norm does, compare norms on real data, see what runs here."""
+    """Normalization for PyTorch: see what a norm does, compare norms on real data, see what runs here.
+
+    Exit status: 0 done; 1 diagnose --strict found something; 2 bad arguments or input, or a missing package; 3 your
+    code raised, with its traceback; 4 a fault of normwise; 130 interrupted.
+    """

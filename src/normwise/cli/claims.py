@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from normwise.cli.compare import train
+from normwise.cli.json_output import AsJson, print_json
 from normwise.cli.options import OUT, Jobs, Scheduler
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def claims(
     out: Annotated[Path, typer.Option(metavar="DIR", file_okay=False, help="Where runs.sqlite is.")] = OUT,
     jobs: Jobs = None,
     scheduler: Scheduler = None,
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs.")] = False,
+    json: AsJson = False,
 ) -> None:
     """Check what is claimed about normalization: supported, contradicted or undecided here.
 
@@ -48,6 +49,7 @@ def claims(
     from normwise.lab.claim import as_json, judge
     from normwise.lab.claims import chosen
     from normwise.lab.store import Store
+    from normwise.lab.strict_json import to_json
     from normwise.lab.sweep import cores
 
     if quick and seeds is not None:
@@ -65,9 +67,7 @@ def claims(
     else:
         judged = [judge(claim, (), count) for claim in wanted]
     if json:
-        import json as module
-
-        typer.echo(module.dumps({"seeds": count, "claims": list(map(as_json, judged))}, indent=2))
+        print_json(to_json({"seeds": count, "claims": list(map(as_json, judged))}, indent=2))
     else:
         typer.echo(as_text(judged))
 

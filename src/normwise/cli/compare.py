@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from normwise.cli.options import OUT, Jobs, Scheduler, Seeds, TableAsJson
+from normwise.cli.json_output import AsJson, print_json
+from normwise.cli.options import OUT, Jobs, Scheduler, Seeds
+from normwise.cli.status import INTERRUPTED
+from normwise.cli.user_code import calling
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,7 +64,7 @@ def compare(
     ] = OUT,
     jobs: Jobs = None,
     scheduler: Scheduler = None,
-    json: TableAsJson = False,
+    json: AsJson = False,
 ) -> None:
     """Train the same network with different norms, batch sizes and seeds on real data, and show which to use.
 
@@ -73,28 +77,33 @@ def compare(
     from normwise.lab.spec import expand
     from normwise.lab.store import Store
     from normwise.lab.sweep import cores
-    from normwise.lab.tasks import load_task
+    from normwise.lab.tasks import is_own, load_task
 
     names = _references(tasks or [], task or [], text)
-    specs = [
-        spec
-        for name in names
-        for spec in expand(
-            name,
-            seeds=seeds,
-            norms=_list(norms, str, "--norms"),
-            batch_sizes=_list(batch_sizes, int, "--batch-sizes"),
-            learning_rates=_list(lr, float, "--lr"),
-            steps=steps,
-        )
-    ]
-    loaded = {task.name: task for task in (load_task(name).task for name in names)}
-    with Store(out / "runs.sqlite") as store:
+    specs = []
+    for name in names:
+        with calling(name) if is_own(name) else nullcontext():
+            specs += expand(
+                name,
+                seeds=seeds,
+                norms=_list(norms, str, "--norms"),
+                batch_sizes=_list(batch_sizes, int, "--batch-sizes"),
+                learning_rates=_list(lr, float, "--lr"),
+                steps=steps,
+            )
+    loaded = {name: load_task(name).task for name in names}
+    own = " or ".join(filter(is_own, names))
+    with Store(out / "runs.sqlite") as store, calling(own) if own else nullcontext():
         train(specs, store, jobs=jobs or cores(), scheduler=scheduler)
         rows = score(store.runs(spec.key() for spec in specs))
-    report = write_report(rows, loaded, out / "report.html")
+    report = write_report(
+        rows,
+        {task.name: task for task in loaded.values()},
+        out / "report.html",
+        references={task.name: name for name, task in loaded.items() if is_own(name)},
+    )
     if json:
-        print_json(rows, store.path, report)
+        print_rows(rows, store.path, report)
     else:
         print_tables(rows, store.path, report)
 
@@ -166,15 +175,14 @@ def train(
         console.print(
             f"Stopped: {done} of {len(specs)} runs are kept in {store.path}; the same command goes on from there."
         )
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
 
 
-def print_json(rows: Sequence[Row], store: Path, report: Path) -> None:
-    import json
-
+def print_rows(rows: Sequence[Row], store: Path, report: Path) -> None:
     from normwise.lab.score import as_json
+    from normwise.lab.strict_json import to_json
 
-    typer.echo(json.dumps({"rows": as_json(rows), "store": str(store), "report": str(report)}, indent=2))
+    print_json(to_json({"rows": as_json(rows), "store": str(store), "report": str(report)}, indent=2))
 
 
 def print_tables(rows: Sequence[Row], store: Path, report: Path) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from normwise.cli.json_output import AsJson, print_json
 from normwise.cli.options import OUT
+from normwise.cli.status import FOUND
+from normwise.cli.user_code import calling
 
 if TYPE_CHECKING:
     from normwise.diagnosis import Diagnosis
@@ -21,11 +25,15 @@ def diagnose(
         typer.Argument(
             metavar="FILE.py:make",
             help="make() returns (model, batches, loss) or (model, batches, loss, optimizer); batches yields "
-            "(inputs, target), and loss(output, target) is a scalar.",
+            "(inputs, target) or dicts with labels, and loss(output, target) is a scalar, or None where the model "
+            "computes its own.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", file_okay=False, help="Where diagnosis.html is written.")] = OUT,
     max_batches: Annotated[int, typer.Option(metavar="N", min=1, help="Look at no more batches than this.")] = 8,
+    max_seconds: Annotated[
+        float | None, typer.Option(metavar="S", help="Begin nothing more after so long, and say what was left out.")
+    ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option(
@@ -34,8 +42,11 @@ def diagnose(
             "What [tool.normwise.diagnose] in pyproject.toml says is silenced too.",
         ),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if anything is found: for CI.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs, instead.")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="For CI: exit with 1 if anything is found (with 3 if your code raised)."),
+    ] = False,
+    json: AsJson = False,
 ) -> None:
     """Show what normalization does in your model, and what is wrong with it.
 
@@ -46,28 +57,38 @@ def diagnose(
     from normwise.diagnosis.page import write_page
     from normwise.diagnosis.table import as_text
 
-    found = _diagnosed(source, max_batches, ignore or [])
+    found = _diagnosed(source, max_batches, max_seconds, ignore or [])
     page = out / "diagnosis.html"
     try:
         write_page(found, page)
     except OSError as error:
         raise typer.BadParameter(f"{page} cannot be written: {error.strerror or error}", param_hint="'--out'") from None
     if json:
-        typer.echo(found.to_json(indent=2))
+        print_json(found.to_json(indent=2))
     else:
         typer.echo(as_text(found))
         typer.echo(f"Page: {page}")
     if strict and found.findings:
-        raise typer.Exit(1)
+        raise typer.Exit(FOUND)
 
 
-def _diagnosed(source: str, max_batches: int, ignore: list[str]) -> Diagnosis:
+def _diagnosed(source: str, max_batches: int, max_seconds: float | None, ignore: list[str]) -> Diagnosis:
     from normwise.diagnosis import diagnose as diagnosis_of
     from normwise.lab import user_file
 
     path, function = user_file.parsed(source, EXAMPLE)
-    model, batches, loss, optimizer = _given(source, user_file.called(path, function))
-    return diagnosis_of(model, batches, loss=loss, optimizer=optimizer, max_batches=max_batches, ignore=ignore)
+    with calling(source):
+        model, batches, loss, optimizer = _given(source, user_file.called(path, function))
+        return diagnosis_of(
+            model,
+            batches,
+            loss=loss,
+            optimizer=optimizer,
+            max_batches=max_batches,
+            max_seconds=max_seconds,
+            progress=sys.stderr.isatty(),
+            ignore=ignore,
+        )
 
 
 def _given(source: str, made: Any) -> tuple[Any, Any, Any, Any]:

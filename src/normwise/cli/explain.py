@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from normwise.cli.json_output import AsJson, print_json
 
 if TYPE_CHECKING:
     from normwise.lab.explain import Explanation
@@ -31,9 +34,7 @@ def explain(
         int | None,
         typer.Option(metavar="N", min=1, help="Which row to take away, counted from 1. Default: the last."),
     ] = None,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print every number as JSON, for programs, instead of text.")
-    ] = False,
+    json: AsJson = False,
 ) -> None:
     """Show what BatchNorm and LayerNorm do to a small table of people.
 
@@ -42,20 +43,17 @@ def explain(
     undo, how many statistics there are, and who notices when one row is taken away.
     """
     from normwise.lab.explain import explain as explain_table
+    from normwise.lab.strict_json import to_json
     from normwise.lab.table import PEOPLE, read_csv
 
     table = PEOPLE if csv is None else read_csv(csv)
     if drop is not None and drop > len(table.rows):
         raise typer.BadParameter(f"{drop}: the table has {len(table.rows)} rows", param_hint="'--drop'")
     explanation = explain_table(table, drop=-1 if drop is None else drop - 1)
-    typer.echo(as_json(explanation) if json else as_text(explanation))
-
-
-def as_json(explanation: Explanation) -> str:
-    import json
-    from dataclasses import asdict
-
-    return json.dumps(asdict(explanation), indent=2, ensure_ascii=False)
+    if json:
+        print_json(to_json(asdict(explanation), indent=2))
+    else:
+        typer.echo(as_text(explanation))
 
 
 def as_text(e: Explanation) -> str:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
+from normwise.cli.json_output import AsJson, print_json
 
-def info(
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs, instead of text.")] = False,
-) -> None:
+
+def info(json: AsJson = False) -> None:
     """Show what normwise runs on here: versions, devices and backends.
 
     Each backend is found or comes with the reason why not. NORMWISE_BACKEND=NAME in the environment forces one;
-    a forced backend never falls back.
+    a forced backend never falls back. NORMWISE_ISA=LEVEL chooses the C++ kernels' instruction set,
+    "none" turns them off.
     """
     facts = gather()
     if json:
-        import json as encoder
+        from normwise.lab.strict_json import to_json
 
-        typer.echo(encoder.dumps(facts, indent=2))
+        print_json(to_json(facts, indent=2))
     else:
         typer.echo(as_text(facts))
 

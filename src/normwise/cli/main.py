@@ -1,16 +1,14 @@
-"""The `normwise` script: runs the subcommands and turns a user's mistake into one line and a status.
-
-Exit status: 0 done; 1 `diagnose --strict` found something; 2 bad arguments, bad input or a missing package; 130
-interrupted with Ctrl-C.
-"""
+"""The `normwise` script: runs the subcommands and turns whatever ends them into a status, told in one line."""
 
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import NoReturn
 
+from normwise.cli.status import BAD_INPUT, FAULT, INTERRUPTED, USER_CODE, UserCodeRaised
 from normwise.diagnosis.errors import DiagnosisError
-from normwise.lab.errors import LabError, StoreError
+from normwise.lab.errors import LabError, StoreError, WorkerError
 
 # Which extra installs a package; a test keeps it equal to pyproject.toml.
 EXTRAS = {
@@ -27,18 +25,24 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         from normwise.cli.app import app
 
         app(arguments, prog_name="normwise")
-    except (LabError, StoreError, DiagnosisError) as error:
-        _fail(str(error))
-    except ModuleNotFoundError as missing:
-        package = (missing.name or "").partition(".")[0]
-        if package not in EXTRAS:
-            raise
-        _fail(f"the package {package!r} is not installed; run: pip install 'normwise[{EXTRAS[package]}]'")
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        _fail(error)
     sys.exit(0)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(error: Exception) -> NoReturn:
+    status, message = BAD_INPUT, str(error)
+    if isinstance(error, UserCodeRaised):
+        status = USER_CODE
+        print(error.trace, file=sys.stderr)
+    elif isinstance(error, WorkerError):
+        status = USER_CODE
+    elif isinstance(error, ModuleNotFoundError) and (package := (error.name or "").partition(".")[0]) in EXTRAS:
+        message = f"the package {package!r} is not installed; run: pip install 'normwise[{EXTRAS[package]}]'"
+    elif not isinstance(error, (LabError, StoreError, DiagnosisError)):
+        status, message = FAULT, "this is a fault of normwise: please report it, with the lines above"
+        traceback.print_exception(type(error), error, error.__traceback__)
     print(f"normwise: error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)

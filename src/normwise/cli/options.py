@@ -20,4 +20,3 @@ Scheduler = Annotated[
         "--scheduler", metavar="ADDRESS", help="Train on the workers of this Dask scheduler: tcp://host:8786."
     ),
 ]
-TableAsJson = Annotated[bool, typer.Option("--json", help="Print the table as JSON, for programs.")]

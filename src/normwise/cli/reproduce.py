@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from normwise.cli.options import OUT, Jobs, Scheduler, Seeds, TableAsJson
+from normwise.cli.json_output import AsJson
+from normwise.cli.options import OUT, Jobs, Scheduler, Seeds
 
 
 def reproduce(
@@ -25,7 +26,7 @@ def reproduce(
     ] = OUT,
     jobs: Jobs = None,
     scheduler: Scheduler = None,
-    json: TableAsJson = False,
+    json: AsJson = False,
 ) -> None:
     """Repeat a paper's experiment at its size and redraw its figure.
 
@@ -40,7 +41,7 @@ def reproduce(
     A run notes every half minute how far it is, in DIR/checkpoints; stopped, the same command goes on from there, to
     the same numbers.
     """
-    from normwise.cli.compare import print_json, print_tables, train
+    from normwise.cli.compare import print_rows, print_tables, train
     from normwise.lab.report import write_report
     from normwise.lab.reproduce import reference, specs
     from normwise.lab.score import score
@@ -53,4 +54,4 @@ def reproduce(
         train(wanted, store, jobs=jobs or cores(), scheduler=scheduler, checkpoints=out.absolute() / "checkpoints")
         rows = score(store.runs(spec.key() for spec in wanted))
     page = write_report(rows, {paper: load_task(reference(paper, data)).task}, out / f"{paper}.html")
-    (print_json if json else print_tables)(rows, store.path, page)
+    (print_rows if json else print_tables)(rows, store.path, page)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from normwise.cli.json_output import AsJson, print_json
 from normwise.cli.options import OUT
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ OfNorm = Annotated[str | None, typer.Option("--norm", metavar="NAME", help="Only
 OfStatus = Annotated[
     str | None, typer.Option("--status", metavar="WORD", help="Only these: done, undefined or diverged.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def _store(out: Path) -> Store:
@@ -43,11 +43,12 @@ def list_runs(
     The accuracy is that at the end, on the held-out cases; the loss is that of the last batch of the training.
     """
     from normwise.lab.runs import chosen, head
+    from normwise.lab.strict_json import to_json
 
     with _store(out) as store:
         runs = chosen(store.index(), task=task, norm=norm, status=status)
     if json:
-        _print_json([head(run) for run in runs])
+        print_json(to_json([head(run) for run in runs], indent=2))
         return
     lines = [COLUMNS, *(_cells(run) for run in runs)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -89,6 +90,7 @@ def show(
     """Show one run: what determined it, how it ended, and each of its series with its last value."""
     from normwise.lab.errors import unknown
     from normwise.lab.runs import find, head
+    from normwise.lab.strict_json import to_json
 
     with _store(out) as store:
         run = find(store, key)
@@ -98,7 +100,7 @@ def show(
     wanted = series or run.series
     if json:
         curves = {name: vars(run.series[name]) for name in wanted}
-        _print_json({**head(run), "identity": run.identity, "series": curves})
+        print_json(to_json({**head(run), "identity": run.identity, "series": curves}, indent=2))
     elif series:
         for name in series:
             typer.echo(name)
@@ -145,18 +147,3 @@ def export(
                 rows = one_a_run(runs) if summary else one_a_value(store, runs)
                 count = write(rows, RUN_COLUMNS if summary else VALUE_COLUMNS, path)
                 typer.echo(f"{path}: {count:,} rows of {len(runs)} runs")
-
-
-def _print_json(value: Any) -> None:
-    import json
-
-    typer.echo(json.dumps(_plain(value), indent=2, allow_nan=False))
-
-
-def _plain(value: Any) -> Any:
-    """NaN, which JSON does not know, as null."""
-    if isinstance(value, dict):
-        return {name: _plain(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    return None if value != value else value

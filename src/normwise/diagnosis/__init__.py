@@ -1,7 +1,7 @@
 """Looks at a user's model: collect, then findings, then a report. What is collected: see `records`."""
 
 from normwise.diagnosis.choices import Recommendation, recommend
-from normwise.diagnosis.errors import DiagnosisError
+from normwise.diagnosis.errors import DiagnosisError, UserCodeError
 from normwise.diagnosis.monitor import Monitor
 from normwise.diagnosis.page import write_page
 from normwise.diagnosis.records import Diagnosis, Finding
@@ -14,6 +14,7 @@ __all__ = [
     "Finding",
     "Monitor",
     "Recommendation",
+    "UserCodeError",
     "as_text",
     "diagnose",
     "recommend",

@@ -214,6 +214,11 @@ WORDS: dict[str, Kind] = {
 }
 
 
+# How alike a word and one of these are, from 0 to 1, if it may be a slip of the keys: "trasformer" is .95 of
+# "transformer", and "agent" .6 of "image".
+_TYPO = 0.75
+
+
 def _circumstances(what: Any) -> Circumstances:
     if isinstance(what, str):
         return _from_words(what)
@@ -227,7 +232,7 @@ def _from_words(text: str) -> Circumstances:
     # In the order of the table: a transformer on images is a transformer.
     kind = next((kind for word, kind in WORDS.items() if word in words), None)
     if kind is None:
-        near = [m for word in words for m in difflib.get_close_matches(word, WORDS, n=1)]
+        near = [m for word in words for m in difflib.get_close_matches(word, WORDS, n=1, cutoff=_TYPO)]
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise DiagnosisError(
             f"no kind of net can be told from {text!r}: use one of {', '.join(map(repr, WORDS))}, or give the model."

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normwise.diagnosis import records
-from normwise.diagnosis.batches import Batch, Loss, take
-from normwise.diagnosis.layers import Named, is_ours, own_parameters, unwrapped
-from normwise.diagnosis.modes import gap
+from normwise.diagnosis.batches import Batch, Loss, main_tensor, take
+from normwise.diagnosis.layers import Named, is_ours, may_be_norm, own_parameters, unwrapped
+from normwise.diagnosis.modes import Eval, matters, passes
+from normwise.diagnosis.pace import Pace
 from normwise.diagnosis.preserve import buffers_kept, preserved
+from normwise.diagnosis.rules.rule import some
 from normwise.diagnosis.steps import check_optimizer, groups, watch_steps
 from normwise.diagnosis.watch import Seen, Watch
+from normwise.surgery.batches import Forward
 
 
 def collect(
     model: nn.Module,
     batches: Iterable[Any],
-    loss: Loss,
+    loss: Loss | None,
     optimizer: torch.optim.Optimizer | None,
     max_batches: int,
+    forward: Forward | None,
+    pace: Pace,
 ) -> records.Diagnosis:
     """All numbers, no findings yet. See `normwise.diagnose` for arguments and errors."""
     whole = model
@@ -33,29 +39,47 @@ def collect(
     notes: list[str] = []
     modes = {name: module.training for name, module in model.named_modules()}
     with preserved(whole, optimizer, batches):
-        taken = take(batches, max_batches, model)
+        taken = take(batches, max_batches, model, forward, pace)
         model.train()
+        train: list[tuple[Tensor | None, float]] = []
         with buffers_kept(model), Watch(model, modes) as watch:
-            train = []
             paddings = []
             for batch in taken:
-                output, value, _ = watch.train_pass(batch, loss)
-                train.append((output, value))
+                if pace.over and train:
+                    break
+                output, value, gradients = watch.train_pass(batch, loss)
+                main = main_tensor(output)
+                train.append((None if main is None else main.detach(), value))
+                watch.count_nonfinite(batch, output, value, gradients)
                 paddings.append(watch.valid)
+                pace.step()
+                del output, gradients
             for seen in watch.layers.values():
                 if seen.norm is not None:
                     seen.norm.finish()
-        found_gap, by_layer = gap(model, taken, train, loss, notes)
+        taken = taken[: len(train)]
+        if pace.over and len(taken) < max_batches:
+            pace.left_out.append(f"batches after the first {len(taken)}")
         called = sorted(watch.layers.values(), key=lambda seen: math.inf if seen.order is None else seen.order)
-        named = [Named(seen.name, seen.module, seen.role) for seen in called]
+        used = [Named(seen.name, seen.module, seen.role) for seen in called if seen.order is not None]
+        switched = [named for named in used if matters(named)]
+        pace.total = passes(switched, len(taken))
+        evaluated = Eval(model, taken, pace, notes)
+        evaluated.run(loss)
+        found_gap, by_layer = evaluated.gap(train, switched)
         training = None
         shifts: dict[str, records.Shift] = {}
         members: list[records.Group] = []
         if optimizer is not None:
-            members = groups(named, optimizer)
-            used = [n for n, seen in zip(named, called, strict=True) if seen.order is not None]
-            training, shifts = watch_steps(model, used, taken, loss, optimizer)
+            members = groups([Named(seen.name, seen.module, seen.role) for seen in called], optimizer)
+            training, shifts = watch_steps(model, used, taken, loss, optimizer, pace)
         layers = [record(seen, by_layer, shifts) for seen in called]
+    if unknown := [f"{x.name} ({x.kind})" for x in layers if x.may_be_norm]:
+        notes.append(
+            f"unknown layers that may be norms: {some(unknown)}; what is said of norms is said of the known ones alone"
+        )
+    if (left_out := pace.note()) is not None:
+        notes.append(left_out)
     valid = [v for v in paddings if v is not None]
     positions = sum(v.mask.numel() for v in valid)
     return records.Diagnosis(
@@ -68,11 +92,12 @@ def collect(
         data=records.Data(
             batches=len(taken),
             sizes=[batch.samples for batch in taken],
-            steps=_steps(taken),
+            steps=_steps(model, taken),
             padding=sum(v.padding * v.mask.numel() for v in valid) / positions if positions else None,
             told_by=valid[0].told_by if valid else None,
         ),
         layers=layers,
+        nonfinite=dataclasses.replace(watch.nonfinite, eval_outputs=evaluated.nonfinite),
         gap=found_gap,
         training=training,
         optimizer=members,
@@ -88,11 +113,11 @@ def ranks() -> int:
     return distributed.get_world_size()
 
 
-def _steps(batches: Sequence[Batch]) -> list[int]:
+def _steps(model: nn.Module, batches: Sequence[Batch]) -> list[int]:
     """Time steps of each batch: of the first sequence (N, T, C), (T, N, C) or (N, C, T), or of tokens (N, T)."""
     shapes = []
     for batch in batches:
-        tensors = batch.tensors().values()
+        tensors = batch.tensors(model).values()
         found = [t.shape for t in tensors if t.dim() == 3 or (t.dim() == 2 and not t.is_floating_point())]
         shapes += [(found[0], batch.samples)] if found else []
     if not shapes:
@@ -113,6 +138,7 @@ def record(seen: Seen, gaps: dict[str, float], shifts: dict[str, records.Shift])
         kind=type(seen.module).__name__,
         ours=is_ours(seen.module),
         role=seen.role,
+        may_be_norm=may_be_norm(Named(seen.name, seen.module, seen.role), seen.input.shape, seen.output.shape),
         order=seen.order,
         calls=seen.most_calls,
         parameters=sum(p.numel() for _, p in parameters),

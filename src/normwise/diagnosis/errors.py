@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class DiagnosisError(ValueError):
     """Something given to `diagnose`, `Monitor` or `recommend` does not fit; the message says what, and the cure."""
+
+
+class UserCodeError(DiagnosisError):
+    """The model, the loss, the optimizer or the batches raised; `__cause__` is what."""

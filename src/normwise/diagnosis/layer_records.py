@@ -155,6 +155,7 @@ class Layer:
         kind: its class.
         ours: it is one of this library's.
         role: what it does; "other" where it is unknown.
+        may_be_norm: a norm, to judge by its name and its shapes, of a class that normwise does not know.
         order: place in the order of first calls, from 0; None if it was never called.
         calls: the most calls in one pass.
         parameters: how many numbers; each counts once, where it is first met.
@@ -167,6 +168,7 @@ class Layer:
     kind: str
     ours: bool
     role: Role
+    may_be_norm: bool
     order: int | None
     calls: int
     parameters: int

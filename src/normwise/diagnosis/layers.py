@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import activation, batchnorm, dropout, instancenorm, rnn
 
+from normwise.diagnosis.batches import all_tensors
 from normwise.diagnosis.distributions import Layout
 from normwise.diagnosis.errors import DiagnosisError
 from normwise.diagnosis.records import Role
@@ -38,6 +40,10 @@ THRESHOLDS: dict[type[nn.Module], tuple[str, float]] = {
     nn.ReLU: ("relu", 0.0),
     nn.ReLU6: ("relu", 0.0),
 }
+
+
+# "LlamaRMSNorm", "norm1", "RMS", "ln_f", "MyLN", "bn2": but not "normal", "ellipse" or "subnet".
+_NORM_NAME = re.compile(r"norm(?!al(?![iy]))|(?<![a-z])(rms|ln|bn|gn|abn)(?![a-z])", re.IGNORECASE)
 
 
 class Named(NamedTuple):
@@ -79,6 +85,17 @@ def role_of(module: nn.Module) -> Role:
         ("nonlinearity", NONLINEARITIES),
     ]
     return next((role for role, classes in kinds if isinstance(module, classes)), "other")
+
+
+def may_be_norm(named: Named, given: Sequence[int], returned: Sequence[int]) -> bool:
+    """Whether a layer of an unknown class may be a norm: it has the name of one, and returns the shape that it gets.
+
+    A name proposes and proves nothing: this is for saying that something was not looked at, not for judging it.
+    """
+    if named.role != "other" or not given or list(given) != list(returned):
+        return False
+    words = f"{type(named.module).__name__} {named.name.rpartition('.')[2]}"
+    return _NORM_NAME.search(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", words)) is not None
 
 
 def norm_kind(module: nn.Module) -> str | None:
@@ -185,7 +202,5 @@ def own_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:
-    """The floating tensors among a hook's arguments, one level deep."""
-    for item in value if isinstance(value, (tuple, list)) else (value,):
-        if isinstance(item, Tensor) and item.is_floating_point():
-            yield item
+    """The floating tensors among a hook's arguments, in tuples, mappings and dataclasses too."""
+    return (tensor for tensor in all_tensors(value) if tensor.is_floating_point())

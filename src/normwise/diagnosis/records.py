@@ -3,6 +3,8 @@
     Diagnosis
       .findings, .silenced   list[Finding]      what the rules say of the numbers, the gravest first
       .layers                list[Layer]        in the order of their first call; those never called come last
+      .groups                list[FindingGroup] the findings again, one entry for each code
+      .nonfinite             NonFinite          how much of outputs, losses and gradients is NaN or infinite
       .gap                   Gap | None         how far the outputs of train and eval mode are apart, and whose doing
       .training              Training | None    the steps that were watched, if there was an optimizer
       .optimizer             list[Group]        its parameter groups
@@ -20,13 +22,15 @@
 
 Every record is a frozen dataclass of numbers, strings, lists and other records; what was not measured is None. All of
 it survives `Diagnosis.from_dict(diagnosis.to_dict())` and `from_json(to_json())`, which writes NaN and infinity as
-strings, since JSON has neither. `VERSION` goes up when a field changes its meaning or goes away.
+strings, since JSON has neither; plain data and JSON also have `groups`, for programs that read them. `VERSION` goes up
+when a field changes its meaning or goes away.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -52,12 +56,14 @@ __all__ = [
     "Diagnosis",
     "Distribution",
     "Finding",
+    "FindingGroup",
     "Gap",
     "Gate",
     "Gradient",
     "Group",
     "Histogram",
     "Layer",
+    "NonFinite",
     "Norm",
     "OverTime",
     "Recurrence",
@@ -70,7 +76,7 @@ __all__ = [
     "Units",
 ]
 
-VERSION = 1
+VERSION = 2
 
 Severity = Literal["error", "warning", "advice"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "advice")
@@ -102,6 +108,45 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class FindingGroup:
+    """All findings of one code: one thing that is so in one layer or in many.
+
+    Attributes:
+        code, severity, title, claims: as each of them has.
+        findings: one for each place, in the order of the layers' calls.
+    """
+
+    code: str
+    severity: Severity
+    title: str
+    claims: list[str]
+    findings: list[Finding]
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the layers, each once; without the model as a whole."""
+        return list(dict.fromkeys(finding.layer for finding in self.findings if finding.layer))
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """What is NaN or infinite, over all batches.
+
+    Attributes:
+        inputs: values of the batches themselves.
+        outputs, eval_outputs: values of the model's output in train and in eval mode.
+        losses: batches on which the loss is.
+        gradients: names of the parameters whose gradient has such a value.
+    """
+
+    inputs: int = 0
+    outputs: int = 0
+    losses: int = 0
+    gradients: list[str] = field(default_factory=list)
+    eval_outputs: int = 0
+
+
+@dataclass(frozen=True)
 class Gap:
     """Train mode against eval mode on the same batches.
 
@@ -109,6 +154,7 @@ class Gap:
         output: root mean square difference of the outputs, in deviations of the eval-mode output.
         train_loss, eval_loss: means over the batches.
         elsewhere: the part that no single layer's mode brings about: code that reads `self.training` outside a layer.
+            0 where no code does; None where it could not be measured.
     """
 
     output: float
@@ -163,9 +209,11 @@ class Data:
     told_by: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnosis:
     """Everything that `normwise.diagnose` saw. See the module's docstring for the overview.
+
+    Printed it is its table, `normwise.diagnosis.as_text`; a notebook shows its page.
 
     Attributes:
         model: class of the model.
@@ -183,6 +231,7 @@ class Diagnosis:
     trainable: int
     data: Data
     layers: list[Layer]
+    nonfinite: NonFinite = field(default_factory=NonFinite)
     gap: Gap | None = None
     training: Training | None = None
     optimizer: list[Group] = field(default_factory=list)
@@ -202,9 +251,32 @@ class Diagnosis:
                 return layer
         raise KeyError(f"no layer {name!r}: the layers are {', '.join(repr(layer.name) for layer in self.layers)}")
 
+    @property
+    def groups(self) -> list[FindingGroup]:
+        """The findings, one entry for each code."""
+        return grouped(self.findings)
+
+    def __str__(self) -> str:
+        from normwise.diagnosis.table import as_text  # which is made of these records
+
+        return as_text(self)
+
+    def __repr__(self) -> str:
+        counts = {group.code: len(group.findings) for group in self.groups}
+        return f"<Diagnosis of {self.model}: {len(self.layers)} layers, findings {counts}; print() shows its table>"
+
+    def _repr_html_(self) -> str:
+        from normwise.diagnosis.page import framed
+
+        return framed(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings."""
-        return dataclasses.asdict(self)
+        groups = [
+            {"code": g.code, "severity": g.severity, "title": g.title, "claims": g.claims, "layers": g.layers}
+            for g in self.groups
+        ]
+        return dataclasses.asdict(self) | {"groups": groups}
 
     def to_json(self, indent: int | None = None) -> str:
         """Strict JSON: NaN and infinities are the strings "NaN", "Infinity", "-Infinity"."""
@@ -228,3 +300,11 @@ class Diagnosis:
     def from_json(cls, text: str) -> Diagnosis:
         """The inverse of `to_json`; raises as `from_dict`."""
         return cls.from_dict(json.loads(text))
+
+
+def grouped(findings: Iterable[Finding]) -> list[FindingGroup]:
+    """One entry for each code, in the order of their first findings."""
+    groups: dict[str, FindingGroup] = {}
+    for f in findings:
+        groups.setdefault(f.code, FindingGroup(f.code, f.severity, f.title, f.claims, [])).findings.append(f)
+    return list(groups.values())

@@ -13,17 +13,23 @@ from torch import nn
 from normwise.diagnosis import silence
 from normwise.diagnosis.batches import Loss
 from normwise.diagnosis.collect import collect
+from normwise.diagnosis.pace import Pace
 from normwise.diagnosis.records import SEVERITIES, Diagnosis, Finding
 from normwise.diagnosis.rules.table import RULES
+from normwise.surgery.batches import Forward
+from normwise.surgery.progress import Progress, told
 
 
 def diagnose(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    loss: Loss,
+    loss: Loss | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    forward: Forward | None = None,
     max_batches: int = 8,
+    max_seconds: float | None = None,
+    progress: Progress = False,
     ignore: Sequence[str] = (),
     use_pyproject: bool = True,
 ) -> Diagnosis:
@@ -34,20 +40,26 @@ def diagnose(
             print(finding.code, finding.layer, finding.cause, finding.cure)
 
     Each batch passes forward and backward in train mode and forward in eval mode; then each layer to which the mode
-    makes a difference is put into train mode on its own. With an optimizer each batch also becomes a step, after which
-    weights and optimizer are put back. Parameters, buffers, gradients, modes, hooks, the optimizer's state and the
-    random states are afterwards what they were, bit for bit, also after an error or Ctrl-C. (Hooks and files of the
-    model's own are outside of this: a forward that writes somewhere has written.)
+    makes a difference (a batch norm, a dropout) is put into train mode on its own, on two of the batches. With an
+    optimizer each batch also becomes a step, after which weights and optimizer are put back. Parameters, buffers,
+    gradients, modes, hooks, the optimizer's state and the random states are afterwards what they were, bit for bit,
+    also after an error or Ctrl-C. (Hooks and files of the model's own are outside of this: a forward that writes
+    somewhere has written.)
 
     Args:
         model: any module, in either mode, with layers of torch.nn or of this library; a wrapper (DataParallel,
             DistributedDataParallel, torch.compile) is looked through.
-        batches: yields (inputs, target), such as a DataLoader; may be endless. The model is called with `inputs` if
-            that is a tensor, with `*inputs` if a tuple or list, with `**inputs` if a dict (`mask=`, `lengths=`).
-            Tensors are moved to the model's device.
-        loss: `loss(output, target)`, a scalar tensor.
+        batches: yields (inputs, target), or a dict with labels, such as a DataLoader; may be endless.
+            `normwise.surgery.batches` has the convention.
+        loss: `loss(output, target)`, a scalar tensor. None for a model that computes its loss itself and returns it, as
+            `output.loss` or alone.
         optimizer: also watch steps: internal covariate shift, weight decay. Its parameters must be the model's.
+        forward: runs the model on a batch of any other structure, as in `recalibrate`: `lambda model, batch:
+            model(batch.image.cuda())`. What of such a batch is no pair and has no labels is its own target.
         max_batches: no more are taken.
+        max_seconds: what has not begun by then is left out, and said in `notes`; one batch is always looked at.
+        progress: True shows a bar (by rich, where it is installed); or a function of the number of passes done and
+            their total (None while it is unknown).
         ignore: codes to silence, with a pattern of layer names if need be: ["NW005", "NW001:encoder.*"].
         use_pyproject: also silence what `ignore` says in the table [tool.normwise.diagnose] of the nearest
             pyproject.toml from the working directory upwards.
@@ -58,8 +70,12 @@ def diagnose(
     Raises:
         DiagnosisError: a model, batches, loss or setting that does not fit; says the cure.
     """
-    silenced = silence.checked(ignore) + (silence.from_pyproject(Path.cwd()) if use_pyproject else [])
-    return judged(collect(model, batches, loss, optimizer, max_batches), silenced)
+    own = silence.checked(ignore)
+    silenced = own + (silence.from_pyproject(Path.cwd()) if use_pyproject else [])
+    with told(progress, "diagnose") as tell:
+        numbers = collect(model, batches, loss, optimizer, max_batches, forward, Pace(max_seconds, tell))
+    numbers.notes.extend(silence.without_effect(own, [layer.name for layer in numbers.layers]))
+    return judged(numbers, silenced)
 
 
 def judged(numbers: Diagnosis, silenced: Sequence[tuple[str, str]] = ()) -> Diagnosis:

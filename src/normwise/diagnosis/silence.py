@@ -6,12 +6,13 @@ import difflib
 import fnmatch
 import importlib
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from normwise.diagnosis.errors import DiagnosisError
 from normwise.diagnosis.records import Finding
+from normwise.diagnosis.rules.rule import some
 from normwise.diagnosis.rules.table import BY_CODE
 
 TABLE = "[tool.normwise.diagnose]"
@@ -39,6 +40,20 @@ def checked(entries: Iterable[str], origin: str = "ignore") -> list[tuple[str, s
 
 def is_silenced(finding: Finding, pairs: Iterable[tuple[str, str]]) -> bool:
     return any(finding.code == code and fnmatch.fnmatchcase(finding.layer, pattern) for code, pattern in pairs)
+
+
+def without_effect(pairs: Iterable[tuple[str, str]], layers: Sequence[str]) -> list[str]:
+    """A sentence for each pattern that means no layer of the model.
+
+    Of patterns given in the call: those of pyproject.toml may be meant for another of a project's models.
+    """
+    notes = []
+    for code, pattern in pairs:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in ("", *layers)):
+            near = difflib.get_close_matches(pattern, layers, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the layers are {some(layers)}"
+            notes.append(f"ignore={code}:{pattern} silences nothing, since no layer has such a name: {hint}")
+    return notes
 
 
 def from_pyproject(folder: Path) -> list[tuple[str, str]]:

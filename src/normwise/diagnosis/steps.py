@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from normwise.diagnosis import records
 from normwise.diagnosis.batches import Batch, Loss, scalar
 from normwise.diagnosis.distributions import by_axis
-from normwise.diagnosis.errors import DiagnosisError
+from normwise.diagnosis.errors import DiagnosisError, UserCodeError
 from normwise.diagnosis.layers import Layouts, Named, own_parameters, tensors_in
+from normwise.diagnosis.pace import Pace
 from normwise.diagnosis.preserve import buffers_kept
 from normwise.reference import shift
 
@@ -24,7 +25,12 @@ VALUES = 4096
 
 
 def watch_steps(
-    model: nn.Module, layers: Sequence[Named], batches: Sequence[Batch], loss: Loss, optimizer: torch.optim.Optimizer
+    model: nn.Module,
+    layers: Sequence[Named],
+    batches: Sequence[Batch],
+    loss: Loss | None,
+    optimizer: torch.optim.Optimizer,
+    pace: Pace,
 ) -> tuple[records.Training, dict[str, records.Shift]]:
     """One step on each batch, in train mode. `layers` are those that were called, in that order.
 
@@ -35,6 +41,11 @@ def watch_steps(
     losses, norms = [], []
     shifts: dict[str, records.Shift] = {}
     for number, batch in enumerate(batches):
+        if pace.over:
+            pace.left_out.append(
+                f"steps of the optimizer after the first {number}" if number else "the optimizer's steps"
+            )
+            break
         run = _Run(model, batch, loss)
         value, gradients = run.gradients(dict(model.named_parameters()))
         losses.append(value)
@@ -43,6 +54,7 @@ def watch_steps(
         _step(model, optimizer, run, gradients)
         if of_step is not None:
             of_step.after_step(shifts)
+        pace.step()
     return records.Training(losses, norms), shifts
 
 
@@ -94,7 +106,7 @@ def groups(layers: Sequence[Named], optimizer: torch.optim.Optimizer) -> list[re
 class _Run:
     """One batch, called again and again with the same random numbers and the same buffers."""
 
-    def __init__(self, model: nn.Module, batch: Batch, loss: Loss) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, loss: Loss | None) -> None:
         self.model, self.batch, self.loss = model, batch, loss
         self.state = torch.get_rng_state()
         self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
@@ -103,7 +115,7 @@ class _Run:
         torch.set_rng_state(self.state)
         if self.cuda is not None:
             torch.cuda.set_rng_state_all(self.cuda)
-        return scalar(self.loss, self.batch.call(self.model), self.batch.target)
+        return scalar(self.loss, self.batch.call(self.model), self.batch)
 
     def gradients(self, wanted: dict[str, nn.Parameter]) -> tuple[float, dict[str, Tensor]]:
         """The loss, and its gradient with respect to those that have one."""
@@ -126,7 +138,7 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, run: _Run, gradien
         else:
             optimizer.step()
     except (RuntimeError, TypeError, ValueError) as error:
-        raise DiagnosisError(
+        raise UserCodeError(
             f"the optimizer raised {type(error).__name__}: {error}\nCure: see that optimizer.step() runs on this "
             "model, or diagnose without optimizer="
         ) from error
@@ -165,7 +177,6 @@ class _ShiftOfStep:
         found = [f"{named.name}.{n}" if named.name else n for n, p in own_parameters(named.module) if p.dim() >= 2]
         return [name for name in found if name in self.gradients]
 
-    @torch.no_grad()
     def _inputs(self) -> dict[str, Tensor]:
         """What each layer gets first, (features, values)."""
         seen: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""A diagnosis as text of 80 columns: findings first, then a line for each layer."""
+"""A diagnosis as text of 80 columns: findings first, grouped by code, then a line for each layer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 import textwrap
 from collections.abc import Iterator
 
-from normwise.diagnosis.records import Activations, Diagnosis, Finding, Layer
+from normwise.diagnosis.records import Activations, Diagnosis, FindingGroup, Layer
 
 WIDTH = 80
+NAMED = 8  # layers of a code that are named; all of them are in the page and in the JSON
 _NAME, _KIND, _SHAPE, _NUMBER = 22, 14, 15, 7
 
 
@@ -27,21 +28,42 @@ def _head(d: Diagnosis) -> list[str]:
 def _findings(d: Diagnosis) -> Iterator[str]:
     if not d.findings:
         yield "No findings."
-    for finding in d.findings:
-        yield from _finding(finding)
+    for group in d.groups:
+        yield from _group(group)
     if d.silenced:
         yield f"{len(d.silenced)} more silenced: {', '.join(sorted({f.code for f in d.silenced}))}"
     for note in d.notes:
         yield from textwrap.wrap(f"Note: {note}", WIDTH, subsequent_indent="      ")
 
 
-def _finding(f: Finding) -> Iterator[str]:
-    where = f"{f.layer}: " if f.layer else ""
+def _group(group: FindingGroup) -> Iterator[str]:
+    """A finding with cause and cure; of many of a code the layers, and the first as an example."""
+    f = group.findings[0]
+    many = len(group.findings) > 1
+    where = f"{place(group)}: " if many or f.layer else ""
     yield from textwrap.wrap(f"{f.code} {f.severity}  {where}{f.title}", WIDTH, subsequent_indent="    ")
-    yield from textwrap.wrap(f.cause, WIDTH, initial_indent="    ", subsequent_indent="    ")
+    if many:
+        names = group.layers
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        yield from _indented(f"At {', '.join(names[:NAMED])}{more}.")
+    of = f"{f.layer}: " if many and f.layer and len({x.cause for x in group.findings}) > 1 else ""
+    yield from _indented(of + f.cause)
+    of = f", for {f.layer}" if many and f.layer and len({x.cure for x in group.findings}) > 1 else ""
+    yield from _indented(f"Cure{of}: {f.cure}")
+
+
+def place(group: FindingGroup) -> str:
+    """Where it is so: the layer's name, or how many there are."""
+    if len(group.findings) == 1:
+        return group.layers[0] if group.layers else "the model"
+    count = len(group.layers)
+    return f"{count} layers" if count == len(group.findings) else f"{count} layers, {len(group.findings)} findings"
+
+
+def _indented(words: str) -> list[str]:
     # A cure is a call to be copied: it is not broken in the middle of a word.
-    yield from textwrap.wrap(
-        f"Cure: {f.cure}",
+    return textwrap.wrap(
+        words,
         WIDTH,
         initial_indent="    ",
         subsequent_indent="    ",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +15,10 @@ from normwise.diagnosis.cells import CellWatch
 from normwise.diagnosis.distributions import PART, SMALL_PART, Layout, Watched
 from normwise.diagnosis.errors import DiagnosisError
 from normwise.diagnosis.layers import Layouts, Named, layers_of, own_parameters, tensors_in, units_of
+from normwise.diagnosis.modes import count_nonfinite
 from normwise.diagnosis.norms import NormWatch
-from normwise.diagnosis.padding import Valid, counted, valid_positions
+from normwise.diagnosis.padding import Valid, counted, is_mask, valid_positions
+from normwise.diagnosis.records import NonFinite
 from normwise.diagnosis.recurrent import RecurrentWatch
 from normwise.diagnosis.units import UnitWatch
 
@@ -70,7 +73,7 @@ class Watch:
         self.samples = 1
         self.valid: Valid | None = None
         self.next = 0
-        self.steps: list[int] = []
+        self.nonfinite = NonFinite()
 
     def __enter__(self) -> Watch:
         for seen in self.layers.values():
@@ -84,7 +87,7 @@ class Watch:
         for handle in self.handles:
             handle.remove()
 
-    def train_pass(self, batch: Batch, loss: Loss) -> tuple[Any, float, dict[str, Tensor]]:
+    def train_pass(self, batch: Batch, loss: Loss | None) -> tuple[Any, float, dict[str, Tensor]]:
         """One batch forward and backward: (output, loss, gradient of each parameter by name). `grad` is left alone.
 
         Raises:
@@ -96,11 +99,24 @@ class Watch:
             output = batch.call(self.model)
         finally:
             self.recording = False
-        value = scalar(loss, output, batch.target)
+        value = scalar(loss, output, batch)
         self._find_recurrences()
         gradients = self._gradients(value)
         self.end(gradients)
         return output, float(value.detach()), gradients
+
+    def count_nonfinite(self, batch: Batch, output: Any, loss: float, gradients: dict[str, Tensor]) -> None:
+        """What of a pass is NaN or infinite."""
+        before = self.nonfinite
+        # A mask that is added to scores may well be -inf.
+        inputs = [t for name, t in batch.tensors(self.model).items() if not is_mask(name, t)]
+        spoiled = [name for name, g in gradients.items() if not bool(torch.isfinite(g).all())]
+        self.nonfinite = NonFinite(
+            before.inputs + count_nonfinite(inputs),
+            before.outputs + count_nonfinite(output),
+            before.losses + (not math.isfinite(loss)),
+            list(dict.fromkeys([*before.gradients, *spoiled])),
+        )
 
     def begin(self, samples: int, valid: Valid | None) -> None:
         """Before a pass, of a batch of so many samples (0: unknown)."""

@@ -20,6 +20,7 @@ ABI = 5
 NAME = {"Darwin": "libnormwise.dylib"}.get(platform.system(), "libnormwise.so")
 STATS_NOT_UPDATED = 3  # NW_STATS_NOT_UPDATED
 ISA_LEVELS = ("avx512_amx", "avx512", "avx2", "baseline")
+OFF = "none"  # in place of a level: no kernels, as on a machine where they were not built
 CURE = "install a C++ compiler (g++ or clang++) and reinstall normwise with pip install --force-reinstall --no-deps"
 
 
@@ -32,7 +33,11 @@ class Loaded(NamedTuple):
 
 @cache
 def load() -> Loaded:
-    """The loaded library. NORMWISE_ISA, one of ISA_LEVELS, forces an instruction set; it never falls back."""
+    """The loaded library. NORMWISE_ISA, one of ISA_LEVELS, forces an instruction set, and never falls back; OFF leaves
+    the library alone."""
+    wanted = os.environ.get("NORMWISE_ISA")
+    if wanted == OFF:
+        return Loaded(None, f"NORMWISE_ISA={OFF} turns the C++ kernels off: unset it to have them")
     path = _find()
     if path is None:
         return Loaded(None, f"normwise was installed without its compiled library {NAME}; to get it, {CURE}")
@@ -49,10 +54,13 @@ def load() -> Loaded:
     handle.nw_count_valid.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     handle.nw_count_valid.restype = ctypes.c_int64
     handle.nw_mean_exceeds.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_double]
-    wanted = os.environ.get("NORMWISE_ISA")
     if wanted and handle.nw_use_isa(wanted.encode()) != 0:
         usable = [level for level in ISA_LEVELS if handle.nw_use_isa(level.encode()) == 0]
-        return Loaded(None, f"NORMWISE_ISA={wanted} cannot run here: set it to one of {', '.join(usable)}, or unset it")
+        return Loaded(
+            None,
+            f"NORMWISE_ISA={wanted} cannot run here: set it to one of {', '.join(usable)}, to {OFF} for no kernels at "
+            "all, or unset it",
+        )
     return Loaded(handle, None)
 
 

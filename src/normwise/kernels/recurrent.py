@@ -1,7 +1,8 @@
 """The compiled recurrent kernels as functions of tensors: check, allocate, call.
 
 One layer in one direction, all steps in one call; csrc/include/normwise.h has the equations. Rows are (step, sample)
-pairs as in torch's PackedSequence. Nothing here knows of autograd.
+pairs as in torch's PackedSequence; where all sequences are of one length, x, the output and their gradients may be
+(steps, batch, features) instead of (rows, features). Nothing here knows of autograd.
 
 All is float32, or x, the state and the two matrices are bfloat16 and the vectors bfloat16 or float32. With bfloat16
 matrices are multiplied in it, and everything else is computed, and kept for the backward, in float32; results and
@@ -11,6 +12,7 @@ gradients come in the dtype of what they belong to.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
@@ -84,7 +86,7 @@ class Saved(NamedTuple):
 
 
 class Result(NamedTuple):
-    output: Tensor  # (rows, units)
+    output: Tensor  # like x, no view of another tensor
     h: Tensor  # (batch, units)
     c: Tensor | None
     saved: Saved
@@ -103,11 +105,12 @@ def forward(
     """All steps from x (rows, inputs) and the state (batch, units); keeps what `backward` needs if `save`."""
     dtype = x.dtype
     x, h0, c0, weights, steps = _checked(layer, weights, x, h0, c0, steps)
-    rows, units = len(x), weights.weight_hh.shape[1]
-    output = torch.empty((rows, units), dtype=torch.float32, device="cpu")  # whatever the defaults are
+    units = weights.weight_hh.shape[1]
+    output = torch.empty((*x.shape[:-1], units), dtype=torch.float32, device="cpu")  # whatever the defaults are
     saved, unrounded = Saved(), 0
     if save:
-        *widths, unrounded = saved_widths(layer, x.shape[1], units, dtype)
+        *widths, unrounded = saved_widths(layer, x.shape[-1], units, dtype)
+        rows = math.prod(x.shape[:-1])
         saved = Saved(*[output.new_empty((rows, width)) if width else None for width in widths])
     h = torch.empty_like(h0)
     c = None if c0 is None else torch.empty_like(c0)
@@ -116,7 +119,7 @@ def forward(
     if dtype is torch.float32:
         return Result(output, h, c, saved)
     if unrounded:
-        saved = saved._replace(output=output)
+        saved = saved._replace(output=output.view(-1, units))
     return Result(output.to(dtype), h.to(dtype), None if c is None else c.to(dtype), saved)
 
 
@@ -127,7 +130,7 @@ def backward(
     h0: Tensor,
     c0: Tensor | None,
     steps: Steps,
-    output: Tensor,
+    output: Tensor | None,
     saved: Saved,
     doutput: Tensor | None,
     dh: Tensor | None,
@@ -136,13 +139,17 @@ def backward(
     needs_x: bool = True,
     needs_weights: bool = True,
 ) -> Gradients:
-    """Gradients from those of the forward's output, h and c; None stands for zeros."""
+    """Gradients from those of the forward's output, h and c; None stands for zeros.
+
+    `output` may be None where `saved` has it.
+    """
     dtype, given = x.dtype, weights
     x, h0, c0, weights, steps = _checked(layer, weights, x, h0, c0, steps)
-    output = _wide(output) if saved.output is None else saved.output
+    units = weights.weight_hh.shape[1]
+    output, saved = _checked_saved(layer, x, units, dtype, output, saved)
     if doutput is not None:
         doutput = _wide(doutput)
-        _expect("doutput", doutput, output.shape, (output.dtype,))
+        _expect("doutput", doutput, (*x.shape[:-1], units), (output.dtype,))
     dh = torch.zeros_like(h0) if dh is None else _fresh(dh)
     _expect("dh", dh, h0.shape, (h0.dtype,))
     if c0 is not None:
@@ -171,7 +178,7 @@ def _checked(
     layer: Layer, weights: Weights, x: Tensor, h0: Tensor, c0: Tensor | None, steps: Steps
 ) -> tuple[Tensor, Tensor, Tensor | None, Weights, Steps]:
     """Everything contiguous, in float32, and of the shapes that the kernel will read."""
-    units, inputs = weights.weight_hh.shape[1], x.shape[1]
+    units, inputs = weights.weight_hh.shape[1], x.shape[-1]
     stacked = _GATES[layer.cell] * units
     matrix, vector = (x.dtype,), (x.dtype, torch.float32)
     _expect("weight_ih", weights.weight_ih, (stacked, inputs), matrix)
@@ -192,12 +199,32 @@ def _checked(
         _expect("batch_sizes", sizes, (steps.steps,), (torch.int64,))
         rows = int(sizes.sum())
         steps = steps._replace(batch_sizes=sizes.contiguous())
-    _expect("x", x, (rows, inputs), (torch.float32, torch.bfloat16))
+    shape = (rows, inputs) if x.dim() == 2 or steps.batch_sizes is not None else (steps.steps, steps.batch, inputs)
+    _expect("x", x, shape, (torch.float32, torch.bfloat16))
     if steps.reset is not None:
         _expect("reset", steps.reset, (rows,), (torch.bool,))
         steps = steps._replace(reset=steps.reset.contiguous())
     weights = Weights(*[None if w is None else _wide(w) for w in weights])  # type: ignore[arg-type]
     return _wide(x), _wide(h0), c0, weights, steps
+
+
+def _checked_saved(
+    layer: Layer, x: Tensor, units: int, dtype: torch.dtype, output: Tensor | None, saved: Saved
+) -> tuple[Tensor, Saved]:
+    """The forward's output and what it kept, contiguous: hooks on saved tensors may have put others in their place."""
+    rows, widths = math.prod(x.shape[:-1]), saved_widths(layer, x.shape[-1], units, dtype)
+    for name, t, width in zip(Saved._fields, saved, widths, strict=True):
+        if t is not None:
+            _expect(name, t, (rows, width), (torch.float32,))
+        elif width:
+            raise ValueError(f"{name}: missing; the forward keeps it with save=True")
+    if saved.output is not None:
+        output = saved.output
+    elif output is None:
+        raise ValueError("output: missing; the backward needs the forward's")
+    else:
+        _expect("output", output, (*x.shape[:-1], units), (dtype,))
+    return _wide(output), Saved(*[None if t is None else _wide(t) for t in saved])
 
 
 def _expect(name: str, t: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
@@ -245,7 +272,8 @@ def _arguments(
         *[_at(t) for t in saved[:-1]],
         steps.steps,
         steps.batch,
-        *x.shape,
+        math.prod(x.shape[:-1]),
+        x.shape[-1],
         weights.weight_hh.shape[1],
         layer.eps,
         layer.update_offset,

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from normwise.lab.errors import LabError
+from normwise.lab.errors import LabError, WorkerError
 from normwise.lab.run import Result
 from normwise.lab.spec import Spec
 
@@ -45,7 +45,7 @@ def on_cluster(
 
     Raises:
         LabError: the scheduler does not answer, or has no workers (any more).
-        RuntimeError: a run was lost with every worker that it was given to.
+        WorkerError: a run was lost with every worker that it was given to.
     """
     from distributed import CancelledError, Future, KilledWorker
 
@@ -69,7 +69,7 @@ def on_cluster(
                 continue
             yield pending.pop(future.key).result()
     except KilledWorker as error:
-        raise RuntimeError(
+        raise WorkerError(
             f"a run was lost with every worker that it was given to ({error}): killed for memory, or a crash in "
             "compiled code. What was finished is stored; start again to go on."
         ) from error

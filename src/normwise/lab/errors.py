@@ -14,6 +14,10 @@ class StoreError(RuntimeError):
     """A store that cannot be used: damaged, newer than this normwise, or something else altogether."""
 
 
+class WorkerError(RuntimeError):
+    """A process that trained died: killed for memory, or by a crash in compiled code."""
+
+
 class UndefinedError(Exception):
     """The norm has no meaning in this setting. It is recorded as a result of the run, with its reason."""
 

@@ -14,6 +14,9 @@ from normwise.reference import moments
 
 Matrix = list[list[float]]
 
+LARGEST = 1e150
+"""Of a number in the table: the squared distances of millions of such rows still add up to a float64."""
+
 
 @dataclass(frozen=True)
 class Standardized:
@@ -83,7 +86,8 @@ def explain(table: Table, drop: int = -1) -> Explanation:
     """Run both layers (in training mode, float64) on the whole table, and without row number `drop` (from 0).
 
     Raises:
-        LabError: fewer than 3 rows (so that 2 stay, as BatchNorm needs) or 2 columns (as LayerNorm needs).
+        LabError: fewer than 3 rows (so that 2 stay, as BatchNorm needs) or 2 columns (as LayerNorm needs); or a number
+            beyond ``LARGEST``, which has no variance in float64.
         IndexError: no such row.
     """
     if len(table.rows) < 3:
@@ -96,6 +100,13 @@ def explain(table: Table, drop: int = -1) -> Explanation:
             f"the table has {len(table.columns)} column of numbers; expected at least 2 separated by commas, "
             "since LayerNorm standardizes along the row"
         )
+    for name, numbers in zip(table.rows, table.values, strict=True):
+        for column, number in zip(table.columns, numbers, strict=True):
+            if abs(number) > LARGEST:
+                raise LabError(
+                    f"{name}, {column}: {number:g} is too large, for variances are squares: expected at most "
+                    f"{LARGEST:g} in magnitude; give the column in another unit"
+                )
     x = torch.tensor(table.values, dtype=torch.float64)
     features = len(table.columns)
     batch_norm = BatchNorm1d(features, dtype=x.dtype)

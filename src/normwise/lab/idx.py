@@ -6,11 +6,12 @@ as four bytes (highest first), then the numbers row by row (LeCun, yann.lecun.co
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import math
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from normwise.lab.datasets import Digits
 from normwise.lab.errors import LabError
 
 UNSIGNED_BYTE = 8
-GZIP, GZIP_CHUNK = b"\x1f\x8b", 4096
+GZIP, CHUNK = b"\x1f\x8b", 1 << 20
 CLASSES, SIDE = 10, 28
 PARTS = {"train": "train", "test": "t10k"}
 NAMES = ("{}-images-idx3-ubyte", "{}-labels-idx1-ubyte")
@@ -43,10 +44,7 @@ def load_folder(folder: Path) -> Folder:
     parts, digest = {}, hashlib.sha256()
     for part, prefix in PARTS.items():
         images_path, labels_path = (find(folder, name.format(prefix)) for name in NAMES)
-        images, labels = read_idx(images_path, axes=3), read_idx(labels_path, axes=1)
-        if images.shape[1:] != (SIDE, SIDE):
-            shape = "x".join(map(str, images.shape[1:]))
-            raise LabError(f"{images_path}: offset 8: images of {shape} pixels, expected {SIDE}x{SIDE}")
+        images, labels = read_idx(images_path, (SIDE, SIDE)), read_idx(labels_path, ())
         if len(images) != len(labels):
             raise LabError(
                 f"{labels_path}: offset 4: {len(labels)} labels, and {images_path.name} has {len(images)} images; "
@@ -84,52 +82,75 @@ _CURE = (
 )
 
 
-def read_idx(path: Path, axes: int) -> Tensor:
-    """The unsigned bytes of a file with ``axes`` axes, unpacked if it is a gzip file.
+def read_idx(path: Path, cell: tuple[int, ...]) -> Tensor:
+    """The unsigned bytes of a file of items of shape ``cell``: (items, *cell), at least one. A gzip file is unpacked.
+
+    The header is read first, and no more is unpacked than it promises.
 
     Raises:
         LabError: the file is broken, truncated or something else; names the offset, in bytes of the unpacked file.
     """
-    content = _unpacked(path)
-    start = 4 + 4 * axes
-    if len(content) < start:
-        raise LabError(f"{path}: offset {len(content)}: the file ends within its header of {start} bytes. {GET_AGAIN}")
-    if content[:2] != b"\0\0":
-        raise LabError(f"{path}: offset 0: {content[:2].hex(' ')}, expected 00 00: this is no IDX file. {GET_AGAIN}")
-    if content[2] != UNSIGNED_BYTE:
-        raise LabError(f"{path}: offset 2: numbers of kind {content[2]:#04x}, expected 0x08 (unsigned bytes)")
-    if content[3] != axes:
-        raise LabError(f"{path}: offset 3: {content[3]} axes, expected {axes}; images have 3 and labels 1")
-    shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, start, 4)]
-    expected = start + math.prod(shape)
-    if len(content) < expected:
-        raise LabError(
-            f"{path}: offset {len(content)}: the file ends here, and {'x'.join(map(str, shape))} numbers need "
-            f"{expected} bytes: it is truncated. {GET_AGAIN}"
-        )
-    if len(content) > expected:
-        raise LabError(
-            f"{path}: offset {expected}: {len(content) - expected} bytes too many after "
-            f"{'x'.join(map(str, shape))} numbers. {GET_AGAIN}"
-        )
-    return torch.frombuffer(content, dtype=torch.uint8, offset=start, count=math.prod(shape)).reshape(shape)
+    try:
+        with path.open("rb") as file:
+            packed = file.read(2) == GZIP
+            file.seek(0)
+            if not packed:
+                return _read(path, cell, file)
+            with gzip.GzipFile(fileobj=file) as unpacked:
+                return _unpack(path, cell, file, unpacked)
+    except OSError as error:
+        raise LabError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _unpacked(path: Path) -> bytearray:
-    """Whether a file is packed is told by its first bytes, not by its name."""
-    raw = path.read_bytes()
-    if raw[:2] != GZIP:
-        return bytearray(raw)
-    unpack, out = zlib.decompressobj(wbits=31), bytearray()
-    for at in range(0, len(raw), GZIP_CHUNK):
-        try:
-            out += unpack.decompress(raw[at : at + GZIP_CHUNK])
-        except zlib.error as error:  # noqa: PERF203 (the chunk tells where)
-            end = min(at + GZIP_CHUNK, len(raw))
-            raise LabError(f"{path}: offset {at} to {end}: the gzip data is broken ({error}). {GET_AGAIN}") from error
-    if not unpack.eof:
+def _unpack(path: Path, cell: tuple[int, ...], file: BinaryIO, unpacked: gzip.GzipFile) -> Tensor:
+    try:
+        return _read(path, cell, unpacked)
+    except EOFError as error:
         raise LabError(
-            f"{path}: offset {len(raw)}: the gzip data ends before its end mark, after {len(out)} unpacked bytes: "
-            f"the file is truncated. {GET_AGAIN}"
+            f"{path}: offset {file.tell()}: the gzip data ends before its end mark, after {unpacked.tell()} unpacked "
+            f"bytes: the file is truncated. {GET_AGAIN}"
+        ) from error
+    except (zlib.error, gzip.BadGzipFile) as error:
+        raise LabError(
+            f"{path}: before offset {file.tell()}: the gzip data is broken ({error}). {GET_AGAIN}"
+        ) from error
+
+
+def _read(path: Path, cell: tuple[int, ...], file: BinaryIO | gzip.GzipFile) -> Tensor:
+    shape = _shape(path, cell, file)
+    start, count = 4 + 4 * len(shape), math.prod(shape)
+    sizes = "x".join(map(str, shape))
+    content = bytearray()
+    while len(content) < count and (part := file.read(min(CHUNK, count - len(content)))):
+        content += part
+    if len(content) < count:
+        raise LabError(
+            f"{path}: offset {start + len(content)}: the file ends here, and {sizes} numbers need "
+            f"{start + count} bytes: it is truncated. {GET_AGAIN}"
         )
-    return out
+    if file.read(1):  # of a gzip file this also reads its end mark
+        raise LabError(f"{path}: offset {start + count}: more bytes follow after {sizes} numbers. {GET_AGAIN}")
+    return torch.frombuffer(content, dtype=torch.uint8).reshape(shape)
+
+
+def _shape(path: Path, cell: tuple[int, ...], file: BinaryIO | gzip.GzipFile) -> list[int]:
+    """The length of each axis, from the header."""
+    axes = 1 + len(cell)
+    header = file.read(4 + 4 * axes)
+    if len(header) >= 2 and header[:2] != b"\0\0":
+        raise LabError(f"{path}: offset 0: {header[:2].hex(' ')}, expected 00 00: this is no IDX file. {GET_AGAIN}")
+    if len(header) >= 3 and header[2] != UNSIGNED_BYTE:
+        raise LabError(f"{path}: offset 2: numbers of kind {header[2]:#04x}, expected 0x08 (unsigned bytes)")
+    if len(header) >= 4 and header[3] != axes:
+        raise LabError(f"{path}: offset 3: {header[3]} axes, expected {axes}; images have 3 and labels 1")
+    if len(header) < 4 + 4 * axes:
+        raise LabError(
+            f"{path}: offset {len(header)}: the file ends within its header of {4 + 4 * axes} bytes. {GET_AGAIN}"
+        )
+    shape = [int.from_bytes(header[at : at + 4], "big") for at in range(4, len(header), 4)]
+    if tuple(shape[1:]) != cell:
+        given, expected = ("x".join(map(str, sizes)) for sizes in (shape[1:], cell))
+        raise LabError(f"{path}: offset 8: images of {given} pixels, expected {expected}")
+    if not shape[0]:
+        raise LabError(f"{path}: offset 4: the file has 0 items, expected at least 1. {GET_AGAIN}")
+    return shape

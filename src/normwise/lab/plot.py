@@ -6,11 +6,12 @@ hovering stands in the attribute ``data-lines`` of each panel.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+
+from normwise.lab.strict_json import to_json
 
 WIDTH, HEIGHT = 340, 214
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 24, 36
@@ -148,7 +149,7 @@ def svg(panel: Panel, y: Scale, *, percent: bool = False) -> str:
         if line.y and math.isfinite(line.y[-1])
     )
     label = f"{panel.title}; at the right end: {last}"
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    text = to_json(data, compact=True)
     return (
         f'<svg class="panel{" other" * (panel.choice > 0)}" viewBox="0 0 {WIDTH} {HEIGHT}" tabindex="0" role="img" '
         f'data-choice="{panel.choice}" aria-label="{escape(label)}" data-lines="{escape(text)}">'

@@ -72,7 +72,12 @@ class Section:
 
 
 def write_report(
-    rows: Sequence[Row], tasks: Mapping[str, Task | None], path: Path, *, judged: Sequence[Judged] = ()
+    rows: Sequence[Row],
+    tasks: Mapping[str, Task | None],
+    path: Path,
+    *,
+    judged: Sequence[Judged] = (),
+    references: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the page and return its path.
 
@@ -81,6 +86,7 @@ def write_report(
         tasks: by name, in the order of the page; None for one whose code is not at hand.
         path: the file.
         judged: the claims, for the top of the page.
+        references: for a task of the user's, by its name, what it was called by: FILE.py:function.
 
     Raises:
         LabError: the file cannot be written; a page that was there stays.
@@ -92,7 +98,10 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    drawn = [section(name, task, [row for row in rows if row.task == name]) for name, task in tasks.items()]
+    drawn = [
+        section(name, task, [row for row in rows if row.task == name], (references or {}).get(name))
+        for name, task in tasks.items()
+    ]
     page = environment.get_template("report.html.j2").render(
         sections=drawn,
         norms={name: text for name, text in NORMS.items() if any(row.norm == name for row in rows)},
@@ -131,8 +140,8 @@ def _write_whole(path: Path, text: str) -> None:
 MARKS = {"supported": "✓", "contradicted": "✗", "undecided": "?"}
 
 
-def section(name: str, task: Task | None, rows: Sequence[Row]) -> Section:
-    """What the page says about one task."""
+def section(name: str, task: Task | None, rows: Sequence[Row], reference: str | None = None) -> Section:
+    """What the page says about one task; `reference` is what a user's was called by, where that is known."""
     sizes = sizes_of(rows)
     means = [row.merit().mean for row in rows if row.stats]
     return Section(
@@ -146,7 +155,7 @@ def section(name: str, task: Task | None, rows: Sequence[Row]) -> Section:
         parts=parts_of(rows),
         figures=[*of_paper(rows), *figures(rows), *over_time(rows)],
         settings=settings(rows),
-        commands=commands(rows),
+        commands=commands(rows, reference),
     )
 
 
@@ -186,14 +195,14 @@ def settings(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [(words.get(name, name.replace("_", " ")), str(value)) for name, value in found.items()]
 
 
-def commands(rows: Sequence[Row]) -> list[tuple[Row, float, str]]:
+def commands(rows: Sequence[Row], reference: str | None = None) -> list[tuple[Row, float, str]]:
     """For each norm, batch size and learning rate the command that makes its runs again."""
     found = []
     for row in rows:
         for rate in row.offered:
             identity = row.runs[0].identity
             asked = ["--norms", row.norm, "--batch-sizes", str(row.batch_size)]
-            words = ["normwise", *_task_words(row.task, identity), *([] if row.task in PAPERS else asked)]
+            words = ["normwise", *_task_words(row.task, identity, reference), *([] if row.task in PAPERS else asked)]
             words += [] if row.task in PAPERS else ["--lr", f"{rate:g}"]
             words += ["--steps", str(identity["steps"]), "--seeds", str(max(row.seeds) + 1)]
             backend = identity["backend"]
@@ -202,12 +211,12 @@ def commands(rows: Sequence[Row]) -> list[tuple[Row, float, str]]:
     return found
 
 
-def _task_words(name: str, identity: Mapping[str, Any]) -> list[str]:
+def _task_words(name: str, identity: Mapping[str, Any], reference: str | None) -> list[str]:
     """The command for a task, with a word in capitals for what only the user knows: where a file or folder is."""
     if name in PAPERS:
         return ["reproduce", name, "--data", "DIR"]
     if name not in TASKS:
-        return ["compare", "--task", f"FILE.py:{identity['source'].rpartition(':')[2]}"]
+        return ["compare", "--task", reference or f"FILE.py:{identity['source'].rpartition(':')[2]}"]
     own_text = name in TEXTS and identity["settings"].get("data") != TASKS[name]().fingerprint
     return ["compare", name, *(["--text", "FILE"] if own_text else [])]
 

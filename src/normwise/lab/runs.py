@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,12 +11,13 @@ from typing import Any
 
 from normwise.lab.errors import LabError, unknown
 from normwise.lab.store import Run, Store
+from normwise.lab.strict_json import to_json
 
 SETTINGS = ("task", "norm", "batch_size", "learning_rate", "seed", "steps")
 VERSIONS = ("lab", "normwise", "torch", "backend")
-VALUE_COLUMNS = ("run", *SETTINGS, "status", "series", "step", "value")
+VALUE_COLUMNS = ("key", *SETTINGS, "status", "series", "step", "value")
 RUN_COLUMNS = (
-    "run", *SETTINGS, "status", "reason", "machine", "finished", "settings", "source", *VERSIONS, "last_values"
+    "key", *SETTINGS, "status", "reason", "machine", "finished", "settings", "source", *VERSIONS, "last_values"
 )  # fmt: skip
 ROWS_AT_ONCE = 50_000
 
@@ -61,7 +61,7 @@ def find(store: Store, prefix: str) -> Run:
 def head(run: Run) -> dict[str, Any]:
     """A run without its series, flat: its key, what it is, how it ended."""
     return {
-        "run": run.key,
+        "key": run.key,
         **{name: run.identity[name] for name in SETTINGS},
         "status": run.status,
         "reason": run.reason,
@@ -76,10 +76,10 @@ def one_a_run(runs: Iterable[Run]) -> Table:
         last = {name: curve.values[-1] for name, curve in run.series.items() if curve.values}
         yield {
             **head(run),
-            "settings": json.dumps(run.identity["settings"], sort_keys=True),
+            "settings": to_json(run.identity["settings"], sort_keys=True),
             "source": run.identity["source"],
             **{name: str(run.identity[name]) for name in VERSIONS},
-            "last_values": json.dumps({name: value if value == value else None for name, value in last.items()}),
+            "last_values": to_json(last),
         }
 
 

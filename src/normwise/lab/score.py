@@ -220,7 +220,7 @@ def band(runs: Sequence[Run], name: str, *, bins: int = 30) -> Band | None:
 
 
 def as_json(rows: Iterable[Row]) -> list[dict[str, object]]:
-    """The rows as plain values; an infinite loss is None."""
+    """The rows as plain values."""
     return [
         {
             "task": row.task,
@@ -234,8 +234,7 @@ def as_json(rows: Iterable[Row]) -> list[dict[str, object]]:
             "criterion": row.criterion,
             "mark": row.mark,
             "training_loss_by_learning_rate": [
-                {"learning_rate": rate, "values": [v if math.isfinite(v) else None for v in stat.values]}
-                for rate, stat in row.offered.items()
+                {"learning_rate": rate, "values": list(stat.values)} for rate, stat in row.offered.items()
             ],
             **{
                 name: {"mean": stat.mean, "spread": stat.spread, "values": list(stat.values)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ import torch
 
 import normwise
 from normwise.lab.errors import LabError, unknown
+from normwise.lab.strict_json import to_json
 from normwise.lab.tasks import load_task
 
 COMPUTES = ("run.py", "watch.py", "shift.py", "norms.py", "datasets.py", "idx.py", "tasks/base.py")
@@ -37,8 +37,9 @@ class Spec:
     def identity(self) -> dict[str, Any]:
         """Everything that determines the run's numbers on one machine.
 
-        That is the spec; the task's hyperparameters and the sha256 of the file that defines it (its path does not
-        count, so a moved file trains nothing again), and of data of the user's; the sha256 of the lab's own files;
+        That is the spec; the task's hyperparameters and the sha256 of the file that defines it and of the modules
+        that it imports from its own folder (`user_file.modules`; their place does not count, so a moved folder trains
+        nothing again), and of data of the user's; the sha256 of the lab's own files;
         the versions of normwise and torch, since both compute; and a backend forced by NORMWISE_BACKEND, since
         backends round differently. The machine is left out: a store carried to another machine is still good, and
         runs there may differ by rounding.
@@ -57,7 +58,7 @@ class Spec:
 
     def key(self) -> str:
         """The sha256 of the identity as JSON with sorted keys."""
-        canonical = json.dumps(self.identity(), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        canonical = to_json(self.identity(), sort_keys=True, compact=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 

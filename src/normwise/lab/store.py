@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import sqlite3
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from normwise.lab.errors import StoreError
+from normwise.lab.strict_json import to_json
 
 SCHEMA_VERSION = 1
 BUSY_SECONDS = 30
@@ -91,7 +93,7 @@ class Store:
 
     Args:
         path: the file.
-        make: False for a store that must be there already, as for reading.
+        make: False for a store that is only read and must be there already; its disk may be read-only.
 
     Raises:
         StoreError: the file is damaged, newer than this normwise or no store at all; it is left as it is. Or it
@@ -100,7 +102,9 @@ class Store:
 
     def __init__(self, path: Path, *, make: bool = True) -> None:
         self.path = path
-        if not make and not path.is_file():
+        if path.exists() and not path.is_file():
+            raise StoreError(f"{path} is no file, and so no store of normwise. {_CURE}")
+        if not make and not path.exists():
             raise StoreError(f"{path}: no such store; `normwise compare --out {path.parent}` makes one")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +113,9 @@ class Store:
         if not self._empty():
             self._check()
         with self._named():
+            if not make and not os.access(path.parent, os.W_OK):
+                self._connection = self._open_to_read("mode=ro" if self._traces()[2] else "immutable=1")
+                return
             self._connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
             if self._empty():
                 self._create()
@@ -148,10 +155,13 @@ class Store:
         wal, journal = (self.path.with_name(self.path.name + suffix).exists() for suffix in ("-wal", "-journal"))
         return status.st_size, status.st_mtime_ns, wal, journal
 
-    def _check_pages(self, mode: str) -> None:
+    def _open_to_read(self, mode: str) -> sqlite3.Connection:
         """``mode`` is SQLite's: a file that is called immutable is read without the files for locking beside it."""
+        return sqlite3.connect(f"{self.path.absolute().as_uri()}?{mode}", uri=True, timeout=BUSY_SECONDS)
+
+    def _check_pages(self, mode: str) -> None:
         try:
-            connection = sqlite3.connect(f"{self.path.absolute().as_uri()}?{mode}", uri=True, timeout=BUSY_SECONDS)
+            connection = self._open_to_read(mode)
             try:
                 (application,) = connection.execute("PRAGMA application_id").fetchone()
                 (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -217,7 +227,7 @@ class Store:
 
     def add(self, key: str, identity: Mapping[str, Any], result: ResultLike, *, machine: str | None = None) -> None:
         """Write a finished run, made by ``machine`` (default: this one). A run that is there stays as it is."""
-        row = (key, json.dumps(identity, sort_keys=True), result.status, result.reason, machine or this_machine())
+        row = (key, to_json(identity, sort_keys=True), result.status, result.reason, machine or this_machine())
         with self._named(), self._transaction():
             cursor = self._connection.execute(
                 "INSERT OR IGNORE INTO runs (key, identity, status, reason, machine) VALUES (?, ?, ?, ?, ?)", row
@@ -227,7 +237,7 @@ class Store:
             self._connection.executemany(
                 "INSERT INTO series VALUES (?, ?, ?, ?, ?)",
                 [
-                    (key, name, position, json.dumps(series.steps), _dump(series.values))
+                    (key, name, position, to_json(series.steps), _dump(series.values))
                     for position, (name, series) in enumerate(result.series.items())
                 ],
             )
@@ -281,11 +291,12 @@ def _run(row: tuple[str, ...], series: dict[str, Curve]) -> Run:
 
 
 _CURE = "It is left as it is: move it away, or give another --out."
+_NO_WRITING = "or its disk is read-only: change that, or give another --out."
 _CURES = {
     "disk is full": "Free some space and start again: what was stored before is kept.",
     "disk I/O error": "See whether its disk is full, limited or gone, and start again: what was stored before is kept.",
-    "readonly": "You have no permission to write it: change that, or give another --out.",
-    "unable to open": "You have no permission to make it there: change that, or give another --out.",
+    "readonly": f"You have no permission to write it, {_NO_WRITING}",
+    "unable to open": f"You have no permission to make it there, {_NO_WRITING}",
     "locked": f"Another process has been writing for {BUSY_SECONDS} s: let it finish, then start again.",
 }
 
@@ -297,7 +308,7 @@ def this_machine() -> str:
 
 def _dump(values: list[float]) -> str:
     # Six digits are more than float32 training reproduces elsewhere, and keep the file small.
-    return json.dumps([float(f"{value:.6g}") if math.isfinite(value) else None for value in values])
+    return to_json([float(f"{value:.6g}") for value in values])
 
 
 def _load(text: str) -> list[float]:

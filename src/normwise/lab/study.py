@@ -13,6 +13,7 @@ from normwise.lab.errors import LabError
 from normwise.lab.norms import NORMS
 from normwise.lab.score import Row, score
 from normwise.lab.store import Run, Store
+from normwise.lab.strict_json import to_json
 from normwise.lab.tasks import TASKS, Task
 
 VERSION = ("settings", "source", "lab", "normwise", "torch", "backend")
@@ -62,7 +63,7 @@ def _task(name: str, runs: Sequence[Run]) -> Task | None:
     """The built-in task of this name, if the runs are of its own settings: a text of the user's is not at hand here."""
     task = TASKS[name]() if name in TASKS else None
     settings = next(run.identity["settings"] for run in runs if run.identity["task"] == name)
-    return task if task is not None and json.loads(json.dumps(task.settings)) == settings else None
+    return task if task is not None and json.loads(to_json(task.settings)) == settings else None
 
 
 def _by_task(runs: Iterable[Run]) -> dict[str, list[Run]]:
@@ -73,7 +74,7 @@ def _by_task(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def _version(run: Run) -> str:
-    return json.dumps([run.identity[name] for name in VERSION], sort_keys=True)
+    return to_json([run.identity[name] for name in VERSION], sort_keys=True)
 
 
 def _most(runs: Sequence[Run], kind: object) -> list[Run]:

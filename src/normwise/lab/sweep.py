@@ -8,6 +8,7 @@ that called ``sweep`` alone writes the store.
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import signal
 import threading
@@ -23,7 +24,7 @@ from joblib.externals.loky import get_reusable_executor
 
 from normwise.lab.checkpoint import checkpoint_of
 from normwise.lab.cluster import Ran, on_cluster
-from normwise.lab.errors import LabError
+from normwise.lab.errors import LabError, WorkerError
 from normwise.lab.run import Result, run
 from normwise.lab.spec import Spec
 from normwise.lab.store import Store, this_machine
@@ -59,7 +60,7 @@ def sweep(
     Raises:
         LabError: a task's file changed while the sweep ran, or a worker of the cluster has another one or other
             versions; the scheduler does not answer or has no workers.
-        RuntimeError: a worker died of a run.
+        WorkerError: a worker died of a run.
     """
     stored = store.keys()
     waiting = {key: spec for spec in _in_order(specs) if (key := spec.key()) not in stored}
@@ -123,8 +124,21 @@ def _run(key: str, spec: Spec, checkpoints: Path | None) -> Ran:
         try:
             checkpoint = None if checkpoints is None else checkpoint_of(key, checkpoints)
             return Ran(key, spec.key(), run(spec, checkpoint), this_machine())
+        except Exception as error:
+            if not _can_travel(error):
+                raise RuntimeError(f"{type(error).__name__}: {error}") from error
+            raise
         finally:
             torch.set_num_threads(threads)
+
+
+def _can_travel(error: Exception) -> bool:
+    """Whether it survives the way out of a worker: a class whose arguments are not those of its base does not."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return False
+    return True
 
 
 def _on_cores(tasks: Iterator[tuple[str, Spec]], jobs: int, checkpoints: Path | None) -> Generator[Ran, None, None]:
@@ -139,7 +153,7 @@ def _on_cores(tasks: Iterator[tuple[str, Spec]], jobs: int, checkpoints: Path | 
         for ran in results:  # noqa: UP028 (`yield from` would close them before their warning is silenced)
             yield ran
     except BrokenProcessPool as error:
-        raise RuntimeError(
+        raise WorkerError(
             "a worker process died while it trained (killed for memory, or a crash in compiled code). What was "
             "finished is stored; start again to go on, with --jobs 1 to see where it dies."
         ) from error

@@ -37,6 +37,13 @@ def read_csv(path: Path) -> Table:
             a cell that is not a finite number.
     """
     lines = _cells(path)
+    try:
+        return _table(path, lines)
+    except LabError as error:
+        raise LabError(f"{error}{_hint(lines)}") from None
+
+
+def _table(path: Path, lines: list[tuple[int, list[str]]]) -> Table:
     if not lines:
         raise LabError(f"{path}: the file has no rows; expected comma-separated numbers")
     first_line, first = lines[0]
@@ -79,6 +86,15 @@ def _cells(path: Path) -> list[tuple[int, list[str]]]:
     except csv.Error as error:
         raise LabError(f"{path}, line {reader.line_num}: not comma-separated text: {error}") from error
     return [(line, cells) for line, cells in lines if any(cells)]
+
+
+def _hint(lines: list[tuple[int, list[str]]]) -> str:
+    """One more sentence where every line has as many of another separator."""
+    for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        counts = {sum(cell.count(mark) for cell in cells) for _, cells in lines}
+        if len(counts) == 1 and counts != {0}:
+            return f". It seems to be separated by {name}: save it with commas between the cells and points in decimals"
+    return ""
 
 
 def _is_number(cell: str) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
+from normwise.nn.construct import eps_of
 from normwise.ops import ragged, running
 from normwise.ops.batch_norm import checked
 from normwise.ops.running import Moved
@@ -105,7 +106,7 @@ class _Passes:
         self.batches, self.loss = batches, loss
         self.sites: list[_Site] = []
         self.devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-        self.seeds = [int(torch.randint(2**62, ())) for _ in batches]
+        self.seeds = [int(torch.randint(2**62, (), device="cpu")) for _ in batches]
         self._at = 0
         self._found: list[tuple[_BatchNorm, Moments]] = []
         self._shares: list[Tensor] = []
@@ -227,7 +228,7 @@ class _Passes:
         self, layer: _BatchNorm, x: Tensor, *, mask: Tensor | None, lengths: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         weight, bias, act = layer.weight, layer.bias, layer.act
-        valid = checked("batch_norm", x, None, None, weight, bias, 0.0, layer.eps, mask, lengths, act, residual)
+        valid = checked("batch_norm", x, None, None, weight, bias, 0.0, eps_of(layer), mask, lengths, act, residual)
         dims = (0, *range(2, x.dim()))
         if running.recomputing():
             raise RuntimeError(
@@ -248,7 +249,7 @@ class _Passes:
             self._shares.append(_share(x, dims, valid, pooled, site.adjoints, shape))
         mean, var = (t.view(shape) for t in site.leaves or pooled[:2])
         gain, shift = (None if t is None else t.view(shape) for t in (weight, bias))
-        y, _ = norm(x, dims, gain, shift, mask=valid, mean=mean, var=var, eps=layer.eps)
+        y, _ = norm(x, dims, gain, shift, mask=valid, mean=mean, var=var, eps=eps_of(layer))
         if residual is not None:
             y = y + residual
         if act is not None:
@@ -281,7 +282,7 @@ def _taking_part(model: nn.Module) -> list[_BatchNorm]:
             raise ValueError(
                 f"{name or 'the model'} is a {type(layer).__module__.partition('.')[0]} {type(layer).__name__}: "
                 "accumulated_backward pools the statistics of normwise's BatchNorm1d, BatchNorm2d and BatchNorm3d. "
-                "Replace it by normwise.convert(model, to='batch'), or put it into eval mode"
+                "Replace it by model, _ = normwise.convert(model, to='batch'), or put it into eval mode"
             )
         if layer.virtual_batch_size is not None:
             raise ValueError(

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.nn.construct import affine_without_bias, reset_affine
+from normwise.nn.construct import Activated, affine_without_bias, eps_of, reset_affine
 from normwise.nn.recall import Recall
-from normwise.ops import check, choose, plain, ragged, running
+from normwise.nn.skipped import CountsSkipped
+from normwise.ops import check, choose, plain, ragged, running, symbolic
 from normwise.ops.batch_norm import batch_norm_moved
 from normwise.ops.ghost_batch_norm import ghost_batch_norm_moved
 from normwise.ops.ranks import Peers
@@ -22,11 +23,8 @@ from normwise.reference import Moments, activation
 
 Layer = TypeVar("Layer", bound="_BatchNorm")
 
-# As a tensor: adding a number makes one of it first.
-_ONE = torch.tensor(1)
 
-
-class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
     """The part of BatchNorm that does not depend on the input's rank.
 
     A subclass of torch's own, so that code that looks for BatchNorm layers (weight averaging, optimizer groups,
@@ -34,7 +32,6 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     ranks: tuple[int, ...]
-    num_batches_skipped: Tensor | None
     _said_skipped = False
     _peers: Peers | None = None  # the ranks that share statistics in training
     _by_batch = True  # `_normalize` is that of BatchNorm
@@ -54,6 +51,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         virtual_batch_size: int | None = None,
         accumulate: int | None = None,
     ) -> None:
+        num_features = check.whole_number("num_features", num_features)
         check.positive_eps(eps)
         check.momentum_range(momentum)
         if act is not None:
@@ -61,6 +59,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         affine_without_bias(self, affine and not bias)
         self.act = act
+        if virtual_batch_size is not None:
+            virtual_batch_size = check.whole_number("virtual_batch_size", virtual_batch_size)
+        if accumulate is not None:
+            accumulate = check.whole_number("accumulate", accumulate)
         if virtual_batch_size is not None and virtual_batch_size < 1:
             raise ValueError(
                 f"virtual_batch_size must be at least 1, or None for the whole batch, but got {virtual_batch_size}"
@@ -77,9 +79,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         self.accumulate = accumulate
         self._recent: deque[Moments] = deque(maxlen=0 if accumulate is None else accumulate - 1)
         self._earlier_of: Recall[list[Moments]] = Recall()
-        # Not in the state_dict, which stays torch's.
-        skipped = torch.tensor(0, device=device) if track_running_stats else None
-        self.register_buffer("num_batches_skipped", skipped, persistent=False)
+        self._place_skipped()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -93,9 +93,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     def reset_running_stats(self) -> None:
         """Running mean 0 and variance 1, no batch tracked or skipped."""
         super().reset_running_stats()
-        skipped = getattr(self, "num_batches_skipped", None)  # torch's constructor comes here before there is one
-        if skipped is not None:
-            skipped.zero_()
+        self._forget_skipped()
         self._said_skipped = False
         if hasattr(self, "_recent"):
             self._recent.clear()
@@ -117,6 +115,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 if learns and not moved:  # the kernel counts a batch whose averages it moves
                     self._count(moved)
                 return y
+        if symbolic.is_traced(input, mask, lengths, residual):
+            return symbolic.call_layer(self, input, mask=mask, lengths=lengths, residual=residual)
         ragged.rank_or_rows(input, self.ranks, type(self).__name__, "BatchNorm1d")
         mean, var = (None, None) if self.training and not learns else (self.running_mean, self.running_var)
         if learns and mean is not None and var is not None and running.recomputing():
@@ -162,6 +162,12 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         residual: Tensor | PackedSequence | None,
     ) -> tuple[Any, Moved]:
         """The output, and whether the running averages moved: in training statistics come from this batch."""
+        if self.training and (self.virtual_batch_size or self.accumulate) and choose.jit_traces():
+            raise RuntimeError(
+                f"torch.jit.trace cannot follow {type(self).__name__} in training with virtual_batch_size= or "
+                "accumulate=, which go by the sizes and statistics of each batch: trace it in eval mode, or use "
+                "torch.compile"
+            )
         if self.training and self.virtual_batch_size is not None:
             if ragged.is_ragged(input) or ragged.is_ragged(residual):
                 raise ValueError(
@@ -177,7 +183,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 self.weight,
                 self.bias,
                 momentum,
-                self.eps,
+                eps_of(self),
                 self.virtual_batch_size,
                 mask=mask,
                 lengths=lengths,
@@ -192,7 +198,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
                 self.weight,
                 self.bias,
                 momentum,
-                self.eps,
+                eps_of(self),
                 self._earlier,
                 first=len(self._recent) == 0,
                 mask=mask,
@@ -208,7 +214,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             self.bias,
             self.training,
             momentum,
-            self.eps,
+            eps_of(self),
             mask=mask,
             lengths=lengths,
             act=self.act,
@@ -231,20 +237,17 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         tracked = self._buffers.get("num_batches_tracked")
         if moved is True:  # looked at first: it is nearly always so
             if tracked is not None:
-                tracked.add_(_ONE)
+                tracked.add_(1)
             return
-        skipped = self.num_batches_skipped
-        if tracked is None or skipped is None:
+        if tracked is None:
             return
         if moved is False:
-            skipped.add_(1)
+            self._skip(1)
             self._say_skipped()
         else:
             tracked.add_(moved)
-            if (
-                not choose.transforming()
-            ):  # functional_call may have been given the buffers of a state_dict, without this one
-                skipped.add_(~moved)
+            if not choose.transforming():  # a count of its own for each copy of the layer has no place
+                self._skip(~moved)
 
     def _say_skipped(self) -> None:
         if self._said_skipped:
@@ -261,9 +264,10 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def train(self: Layer, mode: bool = True) -> Layer:
         """As in torch.nn. Says if batches were skipped where no warning could be given at once (on a GPU, compiled)."""
-        skipped = self.num_batches_skipped
-        if not mode and self.training and skipped is not None and running.may_read(skipped) and skipped.item() > 0:
-            self._say_skipped()
+        if not mode and self.training and not self._said_skipped:
+            skipped = self._skipped
+            if skipped is not None and running.may_read(skipped) and skipped.item() > 0:
+                self._say_skipped()
         return super().train(mode)
 
     def _momentum(self) -> float | Tensor:
@@ -272,8 +276,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             return self.momentum
         if self.num_batches_tracked is None or self.running_mean is None:
             return 0.0
-        if torch.compiler.is_compiling():
-            # The count stays a tensor: its value is not known while compiling.
+        if torch.compiler.is_compiling() or choose.jit_traces():
+            # The count stays a tensor: its value is not known while compiling, and another when a traced graph runs.
             return 1.0 / (self.num_batches_tracked + 1).to(self.running_mean.dtype)
         return 1.0 / (int(self.num_batches_tracked) + 1)
 
@@ -290,8 +294,8 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
     y = act(gamma * (x - E[x]) / sqrt(Var[x] + eps) + beta + residual), with mean and variance of each of the
     `num_features` channels over the batch (and its steps) in training, and their running averages in evaluation.
     The running averages move by `momentum`: running = (1 - momentum) * running + momentum * batch. A batch with a
-    channel whose mean or variance is NaN or infinite is left out of them: it counts in `num_batches_skipped` (a buffer
-    outside the state_dict) instead of `num_batches_tracked`, and the first one is warned of. A forward that activation
+    channel whose mean or variance is NaN or infinite is left out of them: it counts in `num_batches_skipped` (a tensor
+    that is no buffer) instead of `num_batches_tracked`, and the first one is warned of. A forward that activation
     checkpointing runs again inside the backward does not move them a second time.
 
     A drop-in for `torch.nn.BatchNorm1d`: same arguments, state_dict and results. Beyond it, in the call: `mask`

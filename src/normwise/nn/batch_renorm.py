@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.nn.batch_norm import _BatchNorm
+from normwise.nn.construct import eps_of
 from normwise.nn.recall import Recall
 from normwise.ops import running
 from normwise.ops.batch_renorm import batch_renorm_moved, corrected
+from normwise.ops.choose import jit_traces
 from normwise.ops.running import Moved
 from normwise.reference import Moments
 
@@ -101,7 +103,7 @@ class _BatchRenorm(_BatchNorm):
             self.weight,
             self.bias,
             momentum,
-            self.eps,
+            eps_of(self),
             self._recalled if running.recomputing() else self._correction,
             mask=mask,
             lengths=lengths,
@@ -114,9 +116,9 @@ class _BatchRenorm(_BatchNorm):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         tracked = self.num_batches_tracked
-        step = int(tracked) if tracked.is_cpu and running.may_read(tracked) else tracked
+        step = int(tracked) if tracked.is_cpu and running.may_read(tracked) and not jit_traces() else tracked
         r_max, d_max = (limit(step) if callable(limit) else limit for limit in (self.r_max, self.d_max))
-        r, d = corrected(batch, self.running_mean, self.running_var, r_max, d_max, self.eps)
+        r, d = corrected(batch, self.running_mean, self.running_var, r_max, d_max, eps_of(self))
         self._kept.keep(batch.mean, (r, d))
         return r, d
 

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops import check, ragged
+from normwise.nn.construct import Activated, eps_of
+from normwise.ops import check, ragged, symbolic
 from normwise.ops.batch_norm import batch_norm
 from normwise.reference import activation
 
 
-class FrozenBatchNorm(nn.Module):
+class FrozenBatchNorm(Activated):
     """The part that does not depend on the input's rank."""
 
     ranks: tuple[int, ...]
@@ -34,6 +35,7 @@ class FrozenBatchNorm(nn.Module):
         bias: bool = True,
         act: str | None = None,
     ) -> None:
+        num_features = check.whole_number("num_features", num_features)
         check.positive_eps(eps)
         if act is not None:
             activation(act)
@@ -54,6 +56,8 @@ class FrozenBatchNorm(nn.Module):
         residual: Tensor | PackedSequence | None = None,
     ) -> Any:
         """act(bn(input) + residual); see `normwise.functional.batch_norm` for shapes and errors."""
+        if symbolic.is_traced(input, mask, lengths, residual):
+            return symbolic.call_layer(self, input, mask=mask, lengths=lengths, residual=residual)
         ragged.rank_or_rows(input, self.ranks, type(self).__name__, "FrozenBatchNorm1d")
         return batch_norm(
             input,
@@ -61,7 +65,7 @@ class FrozenBatchNorm(nn.Module):
             self.running_var,
             self.weight,
             self.bias,
-            eps=self.eps,
+            eps=eps_of(self),
             mask=mask,
             lengths=lengths,
             act=self.act,
@@ -75,7 +79,7 @@ class FrozenBatchNorm(nn.Module):
 
     def extra_repr(self) -> str:
         act = "" if self.act is None else f", act={self.act!r}"
-        return f"{self.num_features}, eps={self.eps}, affine={self.affine}{act}"
+        return f"{self.num_features}, eps={eps_of(self)}, affine={self.affine}{act}"
 
 
 class FrozenBatchNorm1d(FrozenBatchNorm):

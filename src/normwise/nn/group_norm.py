@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.nn.construct import affine_without_bias, reset_affine
-from normwise.ops import check, ragged
+from normwise.nn.construct import Activated, affine_without_bias, eps_of, reset_affine
+from normwise.ops import check, ragged, symbolic
 from normwise.ops.group_norm import group_norm, groups_divide
 from normwise.reference import activation
 
 
-class GroupNorm(nn.GroupNorm):
+class GroupNorm(Activated, nn.GroupNorm):
     r"""Group normalization of (N, C, ...), a PackedSequence or a jagged nested tensor.
 
     y = act(gamma * (x - E[x]) / sqrt(Var[x] + eps) + beta + residual), with mean and variance of each sample over a
@@ -36,8 +36,6 @@ class GroupNorm(nn.GroupNorm):
     Source: Wu & He 2018.
     """
 
-    act: str | None = None  # also of layers that were pickled before there was one
-
     def __init__(
         self,
         num_groups: int,
@@ -50,6 +48,8 @@ class GroupNorm(nn.GroupNorm):
         bias: bool = True,
         act: str | None = None,
     ) -> None:
+        num_groups = check.whole_number("num_groups", num_groups)
+        num_channels = check.whole_number("num_channels", num_channels)
         check.positive_eps(eps)
         if act is not None:
             activation(act)
@@ -71,20 +71,24 @@ class GroupNorm(nn.GroupNorm):
         residual: Tensor | PackedSequence | None = None,
     ) -> Any:
         """act(gn(input) + residual); see `normwise.functional.group_norm` for shapes and errors."""
-        if ragged.is_ragged(input):
+        if symbolic.is_traced(input, mask, lengths, residual):
+            node = symbolic.call_layer(self, input, function=True, mask=mask, lengths=lengths, residual=residual)
+            if node is not None:
+                return node
+        elif ragged.is_ragged(input):
             return ragged.by_sequences(self.forward, input, mask=mask, lengths=lengths, residual=residual)
-        assert isinstance(input, Tensor)
-        if input.dim() > 1 and input.shape[1] != self.num_channels:
-            raise check.ShapeError(
-                f"expected input's size at dim=1 to match num_channels ({self.num_channels}), but got: "
-                f"{input.shape[1]}."
-            )
+        else:
+            found = check.tensor(type(self).__name__, input).shape
+            if len(found) > 1 and found[1] != self.num_channels:
+                raise check.ShapeError(
+                    f"expected input's size at dim=1 to match num_channels ({self.num_channels}), but got: {found[1]}."
+                )
         return group_norm(
             input,
             self.num_groups,
             self.weight,
             self.bias,
-            self.eps,
+            eps_of(self),
             mask=mask,
             lengths=lengths,
             act=self.act,

@@ -9,17 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.nn.construct import affine_without_bias, reset_affine
-from normwise.ops import check, ragged, running
+from normwise.nn.construct import Activated, affine_without_bias, eps_of, reset_affine
+from normwise.ops import check, ragged, running, symbolic
 from normwise.ops.instance_norm import instance_norm
 from normwise.reference import activation
 
 
-class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
+class _InstanceNorm(Activated, nn.modules.instancenorm._InstanceNorm):
     """The part of InstanceNorm that does not depend on the input's rank; a subclass of torch's own."""
 
     batched_rank: int
-    act: str | None = None  # also of layers that were pickled before there was one
 
     def __init__(
         self,
@@ -34,6 +33,7 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
         bias: bool = True,
         act: str | None = None,
     ) -> None:
+        num_features = check.whole_number("num_features", num_features)
         check.positive_eps(eps)
         check.momentum_range(momentum)
         if act is not None:
@@ -59,18 +59,22 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
 
         An input without batch axis is one sample, and so are then `mask` and `residual`.
         """
+        if symbolic.is_traced(input, mask, lengths, residual):
+            return symbolic.call_layer(self, input, mask=mask, lengths=lengths, residual=residual)
         if ragged.is_ragged(input):
             if self.batched_rank != 3:
                 raise check.ShapeError(f"{type(self).__name__} takes no ragged input: InstanceNorm1d does")
             return ragged.by_sequences(self.forward, input, mask=mask, lengths=lengths, residual=residual)
-        assert isinstance(input, Tensor)
+        input = check.tensor(type(self).__name__, input)
         check.rank(input, (self.batched_rank - 1, self.batched_rank))
         if input.dim() < self.batched_rank:
             check.same_shape("residual", residual, input)
             assert residual is None or isinstance(residual, Tensor)
-            mask, residual = (None if t is None else t.unsqueeze(0) for t in (mask, residual))
+            if mask is not None:
+                mask = check.mask_tensor(mask, input.device).unsqueeze(0)
             if lengths is not None:
-                lengths = lengths.reshape(1)
+                lengths = check.lengths_tensor(lengths).reshape(1)
+            residual = None if residual is None else residual.unsqueeze(0)
             return self.forward(input.unsqueeze(0), mask=mask, lengths=lengths, residual=residual).squeeze(0)
         self._check_channels(input)
         mean, var = self.running_mean, self.running_var
@@ -84,7 +88,7 @@ class _InstanceNorm(nn.modules.instancenorm._InstanceNorm):
             self.bias,
             self.training or not self.track_running_stats,
             self.momentum if self.momentum is not None else 0.0,
-            self.eps,
+            eps_of(self),
             mask=mask,
             lengths=lengths,
             act=self.act,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.nn.construct import reset_affine
-from normwise.ops import check, plain
+from normwise.nn.construct import Activated, eps_of, reset_affine
+from normwise.ops import check, plain, symbolic
 from normwise.ops.layer_norm import layer_norm
 from normwise.ops.ranks import Peers
 from normwise.ops.rms_norm import rms_norm
@@ -19,7 +19,7 @@ from normwise.reference import activation
 _FLOAT32_EPS = torch.finfo(torch.float32).eps
 
 
-class LayerNorm(nn.LayerNorm):
+class LayerNorm(Activated, nn.LayerNorm):
     r"""Layer normalization over the last axes, or over those that `dim` names.
 
     y = act(gamma * (x - E[x]) / sqrt(Var[x] + eps) + beta), with mean and variance over the features of one sample:
@@ -97,15 +97,19 @@ class LayerNorm(nn.LayerNorm):
             except KeyError:  # parametrized, say
                 pass
             else:
-                y = plain.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+                y = plain.layer_norm(input, self.normalized_shape, weight, bias, self.__dict__["eps"])
                 if y is not None:
                     return y
+        if symbolic.is_traced(input, mask, lengths, residual):
+            node = symbolic.call_layer(self, input, function=True, mask=mask, lengths=lengths, residual=residual)
+            if node is not None:
+                return node
         return layer_norm(
             input,
             self.normalized_shape,
             self.weight,
             self.bias,
-            self.eps,
+            eps_of(self),
             dim=self.dim,
             mask=mask,
             lengths=lengths,
@@ -123,7 +127,7 @@ class LayerNorm(nn.LayerNorm):
         return super().extra_repr() + _extra_repr(self.dim, self.act, self._peers)
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(Activated, nn.RMSNorm):
     r"""Root mean square normalization over the last axes, or over those that `dim` names.
 
     y = act(gamma * x / sqrt(E[x^2] + eps)): LayerNorm that leaves the mean in and has no bias.
@@ -173,15 +177,20 @@ class RMSNorm(nn.RMSNorm):
         if alone and self.dim is None and self.act is None and self._peers is None:
             learnt = self._parameters
             if "weight" in learnt:
-                eps = _FLOAT32_EPS if self.eps is None else self.eps
+                eps = self.__dict__["eps"]
+                eps = _FLOAT32_EPS if eps is None else eps
                 y = plain.rms_norm(input, self.normalized_shape, learnt["weight"], eps)
                 if y is not None:
                     return y
+        if symbolic.is_traced(input, mask, lengths, residual):
+            node = symbolic.call_layer(self, input, function=True, mask=mask, lengths=lengths, residual=residual)
+            if node is not None:
+                return node
         return rms_norm(
             input,
             self.normalized_shape,
             self.weight,
-            self.eps,
+            eps_of(self),
             dim=self.dim,
             mask=mask,
             lengths=lengths,
@@ -200,17 +209,21 @@ class RMSNorm(nn.RMSNorm):
 
 
 def _shape(normalized_shape: int | Sequence[int]) -> list[int]:
-    return [normalized_shape] if isinstance(normalized_shape, int) else list(normalized_shape)
+    sizes = normalized_shape if isinstance(normalized_shape, Iterable) else [normalized_shape]
+    return [check.whole_number("normalized_shape", size) for size in sizes]
 
 
 def _dim(dim: int | Sequence[int] | None, shape: list[int]) -> int | tuple[int, ...] | None:
     """`dim` as it is kept: hashable, and with as many axes as `shape`."""
-    if dim is None or isinstance(dim, int):
-        named = 1
-    else:
-        dim = tuple(dim)
+    if dim is None:
+        return None
+    if isinstance(dim, Iterable):
+        dim = tuple(check.whole_number("dim", d) for d in dim)
         named = len(dim)
-    if dim is not None and named != len(shape):
+    else:
+        dim = check.whole_number("dim", dim)
+        named = 1
+    if named != len(shape):
         raise ValueError(f"dim={dim} names {named} axes, but normalized_shape={shape} has {len(shape)}")
     return dim
 

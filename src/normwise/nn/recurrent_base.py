@@ -12,13 +12,14 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.nn import recurrent_parameters as parameters
-from normwise.ops import check, recurrent
+from normwise.nn.construct import NotScripted
+from normwise.ops import check, recurrent, symbolic
 from normwise.reference.recurrence import Cell, NormKind, Recurrence
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
-class Recurrent(RNNBase):
+class Recurrent(NotScripted, RNNBase):
     """A stack of recurrent layers, each in one or both directions.
 
     A subclass of torch's base class, whose parameters, checks and pickling it keeps, but not of nn.LSTM and its
@@ -38,7 +39,10 @@ class Recurrent(RNNBase):
         **changes: Any,
     ) -> None:
         parameters.forget_bias_needs_bias(changes.get("forget_bias"), arguments["bias"])
-        parameters.positive_rows(max_length)
+        max_length = parameters.positive_rows(max_length)
+        for size in ("input_size", "hidden_size", "num_layers", "proj_size"):
+            if size in arguments:
+                arguments[size] = check.whole_number(size, arguments[size])
         check.momentum_range(momentum)
         how, name = parameters.describe(self.cell, norm, variant, **changes)
         # Before torch's constructor, which calls reset_parameters and flatten_parameters.
@@ -125,11 +129,15 @@ class Recurrent(RNNBase):
                 padded. True zeroes the state before that step, in both directions between steps t-1 and t.
 
         Returns:
-            (output, state): output like the input with D * H features, state like `hx`.
+            (output, state): output like the input with D * H features, state like `hx`. A GRU's and an RNN's output may
+            be changed in place before the backward; an LSTM's is kept for it, and a change raises torch's error there,
+            as with torch.nn.LSTM on the CPU.
 
         Raises:
             RuntimeError, ValueError, TypeError: what does not fit is named; see the messages.
         """
+        if symbolic.is_traced(input, hx, lengths, reset):
+            return symbolic.call_layer(self, input, hx=hx, lengths=lengths, reset=reset)
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError(
@@ -151,7 +159,7 @@ class Recurrent(RNNBase):
         if lengths is not None:
             lengths = recurrent.checked_lengths(lengths, steps, batch, x.device, batched)
         states = self._states(hx, x, batch, batched)
-        output, states = self._run(x, states, lengths, self._reset_flags(reset, steps, batch, batched))
+        output, states = self._run(x, states, lengths, self._reset_flags(reset, x, batched))
         if not batched:
             return output.squeeze(1), _joined([s.squeeze(1) for s in states])
         return (output.transpose(0, 1) if turned else output), _joined(states)
@@ -163,7 +171,7 @@ class Recurrent(RNNBase):
             output, states = self._run(packed, states, None, None)
             return output, _joined(states)
         x, lengths = recurrent.unpack(packed)
-        output, states = self._run(x, states, lengths, self._reset_flags(reset, x.shape[0], x.shape[1], True))
+        output, states = self._run(x, states, lengths, self._reset_flags(reset, x, True))
         return recurrent.pack_like(output, lengths, packed), _joined(states)
 
     def step(self, input: Tensor, state: Any = None, *, reset: Tensor | None = None, t: int | None = None) -> Any:
@@ -189,6 +197,7 @@ class Recurrent(RNNBase):
                 "call the layer on whole sequences, or build it with bidirectional=False"
             )
         how = self.recurrence
+        check.tensor(f"{type(self).__name__}.step", input)
         if input.dim() not in (1, 2):
             raise check.ShapeError(
                 f"step() expects input of shape (batch, {self.input_size}) or ({self.input_size},), but got "
@@ -204,7 +213,7 @@ class Recurrent(RNNBase):
         self.check_input(x, None)
         states = self._states(state, x, x.shape[1], batched)
         if reset is not None:
-            reset = recurrent.checked_reset(reset, (x.shape[1],) if batched else (), "one for each sample")
+            reset = recurrent.checked_reset(reset, (x.shape[1],) if batched else (), "one for each sample", x.device)
             reset = reset.reshape(1, -1)
         output, states = self._run(x, states, None, reset, first)
         if not batched:
@@ -292,15 +301,16 @@ class Recurrent(RNNBase):
             self.check_hidden_size(state, size, f"Expected {which} size {{}}, got {{}}")
         return states
 
-    def _reset_flags(self, reset: Tensor | None, steps: int, batch: int, batched: bool) -> Tensor | None:
-        """`reset` as (T, B)."""
+    def _reset_flags(self, reset: Any, x: Tensor, batched: bool) -> Tensor | None:
+        """`reset` as (T, B), for an `x` of (T, B, I)."""
         if reset is None:
             return None
+        steps, batch = x.shape[:2]
         if not batched:
-            return recurrent.checked_reset(reset, (steps,), "one for each step").unsqueeze(1)
+            return recurrent.checked_reset(reset, (steps,), "one for each step", x.device).unsqueeze(1)
         if self.batch_first:
-            return recurrent.checked_reset(reset, (batch, steps), "batch first").transpose(0, 1)
-        return recurrent.checked_reset(reset, (steps, batch), "steps first")
+            return recurrent.checked_reset(reset, (batch, steps), "batch first", x.device).transpose(0, 1)
+        return recurrent.checked_reset(reset, (steps, batch), "steps first", x.device)
 
     def _output_size(self) -> int:
         return self.proj_size or self.hidden_size

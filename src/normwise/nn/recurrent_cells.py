@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from normwise.nn import recurrent_parameters as parameters
-from normwise.ops import check, recurrent
+from normwise.nn.construct import NotScripted
+from normwise.ops import check, recurrent, symbolic
 from normwise.reference.recurrence import Cell, NormKind, Recurrence
 
 
-class _Cell(nn.modules.rnn.RNNCellBase):
+class _Cell(NotScripted, nn.modules.rnn.RNNCellBase):
     """What the cells share; each is a subclass of torch's own, which runs it if there is no norm."""
 
     cell: ClassVar[Cell]
@@ -29,7 +30,7 @@ class _Cell(nn.modules.rnn.RNNCellBase):
     ) -> None:
         """After torch's constructor: the norms and what they need."""
         parameters.forget_bias_needs_bias(changes.get("forget_bias"), self.bias)
-        parameters.positive_rows(max_length)
+        max_length = parameters.positive_rows(max_length)
         check.momentum_range(momentum)
         how, self.variant = parameters.describe(self.cell, norm, variant, **changes)
         if how.statistics == "sequence":
@@ -51,6 +52,7 @@ class _Cell(nn.modules.rnn.RNNCellBase):
         """(B, I) or (I,) and its states in, the next states out."""
         how = self.recurrence
         name = type(self).__name__
+        check.tensor(name, input)
         if input.dim() not in (1, 2):
             raise ValueError(f"{name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if input.shape[-1] != self.input_size:
@@ -58,7 +60,7 @@ class _Cell(nn.modules.rnn.RNNCellBase):
                 f"input has inconsistent input_size: got {input.shape[-1]} expected {self.input_size}"
             )
         first = parameters.step_index(how, self.max_length, t)
-        x = input.reshape(1, -1, self.input_size)
+        x = input.reshape(1, input.shape[0] if input.dim() == 2 else 1, self.input_size)
         expected = (*input.shape[:-1], self.hidden_size)
         for n, state in enumerate(states):
             if state is not None and tuple(state.shape) != expected:
@@ -87,6 +89,10 @@ class _Cell(nn.modules.rnn.RNNCellBase):
         return f"{super().extra_repr()}, norm={self.recurrence.norm!r}{variant}"
 
 
+def _sizes(input_size: int, hidden_size: int) -> tuple[int, int]:
+    return check.whole_number("input_size", input_size), check.whole_number("hidden_size", hidden_size)
+
+
 class RNNCell(_Cell, nn.RNNCell):
     """One step of `RNN`: h' = cell(input, h). Arguments as torch.nn.RNNCell, and those of `RNN` that follow the star.
 
@@ -111,12 +117,14 @@ class RNNCell(_Cell, nn.RNNCell):
         max_length: int = 256,
         momentum: float = 0.1,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, nonlinearity, device, dtype)
+        super().__init__(*_sizes(input_size, hidden_size), bias, nonlinearity, device, dtype)
         self._build(norm, variant, max_length, momentum, nonlinearity=nonlinearity, eps=eps, zoneout=zoneout)
         self.nonlinearity = self.recurrence.nonlinearity
 
     def forward(self, input: Tensor, hx: Tensor | None = None, *, t: int | None = None) -> Tensor:
         """(B, I), (B, H) -> (B, H), or without a batch; see `normwise.RNN`."""
+        if symbolic.is_traced(input, hx):
+            return symbolic.call_layer(self, input, hx=hx, t=t)  # type: ignore[no-any-return]
         if recurrent.is_plain(self.recurrence, None):
             return nn.RNNCell.forward(self, input, hx)
         return self._step(input, [hx], t)[0]
@@ -146,11 +154,13 @@ class GRUCell(_Cell, nn.GRUCell):
         max_length: int = 256,
         momentum: float = 0.1,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, device, dtype)
+        super().__init__(*_sizes(input_size, hidden_size), bias, device, dtype)
         self._build(norm, variant, max_length, momentum, eps=eps, zoneout=zoneout, update_gate=update_gate)
 
     def forward(self, input: Tensor, hx: Tensor | None = None, *, t: int | None = None) -> Tensor:
         """(B, I), (B, H) -> (B, H), or without a batch; see `normwise.GRU`."""
+        if symbolic.is_traced(input, hx):
+            return symbolic.call_layer(self, input, hx=hx, t=t)  # type: ignore[no-any-return]
         if recurrent.is_plain(self.recurrence, None):
             return nn.GRUCell.forward(self, input, hx)
         return self._step(input, [hx], t)[0]
@@ -181,13 +191,15 @@ class LSTMCell(_Cell, nn.LSTMCell):
         max_length: int = 256,
         momentum: float = 0.1,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, device, dtype)
+        super().__init__(*_sizes(input_size, hidden_size), bias, device, dtype)
         self._build(norm, variant, max_length, momentum, eps=eps, zoneout=zoneout, forget_bias=forget_bias)
 
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, t: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """(B, I), ((B, H), (B, H)) -> ((B, H), (B, H)), or without a batch; see `normwise.LSTM`."""
+        if symbolic.is_traced(input, hx):
+            return symbolic.call_layer(self, input, hx=hx, t=t)  # type: ignore[no-any-return]
         if recurrent.is_plain(self.recurrence, None):
             return nn.LSTMCell.forward(self, input, hx)
         if hx is not None and not (isinstance(hx, (tuple, list)) and len(hx) == 2):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -64,13 +65,14 @@ def describe(
     return replace(how, **{field: value for field, value in changes.items() if value is not None}), name
 
 
-def positive_rows(max_length: int) -> None:
-    """The tables of running statistics need at least one row."""
-    if not isinstance(max_length, int) or isinstance(max_length, bool) or max_length < 1:
+def positive_rows(max_length: Any) -> int:
+    """`max_length`, an integer of any kind: the tables of running statistics need at least one row."""
+    if not isinstance(max_length, Integral) or isinstance(max_length, bool) or max_length < 1:
         raise ValueError(
             f"max_length must be a positive integer, but got {max_length!r}: it is the number of steps with running "
             "statistics of their own"
         )
+    return int(max_length)
 
 
 def step_index(how: Recurrence, max_length: int, t: int | None) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +13,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.kernels import cpu
 from normwise.kernels.arguments import readable
-from normwise.ops import check, compiled, plain, ragged, ranks, running
-from normwise.ops.choose import Call, choose, loses_digits, values_visible, watches_digits
+from normwise.ops import check, compiled, plain, ragged, ranks, running, symbolic
+from normwise.ops.choose import Call, choose, long_gain_sums, loses_digits, values_visible, watches_digits
 from normwise.ops.choose import plain as is_plain
-from normwise.ops.norm import finished, norm
+from normwise.ops.norm import finished, norm, times_gain
 from normwise.ops.running import Moved
 from normwise.ops.sync_batch_norm import sync_batch_norm
 from normwise.reference import activation, count_valid
@@ -68,7 +70,9 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2.
     """
-    return batch_norm_moved(
+    traced = symbolic.is_traced(input, weight, mask, lengths, residual)
+    call: Callable[..., Any] = partial(symbolic.call_function, batch_norm) if traced else batch_norm_moved
+    result = call(
         input,
         running_mean,
         running_var,
@@ -82,7 +86,8 @@ def batch_norm(
         act=act,
         residual=residual,
         process_group=process_group,
-    )[0]
+    )
+    return result if traced else result[0]  # type: ignore[no-any-return]
 
 
 def batch_norm_moved(
@@ -127,8 +132,7 @@ def batch_norm_moved(
             return y
 
         return ragged.by_rows(rows, input, mask=mask, lengths=lengths, residual=residual), moved
-    assert isinstance(input, Tensor)
-    x = input
+    x = check.tensor("batch_norm", input)
     alone = mask is None and lengths is None and act is None and residual is None and process_group is None
     if alone and is_plain(x):
         done = plain.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -296,6 +300,11 @@ def _aten(
     watched = watches_digits(x)
     # ATen reads them as if they were contiguous; averages that move are copied anyway.
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    if watched and long_gain_sums(x, weight, x.numel() // x.shape[1]):
+        found = _aten(x, averages, None, None, batch_statistics, momentum, eps)
+        if found is None:
+            return None
+        return times_gain(found[0], weight, bias, (1, -1, *(1,) * (x.dim() - 2))), found[1]
     if averages is None or not batch_statistics:
         mean, var = (None, None) if averages is None else (t.contiguous() for t in averages)
         if not watched:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops import ragged
+from normwise.ops import check, ragged
 from normwise.ops.batch_norm import applied, checked, enough_values
 from normwise.ops.running import Moved
 from normwise.reference import Moments, accumulation_dtype, moments, renorm_correction
@@ -53,12 +53,11 @@ def batch_renorm_moved(
             return y
 
         return ragged.by_rows(rows, input, mask=mask, lengths=lengths, residual=residual), moved
-    assert isinstance(input, Tensor)
-    assert residual is None or isinstance(residual, Tensor)
-    x = input
+    x = check.tensor("batch_renorm", input)
     valid = checked(
         "batch_renorm", x, running_mean, running_var, weight, bias, momentum, eps, mask, lengths, act, residual
     )
+    assert residual is None or isinstance(residual, Tensor)
     enough_values(x, valid, needed=1)
     averages = (running_mean, running_var) if x.numel() else None
     r, d = correction(_moments(x, valid))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,85 @@ class ShapeError(ValueError, RuntimeError):
     """A tensor of the wrong shape. Both kinds of error, because torch raises now the one and now the other."""
 
 
-def floating(op: str, x: Tensor) -> None:
+def whole_number(name: str, value: Any) -> int:
+    """`value`, any integer (NumPy's, say), as Python's own."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} should be of type int, got: {type(value).__name__} ({value!r}): give a whole number"
+        ) from None
+
+
+def tensor(op: str, x: Any) -> Tensor:
+    """`x`, which must be a tensor, and of a layout that is not ragged."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{op}: expected a tensor as input, but got {type(x).__name__}: convert it first, e.g. torch.as_tensor(x)"
+        )
+    return x
+
+
+def as_tensor(name: str, value: Any, what: str) -> Tensor:
+    """`value`, a tensor, list, tuple or array, which `what` describes, as a tensor; lists and arrays on the CPU."""
+    if isinstance(value, Tensor):
+        return value
+    try:
+        if hasattr(value, "__array_interface__"):
+            value = value.copy()  # torch takes no array with negative strides, and warns of one that is read-only
+        # Not on a default device: the values are looked at.
+        found = torch.as_tensor(value, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{name} must be {what}, as a tensor, list, tuple or array, but got {type(value).__name__}"
+        ) from None
+    return found.to(torch.int64) if isinstance(value, (list, tuple)) and not found.numel() else found
+
+
+def lengths_tensor(lengths: Any) -> Tensor:
+    """`lengths` as a tensor of integers, on the device where it is if it is a tensor. TypeError: not integers."""
+    found = as_tensor("lengths", lengths, "integers, one for each sample")
+    if found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
+        raise TypeError(
+            f"lengths must be of an integer dtype, but got {found.dtype}: use "
+            f"{_converted('lengths', lengths, 'long', 'int')}"
+        )
+    return found if found.dtype in _SIGNED else found.to(torch.int64)
+
+
+def bool_tensor(name: str, value: Any, meaning: str, device: torch.device, otherwise: str = "") -> Tensor:
+    """`value` as a tensor of bool, whose True has this `meaning`; lists and arrays on `device`.
+
+    TypeError: not bool; its cure ends in `otherwise`.
+    """
+    found = as_tensor(name, value, f"bool with {meaning}")
+    if found.dtype != torch.bool and not (found.numel() == 0 and found is not value):
+        raise TypeError(
+            f"{name} must be of dtype torch.bool with {meaning}, but got {found.dtype}: use "
+            f"{_converted(name, value, 'bool', 'bool')}{otherwise}"
+        )
+    return found if found is value else found.to(device, torch.bool)
+
+
+def mask_tensor(mask: Any, device: torch.device) -> Tensor:
+    """`mask` as a bool tensor; lists and arrays on `device`."""
+    inverted = ", inverted if True marks padding there, as in torch's key_padding_mask"
+    return bool_tensor("mask", mask, "True = valid", device, inverted)
+
+
+def _converted(name: str, value: Any, method: str, dtype: str) -> str:
+    """How `value` is converted, whatever it is."""
+    if isinstance(value, Tensor):
+        return f"{name}.{method}()"
+    return f"{name}.astype({dtype})" if hasattr(value, "astype") else f"torch.tensor({name}).{method}()"
+
+
+_SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
+
+
+def floating(op: str, x: Any) -> None:
     """Norms are for real floating tensors."""
+    x = tensor(op, x)
     if not x.is_floating_point():
         raise TypeError(
             f'"{op}" not implemented for {x.dtype}: expected a floating dtype (float64, float32, bfloat16, float16); '
@@ -138,14 +216,15 @@ BATCH_OF_ONE_CURE = (
 )
 
 
-def validity(x: Tensor, mask: Tensor | None, lengths: Tensor | None, channel_dim: int) -> Tensor | None:
+def validity(x: Tensor, mask: Any, lengths: Any, channel_dim: int) -> Tensor | None:
     """The valid elements as a bool tensor with as many axes as `x`, broadcastable to it; None if all are valid.
 
     Args:
         x: the input.
-        mask: bool, True = valid (the reverse of torch's key_padding_mask): the shape of `x` without `channel_dim`,
-            or any shape that broadcasts to that of `x`.
-        lengths: integers of shape (x.shape[0],): how many steps along the last axis are valid.
+        mask: bool, True = valid (the reverse of torch's key_padding_mask), as a tensor, list or array: the shape of
+            `x` without `channel_dim`, or any shape that broadcasts to that of `x`.
+        lengths: integers of shape (x.shape[0],), as a tensor, list, tuple or array: how many steps along the last axis
+            are valid.
         channel_dim: the axis that a mask need not have.
 
     Raises:
@@ -159,48 +238,44 @@ def validity(x: Tensor, mask: Tensor | None, lengths: Tensor | None, channel_dim
         return _from_lengths(x, lengths)
     if mask is None:
         return None
-    if mask.dtype != torch.bool:
-        raise TypeError(
-            f"mask must be of dtype torch.bool with True = valid, but got {mask.dtype}: use mask.bool(), or ~mask if "
-            "True marks padding there, as in torch's key_padding_mask"
-        )
+    flags = mask_tensor(mask, x.device)
     channel_dim %= x.dim()
     without_channel = (*x.shape[:channel_dim], *x.shape[channel_dim + 1 :])
-    if tuple(mask.shape) == without_channel:
-        return mask.unsqueeze(channel_dim)
-    padded = (1,) * (x.dim() - mask.dim()) + tuple(mask.shape)
+    if tuple(flags.shape) == without_channel:
+        return flags.unsqueeze(channel_dim)
+    padded = (1,) * (x.dim() - flags.dim()) + tuple(flags.shape)
     if len(padded) != x.dim() or any(m not in (1, s) for m, s in zip(padded, x.shape, strict=True)):
         raise ShapeError(
-            f"mask of shape {tuple(mask.shape)} does not fit an input of shape {tuple(x.shape)}: expected "
+            f"mask of shape {tuple(flags.shape)} does not fit an input of shape {tuple(x.shape)}: expected "
             f"{without_channel} "
             f"(the input without its channel axis {channel_dim}) or a shape that broadcasts to the input's"
         )
-    return mask.reshape(padded)
+    return flags.reshape(padded)
 
 
-def one_length_each(lengths: Tensor, samples: int, steps: int, of: str) -> None:
-    """`lengths` must be an integer in [0, steps] for each sample of the input, which `of` names.
+def one_length_each(lengths: Any, samples: int, steps: int, of: str) -> Tensor:
+    """`lengths` as a tensor of one integer in [0, steps] for each sample of the input, which `of` names.
 
     Raises:
         TypeError: not integers.
         ShapeError: not one for each sample.
         ValueError: outside [0, steps].
     """
-    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-        raise TypeError(f"lengths must be of an integer dtype, but got {lengths.dtype}: use lengths.long()")
-    if tuple(lengths.shape) != (samples,):
+    found = lengths_tensor(lengths)
+    if tuple(found.shape) != (samples,):
         raise ShapeError(
-            f"lengths must be of shape ({samples},), one for each sample of {of}, but got {tuple(lengths.shape)}"
+            f"lengths must be of shape ({samples},), one for each sample of {of}, but got {tuple(found.shape)}"
         )
-    if samples and values_visible(lengths):
-        low, high = int(lengths.min()), int(lengths.max())
+    if samples and values_visible(found):
+        low, high = int(found.min()), int(found.max())
         if low < 0 or high > steps:
             raise ValueError(
                 f"lengths must lie in [0, {steps}], the number of steps of {of}, but got values from {low} to {high}"
             )
+    return found
 
 
-def _from_lengths(x: Tensor, lengths: Tensor) -> Tensor:
+def _from_lengths(x: Tensor, lengths: Any) -> Tensor:
     if x.dim() < 3:
         raise ShapeError(
             "lengths counts valid steps along the last axis of an input (N, C, L), but got an input of shape "
@@ -208,6 +283,6 @@ def _from_lengths(x: Tensor, lengths: Tensor) -> Tensor:
             "use mask="
         )
     n, steps = x.shape[0], x.shape[-1]
-    one_length_each(lengths, n, steps, f"an input of shape {tuple(x.shape)}")
-    valid = torch.arange(steps, device=x.device) < lengths.to(x.device)[:, None]
+    counts = one_length_each(lengths, n, steps, f"an input of shape {tuple(x.shape)}")
+    valid = torch.arange(steps, device=x.device) < counts.to(x.device)[:, None]
     return valid.view(n, *(1,) * (x.dim() - 2), steps)

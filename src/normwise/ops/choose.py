@@ -34,7 +34,8 @@ BACKENDS = ("torch", "cpu", "triton", "reference")
 MEAN_TO_DEVIATION_LIMIT = 32.0
 
 # ATen's BatchNorm on rows of channels, (N, C) or channels-last, adds up each channel in one float32 variable per
-# thread; up to this many elements the error of that sum stays within a few float32 roundings.
+# thread, and so does the backward of all its norms but RMSNorm for the gradients of gain and bias; up to this many
+# elements the error of that sum stays within a few float32 roundings.
 RUNNING_SUM_LIMIT = 1 << 14
 
 # Elements, and elements of a row, up to which ATen's LayerNorm, whose gradient needs no Python, takes less time than
@@ -149,7 +150,7 @@ def choose(call: Call) -> Choice:
     uncompiled = _cpu_obstacle(call)
     if uncompiled is None:
         return Choice("cpu", "the compiled kernel")
-    if not torch.compiler.is_compiling() and uncompiled is cpu.why_not():
+    if not torch.compiler.is_compiling() and uncompiled is cpu.why_not() and not cpu.turned_off():
         _tell_once(uncompiled)
     obstacle = _torch_obstacle(call) or _torch_weakness(call)
     if obstacle is None:
@@ -177,7 +178,7 @@ def values_visible(*tensors: Tensor | None) -> bool:
     """Whether the values of these tensors may decide what is done: not while compiling or transforming, nor on meta."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    return not any(t is not None and (t.is_meta or (type(t) is not Tensor and _is_fake(t))) for t in tensors)
+    return not any(t is not None and (t.is_meta or is_fake(t)) for t in tensors)
 
 
 def watches_digits(x: Tensor) -> bool:
@@ -188,6 +189,18 @@ def watches_digits(x: Tensor) -> bool:
     falls back.
     """
     return _forced.name is None and values_visible() and readable(x) and x.numel() > 0
+
+
+def long_gain_sums(x: Tensor, weight: Tensor | None, terms: int) -> bool:
+    """Whether ATen would lose digits of a gain's gradient, a sum of so many `terms` that it adds up in one float32
+    variable per thread; `times_gain` of ATen's result without gain and bias does not."""
+    return (
+        weight is not None
+        and terms > RUNNING_SUM_LIMIT
+        and x.dtype is _float32
+        and weight.requires_grad
+        and _grad_enabled()
+    )
 
 
 def plain(x: Any) -> bool:
@@ -220,6 +233,11 @@ def observed() -> bool:
     """Whether somebody looks on who sees ATen's operations only, in eager mode: a torch.func transform, forward-mode
     derivatives, a dispatch mode (make_fx) or torch.jit.trace. What a compiled kernel does would pass them by."""
     return _transforms_active() or _modes_active() > 0 or forward_ad._current_level >= 0 or _is_tracing()
+
+
+def jit_traces() -> bool:
+    """Whether torch.jit.trace looks on."""
+    return not torch.compiler.is_compiling() and _is_tracing()
 
 
 def may_take(*tensors: Tensor | None) -> bool:
@@ -270,6 +288,8 @@ def _cpu_obstacle(call: Call) -> str | None:
     if call.residual is not None and call.residual.dtype != x.dtype:
         return f"the C++ kernels do not mix an input of {x.dtype} with a residual of {call.residual.dtype}"
     by_features = call.op in ("layer_norm", "rms_norm")
+    if _without_features(call):
+        return "there is nothing to compute without a feature"
     if mask is not None and any(mask.shape[d] != 1 for d in (call.dims if by_features else (1,))):
         return "the C++ kernels take one mask for " + ("all features of a row" if by_features else "all channels")
     statistics = accumulation_dtype(x.dtype)
@@ -307,6 +327,11 @@ def _torch_obstacle(call: Call) -> str | None:
 def _torch_weakness(call: Call) -> str | None:
     """Where ATen's kernels would do the job, but less exactly than they should."""
     x = call.x
+    if _without_features(call) or (call.op == "group_norm" and not x.numel()):
+        return "some of ATen's kernels fail, or give NaN gradients, without an element"
+    if call.averages is not None and call.batch_statistics and jit_traces():
+        # A traced graph is optimized at its second run, and does not know that ATen's kernel writes on the averages.
+        return "torch.jit loses what ATen's kernel does to running averages"
     if call.op == "rms_norm" and watches_digits(x):
         return "ATen's RMSNorm is these operations too, but makes zeros of an input whose squares overflow"
     if type(x) not in (Tensor, torch.nn.Parameter):
@@ -319,7 +344,17 @@ def _torch_weakness(call: Call) -> str | None:
     return None
 
 
-def _is_fake(t: Tensor) -> bool:
+def _without_features(call: Call) -> bool:
+    """Whether an axis of channels, or a normalized axis of LayerNorm and RMSNorm, has size 0."""
+    if call.x.numel() or call.op == "recurrence":
+        return False
+    return 0 in [call.x.shape[d] for d in (call.dims if call.op in ("layer_norm", "rms_norm") else (1,))]
+
+
+def is_fake(t: Tensor) -> bool:
+    """Whether `t` has a device and a shape, but no values."""
+    if type(t) is Tensor:
+        return False
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(t, FakeTensor)

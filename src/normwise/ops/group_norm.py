@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops import check, compiled, ragged
-from normwise.ops.choose import Call, choose, loses_digits, watches_digits
+from normwise.ops import check, compiled, ragged, symbolic
+from normwise.ops.choose import Call, choose, long_gain_sums, loses_digits, watches_digits
 from normwise.ops.features import as_autocast
-from normwise.ops.norm import finished, norm
+from normwise.ops.norm import finished, laid_out_like, norm, times_gain
 from normwise.reference import activation
 
 
@@ -53,11 +53,23 @@ def group_norm(
 
     Source: Wu & He 2018, eq. 7.
     """
+    if symbolic.is_traced(input, weight, mask, lengths, residual):
+        return symbolic.call_function(
+            group_norm,
+            input,
+            num_groups,
+            weight,
+            bias,
+            eps,
+            mask=mask,
+            lengths=lengths,
+            act=act,
+            residual=residual,
+        )
     if ragged.is_ragged(input):
         sequences = partial(group_norm, num_groups=num_groups, weight=weight, bias=bias, eps=eps, act=act)
         return ragged.by_sequences(sequences, input, mask=mask, lengths=lengths, residual=residual)
-    assert isinstance(input, Tensor)
-    x = input
+    x = check.tensor("group_norm", input)
     check.floating("group_norm", x)
     check.positive_eps(eps)
     if x.dim() < 2:
@@ -84,7 +96,7 @@ def group_norm(
     if choose(call).backend == "cpu":
         return compiled.groups(call, num_groups, eps, act)[0]
     y = _standardized(call._replace(residual=None), num_groups, eps)
-    return finished(y, residual, act, valid)
+    return laid_out_like(finished(y, residual, act, valid), x)
 
 
 def _standardized(call: Call, num_groups: int, eps: float) -> Tensor:
@@ -97,13 +109,15 @@ def _standardized(call: Call, num_groups: int, eps: float) -> Tensor:
     if backend == "torch":
         if not watches_digits(x):
             return torch.group_norm(x, num_groups, weight, bias, eps, torch.backends.cudnn.enabled)
+        apart = long_gain_sums(x, weight, samples * prod(positions))
         # It reads gain and bias as if they were contiguous.
-        gain, shift = (None if t is None else t.contiguous() for t in (weight, bias))
+        gain, shift = (None if t is None or apart else t.contiguous() for t in (weight, bias))
         y, mean, rstd = torch.native_group_norm(
             _dense(x), gain, shift, samples, channels, prod(positions), num_groups, eps
         )
         if not loses_digits(mean, rstd):
-            return y
+            y = y.view(x.shape)
+            return times_gain(y, weight, bias, (1, channels, *(1,) * len(positions))) if apart else y
     grouped = (num_groups, channels // num_groups)
     per_channel = (1, *grouped, *(1,) * len(positions))
     y, _ = norm(
@@ -118,7 +132,9 @@ def _standardized(call: Call, num_groups: int, eps: float) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """`x` in a layout that ATen's kernel can walk through: contiguous or channels-last."""
+    """`x` in a layout that ATen's kernel can walk through: contiguous or channels-last, which it knows of four axes."""
+    if x.dim() == 3 and not x.is_contiguous() and x.mT.is_contiguous():
+        return x.unsqueeze(2)
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if channels_last is not None and x.is_contiguous(memory_format=channels_last):
         return x

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops import check, compiled, ragged, running
+from normwise.ops import check, compiled, ragged, running, symbolic
 from normwise.ops.batch_norm import applied
-from normwise.ops.choose import Call, choose, loses_digits, watches_digits
-from normwise.ops.norm import finished, norm
+from normwise.ops.choose import Call, choose, long_gain_sums, loses_digits, watches_digits
+from normwise.ops.norm import finished, laid_out_like, norm, times_gain
 from normwise.reference import Moments, activation, count_valid
 
 
@@ -58,6 +58,22 @@ def instance_norm(
 
     Source: Ulyanov, Vedaldi & Lempitsky 2016, eq. 2.
     """
+    if symbolic.is_traced(input, weight, mask, lengths, residual):
+        return symbolic.call_function(
+            instance_norm,
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            use_input_stats,
+            momentum,
+            eps,
+            mask=mask,
+            lengths=lengths,
+            act=act,
+            residual=residual,
+        )
     if ragged.is_ragged(input):
         sequences = partial(
             instance_norm,
@@ -71,8 +87,7 @@ def instance_norm(
             act=act,
         )
         return ragged.by_sequences(sequences, input, mask=mask, lengths=lengths, residual=residual)
-    assert isinstance(input, Tensor)
-    x = input
+    x = check.tensor("instance_norm", input)
     check.floating("instance_norm", x)
     check.positive_eps(eps)
     check.momentum_range(momentum)
@@ -117,7 +132,7 @@ def instance_norm(
     if choose(call).backend == "cpu":
         return _compiled(call, momentum, eps, act)
     y = _standardized(call._replace(residual=None), momentum, eps)
-    return finished(y, residual, act, valid)
+    return laid_out_like(finished(y, residual, act, valid), x)
 
 
 def _compiled(call: Call, momentum: float, eps: float, act: str | None) -> Tensor:
@@ -136,6 +151,7 @@ def _standardized(call: Call, momentum: float, eps: float) -> Tensor:
     """gamma * (x - mean) / sqrt(var + eps) + beta by the chosen backend; moves the running averages, if any."""
     x, weight, bias, averages = call.x, call.weight, call.bias, call.averages
     samples, channels, *positions = x.shape
+    per_channel = (1, channels, *(1,) * len(positions))
     backend = choose(call).backend
     if backend == "cpu":
         return _compiled(call, momentum, eps, None)
@@ -147,11 +163,12 @@ def _standardized(call: Call, momentum: float, eps: float) -> Tensor:
         if averages is None:
             # ATen's own way: every sample's channels are channels of one large sample.
             folded = x.reshape(1, samples * channels, *positions)
-            gain, shift = (None if t is None else t.repeat(samples) for t in (weight, bias))
+            apart = long_gain_sums(x, weight, prod(positions))
+            gain, shift = (None if t is None or apart else t.repeat(samples) for t in (weight, bias))
             y, *used = torch.native_batch_norm(folded, gain, shift, None, None, True, momentum, eps)
             if not loses_digits(*used):
-                return y.reshape(x.shape)
-    per_channel = (1, channels, *(1,) * len(positions))
+                y = y.reshape(x.shape)
+                return times_gain(y, weight, bias, per_channel) if apart else y
     gain, shift = (None if t is None else t.view(per_channel) for t in (weight, bias))
     y, moments = norm(x, call.dims, gain, shift, mask=call.mask, eps=eps)
     if averages is not None and samples:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops import plain
-from normwise.ops.choose import loses_digits, watches_digits
+from normwise.ops import plain, symbolic
+from normwise.ops.choose import long_gain_sums, loses_digits, watches_digits
 from normwise.ops.features import feature_norm
+from normwise.ops.norm import times_gain
 
 
 def layer_norm(
@@ -63,6 +64,21 @@ def layer_norm(
         y = plain.layer_norm(input, normalized_shape, weight, bias, eps)
         if y is not None:
             return y
+    if symbolic.is_traced(input, weight, mask, lengths, residual):
+        return symbolic.call_function(  # type: ignore[no-any-return]
+            layer_norm,
+            input,
+            normalized_shape,
+            weight,
+            bias,
+            eps,
+            dim=dim,
+            mask=mask,
+            lengths=lengths,
+            act=act,
+            residual=residual,
+            process_group=process_group,
+        )
     return feature_norm(  # type: ignore[no-any-return]
         "layer_norm",
         _aten,
@@ -86,5 +102,9 @@ def _aten(
 ) -> Tensor | None:
     if not watches_digits(x):
         return torch.layer_norm(x, normalized_shape, weight, bias, eps, torch.backends.cudnn.enabled)
-    y, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
-    return None if loses_digits(mean, rstd) else y
+    apart = weight is not None and long_gain_sums(x, weight, x.numel() // max(weight.numel(), 1))
+    gain, shift = (None, None) if apart else (weight, bias)
+    y, mean, rstd = torch.native_layer_norm(x, normalized_shape, gain, shift, eps)
+    if loses_digits(mean, rstd):
+        return None
+    return times_gain(y, weight, bias, normalized_shape) if apart else y

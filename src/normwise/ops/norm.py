@@ -36,6 +36,26 @@ def norm(
     return y, Moments(*(m.detach() for m in moments))
 
 
+def times_gain(y: Tensor, weight: Tensor | None, bias: Tensor | None, shape: Sequence[int]) -> Tensor:
+    """y * weight + bias, both viewed in `shape`, by operations of their own: their gradients are sums in pairs."""
+
+    def spread(t: Tensor) -> Tensor:
+        # Over samples by itself: torch.sum adds in pairs along one axis, but not along two that are apart.
+        t = t.view(shape)
+        return t.expand(y.shape[0], *(-1,) * (t.dim() - 1)) if t.dim() == y.dim() else t
+
+    if weight is not None:
+        y = y * spread(weight)
+    return y if bias is None else y + spread(bias)
+
+
+def laid_out_like(y: Tensor, x: Tensor) -> Tensor:
+    """`y` with its channels last in memory where those of `x` are."""
+    if x.is_contiguous() or not x.movedim(1, -1).is_contiguous():
+        return y
+    return y.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def finished(y: Tensor, residual: Tensor | None, act: str | None, valid: Tensor | None) -> Tensor:
     """act(y + residual), where `y` is a norm's output and so 0 at invalid positions; it stays so."""
     if residual is not None:

@@ -26,8 +26,8 @@ def is_ragged(x: Any) -> bool:
 def rank_or_rows(x: Any, ranks: Sequence[int], layer: str, for_rows: str) -> None:
     """ShapeError unless a tensor has one of `ranks` axes, and a ragged input goes to a layer that takes rows, (N, C):
     if `layer` does not, `for_rows` does."""
-    if isinstance(x, Tensor) and not is_ragged(x):
-        check.rank(x, ranks)
+    if not is_ragged(x):
+        check.rank(check.tensor(layer, x), ranks)
     elif 2 not in ranks:
         raise check.ShapeError(f"{layer} takes no ragged input: {for_rows} does")
 

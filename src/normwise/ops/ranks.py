@@ -182,7 +182,7 @@ def gathered(tensors: Sequence[Tensor], group: dist.ProcessGroup, dtype: torch.d
     """
     length = sum(t.numel() for t in tensors)
     compared = tensors[0].device.type == "cpu"
-    header = [torch.tensor([length, _DTYPES.index(dtype)], dtype=torch.float64)] if compared else []
+    header = [torch.tensor([length, _DTYPES.index(dtype)], dtype=torch.float64, device="cpu")] if compared else []
     received = _Gather.apply(torch.cat([*header, *(t.double().reshape(-1) for t in tensors)]), group)
     if compared:
         _compare(received[:, :2].detach())

@@ -49,17 +49,25 @@ def recurrence(
     zoned: Tensor | None = None,
     running: Running | None = None,
     first: int = 0,
+    writable: bool = False,
 ) -> Result:
-    """One layer in one direction, by the chosen backend. See `reference.recurrent.recurrence` for every argument."""
+    """One layer in one direction, by the chosen backend. See `reference.recurrent.recurrence` for every argument.
+
+    writable: the output is the caller's to change in place; see `recurrent_cpu.recurrence`.
+    """
     if recurrent_registered.fits(x, weights, how, zoned):
-        return recurrent_registered.recurrence(x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse)
+        return recurrent_registered.recurrence(
+            x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse, writable=writable
+        )
     uncompiled = recurrent_cpu.obstacle(x, weights, how, zoned, h0, c0, lengths, reset)
     if uncompiled is None and choose_plain(x) and compiles_plain(x):
         backend = "cpu"
     else:
         backend = choose(Call("recurrence", x, (), uncompiled=uncompiled)).backend
     if backend == "cpu":
-        return recurrent_cpu.recurrence(x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse)
+        return recurrent_cpu.recurrence(
+            x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse, writable=writable
+        )
     run = reference.recurrence if backend == "reference" else recurrent_loop.recurrence
     return run(
         x,
@@ -135,6 +143,7 @@ def stack(
                     zoned=_zoned(x, h0, how) if training else None,
                     running=None if running is None else running[n],
                     first=first,
+                    writable=directions == 1 and k + 1 == len(weights),
                 )
                 for n in range(k, k + directions)
             ]
@@ -268,28 +277,21 @@ def pack_like(output: Tensor, lengths: Tensor, packed: PackedSequence) -> Packed
     return packed._replace(data=data)
 
 
-def checked_lengths(
-    lengths: Tensor | Sequence[int], steps: int, batch: int, device: torch.device, batched: bool = True
-) -> Tensor:
+def checked_lengths(lengths: Any, steps: int, batch: int, device: torch.device, batched: bool = True) -> Tensor:
     """`lengths` as int64 on `device`; without a batch a single number will do. Raises as `check.one_length_each`."""
-    if not isinstance(lengths, Tensor):
-        lengths = torch.tensor(lengths, device="cpu")  # not a default device: their values are looked at
     if not batched:
-        lengths = lengths.reshape(-1)
-    check.one_length_each(lengths, batch, steps, "the input")
-    return lengths.to(device, torch.int64)
+        lengths = check.lengths_tensor(lengths).reshape(-1)
+    return check.one_length_each(lengths, batch, steps, "the input").to(device, torch.int64)
 
 
-def checked_reset(reset: Tensor, expected: tuple[int, ...], layout: str) -> Tensor:
-    """`reset` as it is, if it is a bool tensor of the `expected` shape, which `layout` names."""
-    if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
-        kind = reset.dtype if isinstance(reset, Tensor) else type(reset).__name__
-        raise TypeError(f"reset must be a bool tensor, True where an episode starts, but got {kind}: use reset.bool()")
-    if tuple(reset.shape) != expected:
+def checked_reset(reset: Any, expected: tuple[int, ...], layout: str, device: torch.device) -> Tensor:
+    """`reset` as a bool tensor, if it is one, or a list or array, of the `expected` shape, which `layout` names."""
+    flags = check.bool_tensor("reset", reset, "True where an episode starts", device)
+    if tuple(flags.shape) != expected:
         raise check.ShapeError(
-            f"reset must be of shape {expected}, {layout} as the input, but got {tuple(reset.shape)}"
+            f"reset must be of shape {expected}, {layout} as the input, but got {tuple(flags.shape)}"
         )
-    return reset
+    return flags
 
 
 def _zoned(x: Tensor, h0: Tensor, how: Recurrence) -> Tensor | None:

@@ -12,6 +12,7 @@ from normwise.kernels import recurrent as kernels
 from normwise.kernels.arguments import unreadable
 from normwise.kernels.library import load
 from normwise.ops import recurrent_loop
+from normwise.ops.choose import may_take
 from normwise.reference.recurrence import Recurrence, Weights
 from normwise.reference.recurrent import Result
 from normwise.reference.sequences import reverse_reset, valid_steps
@@ -34,6 +35,8 @@ def obstacle(x: Tensor, weights: Weights, how: Recurrence, zoned: Tensor | None,
 
 def unsupported(weights: Weights, how: Recurrence, zoned: Tensor | None) -> str | None:
     """What the kernels have not, of whatever kind the tensors are; None if they have all of it."""
+    if 0 in (weights.weight_ih.shape[-1], weights.weight_hh.shape[-1]):
+        return "the C++ kernels have at least one input and one unit"
     if how.norm == "batch":
         return "the C++ kernels take no batch statistics inside a recurrence"
     if how.norm is not None and how.terms == "input":
@@ -70,14 +73,19 @@ def recurrence(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     reverse: bool = False,
+    writable: bool = False,
 ) -> Result:
-    """As `reference.recurrent.recurrence`, where `obstacle` finds none. Its second derivative is the loop's."""
+    """As `reference.recurrent.recurrence`, where `obstacle` finds none. Its second derivative is the loop's.
+
+    The backward reads the output: changed in place before, it raises torch's error. `writable` lets the backward have a
+    copy where torch's own layer would not mind: a GRU's and an RNN's output is a copy of its states, an LSTM's is not.
+    """
     h0 = h0.to(x.dtype)
     c0 = None if c0 is None else c0.to(x.dtype)
     call = Call(how, lengths, reset, reverse)
     tensors = (x, h0, c0, *weights)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        output, h, c = _Compiled.apply(call, *tensors)
+        output, h, c = _Compiled.apply(call, writable and how.cell != "lstm", *tensors)
     else:
         output, h, c, _ = forward(call, tensors, save=False)
     return Result(output, h, c, {})
@@ -100,20 +108,18 @@ class Rows(NamedTuple):
     order: Tensor | None = None
 
     def take(self, padded: Tensor | None) -> Tensor | None:
-        """(T, B, features) -> (rows, features)."""
-        if padded is None:
-            return None
-        flat = padded.reshape(-1, padded.shape[-1])
-        return flat if self.source is None else flat.index_select(0, self.source)
+        """(T, B, features) -> (rows, features); as it is where rows lie as in it."""
+        if padded is None or self.source is None:
+            return padded
+        return padded.flatten(0, 1).index_select(0, self.source)
 
     def put(self, rows: Tensor, like: Tensor) -> Tensor:
-        """(rows, features) -> (T, B, features), 0 at padding."""
-        shape = (*like.shape[:2], rows.shape[-1])
+        """(rows, features) -> (T, B, features), 0 at padding; no view of another tensor."""
         if self.source is None:
-            return rows.view(shape)
-        return (
-            rows.new_zeros(like.shape[0] * like.shape[1], rows.shape[-1]).index_copy_(0, self.source, rows).view(shape)
-        )
+            return rows
+        padded = rows.new_zeros(*like.shape[:2], rows.shape[-1])
+        padded.flatten(0, 1).index_copy_(0, self.source, rows)
+        return padded
 
     def sort(self, state: Tensor | None) -> Tensor | None:
         """(B, units) in the kernel's order."""
@@ -172,13 +178,13 @@ def kernel_weights(weights: Weights) -> kernels.Weights:
 
 
 Tensors = tuple[Tensor | None, ...]  # x, h0, c0 and the fields of Weights
+DIFFERENTIABLE = 3 + len(Weights._fields)
 
 
 class Kept(NamedTuple):
     """What the backward needs beside the inputs."""
 
-    rows: Rows
-    output: Tensor  # row by row, as returned
+    output: Tensor | None  # row by row, as returned; None where `saved` has it
     saved: kernels.Saved
 
 
@@ -193,25 +199,35 @@ def forward(call: Call, tensors: Tensors, *, save: bool) -> tuple[Tensor, Tensor
     result = kernels.forward(kernel_layer(call.how), weights, *taken, rows.steps, save=save)  # type: ignore[arg-type]
     h, c = rows.restore(result.h), rows.restore(result.c)
     assert h is not None
-    return rows.put(result.output, x), h, c, Kept(rows, result.output, result.saved)
+    kept = Kept(result.output if result.saved.output is None else None, result.saved)
+    return rows.put(result.output, x), h, c, kept
 
 
 class _Compiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Call, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(ctx: Any, call: Call, writable: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
+        # Small beside what else is kept, and buffers that a caller may fill anew before the backward.
+        call = call._replace(lengths=_copy(call.lengths), reset=_copy(call.reset))
         output, h, c, kept = forward(call, tensors, save=True)
-        ctx.save_for_backward(*tensors)
-        # Neither inputs nor outputs of this function: safe to keep beside the saved tensors.
-        ctx.call, ctx.kept = call, kept._replace(output=kept.output.detach())
+        if writable and kept.output is output:
+            output = output.clone()
+        ctx.save_for_backward(*tensors, call.lengths, call.reset, kept.output, *kept.saved)
+        ctx.how, ctx.reverse = call.how, call.reverse
         return output, h, c
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled():  # a gradient of this gradient will be asked for
-            return None, *differentiable(ctx.call, tensors, needs, grads)
-        return None, *backward(ctx.call, tensors, ctx.kept, grads, needs)
+        everything = ctx.saved_tensors  # once: each look at it unpacks all, and checkpointing allows one
+        tensors, (lengths, reset, output, *saved) = everything[:DIFFERENTIABLE], everything[DIFFERENTIABLE:]
+        call, needs = Call(ctx.how, lengths, reset, ctx.reverse), ctx.needs_input_grad[2:]
+        if all(g is None or may_take(g) for g in grads):
+            return None, None, *backward(call, tensors, Kept(output, kernels.Saved(*saved)), grads, needs)
+        return None, None, *differentiable(call, tensors, needs, grads)
+
+
+def _copy(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.clone()
 
 
 def backward(
@@ -221,7 +237,7 @@ def backward(
     x, h0, c0, *rest = tensors
     assert x is not None
     assert h0 is not None
-    rows, (doutput, dh, dc) = kept.rows, grads
+    rows, (doutput, dh, dc) = rows_of(call, x), grads
     found = kernels.backward(
         kernel_layer(call.how),
         kernel_weights(Weights(*rest)),  # type: ignore[arg-type]
@@ -255,29 +271,34 @@ def _by_field(weights: Weights, found: kernels.Weights | None) -> list[Tensor | 
 def differentiable(
     call: Call, tensors: Tensors, needs: tuple[bool, ...], grads: tuple[Tensor | None, ...]
 ) -> list[Tensor | None]:
-    """The same gradients as a graph of ATen's operations, by running the loop once more."""
-    x, h0, c0, *rest = tensors
-    assert x is not None
-    assert h0 is not None
-    again = recurrent_loop.recurrence(
-        x,
-        h0,
-        c0,
-        Weights(*rest),  # type: ignore[arg-type]
-        call.how,
-        lengths=call.lengths,
-        reset=call.reset,
-        reverse=call.reverse,
-    )
-    outputs = [(o, g) for o, g in zip(again[:3], grads, strict=True) if isinstance(o, Tensor) and g is not None]
-    wanted = [n for n, (t, needed) in enumerate(zip(tensors, needs, strict=True)) if t is not None and needed]
-    found = torch.autograd.grad(
-        [o for o, _ in outputs],
-        [t for t, needed in zip(tensors, needs, strict=True) if t is not None and needed],
-        [g for _, g in outputs],
-        create_graph=True,
-        allow_unused=True,
-    )
+    """The same gradients by ATen's operations, by running the loop once more: for gradients of these gradients, for
+    several gradients from above at once, and for forward-mode derivatives."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # A view of each, or a tensor that is given twice would get the sum of both gradients twice.
+        tensors = tuple(t.view_as(t) if t is not None and n else t for t, n in zip(tensors, needs, strict=True))
+        x, h0, c0, *rest = tensors
+        assert x is not None
+        assert h0 is not None
+        again = recurrent_loop.recurrence(
+            x,
+            h0,
+            c0,
+            Weights(*rest),  # type: ignore[arg-type]
+            call.how,
+            lengths=call.lengths,
+            reset=call.reset,
+            reverse=call.reverse,
+        )
+        outputs = [(o, g) for o, g in zip(again[:3], grads, strict=True) if isinstance(o, Tensor) and g is not None]
+        wanted = [n for n, (t, needed) in enumerate(zip(tensors, needs, strict=True)) if t is not None and needed]
+        found = torch.autograd.grad(
+            [o for o, _ in outputs],
+            [t for n in wanted if (t := tensors[n]) is not None],
+            [g for _, g in outputs],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
     gradients: list[Tensor | None] = [None] * len(tensors)
     for n, gradient in zip(wanted, found, strict=True):
         gradients[n] = gradient

@@ -16,7 +16,7 @@ from normwise.kernels import cpu
 from normwise.kernels import recurrent as kernels
 from normwise.ops import recurrent_cpu
 from normwise.ops.choose import forced
-from normwise.ops.recurrent_cpu import Call, Kept, Tensors
+from normwise.ops.recurrent_cpu import DIFFERENTIABLE, Call, Kept, Tensors
 from normwise.reference.recurrence import Recurrence, Weights
 from normwise.reference.recurrent import Result
 
@@ -47,8 +47,9 @@ def recurrence(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
     reverse: bool = False,
+    writable: bool = False,
 ) -> Result:
-    """As `reference.recurrent.recurrence`, where it `fits`."""
+    """As `reference.recurrent.recurrence`, where it `fits`; `writable` as in `recurrent_cpu.recurrence`."""
     h0 = h0.to(x.dtype)
     c0 = None if c0 is None else c0.to(x.dtype)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, h0, c0, *weights))
@@ -65,7 +66,8 @@ def recurrence(
         how.nonlinearity,
     )
     found = torch.ops.normwise.recurrence(x, h0, c0, *weights, lengths, reset, reverse, *described, save)
-    return Result(found[0], found[1], None if c0 is None else found[2], {})
+    output = found[0].clone() if save and writable and how.cell != "lstm" else found[0]
+    return Result(output, found[1], None if c0 is None else found[2], {})
 
 
 def _available() -> bool:
@@ -80,7 +82,6 @@ _CALL = (
     "Tensor? lengths, Tensor? reset, bool reverse, str cell, str? norm, str terms, int[] groups, str? cell_norm, "
     "float eps, str reset_gate, str update_gate, float update_offset, str nonlinearity"
 )
-_DIFFERENTIABLE = 3 + len(Weights._fields)
 _KEPT = len(kernels.Saved._fields)
 
 # Outputs: output, h, c and what the kernel keeps for the backward; empty where there is none.
@@ -114,7 +115,7 @@ def _call_of(arguments: tuple[Any, ...]) -> Call:
 
 @torch.library.impl("normwise::recurrence", "CPU")
 def _run(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, (*described, save) = arguments[:_DIFFERENTIABLE], arguments[_DIFFERENTIABLE:]
+    tensors, (*described, save) = arguments[:DIFFERENTIABLE], arguments[DIFFERENTIABLE:]
     x, h0, *_ = tensors
     output, h, c, kept = recurrent_cpu.forward(_call_of(tuple(described)), tensors, save=save)
     every_row = len(x) * len(h0)
@@ -129,7 +130,7 @@ def _with_rows(t: Tensor, rows: int) -> Tensor:
 
 @torch.library.register_fake("normwise::recurrence")
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    tensors, (*described, save) = arguments[:_DIFFERENTIABLE], arguments[_DIFFERENTIABLE:]
+    tensors, (*described, save) = arguments[:DIFFERENTIABLE], arguments[DIFFERENTIABLE:]
     x, h0, c0, *_ = tensors
     rows, units = x.shape[0] * x.shape[1], h0.shape[1]
     widths = _widths(_call_of(tuple(described)), x.shape[2], units, x.dtype) if save else (0,) * _KEPT
@@ -147,7 +148,7 @@ def _widths(call: Call, inputs: int, units: int, dtype: torch.dtype) -> tuple[in
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, described = inputs[:_DIFFERENTIABLE], inputs[_DIFFERENTIABLE:-1]
+    tensors, described = inputs[:DIFFERENTIABLE], inputs[DIFFERENTIABLE:-1]
     lengths, reset, *ctx.how = described
     ctx.save_for_backward(*tensors, lengths, reset, output[0], *output[3:])
     ctx.mark_non_differentiable(*output[3:])
@@ -155,14 +156,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-    tensors, (lengths, reset, *kept) = ctx.saved_tensors[:_DIFFERENTIABLE], ctx.saved_tensors[_DIFFERENTIABLE:]
-    needs = list(ctx.needs_input_grad[:_DIFFERENTIABLE])
+    everything = ctx.saved_tensors  # once: each look at it unpacks all, and checkpointing allows one
+    tensors, (lengths, reset, *kept) = everything[:DIFFERENTIABLE], everything[DIFFERENTIABLE:]
+    needs = list(ctx.needs_input_grad[:DIFFERENTIABLE])
     dc = grads[2] if tensors[2] is not None else None
     found = torch.ops.normwise.recurrence_backward(
         grads[0], grads[1], dc, *tensors, lengths, reset, *ctx.how, kept, needs
     )
     gradients = [g if needed else None for g, needed in zip(found, needs, strict=True)]
-    return *gradients, *(None,) * (len(ctx.needs_input_grad) - _DIFFERENTIABLE)
+    return *gradients, *(None,) * (len(ctx.needs_input_grad) - DIFFERENTIABLE)
 
 
 torch.library.register_autograd("normwise::recurrence", _differentiate, setup_context=_setup)
@@ -174,10 +176,9 @@ def _run_backward(*arguments: Any) -> list[Tensor]:
     call, x = _call_of(tuple(described)), tensors[0]
     assert x is not None
     rows = recurrent_cpu.rows_of(call, x)
-    output = rows.take(kept[0])
-    assert output is not None
-    saved = kernels.Saved(*(t[: len(output)] if t.dim() == 2 else None for t in kept[1:]))
-    found = recurrent_cpu.backward(call, tensors, Kept(rows, output, saved), grads, tuple(needs))
+    count = None if rows.source is None else len(rows.source)
+    saved = kernels.Saved(*(t[:count] if t.dim() == 2 else None for t in kept[1:]))
+    found = recurrent_cpu.backward(call, tensors, Kept(rows.take(kept[0]), saved), grads, tuple(needs))
     return [x.new_empty(0) if g is None else g for g in found]
 
 
@@ -196,4 +197,4 @@ def _(*arguments: Any) -> list[Tensor]:
 
 def _split(arguments: tuple[Any, ...]) -> tuple[tuple[Tensor | None, ...], Tensors, tuple[Any, ...]]:
     """(gradients from above, tensors, the rest)."""
-    return arguments[:3], arguments[3 : 3 + _DIFFERENTIABLE], arguments[3 + _DIFFERENTIABLE :]
+    return arguments[:3], arguments[3 : 3 + DIFFERENTIABLE], arguments[3 + DIFFERENTIABLE :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
 from normwise.ops.running import recomputing, unbiased_var
 from normwise.reference.moments import Moments
@@ -21,9 +22,18 @@ def move(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: 
         moments: of T steps in order: mean and var (T, features), count (T, 1).
         momentum: weight of the new batch.
         first: the row of the first step.
+
+    Raises:
+        RuntimeError: several samples of a torch.func.vmap would move one and the same table.
     """
     if recomputing():
         return
+    if is_batchedtensor(moments.mean) and not is_batchedtensor(running_mean):
+        raise RuntimeError(
+            "Batch norm got a batched tensor as input while the running_mean or running_var, which will be updated in "
+            "place, were not batched: use eval mode, norm='layer' or 'rms', or give each sample tables of its own "
+            "(torch.func.stack_module_state and functional_call)"
+        )
     with torch.no_grad():
         rows, steps = len(running_mean), len(moments.mean)
         own = max(0, min(rows - 1 - first, steps))  # steps with a row to themselves

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops import plain
+from normwise.ops import check, plain, symbolic
 from normwise.ops.features import feature_norm
 from normwise.reference import accumulation_dtype
 
@@ -34,16 +34,32 @@ def rms_norm(
 
     Source: Zhang & Sennrich 2019, eq. 4.
     """
-    if eps is None:
-        data = input.data if isinstance(input, PackedSequence) else input
+    data = input.data if isinstance(input, PackedSequence) else input
+    if eps is None and isinstance(data, Tensor):
         eps = torch.finfo(accumulation_dtype(data.dtype)).eps
     alone = (
         dim is None and mask is None and lengths is None and act is None and residual is None and process_group is None
     )
-    if alone:
+    if alone and eps is not None:
         y = plain.rms_norm(input, normalized_shape, weight, eps)
         if y is not None:
             return y
+    if symbolic.is_traced(input, weight, mask, lengths, residual):
+        return symbolic.call_function(  # type: ignore[no-any-return]
+            rms_norm,
+            input,
+            normalized_shape,
+            weight,
+            eps,
+            dim=dim,
+            mask=mask,
+            lengths=lengths,
+            act=act,
+            residual=residual,
+            process_group=process_group,
+        )
+    check.tensor("rms_norm", data)
+    assert eps is not None
     return feature_norm(  # type: ignore[no-any-return]
         "rms_norm",
         _aten,

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from normwise.surgery.freeze import is_frozen, keep_frozen
 from normwise.surgery.report import Refusal
-from normwise.surgery.select import class_of
+from normwise.surgery.select import known_base
 
 # Constructor arguments that no attribute of the same name holds.
 _SPECIAL = ("self", "device", "dtype", "bias")
@@ -32,17 +32,19 @@ _HOOKS = (
 
 
 def rebuild(old: nn.Module, cls: type[nn.Module], names: Iterable[str] | None = None, **given: Any) -> nn.Module:
-    """A `cls` with the arguments `given`, and for the others what `old` has under the same name, if anything.
+    """A `cls` with the arguments `given`, and for the others what `old` was given under the same name, if anything.
 
     Args:
-        names: these others; None: all that the constructor takes.
+        names: these others; None: all that both constructors take.
 
     Its tensors are its own and freshly started, on the device and in the dtype of those of `old`; the global random
     state stays as it was.
     """
     accepted = inspect.signature(cls.__init__).parameters
-    names = [name for name in accepted if name not in _SPECIAL and hasattr(old, name)] if names is None else names
-    arguments = {name: getattr(old, name) for name in names}
+    if names is None:
+        told = inspect.signature(known_base(old)).parameters
+        names = [name for name in accepted if name in told and name not in _SPECIAL and _has(old, name)]
+    arguments = {name: vars(old)[name] if name in vars(old) else getattr(old, name) for name in names}
     if "bias" in accepted and "bias" not in given:
         bias = getattr(old, "bias", None)
         arguments["bias"] = bias if isinstance(bias, bool) else getattr(old, "weight", None) is None or bias is not None
@@ -55,6 +57,11 @@ def rebuild(old: nn.Module, cls: type[nn.Module], names: Iterable[str] | None = 
     if "bias" not in accepted and "bias" not in given and getattr(old, "bias", None) is None:
         new.register_parameter("bias", None)  # torch before 2.13 knows no `bias=`
     return new
+
+
+def _has(layer: nn.Module, name: str) -> bool:
+    """Whether it keeps one: a layer with an activation does not hand out its eps, and here `act` goes along."""
+    return name in vars(layer) or hasattr(layer, name)
 
 
 def carry_tensors(old: nn.Module, new: nn.Module, *, statistics: bool = True, but: Sequence[str] = ()) -> list[str]:
@@ -99,9 +106,15 @@ def _tensor_names(layer: nn.Module) -> list[str]:
     return [*layer._parameters, *layer._buffers, *parametrized]
 
 
-def carry_rest(old: nn.Module, new: nn.Module) -> str:
-    """Give `new` the mode, hooks and frozenness of `old`; returns what did not carry over, "" if all did."""
+def carry_mode(old: nn.Module, new: nn.Module) -> str:
+    """Give `new` the mode of `old`, through every `train()` if `freeze` froze it; returns what did not carry over, ""
+    if all did."""
     new.train(old.training)
+    return keep_frozen(old, new) if is_frozen(old) else ""
+
+
+def carry_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Give `new` the hooks of `old`."""
     new._is_full_backward_hook = old._is_full_backward_hook
     for name in _HOOKS:
         hooks, own = getattr(old, name), getattr(new, name)
@@ -113,9 +126,3 @@ def carry_rest(old: nn.Module, new: nn.Module) -> str:
         elif hooks:
             # The very dictionary, so that the handles that users hold still remove their hooks.
             setattr(new, name, hooks)
-    return keep_frozen(old, new) if is_frozen(old) else ""
-
-
-def overrides_forward(layer: nn.Module, base: type[nn.Module]) -> bool:
-    """Whether the layer's class computes something else than `base`, from which it is derived."""
-    return class_of(layer).forward is not base.forward

@@ -11,11 +11,25 @@ from torch import nn
 
 import normwise.nn as ours
 from normwise.surgery import recurrents
-from normwise.surgery.carry import carry_rest, overrides_forward
-from normwise.surgery.report import Change, Refusal, Report, Skip, Surgery
-from normwise.surgery.select import NORMS, RECURRENT, Layer, Where, chosen, kind_of, known_base, layers, require_module
-from normwise.surgery.targets import TARGETS
+from normwise.surgery.carry import carry_hooks, carry_mode
+from normwise.surgery.forwards import BOUND, followers, held, is_bound, overrides_forward, own_modules, reached
+from normwise.surgery.groups import inputs_met
+from normwise.surgery.report import AlreadyOne, Change, Refusal, Report, Skip, Surgery
+from normwise.surgery.select import (
+    NORMS,
+    RECURRENT,
+    Layer,
+    Where,
+    chosen,
+    kind_of,
+    known_base,
+    layers,
+    option,
+    require_module,
+)
+from normwise.surgery.targets import TARGETS, Shapes
 
+Make: TypeAlias = Callable[[nn.Module, Shapes], tuple[nn.Module, str]]
 Target: TypeAlias = Literal["batch", "frozen", "group", "layer", "normwise", "renorm", "sync", "torch"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -25,6 +39,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
 }
 
+_NOT_MEANT = Refusal("not meant by where=")
+
 
 def convert(
     model: nn.Module,
@@ -32,6 +48,7 @@ def convert(
     *,
     recurrent: Literal["layer", "rms", "batch"] | None = None,
     where: Where = None,
+    example: Any = None,
     subclasses: bool = False,
     inplace: bool = False,
     **options: Any,
@@ -43,11 +60,11 @@ def convert(
 
     `to` | the new layers | in the places of
     --- | --- | ---
-    "group" | GroupNorm, of the most groups up to 32 that divide the channels, or `num_groups=` (a number, or a \
+    "group" | GroupNorm, of the most groups up to 32 that hold 16 values each, or `num_groups=` (a number, or a \
 function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, LayerNorm(C, dim=1)
     "layer" | LayerNorm; over the channels, `LayerNorm(C, dim=1)`, where they are on axis 1 | the same
-    "batch" | BatchNorm1d/2d/3d; `spatial=`, the number of axes behind the channels, where the old layer does not say \
-it (SyncBatchNorm, GroupNorm) | the same
+    "batch" | BatchNorm1d/2d/3d; `spatial=`, the number of axes behind the channels, where neither the old layer \
+(SyncBatchNorm, GroupNorm) nor `example` says it | the same
     "renorm" | BatchRenorm1d/2d/3d | the same
     "sync" | SyncBatchNorm; `process_group=` | BatchNorm of all kinds
     "frozen" | FrozenBatchNorm1d/2d/3d: statistics, gain and bias are fixed | BatchNorm of all kinds
@@ -57,8 +74,13 @@ it (SyncBatchNorm, GroupNorm) | the same
     Carried over: gain and bias always (parameters stay the same objects, so with `inplace` an optimizer goes on);
     running statistics where they mean the same, between the kinds of BatchNorm; arguments of the same name (eps,
     momentum, ...); mode, device, dtype, requires_grad, hooks, parametrizations and `freeze`. A layer that stands in
-    several places still does. An activation (`act=`) that the new layer lacks follows it as a module. The random state
-    is left alone. What changed, what did not carry over, and what was skipped and why is in the report.
+    several places still does. An activation (`act=`) that the new layer lacks follows it as a module, and so do the
+    modules that a class of the user's calls behind its base's forward (as timm's BatchNormAct2d its `drop` and `act`).
+    The random state is left alone. What changed, what did not carry over, what was skipped and why is in the report.
+
+    A group's values are its channels times the positions of the input, which only an `example` tells: without one the
+    channels alone must be 16. With fewer in all there is one group. What would be a group of fewer than 4 values, or a
+    LayerNorm over fewer, is skipped: it would put out next to nothing but its bias.
 
     What a forward passes beyond the input (`mask=`, `lengths=`, `residual=`) the new layer must know, and torch.nn's do
     not. LayerNorm adds a residual before it normalizes, and returns the sum too; the others add it behind the norm.
@@ -71,6 +93,8 @@ it (SyncBatchNorm, GroupNorm) | the same
             variant says.
         where: which layers: a pattern of names ("backbone.*"), a class, several of these, or a function of name and
             module; None means all.
+        example: the argument of one call, or a tuple of them: the model runs on it once, in evaluation, and sizes are
+            then known rather than assumed.
         subclasses: also convert layers whose class has a forward of its own, as if it had its base's.
         inplace: change `model` itself, and return it.
         options: arguments of the new layers.
@@ -79,8 +103,9 @@ it (SyncBatchNorm, GroupNorm) | the same
         (model, report).
 
     Raises:
-        ValueError: the model has no layer of the kind, or `where` means none; options that do not fit a layer; an
-            unknown target; `inplace` for a model that is itself the layer.
+        ValueError: the model has no layer of the kind, `where` means none, or none can be converted (unless they are
+            what they should become already); options that do not fit a layer; an unknown target; `inplace` for a model
+            that is itself the layer; a model of which a copy would go on calling the original.
         TypeError: options that the new layers do not know; a compiled, scripted or distributed model.
         After an error the model is as it was.
     """
@@ -97,15 +122,24 @@ it (SyncBatchNorm, GroupNorm) | the same
             "cannot be found"
         )
     meant = chosen(candidates, where)
+    met = {} if example is None else inputs_met(model, (one.module for one in candidates), example)
+    holders = held(model)
     report = Report(verb)
     made: list[tuple[Layer, nn.Module]] = []
+    done = False
     for one in candidates:
-        result = _made(one, make, subclasses) if meant(one) else Refusal("not meant by where=")
+        result = _replaced(one, make, met.get(id(one.module), ()), holders, subclasses) if meant(one) else _NOT_MEANT
         if isinstance(result, Refusal):
+            done |= isinstance(result, AlreadyOne)
             report.skipped.append(Skip(one.name, one.kind, str(result)))
         else:
             made.append((one, result[0]))
             report.changed.append(Change(one.name, one.kind, _described(result[0]), result[1]))
+    if not made and not done:
+        raise ValueError(
+            f"{verb}: none of the layers that were found can be converted, and the model is as it was; convert "
+            f"others, or give a layer of your own in their places.{report.reasons}"
+        )
     # Nothing can fail from here on: the model changes wholly or not at all.
     for one, new in made:
         for name in one.names:
@@ -116,10 +150,9 @@ it (SyncBatchNorm, GroupNorm) | the same
     return Surgery(model, report)
 
 
-def _plan(
-    to: str | None, recurrent: str | None, options: dict[str, Any]
-) -> tuple[Callable[[nn.Module], tuple[nn.Module, str]], tuple[type, ...], str]:
-    """What makes a new layer of an old one, the kinds of layers it is for, and how to call it."""
+def _plan(to: str | None, recurrent: str | None, options: dict[str, Any]) -> tuple[Make, tuple[type, ...], str]:
+    """What makes a new layer of an old one and the shapes that it meets, the kinds of layers it is for, and how to call
+    it."""
     if (to is None) == (recurrent is None):
         raise ValueError(
             "convert takes one of to= (for norm layers) and recurrent= (for RNN, GRU, LSTM), once for each"
@@ -129,49 +162,104 @@ def _plan(
             raise ValueError(
                 f"unknown recurrent={recurrent!r}: expected 'layer', 'rms' or 'batch'; to='torch' gives plain layers"
             )
-        return lambda old: recurrents.normalized(old, recurrent, **options), RECURRENT, f"norms inside: {recurrent}"
+        return (
+            lambda old, met: recurrents.normalized(old, recurrent, **options),
+            RECURRENT,
+            f"norms inside: {recurrent}",
+        )
     if to not in TARGETS:
         raise ValueError(f"unknown to={to!r}: expected one of {', '.join(map(repr, TARGETS))}")
     target = TARGETS[to]
     if to not in ("torch", "normwise"):
-        return lambda old: target(old, **options), NORMS, f"convert to {to}"
+        return lambda old, met: target(old, met, **options), NORMS, f"convert to {to}"
     home = nn if to == "torch" else ours
 
-    def namesake(old: nn.Module) -> tuple[nn.Module, str]:
-        return recurrents.namesake(old, home) if isinstance(old, RECURRENT) else target(old, **options)
+    def namesake(old: nn.Module, met: Shapes) -> tuple[nn.Module, str]:
+        return recurrents.namesake(old, home) if isinstance(old, RECURRENT) else target(old, met, **options)
 
     return namesake, (*NORMS, *RECURRENT), f"convert to {to}"
 
 
-def _made(
-    one: Layer, make: Callable[[nn.Module], tuple[nn.Module, str]], subclasses: bool
+def _replaced(
+    one: Layer, make: Make, met: Shapes, holders: dict[int, str], subclasses: bool
 ) -> tuple[nn.Module, str] | Refusal:
     """What comes in the place of a layer and what to say about it, or why nothing does."""
-    old, base = one.module, known_base(one.module)
-    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in old.parameters()):
-        return Refusal("it is lazy and does not know its size yet: run one batch through the model first")
-    if overrides_forward(old, base) and not subclasses:
-        return Refusal(
-            f"it has a forward of its own, which need not be {base.__name__}'s: subclasses=True converts it as one"
-        )
     try:
-        new, note = make(old)
+        behind = _behind(one, holders, subclasses)
+        return _made(one, make, met, behind)
     except Refusal as why:
         return why
+
+
+def _behind(one: Layer, holders: dict[int, str], subclasses: bool) -> list[nn.Module] | None:
+    """The modules of its own that follow what the layer's base computes; None where `subclasses` says to leave out
+    whatever else it does.
+
+    Raises:
+        Refusal: another layer would not compute what this one does, or would not be called.
+    """
+    old, base = one.module, known_base(one.module)
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in old.parameters()):
+        raise Refusal("it is lazy and does not know its size yet: run one batch through the model first")
+    if is_bound(old):
+        raise Refusal(BOUND)
+    if id(old) in holders:
+        raise Refusal(f"the forward that is bound to {holders[id(old)]} holds it, and would go on calling it")
+    if not overrides_forward(old, base):
+        return []
+    chain, own = followers(old), ", ".join(own_modules(old))
+    if chain is None and own:
+        raise Refusal(
+            f"it has a forward and modules of its own ({own}), which would be lost: only modules that are called one "
+            f"after the other on what {base.__name__} computes can follow the new layer"
+        )
+    if chain is None and not subclasses:
+        raise Refusal(
+            f"it has a forward of its own, which need not be {base.__name__}'s: subclasses=True converts it as one"
+        )
+    return chain
+
+
+def _made(one: Layer, make: Make, met: Shapes, behind: list[nn.Module] | None) -> tuple[nn.Module, str]:
+    """What comes in the place of a layer, and what to say about it."""
+    old, base = one.module, known_base(one.module)
+    try:
+        norm, note = make(old, met)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{one.name or 'the model'} ({one.kind}): {error}") from error
-    notes = [note]
-    act = getattr(old, "act", None)
-    if isinstance(act, str) and getattr(new, "act", None) is None:
-        new = nn.Sequential(new, ACTIVATIONS[act]())
+    notes = [note, carry_mode(old, norm)]
+    following = list(behind or ())
+    act = option(old, "act")
+    if act is not None and option(norm, "act") is None:
+        following.insert(0, ACTIVATIONS[act]().train(old.training))
         notes.append("its activation follows, so the names of its parameters begin with '0.'")
-    notes.append(carry_rest(old, new))
+    if behind:
+        notes.append(f"its own {', '.join(own_modules(old))} follow, so the names of its parameters begin with '0.'")
+    elif behind is None:
+        notes.append(f"converted as a {base.__name__}: what its own forward does else is gone")
+    new = nn.Sequential(norm, *following) if following else norm
+    new.training = old.training
+    if not behind:
+        notes.append(_carry_modules(old, new))
+    carry_hooks(old, new)
+    if getattr(old, "_compiled_call_impl", None) is not None:
+        notes.append("it was compiled by itself: call its compile() again")
     return new, "; ".join(filter(None, notes))
+
+
+def _carry_modules(old: nn.Module, new: nn.Module) -> str:
+    """Modules of a user's class that its forward does not call stay where somebody else may look for them."""
+    own = own_modules(old)
+    for name, module in own.items():
+        if isinstance(new, nn.Sequential) or hasattr(new, name):
+            raise Refusal(f"it has a module of its own, {name}, which has no place in a {type(new).__name__}")
+        new.add_module(name, module)
+    return f"its own {', '.join(own)} carried" if own else ""
 
 
 def _described(new: nn.Module) -> str:
     if isinstance(new, nn.Sequential):
-        return f"{_described(new[0])}, {type(new[1]).__name__}"
+        return ", ".join([_described(new[0]), *(type(module).__name__ for module in list(new)[1:])])
     return f"{kind_of(new)}({new.extra_repr()})"
 
 
@@ -199,7 +287,17 @@ def changeable(verb: str, model: nn.Module) -> None:
 
 
 def copied(model: nn.Module, verb: str) -> nn.Module:
+    """A copy that does not depend on the original."""
     try:
-        return copy.deepcopy(model)
+        new = copy.deepcopy(model)
     except Exception as error:
         raise type(error)(f"{error}\n{verb} could not copy the model: pass inplace=True to change it itself") from error
+    originals = {id(module) for module in model.modules()}
+    for name, module in new.named_modules():
+        if is_bound(module) and any(id(other) in originals for other in reached(vars(module)["forward"])):
+            raise ValueError(
+                f"{name or 'the model'} ({kind_of(module)}) has a forward bound to this very instance, which calls "
+                f"modules of the model by itself: in a copy it would go on calling the original's. {verb} with "
+                "inplace=True, or take that forward off first"
+            )
+    return new

@@ -8,13 +8,40 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from normwise.nn.construct import eps_of
 from normwise.surgery.convert import ACTIVATIONS, changeable, copied
 from normwise.surgery.graph import CONVS, LINEAR, TRANSPOSED, Calls, ways_through
 from normwise.surgery.report import Change, Refusal, Report, Skip, Surgery
-from normwise.surgery.select import BATCH, Layer, Where, chosen, kind_of, layers
+from normwise.surgery.select import BATCH, Layer, Where, chosen, kind_of, known_base, layers, option
 
 _BY_FEATURES = (nn.LayerNorm, nn.RMSNorm)
-_ROWS = "taken to be of rows (N, C): pass example= to be sure"
+_LAYOUTS = {2: "rows (N, C)", 3: "shape (N, C, L)", 4: "shape (N, C, H, W)", 5: "shape (N, C, D, H, W)"}
+
+
+class HasAxes(nn.Identity):
+    """What `fold` leaves in the place of a norm that was folded for inputs of one number of axes: it refuses others."""
+
+    def __init__(self, axes: int) -> None:
+        super().__init__()
+        self.axes = axes
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input. Raises ValueError if it has another number of axes."""
+        return _with_axes(input, self.axes)
+
+    def extra_repr(self) -> str:
+        return f"axes={self.axes}"
+
+
+@fx.wrap
+def _with_axes(x: Tensor, axes: int) -> Tensor:
+    """One node to torch.fx, which cannot follow a condition."""
+    if x.dim() != axes:
+        raise ValueError(
+            f"expected {axes} axes, for which a norm was folded here, but got shape {tuple(x.shape)}: with these the "
+            "norm and the layer beside it work on different axes. Pass such an input to fold as example="
+        )
+    return x
 
 
 def fold(model: nn.Module, example: Any = None, *, where: Where = None, inplace: bool = False) -> Surgery:
@@ -32,12 +59,14 @@ def fold(model: nn.Module, example: Any = None, *, where: Where = None, inplace:
 
     Only what is exact is folded: torch.fx follows the model's forward, and where the result between the two layers is
     used elsewhere too, a layer is called twice or shares a weight, or anything else looks on, the pair is left alone
-    and the report says why. The report notes what the result relies on: beside a linear layer, which works on the last
-    axis, a BatchNorm, which works on axis 1, is taken to be of rows (N, C) unless there is an `example`.
+    and the report says why. A linear layer works on the last axis and a BatchNorm on axis 1, which are the same in rows
+    (N, C) only; nor is it the same where a convolution takes an input without a batch. So where the norm's class leaves
+    the number of axes open (BatchNorm1d, SyncBatchNorm), a check stays in its place that refuses other inputs, unless
+    there is an `example`.
 
     Args:
         model: in evaluation; left as it is, unless `inplace`.
-        example: the argument of one call, or a tuple of them; sizes are then known rather than assumed.
+        example: the argument of one call, or a tuple of them; the axes are then known rather than checked in each call.
         where: which norms: a pattern of names, a class, several of these, or a function of name and module.
         inplace: change `model` itself, and return it.
 
@@ -76,10 +105,9 @@ def fold(model: nn.Module, example: Any = None, *, where: Where = None, inplace:
             into, *notes = result
             report.changed.append(Change(one.name, one.kind, into, "; ".join(filter(None, [*notes, note]))))
     if not report.changed:
-        reasons = "".join(f"\n  {name or '(the model)'}: {layer}: {reason}" for name, layer, reason in report.skipped)
         raise ValueError(
             "fold found no norm that can be folded exactly: it takes BatchNorm beside a convolution or a linear layer, "
-            f"and LayerNorm before a linear layer, called one after the other and nowhere else.{reasons}"
+            f"and LayerNorm before a linear layer, called one after the other and nowhere else.{report.reasons}"
         )
     return Surgery(model, report)
 
@@ -113,9 +141,9 @@ def _foldable(norm: nn.Module, ways: list[Calls]) -> None:
         raise Refusal("track_running_stats=False: it follows its batches in evaluation too")
     if isinstance(norm, _BY_FEATURES) and (norm.weight is None or len(norm.normalized_shape) != 1):
         raise Refusal("it has no gain to fold" if norm.weight is None else "it normalizes several axes")
-    if isinstance(norm, _BY_FEATURES) and getattr(norm, "dim", None) not in (None, -1, (-1,)):
+    if isinstance(norm, _BY_FEATURES) and option(norm, "dim") not in (None, -1, (-1,)):
         raise Refusal("it does not normalize the last axis, on which a linear layer works")
-    if isinstance(norm, _BY_FEATURES) and getattr(norm, "act", None) is not None:
+    if isinstance(norm, _BY_FEATURES) and option(norm, "act") is not None:
         raise Refusal("an activation follows its gain and bias")
 
 
@@ -127,7 +155,7 @@ def _into_previous(model: nn.Module, one: Layer, ways: list[Calls]) -> list[str]
     (layer,) = found
     if layer.weight.shape[1 if isinstance(layer, TRANSPOSED) else 0] * _groups(layer, TRANSPOSED) != norm.num_features:
         raise Refusal(f"the {kind_of(layer)} before it has another number of channels")
-    note = _rows(ways, norm, layer)
+    axes = _open_axes(ways, norm, layer)
     scale, shift = _scale_and_shift(norm)
     weight = layer.weight.double()
     if isinstance(layer, TRANSPOSED):  # (in, out / groups, ...), and group after group along `in`
@@ -137,26 +165,30 @@ def _into_previous(model: nn.Module, one: Layer, ways: list[Calls]) -> list[str]
         weight = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
     bias = shift if layer.bias is None else shift + scale * layer.bias.double()
     _set(layer, weight, bias)
-    _take_out(model, one, ways)
-    return [f"folded into {_named(model, layer)}", note]
+    _take_out(model, one, ways, axes)
+    return [f"folded into {_named(model, layer)}", _assumed(axes)]
 
 
 def _into_next(model: nn.Module, one: Layer, ways: list[Calls]) -> list[str]:
     norm = one.module
-    if getattr(norm, "act", None) is not None:
+    if option(norm, "act") is not None:
         raise Refusal("its activation stands between it and the layer behind it")
     behind = _behind(ways, norm, (*CONVS, nn.Linear))
-    notes = []
+    found = set()
     for layer in behind:
         if isinstance(layer, CONVS) and any(layer._reversed_padding_repeated_twice) and layer.padding_mode == "zeros":
             raise Refusal("the convolution behind it pads with zeros, which the norm does not see")
         if layer.weight.shape[1] * _groups(layer, CONVS) != norm.num_features:
             raise Refusal(f"the {kind_of(layer)} behind it takes another number of channels")
-        notes.append(_rows(ways, norm, layer))
+        found.add(_open_axes(ways, norm, layer))
+    if len(found) > 1:
+        raise Refusal("the layers behind it work on inputs of different numbers of axes")
+    (axes,) = found
     for layer in behind:
         _scale_input(layer, *_scale_and_shift(norm))
-    _take_out(model, one, ways)
-    return [f"folded into {', '.join(_named(model, layer) for layer in behind)}", *dict.fromkeys(notes)]
+    _take_out(model, one, ways, axes)
+    into = ", ".join(_named(model, layer) for layer in behind)
+    return [f"folded into {into}", _assumed(axes)]
 
 
 def _gain_into_next(model: nn.Module, norm: Any, ways: list[Calls]) -> list[str]:
@@ -202,20 +234,31 @@ def _behind(ways: list[Calls], norm: nn.Module, kinds: tuple[type[nn.Module], ..
     return found[0]
 
 
-def _rows(ways: list[Calls], norm: nn.Module, layer: nn.Module) -> str:
-    """What must be assumed of the axes: a linear layer works on the last one, a BatchNorm on axis 1."""
+def _open_axes(ways: list[Calls], norm: nn.Module, layer: nn.Module) -> int | None:
+    """How many axes the norm's input must have for both layers to work on the same one; None where that is certain.
+
+    Raises:
+        Refusal: it has another number.
+    """
+    axes = 2 if isinstance(layer, nn.Linear) else layer.weight.dim()  # type: ignore[operator]
+    taken = {"1d": (2, 3), "2d": (4,), "3d": (5,)}.get(known_base(norm).__name__[-2:], (2, 3, 4, 5))
     known = ways[0].call(norm).meta.get("tensor_meta")
     if known is not None:
-        axes = 2 if isinstance(layer, nn.Linear) else layer.weight.dim()  # type: ignore[operator]
-        if len(known.shape) != axes:
-            raise Refusal(f"beside a {kind_of(layer)} its input must have {axes} axes, but has {len(known.shape)}")
-        return ""
-    return _ROWS if isinstance(layer, nn.Linear) else ""
+        taken = (len(known.shape),)
+    if axes not in taken:
+        has = taken[0] if len(taken) == 1 else taken
+        raise Refusal(f"beside a {kind_of(layer)} its input must have {axes} axes, but has {has}")
+    return axes if len(taken) > 1 else None
+
+
+def _assumed(axes: int | None) -> str:
+    """What a report says of it."""
+    return f"taken to be of {_LAYOUTS[axes]}: pass example= to be sure; other inputs are refused" if axes else ""
 
 
 def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
     """s and t of a BatchNorm in evaluation, s * x + t, in float64."""
-    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+    scale = torch.rsqrt(norm.running_var.double() + eps_of(norm))
     if norm.weight is not None:
         scale = scale * norm.weight.double()
     shift = -scale * norm.running_mean.double()
@@ -245,13 +288,15 @@ def _set(layer: Any, weight: Tensor, bias: Tensor | None) -> None:
         layer.bias.copy_(bias)
 
 
-def _take_out(model: nn.Module, one: Layer, ways: list[Calls]) -> None:
-    """An identity, or the norm's activation, stands in all its places from now on."""
-    act = getattr(one.module, "act", None)
+def _take_out(model: nn.Module, one: Layer, ways: list[Calls], axes: int | None) -> None:
+    """An identity stands in all its places from now on, or what remains: a check of the axes, the norm's activation."""
+    act = option(one.module, "act")
     if act is None:
         for way in ways:
             way.remove(one.module)
-    left = nn.Identity() if act is None else ACTIVATIONS[act]()
+    left: nn.Module = nn.Identity() if axes is None else HasAxes(axes)
+    if act is not None:
+        left = ACTIVATIONS[act]() if axes is None else nn.Sequential(left, ACTIVATIONS[act]())
     left.train(False)
     for name in one.names:
         parent, _, key = name.rpartition(".")

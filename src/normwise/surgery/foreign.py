@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normwise.surgery.select import BATCH
+from normwise.surgery.select import BATCH, NORMS, RECURRENT
 
 
 def from_keras_momentum(momentum: float) -> float:
@@ -64,7 +64,9 @@ def from_keras(
 
     Raises:
         ValueError: not as many weights as these arguments mean, of different shapes, or momentum outside [0, 1].
+        TypeError: `layer` is no class of norm layers.
     """
+    _norm_class("from_keras", layer)
     names = [*(["gamma"] if scale else []), *(["beta"] if center else [])]
     if issubclass(layer, BATCH):
         names += ["moving_mean", "moving_variance"]
@@ -108,7 +110,9 @@ def from_flax(
     Raises:
         ValueError: names that are not these, statistics missing or not wanted, shapes that differ, momentum outside
             [0, 1].
+        TypeError: `layer` is no class of norm layers.
     """
+    _norm_class("from_flax", layer)
     stats = batch_stats or {}
     if set(params) - {"scale", "bias"} or set(stats) - {"mean", "var"}:
         raise ValueError(
@@ -123,6 +127,34 @@ def from_flax(
         epsilon = 1e-5 if wanted else 1e-6
     tensors = tuple(None if value is None else torch.as_tensor(value) for value in values)
     return _built(layer, tensors, epsilon, momentum, options)
+
+
+def _norm_class(verb: str, layer: Any) -> None:
+    """Raises TypeError for what is no class of norm layers, with what to do about a recurrent layer."""
+    if not isinstance(layer, type):
+        named = type(layer).__name__ if isinstance(layer, NORMS) else "BatchNorm2d"
+        got, cure = repr(layer), f"give the class itself, e.g. normwise.{named}"
+    elif issubclass(layer, NORMS):
+        return
+    elif issubclass(layer, RECURRENT):
+        got, cure = layer.__name__, f"copy recurrent weights by hand: {_RECURRENT[verb]}"
+    else:
+        got, cure = layer.__name__, "copy the weights of other layers by hand"
+    raise TypeError(f"{verb} expects a class of norm layers, such as normwise.BatchNorm2d, but got {got}: {cure}")
+
+
+# How the weights of the other library's recurrent layers become torch's.
+_RECURRENT = {
+    "from_keras": (
+        "weight_ih_l0 is kernel.T and weight_hh_l0 recurrent_kernel.T; bias_ih_l0 is the bias and bias_hh_l0 zero, or, "
+        "where a GRU with reset_after=True has two rows, these two. An LSTM's gates have one order (i, f, c, o); a "
+        "GRU's blocks are z, r, h there and r, z, n (r, z, h) in torch"
+    ),
+    "from_flax": (
+        "the blocks of weight_ih_l0 are the transposed kernels of ii, if, ig, io (a GRU: ir, iz, in), those of "
+        "weight_hh_l0 of hi, hf, hg, ho (hr, hz, hn), and the biases likewise"
+    ),
+}
 
 
 def _built(

@@ -58,8 +58,7 @@ def freeze(model: nn.Module, *, affine: bool = True, where: Where = None) -> Rep
     if not report.changed:
         raise ValueError(
             "freeze found no layer with running statistics in the model: LayerNorm, GroupNorm and the like have none; "
-            "to fix their gain and bias set requires_grad_(False) on them"
-            + "".join(f"\n  {name or '(the model)'}: {layer}: {reason}" for name, layer, reason in report.skipped)
+            "to fix their gain and bias set requires_grad_(False) on them" + report.reasons
         )
     return report
 
@@ -130,6 +129,8 @@ def _memory(layer: nn.Module) -> _StaysInEval:
 
 def _why_not(layer: nn.Module) -> str | None:
     """What keeps a layer from being frozen: there is nothing to freeze, or too much would be."""
+    if "train" in vars(layer) and not is_frozen(layer):
+        return "a train() is bound to this very instance, which freezing would replace: take it off first"
     if isinstance(layer, RECURRENT):
         how = getattr(layer, "recurrence", None)
         if how is None or how.norm != "batch":

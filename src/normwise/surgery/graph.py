@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
+from normwise.surgery.forwards import held, is_bound, overrides_forward, own_modules
 from normwise.surgery.report import Refusal
 from normwise.surgery.select import NORMS, RECURRENT, kind_of, known_base
 
@@ -25,6 +26,7 @@ class Calls:
         self.graph = _Tracer().trace(model, arguments)
         uses = Counter(id(p) for module in model.modules() for p in module._parameters.values())
         self._tied = {key for key, count in uses.items() if count > 1}
+        self._held = held(model)
         # What a layer of torch.nn that is one node here calls within it.
         called = (self.module(node) for node in self.graph.nodes)
         self._inside = {id(part) for layer in called if layer for part in layer.modules() if part is not layer}
@@ -52,8 +54,13 @@ class Calls:
             raise Refusal(f"the {what} has hooks, which see what folding takes away")
         if parametrize.is_parametrized(module):
             raise Refusal(f"the {what} is parametrized: torch.nn.utils.parametrize.remove_parametrizations first")
-        if module.forward.__func__ is not known_base(module).forward:  # type: ignore[attr-defined]
-            raise Refusal(f"the {what} has a forward of its own")
+        if overrides_forward(module, known_base(module)):
+            bound = ", bound to this very instance: take it off first" if is_bound(module) else ""
+            raise Refusal(f"the {what} has a forward of its own{bound}")
+        if id(module) in self._held:
+            raise Refusal(f"the forward that is bound to {self._held[id(module)]} holds the {what} by itself")
+        if own := own_modules(module):
+            raise Refusal(f"the {what} has modules of its own ({', '.join(own)}), which would be lost")
         if any(id(parameter) in self._tied for parameter in module._parameters.values() if parameter is not None):
             raise Refusal(f"the {what} shares a parameter with another layer")
         for node in self.graph.nodes:
@@ -75,6 +82,11 @@ def ways_through(model: nn.Module) -> tuple[list[Calls], str]:
     Raises:
         ValueError: the forward cannot be followed.
     """
+    if is_bound(model):
+        raise ValueError(
+            "fold follows the forward of the model's class, but another one is bound to this very instance (as by "
+            "accelerate's hooks): take it off first, and put it on again afterwards"
+        )
     parameters = inspect.signature(model.forward).parameters.values()
     left_out = {p.name: p.default for p in parameters if p.default is not p.empty}
     try:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
-Progress: TypeAlias = bool | Callable[[int, int | None], None]
+Told: TypeAlias = Callable[[int, int | None], None]
+Progress: TypeAlias = bool | Told
+
+
+def told(progress: Progress, verb: str) -> AbstractContextManager[Told]:
+    """A function of what is done and of the total, None if unknown, that shows it.
+
+    Args:
+        progress: False shows nothing, True a bar on stderr; or such a function.
+        verb: what is being done, beside the bar.
+    """
+    return nullcontext(progress) if callable(progress) else _bar(verb) if progress else nullcontext(lambda *_: None)
 
 
 @contextmanager
-def shown(progress: Progress) -> Iterator[Callable[[Iterable[Any], int], Iterator[Any]]]:
-    """A function of (batches, passes) that goes over the batches and shows what is done of all passes.
-
-    Args:
-        progress: False shows nothing, True a bar; or a function of the number of batches done and their total, None
-            if the batches have no length.
-    """
+def shown(progress: Progress, verb: str) -> Iterator[Callable[[Iterable[Any], int], Iterator[Any]]]:
+    """A function of (batches, passes) that goes over the batches and shows what is done of all passes: see `told`."""
     done = 0
 
     def over(batches: Iterable[Any], passes: int) -> Iterator[Any]:
@@ -28,24 +34,23 @@ def shown(progress: Progress) -> Iterator[Callable[[Iterable[Any], int], Iterato
             done += 1
             report(done, total)
 
-    with (
-        nullcontext(progress) if callable(progress) else _bar() if progress else nullcontext(lambda done, total: None)
-    ) as report:
+    with told(progress, verb) as report:
         yield over
 
 
 @contextmanager
-def _bar() -> Iterator[Callable[[int, int | None], None]]:
+def _bar(verb: str) -> Iterator[Told]:
     try:
+        from rich.console import Console
         from rich.progress import Progress as Bar
     except ModuleNotFoundError:
-        yield _line
+        yield lambda done, total: _line(verb, done, total)
         print(file=sys.stderr)
         return
-    with Bar(transient=True) as bar:
-        task = bar.add_task("recalibrate", total=None)
+    with Bar(transient=True, console=Console(stderr=True)) as bar:
+        task = bar.add_task(verb, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _line(done: int, total: int | None) -> None:
-    print(f"\rrecalibrate: batch {done}" + (f" of {total}" if total else ""), end="", file=sys.stderr, flush=True)
+def _line(verb: str, done: int, total: int | None) -> None:
+    print(f"\r{verb}: batch {done}" + (f" of {total}" if total else ""), end="", file=sys.stderr, flush=True)

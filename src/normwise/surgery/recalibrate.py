@@ -13,18 +13,31 @@ from torch import Tensor, nn
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm
 from normwise.ops import ranks
 from normwise.reference import Moments
+from normwise.surgery.batches import Forward, run
+from normwise.surgery.forwards import normalizes_its_input
 from normwise.surgery.freeze import is_frozen
 from normwise.surgery.pools import Pool, pool_of
 from normwise.surgery.progress import Progress, shown
 from normwise.surgery.report import Change, Report, Skip
-from normwise.surgery.select import BATCH, INSTANCE, RECURRENT, Layer, Where, chosen, has_norm, layers, require_module
+from normwise.surgery.select import (
+    BATCH,
+    INSTANCE,
+    RECURRENT,
+    Layer,
+    Where,
+    chosen,
+    has_norm,
+    known_base,
+    layers,
+    require_module,
+)
 
 
 def recalibrate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
+    forward: Forward | None = None,
     exact: bool = False,
     where: Where = None,
     process_group: Any = None,
@@ -58,10 +71,10 @@ def recalibrate(
     Args:
         model: its layers of torch.nn and normwise that keep running statistics are recalibrated; those that `freeze`
             froze are not.
-        batches: what to run, e.g. a DataLoader. A tensor is the model's argument, of a tuple or list the first element
-            is, a mapping gives keyword arguments. With `exact` it must be one that can be gone over many times.
-        forward: runs the model on a batch, for other structures and devices:
-            `lambda model, batch: model(batch["image"].cuda())`.
+        batches: what to run, e.g. a DataLoader: tensors, pairs ((x, lengths), target) whose target is left aside, or
+            mappings, which give keyword arguments; `normwise.surgery.batches` has the convention. With `exact` it must
+            be one that can be gone over many times.
+        forward: runs the model on a batch of any other structure: `lambda model, batch: model(batch.image.cuda())`.
         exact: see above.
         where: which layers, as in `freeze`; None means all.
         process_group: the ranks whose values are pooled; None for all, where torch.distributed is initialised. All of
@@ -73,7 +86,8 @@ def recalibrate(
         What was recalibrated, from how many values, and what was skipped and why.
 
     Raises:
-        ValueError: there is no layer with running statistics, no batch, or no finite value.
+        ValueError: there is no layer with running statistics, no batch, no finite value, or a batch of three and more
+            parts without `forward=`.
         TypeError: not a model, or not an iterable of batches.
         RuntimeError: a process group that is not initialised, or a rank that did not answer.
         Whatever the model raises. After an error statistics, counters and modes are as they were.
@@ -98,16 +112,15 @@ def recalibrate(
     if not wanted:
         raise ValueError(
             "recalibrate found no norm with running statistics in the model: the others keep none and need no "
-            "recalibration" + "".join(f"\n  {name}: {kind}: {reason}" for name, kind, reason in report.skipped)
+            f"recalibration{report.reasons}"
         )
     if exact and iter(batches) is iter(batches):
         raise ValueError(
             "exact=True goes over the batches once for each layer, but these can be gone over only once: pass a list "
             "or a DataLoader instead of an iterator"
         )
-    with shown(progress) as show:
-        run = _Run(model, batches, forward or _call, process_group, show)
-        _recalibrate(run, wanted, exact, report)
+    with shown(progress, "recalibrate") as show:
+        _recalibrate(_Run(model, batches, forward or run, process_group, show), wanted, exact, report)
     return report
 
 
@@ -123,7 +136,7 @@ def _recalibrate(run: _Run, wanted: list[Layer], exact: bool, report: Report) ->
             else:
                 report.skipped.append(Skip(one.name, one.kind, reason))
         if not report.changed:
-            reasons = "".join(f"\n  {name}: {kind}: {reason}" for name, kind, reason in report.skipped)
+            reasons = report.reasons
             if not run.done:
                 reasons = " no batch came: an iterator that was gone over before is empty, a DataLoader is not"
             raise ValueError(f"recalibrate found nothing to take statistics of:{reasons}")
@@ -136,7 +149,7 @@ class _Run:
         self,
         model: nn.Module,
         batches: Iterable[Any],
-        forward: Callable[[nn.Module, Any], Any],
+        forward: Forward,
         process_group: Any,
         show: Callable[[Iterable[Any], int], Iterator[Any]],
     ) -> None:
@@ -254,13 +267,12 @@ def _why_not(layer: nn.Module) -> str | None:
         return "it is frozen: normwise.unfreeze first"
     if not isinstance(layer, RECURRENT) and layer.running_mean is None:
         return "track_running_stats=False: it keeps no statistics"
+    if not normalizes_its_input(layer):
+        return (
+            f"it has a forward of its own, which may give {known_base(layer).__name__}'s something else than its input "
+            "to normalize; one that is bound to the instance, as accelerate's hooks are, take off first"
+        )
     return None
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def _on(found: Moments, layer: nn.Module) -> Moments:

@@ -13,7 +13,7 @@ from normwise.nn import recurrent_parameters as parameters
 from normwise.nn.recurrent_base import Recurrent
 from normwise.reference.recurrence import Recurrence
 from normwise.surgery.carry import carry_tensors, rebuild
-from normwise.surgery.report import Refusal
+from normwise.surgery.report import AlreadyOne, Refusal
 from normwise.surgery.select import has_norm, known_base
 
 _SIZES = ("input_size", "hidden_size")
@@ -57,7 +57,7 @@ def namesake(layer: nn.Module, home: ModuleType) -> tuple[nn.Module, str]:
     """The layer of the same name in torch.nn or normwise.nn, which computes the same."""
     torch_home = home is nn
     if known_base(layer).__module__.startswith("torch." if torch_home else "normwise."):
-        raise Refusal("is one already")
+        raise AlreadyOne()
     if has_norm(layer):
         raise Refusal(f"torch.nn has no layer with norm={layer.recurrence.norm!r} inside")
     name = _name(layer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from torch import nn
 
@@ -43,6 +43,11 @@ class Report:
     changed: list[Change] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
 
+    @property
+    def reasons(self) -> str:
+        """What was skipped and why, as the last lines of an error that says that nothing was changed."""
+        return "".join(f"\n  {_place(name)}: {layer}: {reason}" for name, layer, reason in self.skipped)
+
     def __str__(self) -> str:
         width = max((len(_place(entry[0])) for entry in (*self.changed, *self.skipped)), default=0)
         lines = [f"{self.verb}: {len(self.changed)} changed, {len(self.skipped)} skipped"]
@@ -59,9 +64,30 @@ class Surgery(NamedTuple):
     model: nn.Module
     report: Report
 
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises TypeError: this is not the model."""
+        raise TypeError(_PAIR)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        known = hasattr(self.model, name)
+        raise AttributeError(f"'Surgery' object has no attribute {name!r}" + (f": {_PAIR}" if known else ""))
+
 
 class Refusal(Exception):
     """Why one layer cannot be changed; caught by the operation and entered into its report."""
+
+
+class AlreadyOne(Refusal):
+    """Nothing is to be done: the layer is what it was to become."""
+
+    def __init__(self) -> None:
+        super().__init__("is one already")
+
+
+_PAIR = (
+    "convert and fold return the model and a report: write `model, report = normwise.convert(...)`, or take "
+    "`normwise.convert(...).model`"
+)
 
 
 def _place(name: str) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -55,6 +56,14 @@ def kind_of(module: nn.Module) -> str:
 def known_base(layer: nn.Module) -> type[nn.Module]:
     """The class of torch.nn or of normwise that `layer` is of, or derived from."""
     return next(cls for cls in class_of(layer).__mro__ if cls.__module__.startswith(("torch.nn.", "normwise.nn.")))
+
+
+def option(layer: nn.Module, name: str) -> Any:
+    """What `layer` was told by the argument `name`, None where its known base takes none of this name.
+
+    What a user's class calls so by itself (its width `dim`, its module `act`) is something else.
+    """
+    return getattr(layer, name, None) if name in inspect.signature(known_base(layer)).parameters else None
 
 
 def require_module(verb: str, model: nn.Module) -> None:

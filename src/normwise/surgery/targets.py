@@ -1,95 +1,100 @@
 """What `convert` puts in the place of one norm layer, for each of its targets.
 
-A target takes a layer and the options of the call and returns the new layer and a note for the report, or raises
-`Refusal` with the reason why this layer stays.
+A target takes a layer, the shapes of the inputs that it meets (none where they are unknown) and the options of the
+call. It returns the new layer and a note for the report, or raises `Refusal` with the reason why this layer stays.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 import normwise.nn as ours
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm
 from normwise.surgery.carry import carry_tensors, rebuild
-from normwise.surgery.report import Refusal
-from normwise.surgery.select import BATCH, INSTANCE, class_of, known_base
+from normwise.surgery.groups import enough_channels, number_of_groups
+from normwise.surgery.report import AlreadyOne, Refusal
+from normwise.surgery.select import BATCH, INSTANCE, known_base, option
 
 Made: TypeAlias = tuple[nn.Module, str]
+Shapes: TypeAlias = Sequence[torch.Size]
 
 
-def to_batch(layer: nn.Module, *, spatial: int | None = None, **options: Any) -> Made:
+def to_batch(layer: nn.Module, met: Shapes, *, spatial: int | None = None, **options: Any) -> Made:
     """normwise.BatchNorm1d/2d/3d, by the number of axes behind the channels."""
-    return _batch_family(layer, "BatchNorm", spatial, options)
+    return _batch_family(layer, "BatchNorm", met, spatial, options)
 
 
-def to_renorm(layer: nn.Module, *, spatial: int | None = None, **options: Any) -> Made:
+def to_renorm(layer: nn.Module, met: Shapes, *, spatial: int | None = None, **options: Any) -> Made:
     """normwise.BatchRenorm1d/2d/3d."""
     if isinstance(layer, BATCH) and getattr(layer, "running_mean", None) is None:
         raise Refusal("track_running_stats=False: there are no running averages to correct a batch towards")
-    return _batch_family(layer, "BatchRenorm", spatial, options)
+    return _batch_family(layer, "BatchRenorm", met, spatial, options)
 
 
-def to_frozen(layer: nn.Module, *, spatial: int | None = None, **options: Any) -> Made:
+def to_frozen(layer: nn.Module, met: Shapes, *, spatial: int | None = None, **options: Any) -> Made:
     """normwise.FrozenBatchNorm1d/2d/3d."""
     if not isinstance(layer, BATCH):
         raise Refusal("it has no running statistics to be frozen to, as only BatchNorm has")
     if getattr(layer, "running_mean", None) is None:
         raise Refusal("track_running_stats=False: there are no statistics to be frozen to")
-    return _batch_family(layer, "FrozenBatchNorm", spatial, options)
+    return _batch_family(layer, "FrozenBatchNorm", met, spatial, options)
 
 
-def to_sync(layer: nn.Module, **options: Any) -> Made:
+def to_sync(layer: nn.Module, met: Shapes, **options: Any) -> Made:
     """normwise.SyncBatchNorm, of inputs of any rank."""
     if not isinstance(layer, BATCH):
         raise Refusal("its statistics are not over the batch: it is the same on every rank as it is")
     return _with_statistics(layer, _ours("SyncBatchNorm"), options)
 
 
-def to_group(layer: nn.Module, *, num_groups: int | Callable[[int], int] | None = None, **options: Any) -> Made:
-    """normwise.GroupNorm; by default with the most groups up to 32 that divide the channels.
-
-    Source of the 32: Wu & He 2018, section 4.1.
-    """
+def to_group(
+    layer: nn.Module, met: Shapes, *, num_groups: int | Callable[[int], int] | None = None, **options: Any
+) -> Made:
+    """normwise.GroupNorm, of as many groups as `groups.number_of_groups` says; a GroupNorm keeps its own."""
     if type(layer) is ours.GroupNorm and num_groups is None and not options:
-        raise Refusal("is one already")
+        raise AlreadyOne()
     channels = channels_of(layer)
-    if num_groups is None:
-        default = max(g for g in range(1, min(32, channels) + 1) if channels % g == 0)
-        num_groups = layer.num_groups if isinstance(layer, nn.GroupNorm) else default
-    groups = num_groups(channels) if callable(num_groups) else num_groups
+    if isinstance(layer, nn.GroupNorm) and num_groups is None:
+        groups, why = layer.num_groups, ""
+    else:
+        positions = min((math.prod(shape[2:]) for shape in met), default=None)
+        groups, why = number_of_groups(channels, _rank(layer), positions, num_groups)
     new = rebuild(layer, ours.GroupNorm, num_groups=groups, num_channels=channels, affine=_affine(layer), **options)
-    return _without_statistics(layer, new)
+    return _without_statistics(layer, new, why)
 
 
-def to_layer(layer: nn.Module, **options: Any) -> Made:
+def to_layer(layer: nn.Module, met: Shapes, **options: Any) -> Made:
     """normwise.LayerNorm; of what has channels on axis 1, over these channels: LayerNorm(C, dim=1)."""
     if type(layer) is ours.LayerNorm and not options:
-        raise Refusal("is one already")
+        raise AlreadyOne()
     if isinstance(layer, nn.LayerNorm):
         return _without_statistics(layer, rebuild(layer, ours.LayerNorm, **options))
     channels = channels_of(layer)
+    enough_channels(channels)
     given = {"normalized_shape": channels, "dim": 1, "elementwise_affine": _affine(layer), **options}
     return _without_statistics(layer, rebuild(layer, ours.LayerNorm, **given))
 
 
-def to_normwise(layer: nn.Module, **options: Any) -> Made:
+def to_normwise(layer: nn.Module, met: Shapes, **options: Any) -> Made:
     """The namesake in normwise, which computes the same."""
     base = known_base(layer)
     if base.__module__.startswith("normwise."):
-        raise Refusal("is one already")
+        raise AlreadyOne()
     new = rebuild(layer, _ours(base.__name__), **options)
     return new, _summary(layer, new, carry_tensors(layer, new))
 
 
-def to_torch(layer: nn.Module, **options: Any) -> Made:
+def to_torch(layer: nn.Module, met: Shapes, **options: Any) -> Made:
     """The namesake in torch.nn."""
     base = known_base(layer)
     if base.__module__.startswith("torch."):
-        raise Refusal("is one already")
+        raise AlreadyOne()
     name = base.__name__.replace("BatchRenorm", "BatchNorm").replace("FrozenBatchNorm", "BatchNorm")
     namesake: type[nn.Module] | None = getattr(nn, name, None)
     if namesake is None:
@@ -124,20 +129,20 @@ def channels_of(layer: nn.Module) -> int:
     if isinstance(layer, nn.GroupNorm):
         return layer.num_channels
     _whole(layer)
-    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and getattr(layer, "dim", None) in (1, (1,)):
+    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and option(layer, "dim") in (1, (1,)):
         return int(layer.normalized_shape[0])
     raise Refusal("it normalizes the last axes, where no channels of a batch stand that could take its gain and bias")
 
 
 def _whole(layer: nn.Module) -> None:
     """Raises `Refusal` for a LayerNorm or RMSNorm of one shard of the features."""
-    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and getattr(layer, "process_group", None) is not None:
+    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and option(layer, "process_group") is not None:
         raise Refusal("its features are spread over the ranks of a process group, of which the new layer knows nothing")
 
 
-def _batch_family(layer: nn.Module, family: str, spatial: int | None, options: dict[str, Any]) -> Made:
+def _batch_family(layer: nn.Module, family: str, met: Shapes, spatial: int | None, options: dict[str, Any]) -> Made:
     channels = channels_of(layer)
-    cls = _ours(f"{family}{_rank(layer, spatial)}d")
+    cls = _ours(f"{family}{_rank_or(layer, met, spatial)}d")
     if isinstance(layer, BATCH):
         return _with_statistics(layer, cls, options)
     given = {"num_features": channels, "affine": _affine(layer), "track_running_stats": True}
@@ -151,25 +156,35 @@ def _with_statistics(layer: nn.Module, cls: type[nn.Module], options: dict[str, 
     if "track_running_stats" not in inspect.signature(cls).parameters:
         del given["track_running_stats"]
     if known_base(layer) is cls and not options:
-        raise Refusal("is one already")
+        raise AlreadyOne()
     new = rebuild(layer, cls, **(given | options))
     return new, _summary(layer, new, carry_tensors(layer, new))
 
 
-def _without_statistics(layer: nn.Module, new: nn.Module) -> Made:
-    return new, _summary(layer, new, carry_tensors(layer, new, statistics=False))
+def _without_statistics(layer: nn.Module, new: nn.Module, *notes: str) -> Made:
+    return new, _summary(layer, new, carry_tensors(layer, new, statistics=False), *filter(None, notes))
 
 
-def _rank(layer: nn.Module, spatial: int | None) -> int:
-    """1, 2 or 3, as in BatchNorm2d."""
-    for cls in class_of(layer).__mro__:
-        if cls.__name__[-2:] in ("1d", "2d", "3d"):
-            return int(cls.__name__[-2])
+def _rank(layer: nn.Module) -> int | None:
+    """1, 2 or 3, as in BatchNorm2d; None where the class does not say it."""
+    name = known_base(layer).__name__
+    return int(name[-2]) if name[-2:] in ("1d", "2d", "3d") else None
+
+
+def _rank_or(layer: nn.Module, met: Shapes, spatial: int | None) -> int:
+    """The rank of the layer's class; or of the input, as `spatial` or an example tell it."""
+    rank = _rank(layer)
+    if rank is not None:
+        return rank
     if spatial is None:
-        raise Refusal(
-            "it does not say the rank of its input: pass spatial=, the number of axes behind the channels (2 for "
-            "images), with where= if it is not the same for all"
-        )
+        axes = {len(shape) - 2 for shape in met}
+        if len(axes) != 1:
+            raise Refusal(
+                "it does not say the rank of its input: pass example=, the argument of a call of the model, or "
+                "spatial=, the number of axes behind the channels (2 for images), with where= if it is not the same "
+                "for all"
+            )
+        (spatial,) = axes
     if spatial not in range(4):
         raise ValueError(f"spatial is the number of axes behind the channels, 0 to 3, but got {spatial!r}")
     return max(spatial, 1)

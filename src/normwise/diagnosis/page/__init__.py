@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import html
 import math
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from normwise.diagnosis.records import Diagnosis
+from normwise.diagnosis.table import place
 
 
 def page(diagnosis: Diagnosis) -> str:
@@ -19,6 +22,7 @@ def page(diagnosis: Diagnosis) -> str:
     environment.filters["short"] = short
     return environment.from_string((here / "page.html.j2").read_text("utf-8")).render(
         d=diagnosis,
+        place=place,
         facts=_facts(diagnosis),
         css=(here / "page.css").read_text("utf-8"),
         js=(here / "page.js").read_text("utf-8"),
@@ -27,12 +31,31 @@ def page(diagnosis: Diagnosis) -> str:
     )
 
 
+def framed(diagnosis: Diagnosis) -> str:
+    """The page as an element of another, such as a notebook: in a frame, which keeps its style and script to itself."""
+    try:
+        inside = page(diagnosis)
+    except ModuleNotFoundError:
+        note = "The page needs jinja2: pip install 'normwise[lab]'."
+        return f"<pre>{html.escape(str(diagnosis))}</pre><p>{note}</p>"
+    # Links to "#layer=..." are meant within the frame, whose base is otherwise the notebook's address.
+    inside = inside.replace("<head>", '<head>\n<base href="about:srcdoc">', 1)
+    # Scripts may run, but reach nothing outside the frame.
+    style = "width: 100%; height: 48rem; border: 0"
+    return f'<iframe title="normwise" sandbox="allow-scripts" style="{style}" srcdoc="{html.escape(inside)}"></iframe>'
+
+
 def write_page(diagnosis: Diagnosis, path: Path) -> None:
     """Write the page to `path`; a file that is there is replaced only by a whole one. OSError where it cannot be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
-    beside.write_text(page(diagnosis), encoding="utf-8")
-    beside.replace(path)
+    try:
+        beside.write_text(page(diagnosis), encoding="utf-8")
+        beside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise
 
 
 def short(value: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,11 @@ class Match(NamedTuple):
     evidence: dict[str, Any]
 
 
+def some(names: Sequence[str], most: int = 4) -> str:
+    """ "a, b, c, d and 7 more"."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 @dataclass(frozen=True)
 class Rule:
     """A row of the table.
@@ -23,7 +28,9 @@ class Rule:
     Attributes:
         code, title, severity: see `records.Finding`.
         matches: the function over the numbers.
-        cause, cure: texts with the evidence's names in braces, as in `str.format`; `{layer}` is the layer's name.
+        cause, cure: texts with the evidence's names in braces, as in `str.format`; `{layer}` is the layer's name, and
+            `{module}` is how a line of code gets at it. A line of code in a cure has its effect when it is run as
+            printed, on `model`, `batches` and `optimizer` as they were given.
         claims: ids of the published claims behind it.
         speaks_against: the norm that it speaks against where it can be foreseen without a measurement, for `recommend`:
             "batch", "none" or None.
@@ -42,7 +49,8 @@ class Rule:
 
     def findings(self, diagnosis: Diagnosis) -> Iterator[Finding]:
         for layer, evidence in self.matches(diagnosis):
-            words = {"layer": layer or "the model", **evidence}
+            module = f"model.get_submodule({layer!r})" if layer else "model"
+            words = {"layer": layer or "the model", "module": module, **evidence}
             yield Finding(
                 self.code,
                 self.severity,

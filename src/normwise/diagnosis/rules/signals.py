@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from normwise.diagnosis.records import Diagnosis, Layer, Recurrence
-from normwise.diagnosis.rules.rule import Match
+from normwise.diagnosis.rules.rule import Match, some
 
 # Share of a sigmoid's or tanh's inputs, or of a gate's values, in the flat part; share of ReLUs that never open.
 SATURATED, GATES, DEAD = 0.3, 0.5, 0.5
@@ -50,7 +50,7 @@ def gradient_by_depth(diagnosis: Diagnosis) -> Iterator[Match]:
 
 def gradient_by_time(diagnosis: Diagnosis) -> Iterator[Match]:
     for layer, inside in _insides(diagnosis):
-        gradients = [g for g in inside.gradient if g > 0 or math.isnan(g)]
+        gradients = [g for g in inside.gradient if g > 0]
         if len(gradients) < 3:
             continue
         evidence = _ratio(gradients[0], max(gradients) if gradients[0] < gradients[-1] else gradients[-1], BY_TIME)
@@ -66,7 +66,9 @@ def vanishing_or_exploding(diagnosis: Diagnosis) -> Iterator[Match]:
 
 
 def no_norm(diagnosis: Diagnosis) -> Iterator[Match]:
-    if any(layer.role == "norm" for layer in diagnosis.layers) or any(r.norm for _, r in _insides(diagnosis)):
+    if any(layer.role == "norm" or layer.may_be_norm for layer in diagnosis.layers):
+        return
+    if any(inside.norm for _, inside in _insides(diagnosis)):
         return
     stack = _with_gradients(diagnosis)
     sizes = [layer.output.all.std for layer in stack if layer.output is not None and layer.output.all.std > 0]
@@ -93,10 +95,65 @@ def growing_sums(diagnosis: Diagnosis) -> Iterator[Match]:
             yield Match(layer.name, evidence)
 
 
+def not_finite(diagnosis: Diagnosis) -> Iterator[Match]:
+    n = diagnosis.nonfinite
+    known = any(
+        layer.norm is not None and layer.norm.running and layer.norm.running.nonfinite for layer in diagnosis.layers
+    )
+    steps = 0 if diagnosis.training is None else sum(not math.isfinite(x) for x in diagnosis.training.losses)
+    counted = [
+        (n.outputs, f"{n.outputs} values of the model's output"),
+        (n.losses, f"the loss of {n.losses} of {diagnosis.data.batches} batches"),
+        (len(n.gradients), f"the gradients of {len(n.gradients)} parameters"),
+        # Running statistics that are spoilt are NW003's.
+        (0 if known else n.eval_outputs, f"{n.eval_outputs} values of the output in eval mode"),
+        (0 if n.losses else steps, f"the loss at {steps} of the watched steps, which was finite before"),
+    ]
+    what = [words for count, words in counted if count]
+    if not what:
+        return
+    layer, where = _first_not_finite(diagnosis)
+    whole = " and ".join([", ".join(what[:-1]), what[-1]] if len(what) > 1 else what)
+    yield Match(
+        layer,
+        {
+            "what": f"{whole[0].upper()}{whole[1:]} are NaN or infinite",
+            "where": where,
+            "outputs": n.outputs,
+            "losses": n.losses,
+            "gradients": some(n.gradients),
+        },
+    )
+
+
+def _first_not_finite(diagnosis: Diagnosis) -> tuple[str, str]:
+    """The first layer that has it, on the way forward or else on the way back, and that in words."""
+    n = diagnosis.nonfinite
+    called = [layer for layer in diagnosis.layers if layer.order is not None]
+    if n.inputs:
+        return "", f"{n.inputs} values of the batches themselves are"
+    for place, layer in enumerate(called if n.outputs or n.losses or n.gradients else []):
+        if layer.output is not None and layer.output.all.nonfinite:
+            if layer.input is None or not layer.input.all.nonfinite:
+                return layer.name, f"The first layer that has it is {layer.name!r}: it gets finite numbers"
+            before = f"since {called[place - 1].name!r}, called before it" if place else "before it is called"
+            return layer.name, f"The first layer that has it is {layer.name!r}, where it comes in: it arises {before}"
+    for place, layer in reversed(list(enumerate(called if n.gradients and not n.outputs and not n.losses else []))):
+        g = layer.gradient
+        if g is not None and g.output is not None and not math.isfinite(g.output):
+            behind = (
+                f"between it and {called[place + 1].name!r}" if place + 1 < len(called) else "between it and the loss"
+            )
+            return layer.name, f"On the way back the first layer that has it is {layer.name!r}: it arises {behind}"
+        if g is not None and not all(math.isfinite(size) for size in g.weights.values()):
+            return layer.name, f"On the way back the first layer that has it is {layer.name!r}, at its weights"
+    return "", "No layer has it: it arises behind them, in the model's own code or in the loss"
+
+
 def _with_gradients(diagnosis: Diagnosis) -> list[Layer]:
-    """Layers with weights in the order of their calls, where a gradient (perhaps NaN) arrives."""
+    """Layers with weights in the order of their calls, where a gradient arrives."""
     roles = ("linear", "conv", "recurrent", "attention")
-    return [layer for layer in diagnosis.layers if layer.role in roles and not _output(layer) <= 0]
+    return [layer for layer in diagnosis.layers if layer.role in roles and _output(layer) > 0]
 
 
 def _output(layer: Layer) -> float:
@@ -112,7 +169,7 @@ def _insides(diagnosis: Diagnosis) -> Iterator[tuple[Layer, Recurrence]]:
 def _ratio(early: float, late: float, limit: float) -> dict[str, object] | None:
     """Evidence where the gradient `early` in the net or sequence is far below or above that `late`."""
     if not math.isfinite(early) or not math.isfinite(late):
-        return {"how": "is not finite", "first": early, "last": late, "ratio": math.nan}
+        return None  # NW017 says so
     if early and late and not 1 / limit < early / late < GROWN:
         how = "vanishes" if early < late else "explodes"
         return {"how": how, "first": early, "last": late, "ratio": early / late}
@@ -121,8 +178,12 @@ def _ratio(early: float, late: float, limit: float) -> dict[str, object] | None:
 
 def _norms(diagnosis: Diagnosis) -> dict[str, str]:
     names = [layer.name for layer in diagnosis.layers if layer.role == "norm" and layer.calls]
-    some = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return {"norms": f"norms stand at {some}" if names else "no norm stands in between"}
+    unknown = [layer.name for layer in diagnosis.layers if layer.may_be_norm]
+    if names:
+        return {"norms": f"norms stand at {some(names)}"}
+    if unknown:
+        return {"norms": f"unknown layers that may be norms stand at {some(unknown)}"}
+    return {"norms": "no norm stands in between"}
 
 
 def _factor(a: float, b: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -13,6 +14,8 @@ from normwise.diagnosis.rules.rule import Match
 # A mean of m values strays by 1/sqrt(m) deviations: a quarter of one at 16. Positions of one image are much alike, so
 # samples count as well: below 4 of them Wu & He (2018) see the error rise steeply.
 FEWEST_VALUES, FEWEST_SAMPLES = 16, 4
+# Below this many channels a norm of one row says next to nothing, and `normwise.convert` refuses it.
+FEWEST_IN_A_GROUP = 4
 # How far running statistics may be from the data's, medians over the channels, before noise is allowed for: half a
 # deviation, or a factor of two in the variance.
 DISTANCE, LOG_RATIO = 0.5, 1.0
@@ -42,17 +45,27 @@ def few_values(diagnosis: Diagnosis) -> Iterator[Match]:
         ranks = diagnosis.ranks if norm.synchronized else 1
         values, samples = norm.values * ranks, norm.samples * ranks
         if norm.kind == "batch" and (values < FEWEST_VALUES or samples < FEWEST_SAMPLES):
-            yield Match(layer.name, _few(values, samples))
+            yield Match(layer.name, _few(values, samples, _instead(layer)))
         elif norm.kind == "instance" and values < FEWEST_SAMPLES:
-            yield Match(layer.name, _few(values, 1))
+            yield Match(layer.name, _few(values, 1, _instead(layer)))
     smallest = min(diagnosis.data.sizes)
     for layer in diagnosis.layers:
         if any(inside.norm == "batch" for inside in layer.recurrence) and 0 < smallest < FEWEST_VALUES:
-            yield Match(layer.name, _few(smallest, smallest))
+            inside = "norm='layer' inside the recurrence, where the layer is built"
+            yield Match(layer.name, _few(smallest, smallest, inside))
 
 
-def _few(values: int, samples: int) -> dict[str, float]:
-    return {"values": values, "samples": samples, "wander": 1 / math.sqrt(values)}
+def _few(values: int, samples: int, instead: str) -> dict[str, Any]:
+    return {"values": values, "samples": samples, "wander": 1 / math.sqrt(values), "instead": instead}
+
+
+def _instead(layer: Layer) -> str:
+    """A norm that needs no batch, unless `normwise.convert` would refuse it for what it would have to go by."""
+    shape = layer.input.shape if layer.input is not None else []
+    renorm = "model, _ = normwise.convert(model, to='renorm'), which leans on running statistics"
+    if 1 < len(shape) < 4 and shape[1] < FEWEST_IN_A_GROUP:
+        return renorm
+    return f"model, _ = normwise.convert(model, to='group'), whose statistics are those of one sample; or {renorm}"
 
 
 def far_running(diagnosis: Diagnosis) -> Iterator[Match]:

@@ -13,9 +13,7 @@ RULES: tuple[Rule, ...] = (
         statistics.few_values,
         "In train mode a channel's mean and variance come from {values} values of {samples} samples: the mean strays "
         "by {wander:.2g} deviations from batch to batch, and what a sample becomes depends on its neighbours.",
-        "model, _ = normwise.convert(model, to='group'), whose statistics are those of one sample; or to='renorm', "
-        "which leans on running ones; or larger batches. If only the last batch is this small: "
-        "DataLoader(..., drop_last=True)",
+        "{instead}; or larger batches. If only the last batch is this small: drop_last=True for the DataLoader",
         ("small-batch", "train-eval-gap", "batch-of-one"),
         "batch",
         circumstances.few_samples,
@@ -46,8 +44,8 @@ RULES: tuple[Rule, ...] = (
         statistics.padding_enters,
         "{padding:.0%} of the positions that mean and variance are taken over are padding (as {told_by} tells); they "
         "move a channel's mean by {shift:.2g} deviations.",
-        "normwise.convert(model, to='normwise') and call the layer with its lengths: norm(x, lengths=lengths), or with "
-        "mask= (True = valid)",
+        "model, _ = normwise.convert(model, to='normwise') and call the layer with its lengths: norm(x, "
+        "lengths=lengths), or with mask= (True = valid)",
         ("padding", "transformer"),
         "batch",
         circumstances.padding,
@@ -69,7 +67,8 @@ RULES: tuple[Rule, ...] = (
         statistics.swapped_momentum,
         "momentum={momentum:g} is the weight of the NEW batch in torch, so {momentum:.0%} of the running statistics "
         "are the last batch's alone; Keras and Flax mean the weight of the old ones.",
-        "momentum={swapped:g}, or momentum=normwise.from_keras_momentum({momentum:g})",
+        "momentum={swapped:g} where the layer is built, as normwise.from_keras_momentum({momentum:g}) computes it; in "
+        "the model as it is {module}.momentum = {swapped:g}",
     ),
     Rule(
         "NW007",
@@ -90,7 +89,7 @@ RULES: tuple[Rule, ...] = (
         parameters.dead_gains,
         "{dead} of {of} gains are less than a thousandth of the median one: these channels put out their bias and "
         "nothing else.",
-        "model.get_submodule({layer!r}).weight.data[{channels}] = 1.0 wakes them; to let go of them, prune these "
+        "{module}.weight.data[{channels}] = 1.0 wakes them; to let go of them, prune these "
         "channels. Keep gains out of the weight decay (NW011)",
         ("no-affine",),
     ),
@@ -100,7 +99,7 @@ RULES: tuple[Rule, ...] = (
         "warning",
         statistics.small_eps,
         "{what}.",
-        "eps={needed:g}; or run the layers before in float32",
+        "{module}.eps = {needed:g}; or run the layers before in float32",
     ),
     Rule(
         "NW010",
@@ -109,7 +108,7 @@ RULES: tuple[Rule, ...] = (
         parameters.woken,
         "The layer is frozen ({how}), but model.train() puts it into train mode, where it normalizes by the batch and "
         "moves its running statistics.",
-        "normwise.freeze(model), which lasts through model.train()",
+        "normwise.freeze(model), which lasts through model.train(); where={layer!r} freezes this layer alone",
     ),
     Rule(
         "NW011",
@@ -118,8 +117,9 @@ RULES: tuple[Rule, ...] = (
         parameters.decayed,
         "weight_decay={weight_decay:g} of {optimizer} also pulls {gains} gains and {biases} biases of norms to 0 "
         "({examples}); behind a norm the size of these does what weight decay cannot mean.",
-        "small = [p for p in model.parameters() if p.dim() < 2]; large = [p for p in model.parameters() if p.dim() >= "
-        "2]; {optimizer}([{{'params': large}}, {{'params': small, 'weight_decay': 0.0}}], ...)",
+        "group = optimizer.param_groups[{group}]; small = [p for p in group['params'] if p.dim() < 2]; group['params'] "
+        "= [p for p in group['params'] if p.dim() >= 2]; optimizer.add_param_group({{**group, 'params': small, "
+        "'weight_decay': 0.0}})",
         ("no-affine",),
     ),
     Rule(
@@ -162,8 +162,8 @@ RULES: tuple[Rule, ...] = (
         "warning",
         statistics.in_a_recurrence,
         "The statistics are mixed over time: {how}.",
-        "normwise.LSTM(..., norm='layer'), or norm='batch' with max_length= the longest sequence, which keeps "
-        "statistics for each step; on varying lengths norm(x, lengths=lengths), or normwise.LayerNorm",
+        "build it as normwise.LSTM with norm='layer', or norm='batch' with max_length= the longest sequence, which "
+        "keeps statistics for each step; on varying lengths norm(x, lengths=lengths), or normwise.LayerNorm",
         ("time-average", "rnn", "longer"),
         "batch",
         circumstances.recurrence,
@@ -179,6 +179,16 @@ RULES: tuple[Rule, ...] = (
         ("steady-sums",),
         "none",
         circumstances.growing,
+    ),
+    Rule(
+        "NW017",
+        "NaN or infinity in outputs, loss or gradients",
+        "error",
+        signals.not_finite,
+        "{what}. {where}.",
+        "torch.autograd.set_detect_anomaly(True) names the operation on the way back; keep log, sqrt and division away "
+        "from 0, x.clamp(min=1e-6), and exp and half precision from overflow; masked scores take a large negative "
+        "number, torch.finfo(x.dtype).min, instead of -inf",
     ),
 )
 

@@ -24,7 +24,7 @@ from normwise.lab.tasks.rbn_pmnist import RbnPmnist
 from normwise.lab.tasks.rnn import Rnn
 from normwise.lab.tasks.transformer import Transformer
 
-__all__ = ["GROUPS", "PAPERS", "TASKS", "TEXTS", "Batch", "LoadedTask", "Task", "load_task"]
+__all__ = ["GROUPS", "PAPERS", "TASKS", "TEXTS", "Batch", "LoadedTask", "Task", "is_own", "load_task"]
 
 TASKS: dict[str, Callable[[], Task]] = {
     "mlp": Mlp,
@@ -48,8 +48,14 @@ PAPERS: dict[str, type[OnIdx]] = {"bn-mnist": BnMnist, "ln-mnist": LnMnist, "rbn
 """The set-ups of papers at their size, on a folder of the user's (``lab/reproduce.py``)."""
 
 
+def is_own(reference: str) -> bool:
+    """Whether it is a file of the user's that defines the task, not one that a built-in task reads."""
+    return ".py" in reference and reference.partition("@")[0] not in (*TEXTS, *PAPERS)
+
+
 class LoadedTask(NamedTuple):
-    """A task and what stands for the code that defines it: the sha256 of its file, or of its files together."""
+    """A task and what stands for the code that defines it: the sha256 of its file or files, with what a user's imports
+    from its own folder."""
 
     task: Task
     source: str
@@ -70,7 +76,7 @@ def load_task(reference: str) -> LoadedTask:
     if at and (name in TEXTS or name in PAPERS):
         made: Task = (PAPERS | TASKS)[name](path=place)  # type: ignore[call-arg]
         return LoadedTask(made, user_file.sha256(*_files(type(made))))
-    if ".py" not in reference:
+    if not is_own(reference):
         if reference in GROUPS:
             raise LabError(f"{reference!r} stands for several tasks: name one of {', '.join(GROUPS[reference])}")
         if reference not in TASKS:
@@ -81,7 +87,7 @@ def load_task(reference: str) -> LoadedTask:
     task = _made(path, function)
     if task.name in TASKS or task.name in PAPERS:
         raise LabError(f"{reference}: the name {task.name!r} belongs to a built-in task; give yours another name")
-    return LoadedTask(task, f"{user_file.sha256(path)}:{function}")
+    return LoadedTask(task, f"{user_file.source_of(path)}:{function}")
 
 
 def _made(path: Path, function: str) -> Task:

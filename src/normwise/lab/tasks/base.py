@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -143,8 +144,32 @@ class Task(ABC):
 
     @functools.cached_property
     def cases(self) -> tuple[Batch, Batch]:
-        """``data()``, made once."""
-        return self.data()
+        """``data()``, made once.
+
+        Raises:
+            LabError: it is no pair of batches, or one has no cases or not as many inputs as targets and lengths.
+        """
+        made = self.data()
+        if not (isinstance(made, tuple) and len(made) == 2 and all(isinstance(part, Batch) for part in made)):
+            found = type(made).__name__
+            if isinstance(made, (tuple, list)):
+                found += f" of ({', '.join(type(part).__name__ for part in made)})"
+            raise LabError(
+                f"data() of task {self.name!r} returned {found}, expected a tuple of two "
+                "batches, to train on and held out: return Batch(inputs, targets), Batch(inputs, targets)"
+            )
+        for part, which in zip(made, ("to train on", "held out"), strict=True):
+            counts = {
+                field.name: len(value)
+                for field in dataclasses.fields(part)
+                if (value := getattr(part, field.name)) is not None
+            }
+            if len(set(counts.values())) != 1 or not len(part):
+                found = ", ".join(f"{count} {name}" for name, count in counts.items())
+                raise LabError(
+                    f"the cases {which} of task {self.name!r} have {found}: expected equally many, and at least 1"
+                )
+        return made
 
     @property
     def fingerprint(self) -> str | None:
@@ -155,5 +180,22 @@ class Task(ABC):
     def settings(self) -> dict[str, Any]:
         """The hyperparameters by name, as plain numbers, strings and lists, and the fingerprint as "data"."""
         places = {field.name for field in dataclasses.fields(self) if field.metadata.get("place")}
-        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in places}
+        values = {
+            name: self._setting(name, value) for name, value in dataclasses.asdict(self).items() if name not in places
+        }
         return values if self.fingerprint is None else {**values, "data": self.fingerprint}
+
+    def _setting(self, name: str, value: Any) -> Any:
+        """``value`` as JSON can hold it, infinities and NaN by their names: they tell runs apart as numbers do."""
+        if value is None or isinstance(value, (str, bool, int)):
+            return value
+        if isinstance(value, float):
+            return value if math.isfinite(value) else str(value)
+        if isinstance(value, (list, tuple)):
+            return [self._setting(name, part) for part in value]
+        if isinstance(value, dict):
+            return {str(key): self._setting(name, part) for key, part in value.items()}
+        raise LabError(
+            f"the hyperparameter {name!r} of task {self.name!r} is of type {type(value).__name__}, but it is part of "
+            'what identifies a run: expected numbers, strings, lists and dicts (or field(metadata={"place": True}))'
+        )

@@ -1,0 +1,105 @@
+"""What a batch is. One convention for everything here that runs a model on a loader:
+
+    a batch                         the model is called            its target
+    ------------------------------  -----------------------------  ----------------------------------
+    (inputs, target)                as `inputs` says               target
+    {"x": ..., "labels": ...}       model(**batch)                 the labels
+    {"x": ..., "mask": ...}, x, ..  as the batch, as inputs, says  the whole batch (an autoencoder's)
+
+`inputs` that are a tuple or list are given as model(*inputs), a mapping as model(**inputs), anything else as
+model(inputs). Labels are what "labels", "label", "targets" or "target" names, the first that is there; the model gets
+them too if its forward takes an argument of that name (and then may compute the loss itself, as those of transformers
+do). Tensors are moved to the model's device. Whatever is otherwise is for `forward=`, a function of model and batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+Forward: TypeAlias = Callable[[nn.Module, Any], Any]
+
+LABELS = ("labels", "label", "targets", "target")
+
+
+class Parts(NamedTuple):
+    """What the model is called with, and what the loss compares its output with."""
+
+    inputs: Any
+    target: Any
+
+
+def split(batch: Any, model: nn.Module) -> Parts:
+    """The parts of a batch, by the convention above.
+
+    Raises:
+        ValueError: a tuple or list of three and more, of which nobody knows what is a target.
+    """
+    if isinstance(batch, Mapping):
+        name = label_of(batch)
+        if name is None:
+            return Parts(batch, batch)
+        inputs = batch if _takes(model, name) else {key: value for key, value in batch.items() if key != name}
+        return Parts(inputs, batch[name])
+    if not isinstance(batch, (tuple, list)) or isinstance(batch, PackedSequence):
+        return Parts(batch, batch)
+    if len(batch) not in (1, 2):
+        raise ValueError(
+            f"{len(batch)} items, of which it is not known what the model gets: several inputs go into a tuple, "
+            "((x, lengths), target), named ones into a dict, ({'x': x, 'mask': mask}, target); or pass "
+            "forward=lambda model, batch: model(...)"
+        )
+    return Parts(batch[0], batch[-1])
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """`model(*inputs)` of a tuple or list, `model(**inputs)` of a mapping, else `model(inputs)`."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if type(inputs) in (tuple, list) else model(inputs)
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """The model's output on a batch: what `forward=` is where nobody gives one. Raises as `split`, and as the model."""
+    return call(model, moved(split(batch, model).inputs, device_of(model)))
+
+
+def label_of(batch: Mapping[str, Any]) -> str | None:
+    """The name of the labels in a batch that is a mapping."""
+    return next((name for name in LABELS if batch.get(name) is not None), None)
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Where the model is; None where it is in several places, or nowhere."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def moved(value: Any, device: torch.device | None) -> Any:
+    """Tensors in `value`, nested in tuples, lists and mappings, on `device`."""
+    if device is None:
+        return value
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, PackedSequence):
+        return value.to(device)  # type: ignore[arg-type]
+    if isinstance(value, Mapping):
+        return {key: moved(v, device) for key, v in value.items()}
+    return type(value)(moved(v, device) for v in value) if type(value) in (tuple, list) else value
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward has an argument of that name, or takes any."""
+    arguments = inspect.signature(model.forward).parameters
+    if name in arguments:
+        return True
+    if not any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in arguments.values()):
+        return False
+    # A wrapper hands everything on.
+    inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+    return _takes(inner, name) if isinstance(inner, nn.Module) else True

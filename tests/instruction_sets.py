@@ -1,0 +1,43 @@
+"""The instruction sets of the compiled kernels: which ones run here, and running something on one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from normwise.kernels import cpu
+from normwise.kernels.library import ISA_LEVELS
+
+
+def _runs_here(level: str) -> bool:
+    try:
+        with on(level):
+            return True
+    except ValueError:
+        return False
+
+
+@contextmanager
+def on(level: str) -> Iterator[None]:
+    """The kernels of that instruction set; ValueError where it does not run."""
+    before = cpu.isa()
+    cpu.use_isa(level)
+    try:
+        yield
+    finally:
+        cpu.use_isa(before)
+
+
+# Best first; none where there are no kernels.
+USABLE = [level for level in ISA_LEVELS if cpu.available() and _runs_here(level)]
+# "avx512_amx" is "avx512" but for matrix products.
+USABLE_FOR_NORMS = [level for level in USABLE if level != "avx512_amx"]
+
+# For the parameters of a fixture: those that the processor or the build lacks are skipped, and say so.
+LEVELS = [
+    level if level in USABLE else pytest.param(level, marks=pytest.mark.skip(reason=f"{level} does not run here"))
+    for level in ISA_LEVELS
+]
+LEVELS_FOR_NORMS = LEVELS[1:]

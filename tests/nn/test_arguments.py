@@ -1,0 +1,234 @@
+"""What layers take as sizes, lengths, masks and resets, and what they say of anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normwise
+from layer_samples import same
+from norm_cases import Case, each_case
+
+SIZES = {
+    "LayerNorm": lambda n: normwise.LayerNorm(n(4)),
+    "LayerNorm of two axes": lambda n: normwise.LayerNorm((n(3), n(4)), dim=(n(1), n(-1))),
+    "LayerNorm of an array": lambda n: normwise.LayerNorm([n(3), n(4)]),
+    "RMSNorm": lambda n: normwise.RMSNorm(n(4), dim=n(2)),
+    "GroupNorm": lambda n: normwise.GroupNorm(n(1), n(3)),
+    "BatchNorm1d": lambda n: normwise.BatchNorm1d(n(3), virtual_batch_size=n(1)),
+    "BatchNorm1d over micro-batches": lambda n: normwise.BatchNorm1d(n(3), accumulate=n(2)),
+    "BatchRenorm1d": lambda n: normwise.BatchRenorm1d(n(3)),
+    "SyncBatchNorm": lambda n: normwise.SyncBatchNorm(n(3)),
+    "FrozenBatchNorm1d": lambda n: normwise.FrozenBatchNorm1d(n(3)),
+    "InstanceNorm1d": lambda n: normwise.InstanceNorm1d(n(3)),
+    "LSTM": lambda n: normwise.LSTM(n(4), n(6), n(2), proj_size=n(3)),
+    "GRU": lambda n: normwise.GRU(n(4), n(6), norm="batch", max_length=n(5)),
+    "RNN": lambda n: normwise.RNN(n(4), n(6)),
+    "LSTMCell": lambda n: normwise.LSTMCell(n(4), n(6)),
+    "GRUCell": lambda n: normwise.GRUCell(n(4), n(6)),
+    "RNNCell": lambda n: normwise.RNNCell(n(4), n(6), norm="batch", max_length=n(1)),
+}
+
+
+@pytest.mark.parametrize("build", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("integral", [np.int64, np.uint8, lambda n: np.prod((n, 1))], ids=["int64", "uint8", "prod"])
+def test_sizes_are_integers_of_any_kind(build: Callable[..., nn.Module], integral: Callable[[int], Any]) -> None:
+    def size(n: int) -> Any:
+        return integral(n) if n > 0 else np.int64(n)
+
+    layer, plain = build(size), build(int)
+    layer.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 4) if "Cell" in type(layer).__name__ else torch.randn(2, 3, 4)
+    same(layer(x), plain(x))
+    assert repr(layer) == repr(plain)
+
+
+@pytest.mark.parametrize("build", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("wrong", [float, str], ids=str)
+def test_sizes_that_are_no_integers_are_refused(build: Callable[..., nn.Module], wrong: type) -> None:
+    with pytest.raises(TypeError, match=rf"\w+ should be of type int, got: {wrong.__name__} \(.*: give a whole number"):
+        build(lambda n: wrong(n))
+
+
+LENGTHS = {
+    "list": lambda t: t.tolist(),
+    "tuple": lambda t: tuple(t.tolist()),
+    "array": lambda t: t.numpy(),
+    "int32 array": lambda t: t.numpy().astype(np.int32),
+    "uint16 array": lambda t: t.numpy().astype(np.uint16),
+    "reversed view": lambda t: t.numpy()[::-1].copy()[::-1],
+    "read-only array": lambda t: np.broadcast_to(t.numpy(), t.shape),
+    "NumPy integers": lambda t: list(t.numpy()),
+    "0-d tensors": lambda t: list(t),
+    "int8 tensor": lambda t: t.to(torch.int8),
+    "uint16 tensor": lambda t: t.to(torch.uint16),
+}
+MASKS = {
+    "list": lambda t: t.tolist(),
+    "array": lambda t: t.numpy(),
+    "reversed view": lambda t: t.numpy()[::-1].copy()[::-1],
+    "read-only array": lambda t: np.broadcast_to(t.numpy(), t.shape),
+    "list of arrays": lambda t: [row.numpy() for row in t],
+}
+SERIES = {
+    "BatchNorm1d": lambda: normwise.BatchNorm1d(3),
+    "BatchNorm1d of virtual batches": lambda: normwise.BatchNorm1d(3, virtual_batch_size=2),
+    "BatchNorm1d over micro-batches": lambda: normwise.BatchNorm1d(3, accumulate=2),
+    "BatchRenorm1d": lambda: normwise.BatchRenorm1d(3),
+    "SyncBatchNorm": lambda: normwise.SyncBatchNorm(3),
+    "FrozenBatchNorm1d": lambda: normwise.FrozenBatchNorm1d(3),
+    "GroupNorm": lambda: normwise.GroupNorm(1, 3),
+    "InstanceNorm1d": lambda: normwise.InstanceNorm1d(3),
+    "LayerNorm": lambda: normwise.LayerNorm(3, dim=1),
+    "RMSNorm": lambda: normwise.RMSNorm(3, dim=1),
+}
+RECURRENT = {
+    "LSTM": lambda: normwise.LSTM(3, 4),
+    "LSTM without a norm": lambda: normwise.LSTM(3, 4, norm=None),
+    "GRU": lambda: normwise.GRU(3, 4, norm="batch"),
+    "RNN": lambda: normwise.RNN(3, 4, norm="rms"),
+}
+each_series = pytest.mark.parametrize("build", SERIES.values(), ids=SERIES)
+each_recurrent = pytest.mark.parametrize("build", RECURRENT.values(), ids=RECURRENT)
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+@each_series
+@pytest.mark.parametrize("form", LENGTHS.values(), ids=LENGTHS)
+def test_norms_take_lengths_in_any_form(build: Callable[[], nn.Module], form: Callable[[Tensor], Any]) -> None:
+    x, lengths, layer = torch.randn(4, 3, 5), torch.tensor([5, 2, 0, 3]), build()
+    expected = build()(x, lengths=lengths)
+    with torch.device("meta"):
+        same(layer(x, lengths=form(lengths)), expected)
+
+
+@each_recurrent
+@pytest.mark.parametrize("form", LENGTHS.values(), ids=LENGTHS)
+def test_recurrent_layers_take_lengths_in_any_form(
+    build: Callable[[], nn.Module], form: Callable[[Tensor], Any]
+) -> None:
+    x, lengths, layer = torch.randn(5, 4, 3), torch.tensor([5, 2, 1, 3]), build()
+    same(layer(x, lengths=form(lengths)), layer(x, lengths=lengths))
+    for length in ([3], (3,), 3, np.int64(3), np.array([3])):
+        if layer.recurrence.norm != "batch":
+            same(layer(x[:, 0], lengths=length), layer(x[:, 0], lengths=torch.tensor([3])))
+
+
+@each_series
+@pytest.mark.parametrize("form", MASKS.values(), ids=MASKS)
+def test_norms_take_masks_in_any_form(build: Callable[[], nn.Module], form: Callable[[Tensor], Any]) -> None:
+    x, mask, layer = torch.randn(4, 3, 5), torch.rand(4, 5) < 0.7, build()
+    same(layer(x, mask=form(mask)), build()(x, mask=mask))
+
+
+@each_recurrent
+@pytest.mark.parametrize("form", MASKS.values(), ids=MASKS)
+def test_recurrent_layers_take_resets_in_any_form(
+    build: Callable[[], nn.Module], form: Callable[[Tensor], Any]
+) -> None:
+    x, reset, layer = torch.randn(5, 4, 3), torch.rand(5, 4) < 0.3, build()
+    same(layer(x, reset=form(reset)), layer(x, reset=reset))
+    if layer.recurrence.norm != "batch":
+        same(layer.step(x[0], reset=form(reset[:1])[0]), layer.step(x[0], reset=reset[0]))
+
+
+def test_one_sample_of_instance_norm() -> None:
+    layer, x = normwise.InstanceNorm1d(3), torch.randn(3, 5)
+    expected = layer(x, lengths=torch.tensor(2))
+    for length in (2, [2], np.array([2])):
+        same(layer(x, lengths=length), expected)
+    for mask in ([True, True, False, False, False], np.arange(5) < 2):
+        same(layer(x, mask=mask), expected)
+
+
+def test_no_sample_at_all() -> None:
+    for lengths in ([], (), np.zeros(0, np.int64)):
+        assert normwise.GroupNorm(1, 3)(torch.randn(0, 3, 5), lengths=lengths).shape == (0, 3, 5)
+
+
+X = torch.randn(4, 3, 5)
+TOKENS = torch.randint(0, 2, (4, 5))
+WRONG = [
+    (
+        {"lengths": [5.0, 2, 1, 1]},
+        TypeError,
+        r"lengths must be of an integer dtype.*float.*torch.tensor\(lengths\).long",
+    ),
+    ({"lengths": np.ones(4)}, TypeError, r"integer dtype, but got torch.float64: use lengths.astype\(int\)"),
+    ({"lengths": torch.ones(4)}, TypeError, r"integer dtype, but got torch.float32: use lengths.long\(\)"),
+    ({"lengths": [True] * 4}, TypeError, r"integer dtype, but got torch.bool"),
+    ({"lengths": {5, 2}}, TypeError, r"lengths must be integers, one for each sample, as a tensor, list.*but got set"),
+    ({"lengths": "5 2"}, TypeError, r"but got str"),
+    ({"lengths": [5, None]}, TypeError, r"but got list"),
+    ({"lengths": [[5, 2], [1]]}, TypeError, r"but got list"),
+    ({"lengths": [5, 2]}, ValueError, r"lengths must be of shape \(4,\)"),
+    ({"lengths": np.array([5, 2, 6, 1])}, ValueError, r"lengths must lie in \[0, 5\]"),
+    (
+        {"mask": TOKENS.tolist()},
+        TypeError,
+        r"mask must be of dtype torch.bool with True = valid.*tensor\(mask\).bool\(\)",
+    ),
+    (
+        {"mask": TOKENS.numpy()},
+        TypeError,
+        r"but got torch.int64: use mask.astype\(bool\), inverted if True marks padding",
+    ),
+    ({"mask": TOKENS.float()}, TypeError, r"but got torch.float32: use mask.bool\(\), inverted"),
+    (
+        {"mask": "all"},
+        TypeError,
+        r"mask must be bool with True = valid, as a tensor, list, tuple or array, but got str",
+    ),
+    ({"mask": [True, False]}, ValueError, r"mask of shape \(2,\) does not fit"),
+]
+
+
+@each_series
+@pytest.mark.parametrize(("call", "error", "message"), WRONG)
+def test_what_is_no_mask_or_length_is_named(build, call: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        build()(X, **call)
+
+
+@each_recurrent
+@pytest.mark.parametrize(("call", "error", "message"), [w for w in WRONG if "lengths" in w[0]])
+def test_what_is_no_length_of_a_sequence_is_named(build, call: dict[str, Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        build()(X.permute(2, 0, 1), **call)
+
+
+@each_recurrent
+@pytest.mark.parametrize(
+    ("reset", "message"),
+    [
+        (TOKENS.T.tolist(), r"reset must be of dtype torch.bool with True where an episode starts.*\(reset\).bool\(\)"),
+        (TOKENS.T.numpy(), r"but got torch.int64: use reset.astype\(bool\)"),
+        (7, r"but got torch.int64"),
+        (object(), r"reset must be bool with True where an episode starts, as a tensor.*but got object"),
+    ],
+)
+def test_what_is_no_reset_is_named(build, reset: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        build()(X.permute(2, 0, 1), reset=reset)
+
+
+@each_case
+@pytest.mark.parametrize("wrong", [[1, 2], np.ones((4, 3)), None, "x"], ids=["list", "array", "None", "str"])
+def test_what_is_no_tensor_is_named(case: Case, wrong: Any) -> None:
+    with pytest.raises(
+        TypeError, match=rf"expected a tensor as input, but got {type(wrong).__name__}: convert it first"
+    ):
+        case.ours()(wrong)
+
+
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell", "LSTM", "GRU", "RNN"])
+def test_what_is_no_tensor_is_named_by_recurrent_layers(name: str) -> None:
+    layer = getattr(normwise, name)(3, 4)
+    for call in (layer, *([layer.step] if hasattr(layer, "step") else [])):
+        with pytest.raises(TypeError, match=r"expected a tensor.*but got list"):
+            call([[1.0, 2.0, 3.0]])

@@ -1,0 +1,60 @@
+"""The tests' own tool: a backend that did not run is noticed."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+import normwise
+from backends import ran, using
+from normwise.kernels import cpu
+from normwise.ops import choose, plain
+
+needs_kernels = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
+
+
+LAYERS = {
+    "LayerNorm": lambda: normwise.LayerNorm(8),
+    "RMSNorm": lambda: normwise.RMSNorm(8),
+    "BatchNorm1d": lambda: normwise.BatchNorm1d(8),
+    "GroupNorm": lambda: normwise.GroupNorm(2, 8),
+    "LSTM": lambda: normwise.LSTM(8, 3),
+}
+
+
+@pytest.mark.parametrize("backend", ["compiled", "cpu", "uncompiled", "torch", "reference"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_each_backend_can_be_had(name: str, backend: str) -> None:
+    with using(backend):
+        LAYERS[name]()(torch.randn(4, 8))
+
+
+@needs_kernels
+def test_another_backend_than_the_named_one_is_an_error() -> None:
+    """As when the plain calls of the norms went past the switch that "uncompiled" was."""
+    layer, x = normwise.BatchNorm1d(8), torch.randn(4, 8)
+    with mock.patch("backends._switched_to", return_value=nullcontext()):
+        for named in ("uncompiled", "torch", "reference"):
+            with pytest.raises(AssertionError, match=f"asked for {named!r}, but cpu ran"), using(named):
+                layer(x)
+    with mock.patch.object(plain, "plain", return_value=False), mock.patch.object(choose, "_cpu_obstacle") as obstacle:
+        obstacle.return_value = "none here"
+        with pytest.raises(AssertionError, match="asked for 'compiled', but torch ran"), using("compiled"):
+            normwise.LayerNorm(8)(x)
+
+
+def test_a_block_in_which_nothing_is_computed_names_no_backend() -> None:
+    with pytest.raises(AssertionError, match="asked for 'reference', but no backend ran"), using("reference"):
+        nn.LayerNorm(8)(torch.randn(4, 8))  # torch.nn's own does not count
+
+
+def test_what_the_second_derivative_computes_by_is_not_counted() -> None:
+    layer, x = normwise.LayerNorm(8), torch.randn(64, 8, requires_grad=True)
+    with ran() as found:
+        (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        dx.square().sum().backward()
+    assert len(found) == 1
