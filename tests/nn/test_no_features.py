@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import normwise
-from norm_cases import using
+from backends import using
 
 EMPTY = [
     ("BatchNorm1d", (0,), {}, (3, 0)),

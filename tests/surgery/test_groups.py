@@ -84,7 +84,6 @@ def test_lengths_may_leave_a_single_position():
         (nn.BatchNorm2d(16), {"example": torch.randn(2, 16, 1, 1), "num_groups": 8}, "to='layer'"),
         (nn.InstanceNorm2d(3), {"example": torch.randn(2, 3, 1, 1)}, "to='renorm'"),
     ],
-    ids=str,
 )
 def test_fewer_than_four_values_a_group_are_refused_with_a_better_target(layer, arguments, cure):
     model = nn.Sequential(layer).eval()  # InstanceNorm takes no single position in training

@@ -9,8 +9,9 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from normwise.nn.construct import eps_of
-from normwise.surgery.convert import ACTIVATIONS, changeable, copied
+from normwise.surgery.convert import ACTIVATIONS
 from normwise.surgery.graph import CONVS, LINEAR, TRANSPOSED, Calls, ways_through
+from normwise.surgery.models import changeable, copied
 from normwise.surgery.report import Change, Refusal, Report, Skip, Surgery
 from normwise.surgery.select import BATCH, Layer, Where, chosen, kind_of, known_base, layers, option
 
