@@ -146,6 +146,7 @@ def test_memory_stays_flat(dtype: torch.dtype) -> None:
 def test_what_is_refused() -> None:
     sample = Sample(HOWS["lstm plain"], (2, 3, 4, 5))
     layer, weights, x, h0, c0, steps = sample.given
+    x = x.flatten(0, 1)
     with pytest.raises(
         ValueError, match=r"x: expected \(6, 4\) of torch.float32 or torch.bfloat16 on the CPU, but got \(5, 4\)"
     ):

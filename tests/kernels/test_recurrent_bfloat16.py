@@ -103,7 +103,7 @@ def test_gains_and_biases_may_be_float32() -> None:
     wide = weights._replace(**{n: w.float() for n, w in weights._asdict().items() if w is not None and w.dim() == 1})
     found = kernels.forward(layer, wide, *rest, save=True)
     assert torch.equal(found.output.view_as(sample.upstream[0]), sample.by_kernel(1)[0])
-    back = kernels.backward(layer, wide, *rest, found.output, found.saved, sample.upstream[0].flatten(0, 1), None, None)
+    back = kernels.backward(layer, wide, *rest, found.output, found.saved, sample.upstream[0], None, None)
     assert back.weights is not None
     assert [g.dtype for g in back.weights if g is not None] == [w.dtype for w in wide if w is not None]
 

@@ -211,4 +211,5 @@ def test_kernels_compute_in_float32_whatever_the_default_dtype_is():
 def test_a_negated_view_counts_as_its_values():
     layer, x = normwise.RNN(INPUT, HIDDEN), torch.randn(T, B, INPUT)
     state = torch._neg_view(torch.randn(1, B, HIDDEN))  # as `.conj().imag` is, but contiguous
-    assert torch.equal(layer(x, state)[0], layer(x, state.resolve_neg())[0])
+    # Kernels do not read it, so that it takes another way, which rounds otherwise.
+    assert_close(layer(x, state)[0], layer(x, state.resolve_neg())[0], kind="composed", count=T)

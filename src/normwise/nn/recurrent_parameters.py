@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from numbers import Integral
 from typing import Any, TypeAlias
 
 import torch
@@ -67,12 +66,13 @@ def describe(
 
 def positive_rows(max_length: Any) -> int:
     """`max_length`, an integer of any kind: the tables of running statistics need at least one row."""
-    if not isinstance(max_length, Integral) or isinstance(max_length, bool) or max_length < 1:
+    rows = check.whole_number("max_length", max_length)
+    if isinstance(max_length, bool) or rows < 1:
         raise ValueError(
             f"max_length must be a positive integer, but got {max_length!r}: it is the number of steps with running "
             "statistics of their own"
         )
-    return int(max_length)
+    return rows
 
 
 def step_index(how: Recurrence, max_length: int, t: int | None) -> int:
