@@ -1,19 +1,11 @@
 // Mean and variance: all norms of this folder compute them here.
 #pragma once
 
-#include <limits>
-
+#include "common/rstd.h"
 #include "common/simd.h"
 
 namespace NW_ISA {
 namespace {
-
-// 1 / sqrt(var + eps). A variance that overflowed its sum gives NaN, which shows that an input exploded; 1 over infinity
-// would turn every output into zero.
-NW_INLINE double rstd_of(double var, double eps) {
-  const double infinity = std::numeric_limits<double>::infinity();
-  return var < infinity ? 1.0 / std::sqrt(var + eps) : std::numeric_limits<double>::quiet_NaN();
-}
 
 struct Moments {
   double count = 0, mean = 0, m2 = 0;  // m2: sum of squared distances from the mean

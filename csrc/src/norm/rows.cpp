@@ -290,7 +290,8 @@ void reduce_partials(const C* partial, int64_t chunks, int64_t stride, int64_t b
 template <class T, int act> int backward(const nw_rows_backward_args& a) {
   using C = compute_t<T>;
   const int threads = useful_threads(a.rows * a.cols, a.threads);
-  const Chunks chunks(a.rows, 32, 32);
+  // No more than 1024 rows are added up in floats.
+  const Chunks chunks(a.rows, 32, a.rows > 32 * 1024 ? a.rows / 1024 : 32);
   if (chunks.count == 1 && a.dweight && a.dbias) {
     backward_chunk<T, act>(a, 0, a.rows, static_cast<C*>(a.dweight), static_cast<C*>(a.dbias));
     fence_non_temporal();

@@ -154,7 +154,7 @@ void lstm_forward(const Layer& layer, const ForwardRow* rows, int count) {
         const vec<float> d = clear_tail<float>(load(rows[row].c + j, part) - mean[row], part);
         square[at] += d * d;
       });
-      rstd[row] = 1.f / std::sqrt(sum_lanes<float>(square) / float(n) + layer.eps);
+      rstd[row] = rstd_of(sum_lanes<float>(square) / float(n), layer.eps);
     }
     const bool normalizes_state = layer.cell_norm == NW_CELL_STATE;
     for (int row = 0; row < count; ++row) {

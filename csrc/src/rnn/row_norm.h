@@ -1,6 +1,7 @@
 // The norm of one row, forward and backward.
 #pragma once
 
+#include "common/rstd.h"
 #include "rnn/layer.h"
 
 namespace NW_ISA {
@@ -21,7 +22,7 @@ NW_INLINE float center_and_rstd(const float* v, int64_t n, bool center, float ep
     store(to + i, d, part);
     square[at] += d * d;
   });
-  return 1.f / std::sqrt(sum_lanes<float>(square) / float(n) + eps);
+  return rstd_of(sum_lanes<float>(square) / float(n), eps);
 }
 
 // For R rows: the gradient dv of z = v * rstd * gain, by groups, where v is less its mean over each group; and

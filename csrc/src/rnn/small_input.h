@@ -3,6 +3,7 @@
 // Everything that is particular to it is here; the other files test `small_input`.
 #pragma once
 
+#include "common/rstd.h"
 #include "rnn/row.h"
 
 namespace NW_ISA {
@@ -51,7 +52,7 @@ NW_INLINE float small_input_rstd(const Layer& layer, int g, const float* x) {
   for (int i = 0; i < layer.small.inputs; ++i) {
     for (int k = 0; k < layer.small.inputs; ++k) sum += x[i] * x[k] * layer.small.gram[g][i * max_small_inputs + k];
   }
-  return 1.f / std::sqrt((sum > 0.f ? sum : 0.f) + layer.eps);
+  return rstd_of(sum > 0.f ? sum : 0.f, layer.eps);
 }
 
 // N_ih(p) without its bias, units `at`.. of all gates, of which the first belongs to gate g.
