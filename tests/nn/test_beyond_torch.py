@@ -133,7 +133,7 @@ def test_tensors_stored_with_their_sign_apart(make: Callable[[], nn.Module], pla
     weight, r, upstream = (torch._neg_view(torch.randn(shape)) for shape in ((4,), (3, 4, 4), (3, 4, 4)))
     del layer.weight
     layer.weight = weight
-    with using("kernels"):
+    with using("chosen"):
         y = layer(x, residual=r)
         y = y[0] if isinstance(y, tuple) else y
         (got,) = torch.autograd.grad(y, x, upstream)

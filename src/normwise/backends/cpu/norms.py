@@ -5,13 +5,12 @@ On small tensors what Python does takes longer than a kernel, so that here littl
 
 from __future__ import annotations
 
-import struct
 from math import prod
 
 import torch
 from torch import Tensor
 
-from normwise.backends.cpu import library
+from normwise.backends.cpu import library, structs
 from normwise.backends.cpu.memory import (
     ACTS,
     CHANNELS_LAST,
@@ -35,11 +34,19 @@ from normwise.backends.protocol import (
     accumulation_dtype,
 )
 
-# The argument structs of normwise.h: pointers, int64, double, int32, padding.
-ROWS_FORWARD, ROWS_BACKWARD = struct.Struct("@9P2qd4i"), struct.Struct("@11P2q4i")
-GROUPS_FORWARD, GROUPS_BACKWARD = struct.Struct("@8P4qd4i"), struct.Struct("@12P4q4i")
-CHANNELS_FORWARD, CHANNELS_BACKWARD = struct.Struct("@11P3q2d5i4x"), struct.Struct("@12P3q5i4x")
-STRUCTS = (ROWS_FORWARD, ROWS_BACKWARD, GROUPS_FORWARD, GROUPS_BACKWARD, CHANNELS_FORWARD, CHANNELS_BACKWARD)
+ROWS_FORWARD, ROWS_BACKWARD, GROUPS_FORWARD, GROUPS_BACKWARD, CHANNELS_FORWARD, CHANNELS_BACKWARD = STRUCTS = tuple(
+    map(
+        structs.packer,
+        (
+            structs.ROWS_FORWARD,
+            structs.ROWS_BACKWARD,
+            structs.GROUPS_FORWARD,
+            structs.GROUPS_BACKWARD,
+            structs.CHANNELS_FORWARD,
+            structs.CHANNELS_BACKWARD,
+        ),
+    )
+)
 
 _empty_like, _empty, _float64, _threads = torch.empty_like, torch.empty, torch.float64, torch.get_num_threads
 
@@ -342,7 +349,7 @@ def channels_forward(
             _threads(),
         )
     )
-    if status and status != library.NOT_UPDATED:
+    if status and status != library.STATS_NOT_UPDATED:
         library.raise_fault(status)
     return NormResult(y, x, stats, not status)
 
