@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,22 +11,17 @@ import pytest
 import torch
 
 import normwise
-from normwise.backends import reference
-from normwise.backends.cpu import channels, cpu, groups, rows
-from normwise.backends.cpu import recurrent as recurrent_kernels
-from normwise.ops import plain
-from normwise.ops.rnn import stack as recurrent, loop as recurrent_loop
-from normwise.backends.reference import recurrent as recurrent_reference
+from normwise.backends.cpu import library
+from normwise.ops.dispatch import BACKENDS as PROVIDERS
 
-# "chosen": whatever is best here; "compiled": the compiled kernels, for small inputs too, which otherwise take ATen's
-# call; "uncompiled": what is chosen without them.
-BACKENDS = ["chosen", "compiled", "uncompiled", "torch", "reference"]
+# "chosen": whatever is best here; "kernels": the C++ kernels; "no kernels": what is chosen without them.
+BACKENDS = ["chosen", "kernels", "no kernels", "aten", "reference"]
 # Which of the real backends may run, and one of which must, under each name; "chosen" is none.
 _MAY_RUN = {
-    "compiled": {"cpu"},
+    "kernels": {"cpu"},
     "cpu": {"cpu"},
-    "uncompiled": {"torch", "reference"},
-    "torch": {"torch"},
+    "no kernels": {"aten", "reference"},
+    "aten": {"aten"},
     "reference": {"reference"},
 }
 
@@ -42,47 +36,39 @@ def each_backend_and_dtype(*dtypes: torch.dtype) -> pytest.MarkDecorator:
             pytest.param(backend, dtype, id=f"{backend}-{dtype}")
             for backend in BACKENDS
             for dtype in dtypes or DTYPES
-            if not (backend == "compiled" and dtype == torch.float16)
+            if not (backend == "kernels" and dtype == torch.float16)
         ],
     )
 
 
-# The functions by which a backend computes, as normwise calls them.
-_ATEN = ["native_batch_norm", "native_group_norm", "native_layer_norm"]
-_ATEN += ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
-_ENTRIES: list[tuple[str, Any, str]] = [
-    *(("cpu", module, name) for module in (rows, groups, channels) for name in ("_forward", "_backward")),
-    ("cpu", recurrent_kernels, "_call"),
-    *(("torch", torch, name) for name in _ATEN),
-    ("torch", recurrent_loop, "recurrence"),
-    ("reference", reference, "norm"),
-    ("reference", recurrent_reference, "recurrence"),
-]
-
-
 @contextmanager
 def ran() -> Iterator[set[str]]:
-    """The backends that normwise computes by inside the block: "cpu", "torch", "reference".
+    """The backends that normwise computes by inside the block: "cpu", "aten", "reference".
 
-    Of a backward the C++ kernels alone count: their second derivative is the reference's. What a test calls
-    itself, such as the layer of torch.nn that it compares with, does not count either.
+    Of a backward the C++ kernels alone count: their second derivative is the reference's.
     """
     found: set[str] = set()
 
     def noted(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            by_normwise = sys._getframe(1).f_globals["__name__"].startswith("normwise.")
-            if by_normwise and (backend == "cpu" or torch._C._current_graph_task_id() == -1):
+            if backend == "cpu" or torch._C._current_graph_task_id() == -1:
                 found.add(backend)
             return function(*args, **kwargs)
 
         return call
 
     with ExitStack() as stack:
-        for backend, owner, name in _ENTRIES:
-            stack.enter_context(mock.patch.object(owner, name, noted(backend, getattr(owner, name))))
-        layers = {key: noted("torch", function) for key, function in recurrent._ATEN.items()}
-        stack.enter_context(mock.patch.dict(recurrent._ATEN, layers))
+        for backend, provider in PROVIDERS.items():
+            for kernels in (provider.norm.kernels, provider.recurrence.kernels):
+                patched = {}
+                for name, kernel in kernels.items():
+                    fields = {
+                        field: noted(backend, function)
+                        for field, function in kernel._asdict().items()
+                        if field in ("forward", "backward") and function is not None
+                    }
+                    patched[name] = kernel._replace(**fields)
+                stack.enter_context(mock.patch.dict(kernels, patched))
         yield found
 
 
@@ -95,8 +81,8 @@ def using(backend: str) -> Iterator[None]:
     if backend == "chosen":
         yield
         return
-    if backend in ("compiled", "cpu") and not cpu.available():
-        pytest.skip(f"no compiled kernels: {cpu.why_not()}")
+    if backend in ("kernels", "cpu") and library.missing() is not None:
+        pytest.skip(f"no compiled kernels: {library.missing()}")
     with _switched_to(backend), ran() as found:
         yield
     assert found, f"asked for {backend!r}, but no backend ran"
@@ -105,26 +91,23 @@ def using(backend: str) -> Iterator[None]:
 
 @contextmanager
 def _switched_to(backend: str) -> Iterator[None]:
-    if backend == "compiled":
-        with mock.patch.object(plain, "SMALL", -1):
-            yield
-    elif backend == "uncompiled":
+    if backend == "no kernels":
         with without_kernels():
             yield
     else:
-        with normwise.backend(backend):
+        with normwise.backend("cpu" if backend == "kernels" else backend):
             yield
 
 
 @contextmanager
 def without_kernels() -> Iterator[None]:
     """As on a machine without the library."""
-    if not cpu.available():
+    if library.missing() is not None:
         yield
         return
-    before = cpu.isa()
-    cpu.use_isa("none")
+    before = library.isa()
+    library.use_isa("none")
     try:
         yield
     finally:
-        cpu.use_isa(before)
+        library.use_isa(before)

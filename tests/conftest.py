@@ -6,7 +6,6 @@ import os
 import random
 import sys
 import zlib
-from array import array
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from browser import browser, open_page  # noqa: F401 (fixtures)
 from devices import devices
-from normwise.backends.cpu import arguments, channels, rows
+from normwise.backends.cpu import norms
 
 # Examples come from a fixed seed, so that a red run is red again on the next machine; the first call of an op
 # may compile or load a library, so a deadline per example would fail by chance.
@@ -58,7 +57,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """All fresh memory holds NaN: an element that a kernel forgets shows.
 
-    That is what `empty`, `empty_like` and `new_empty` of torch give, and the memory of a plain call's statistics.
+    That is what `empty`, `empty_like` and `new_empty` of torch give.
     """
 
     def poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -70,6 +69,5 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
-    for module in (rows, channels):  # which hold it at hand
-        monkeypatch.setattr(module, "_empty_like", torch.empty_like)
-    monkeypatch.setattr(arguments, "_ZERO", array("d", (float("nan"),)))
+    for name in ("_empty_like", "_empty"):  # which it holds at hand
+        monkeypatch.setattr(norms, name, getattr(torch, name[1:]))

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from normwise.backends.cpu import cpu
+from normwise.backends.cpu import library
 from normwise.backends.cpu.library import ISA_LEVELS
 
 
@@ -22,16 +22,16 @@ def _runs_here(level: str) -> bool:
 @contextmanager
 def on(level: str) -> Iterator[None]:
     """The kernels of that instruction set; ValueError where it does not run."""
-    before = cpu.isa()
-    cpu.use_isa(level)
+    before = library.isa()
+    library.use_isa(level)
     try:
         yield
     finally:
-        cpu.use_isa(before)
+        library.use_isa(before)
 
 
 # Best first; none where there are no kernels.
-USABLE = [level for level in ISA_LEVELS if cpu.available() and _runs_here(level)]
+USABLE = [level for level in ISA_LEVELS if library.missing() is None and _runs_here(level)]
 # "avx512_amx" is "avx512" but for matrix products.
 USABLE_FOR_NORMS = [level for level in USABLE if level != "avx512_amx"]
 

@@ -63,11 +63,11 @@ NORMS = [
 RECURRENT = [
     _sample("LSTM", 4, 6, shape=STEPS),
     _sample("LSTM", 4, 6, shape=STEPS, norm=None, bidirectional=True),
-    _sample("GRU", 4, 6, shape=STEPS, norm="batch", max_length=8),
+    _sample("GRU", 4, 6, shape=STEPS, norm="batch", num_stat_steps=8),
     _sample("RNN", 4, 6, shape=STEPS, norm="rms", num_layers=2),
     _sample("LSTMCell", 4, 6, shape=ROWS),
     _sample("GRUCell", 4, 6, shape=ROWS, norm=None),
-    _sample("RNNCell", 4, 6, shape=ROWS, norm="batch", max_length=1),
+    _sample("RNNCell", 4, 6, shape=ROWS, norm="batch", num_stat_steps=1),
 ]
 
 each_norm = pytest.mark.parametrize("sample", NORMS, ids=str)

@@ -11,23 +11,29 @@ from torch import Tensor
 
 from instruction_sets import USABLE, on
 from kernel_truth import tensor
-from normwise.backends.cpu import recurrent as kernels
-from normwise.ops.rnn import loop as recurrent_loop
-from normwise.ops.rnn.cpu import Call, kernel_layer, kernel_weights, rows_of
-from normwise.backends.reference import recurrent as reference
-from normwise.backends.reference.recurrence import PRESETS, Recurrence, Weights, preset
+from normwise.backends.aten import rnn as aten
+from normwise.backends.cpu import rnn as kernels
+from normwise.backends.protocol import LayerRequest, LayerResult, Layout
+from normwise.backends.recurrence import Recurrence, Weights
+from normwise.backends.reference import recurrence as reference
+from normwise.backends.reference import rnn as reference_rnn
 from normwise.backends.reference.sequences import valid_steps
+from normwise.ops.rnn import packed
+from normwise.ops.rnn.presets import PRESETS, preset
 from recurrences import random_weights
 from tolerances import TABLE
 
-HOWS: dict[str, Recurrence] = {f"{cell} plain": Recurrence(cell, None) for cell in PRESETS} | {
-    f"{cell} {name}": how for cell, presets in PRESETS.items() for name, how in presets.items() if how.norm != "batch"
+CONFIGS: dict[str, Recurrence] = {f"{cell} unnormalized": Recurrence(cell, None) for cell in PRESETS} | {
+    f"{cell} {name}": config
+    for cell, presets in PRESETS.items()
+    for name, config in presets.items()
+    if config.norm != "batch"
 }
-HOWS["lstm rms"] = preset("lstm", "rms")
-HOWS["gru paper"] = replace(PRESETS["gru"]["ba2016"], update_gate="paper")
-HOWS["gru plain candidate"] = Recurrence("gru", None, reset_gate="candidate")
-HOWS["gru candidate"] = replace(PRESETS["gru"]["haste"], reset_gate="candidate")
-HOWS["rnn relu"] = Recurrence("rnn", None, nonlinearity="relu")
+CONFIGS["lstm rms"] = preset("lstm", "rms")
+CONFIGS["gru paper"] = replace(PRESETS["gru"]["ba2016"], update_gate="paper")
+CONFIGS["gru unnormalized candidate"] = Recurrence("gru", None, reset_after=False)
+CONFIGS["gru candidate"] = replace(PRESETS["gru"]["haste"], reset_after=False)
+CONFIGS["rnn relu"] = Recurrence("rnn", None, nonlinearity="relu")
 
 
 @contextmanager
@@ -42,7 +48,7 @@ def without_onednn() -> Iterator[None]:
 
 
 # What layers of torch's operations do in that dtype.
-EAGER = {torch.float32: reference.recurrence, torch.bfloat16: recurrent_loop.recurrence}
+EAGER = {torch.float32: reference_rnn.layer, torch.bfloat16: aten.layer}
 
 # How often the kernels may repeat an eager loop's error: roundings are luck, those of bfloat16 the less as our sums are
 # in float32. None of 220 nets exceeded it on any of three instruction sets (the largest shares: .32, in bfloat16 .73).
@@ -61,7 +67,7 @@ class Sample:
 
     def __init__(
         self,
-        how: Recurrence,
+        config: Recurrence,
         size: tuple[int, int, int, int],
         dtype: torch.dtype = torch.float32,
         *,
@@ -70,17 +76,17 @@ class Sample:
         resets: bool = False,
         offset: int = 0,
     ) -> None:
-        self.how, self.dtype, (self.steps, self.batch, inputs, units) = how, dtype, size
+        self.config, self.dtype, (self.steps, self.batch, inputs, units) = config, dtype, size
 
         def draw(*shape: int) -> Tensor:
             return tensor(*shape, dtype=dtype, offset=offset)
 
         # Half the size, or long recurrences are chaotic and no two orders of summation agree.
-        weights = random_weights(how.shapes(inputs, units))
+        weights = random_weights(config.shapes(inputs, units))
         self.weights = Weights(**{name: draw(*w.shape).copy_(w / 2) for name, w in weights.items()})
         self.x = draw(self.steps, self.batch, inputs)
         self.h0 = draw(self.batch, units)
-        self.c0 = draw(self.batch, units) if how.cell == "lstm" else None
+        self.c0 = draw(self.batch, units) if config.cell == "lstm" else None
         self.upstream = [draw(self.steps, self.batch, units)]
         self.upstream += [draw(*t.shape) for t in (self.h0, self.c0) if t is not None]
         lengths = torch.randint(0, self.steps + 1, (self.batch,)) if ragged else None
@@ -89,54 +95,97 @@ class Sample:
             padding = ~valid_steps(self.steps, lengths)
             self.x[padding] = float("nan")
             self.upstream[0][padding] = float("inf")
-        self.call = Call(how, lengths, reset, reverse)
-        self.rows = rows_of(self.call, self.x)
-        self.truth = self.by_loop(reference.recurrence, torch.float64)
+        self.lengths, self.reset, self.reverse = lengths, reset, reverse
+        self.rows = packed.Sequences(self.x, Layout(self.steps, self.batch))
+        if lengths is not None:
+            self.rows = packed.pack(self.x, lengths, batch_first=False, bidirectional=True)
+        self.truth = self.by_reference()
         with without_onednn():
-            self.eager = self.by_loop(EAGER[dtype], dtype)
+            self.eager = self.by_layer(EAGER[dtype])
 
-    def by_loop(self, recurrence: Callable[..., reference.Result], dtype: torch.dtype) -> list[Tensor]:
-        """Output, final state and all gradients by a loop over steps."""
+    def by_reference(self) -> list[Tensor]:
+        """Output, final state and all gradients in float64, of the padded batch as it is."""
         tensors = (self.x, self.h0, self.c0, *self.weights)
-        at = [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
-        _, lengths, reset, reverse = self.call
-        found = recurrence(*at[:3], Weights(*at[3:]), self.how, lengths=lengths, reset=reset, reverse=reverse)
+        at = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+        options = {"lengths": self.lengths, "reset": self.reset, "reverse": self.reverse}
+        found = reference.recurrence(*at[:3], Weights(*at[3:]), self.config, **options)
         outputs = [t for t in (found.output, found.h, found.c) if t is not None]
-        leaves, upstream = [t for t in at if t is not None], [g.to(dtype) for g in self.upstream]
+        leaves, upstream = [t for t in at if t is not None], [g.double() for g in self.upstream]
         return [t.detach() for t in outputs] + list(torch.autograd.grad(outputs, leaves, upstream))
 
+    def by_layer(self, layer: Callable[..., LayerResult]) -> list[Tensor]:
+        """The same in the sample's dtype by a backend's layer that autograd differentiates."""
+        given = self.given
+        named = {"x": given.x, "h0": given.h0, "c0": given.c0, **given.weights._asdict()}
+        at = {name: None if t is None else t.detach().clone().requires_grad_() for name, t in named.items()}
+        weights = Weights(**{name: at[name] for name in Weights._fields})
+        found = layer(given._replace(x=at["x"], h0=at["h0"], c0=at["c0"], weights=weights), True)
+        outputs = [t for t in (found.output, found.h, found.c) if t is not None]
+        leaves = [t for t in at.values() if t is not None]
+        grads = torch.autograd.grad(outputs, leaves, self.upstream_of_rows[: len(outputs)])
+        gradients = dict(zip([name for name, t in at.items() if t is not None], grads, strict=True))
+        return self.as_given([t.detach() for t in outputs], [gradients.get(name) for name in at])
+
     @property
-    def given(self) -> tuple[kernels.Layer, kernels.Weights, Tensor, Tensor, Tensor | None, kernels.Steps]:
-        """What the kernels are called with."""
-        of = self.rows
-        tensors = of.take(self.x), of.sort(self.h0), of.sort(self.c0)
-        return kernel_layer(self.how), kernel_weights(self.weights), *tensors, of.steps
+    def given(self) -> LayerRequest:
+        """What a backend is given."""
+        rows = self.rows
+        return LayerRequest(
+            self.config,
+            rows.x,
+            self.sorted(self.h0),
+            self.sorted(self.c0),
+            self.weights,
+            rows.layout,
+            self.reverse,
+            None if self.reset is None else packed.resets(rows, self.reset, True)[self.reverse],
+        )
+
+    def sorted(self, state: Tensor | None) -> Tensor | None:
+        order = self.rows.order
+        return state if state is None or order is None else packed.sort(state[None], order)[0]
+
+    def restored(self, state: Tensor | None) -> Tensor | None:
+        order = self.rows.order
+        return state if state is None or order is None else packed.restore(state[None], order)[0]
+
+    @property
+    def upstream_of_rows(self) -> list[Tensor]:
+        """Gradients from above of what a backend gives."""
+        doutput, *dstates = self.upstream
+        source = self.rows.source
+        rows = doutput[: self.rows.layout.steps] if source is None else doutput.flatten(0, 1)[source]
+        return [rows, *[self.sorted(t) for t in dstates]]
+
+    def padded(self, rows: Tensor) -> Tensor:
+        return packed.output(rows, self.rows, (self.steps, self.batch), batch_first=False)
+
+    def as_given(self, outputs: list[Tensor], gradients: list[Tensor | None]) -> list[Tensor]:
+        """A backend's results and gradients (of x, h0, c0 and the weights) in the order and form of `truth`."""
+        output, *states = outputs
+        dx, *dstates = gradients[:3]
+        every = self.padded(output), *map(self.restored, states), self.padded(dx), *map(self.restored, dstates)
+        return [t for t in (*every, *gradients[3:]) if t is not None]
 
     def by_kernel(self, threads: int, level: str | None = None, bits: int | None = None) -> list[Tensor]:
         """The same by the kernels, on the instruction set `level`; `bits`: of weights that have lost all others."""
         if level is not None:
             with on(level):
                 return self.by_kernel(threads, bits=bits)
-        of, given = self.rows, self.given
+        given = self.given
         if bits is not None:
-            worse = kernels.Weights(*(None if w is None else rounded(w, bits) for w in given[1]))
-            given = given[0], worse, *given[2:]
+            given = given._replace(weights=Weights(*(None if w is None else rounded(w, bits) for w in given.weights)))
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         try:
-            found = kernels.forward(*given, save=True)
-            again = kernels.forward(*given, save=False)
+            found = kernels.forward(given, True)
+            again = kernels.forward(given, False)
             assert torch.equal(found.output, again.output)  # keeping values changes none
-            doutput, *dstate = self.upstream
-            dstate = [of.sort(t) for t in dstate] + [None] * (2 - len(dstate))
-            back = kernels.backward(*given, found.output, found.saved, of.take(doutput), *dstate)
+            upstream = [*self.upstream_of_rows, None][:3]
+            gradients = kernels.backward(given, found.saved, upstream, [True] * (3 + len(Weights._fields)))
         finally:
             torch.set_num_threads(before)
-        gradients = dict(back.weights._asdict(), gain_sum=back.weights.gain_hh)
-        weights = [gradients[name] for name, w in self.weights._asdict().items() if w is not None]
-        states = [of.restore(t) for t in (found.h, found.c)], [of.restore(t) for t in (back.h0, back.c0)]
-        every = of.put(found.output, self.x), *states[0], of.put(back.x, self.x), *states[1]
-        return [t for t in every if t is not None] + weights
+        return self.as_given([t for t in found[:3] if t is not None], gradients)
 
     def excess(self, found: list[Tensor]) -> float:
         """The largest error of what was `found`, as a share of what is allowed: as exact as the loop, up to the luck of

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from normwise import functional
-from normwise.backends.reference.recurrence import Recurrence
+from normwise.backends.recurrence import Recurrence
 from normwise.nn import (
     GRU,
     LSTM,

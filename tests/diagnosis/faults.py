@@ -248,7 +248,7 @@ def nw015_siamese(faulty: bool) -> Arguments:
 
 
 def nw015_shared(faulty: bool) -> Arguments:
-    layer = normwise.LSTM(5, 8, norm="batch", max_length=1 if faulty else 30)
+    layer = normwise.LSTM(5, 8, norm="batch", num_stat_steps=1 if faulty else 30)
     return given(LastState(layer), sequences())
 
 

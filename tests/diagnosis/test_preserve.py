@@ -25,7 +25,7 @@ class Net(nn.Module):
         super().__init__()
         self.conv = nn.utils.parametrizations.spectral_norm(nn.Conv1d(5, 8, 3, padding=1))
         self.norm = normwise.BatchNorm1d(8)
-        self.lstm = normwise.LSTM(8, 6, norm="batch", max_length=4, batch_first=True)
+        self.lstm = normwise.LSTM(8, 6, norm="batch", num_stat_steps=4, batch_first=True)
         self.dropout = nn.Dropout(0.3)
         self.linear = nn.Linear(6, 3)
         self.embedding = nn.Embedding(4, 6, max_norm=0.5)
@@ -88,7 +88,7 @@ def world() -> Iterator[tuple[Net, torch.optim.Optimizer, Any, torch.Generator]]
     generator = torch.Generator().manual_seed(3)
     cases = torch.utils.data.TensorDataset(torch.randn(24, 9, 5), torch.randint(3, (24,)))
     loader = torch.utils.data.DataLoader(cases, batch_size=8, shuffle=True, generator=generator)
-    with pytest.warns(UserWarning, match="longer than max_length"):
+    with pytest.warns(UserWarning, match="longer than num_stat_steps"):
         net(cases.tensors[0]).square().sum().backward()
     optimizer.step()
     net.lstm.warned_of_length = False
@@ -103,7 +103,7 @@ def check(world: tuple[Net, torch.optim.Optimizer, Any, torch.Generator], **argu
     before = everything(net, optimizer, generator)
     options = {"loss": cross_entropy, "optimizer": optimizer} | arguments
     try:
-        with pytest.warns(UserWarning, match="longer than max_length"):
+        with pytest.warns(UserWarning, match="longer than num_stat_steps"):
             return diagnose(net, loader, **options)
     finally:
         after = everything(net, optimizer, generator)

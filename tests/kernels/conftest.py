@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pytest
 
 from instruction_sets import LEVELS, LEVELS_FOR_NORMS, on
-from normwise.backends.cpu import cpu
+from normwise.backends.cpu import library
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without the library there is nothing to test here, except that its absence is told."""
-    why_not = cpu.why_not()
+    why_not = library.missing()
     if why_not is None:
         return
     for item in items:

@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from instruction_sets import USABLE
-from normwise.backends.cpu import recurrent as kernels
+from normwise.backends.cpu import rnn as kernels
 from normwise.backends.cpu.library import load
-from recurrent_samples import FEW_UNITS, HOWS, Sample, check, error
+from normwise.backends.protocol import Layout
+from recurrent_samples import CONFIGS, FEW_UNITS, Sample, check, error
 
 Size = tuple[int, int, int, int]  # T, B, I, H
 DTYPES = [torch.float32, torch.bfloat16]
@@ -27,7 +28,7 @@ def decided_by_rounding(name: str, dtype: torch.dtype, units: int) -> bool:
     a norm over a few; and bfloat16 decides on which side of 0 a ReLU is."""
     if dtype == torch.bfloat16:
         return units < FEW_UNITS or name == "rnn relu"
-    return units < 3 and HOWS[name].norm is not None
+    return units < 3 and CONFIGS[name].norm is not None
 
 
 # One of everything; partial vectors; whole panels and a rest; few samples and many units, which threads share; more
@@ -51,27 +52,27 @@ SIZES = [
     [
         pytest.param(dtype, name, size, id=f"{dtype}-{name}-{size}")
         for dtype in DTYPES
-        for name in HOWS
+        for name in CONFIGS
         for size in SIZES
         if not decided_by_rounding(name, dtype, size[3])
     ],
 )
 def test_the_kernels_are_the_reference(dtype: torch.dtype, name: str, size: Size) -> None:
-    check(lambda: Sample(HOWS[name], size, dtype), threads=(1, 2))
+    check(lambda: Sample(CONFIGS[name], size, dtype), threads=(1, 2))
 
 
-@pytest.mark.parametrize("name", ["lstm ba2016", "lstm plain", "gru ba2016", "gru plain", "rnn ba2016"])
+@pytest.mark.parametrize("name", ["lstm ba2016", "lstm unnormalized", "gru ba2016", "gru unnormalized", "rnn ba2016"])
 @each_dtype
 def test_every_number_of_threads(dtype: torch.dtype, name: str) -> None:
     threads = (1, 3, 4)
-    check(lambda: Sample(HOWS[name], (3, 9, 63, 63), dtype, reverse=True), threads)
-    check(lambda: Sample(HOWS[name], (3, 4, 63, 130), dtype, reverse=True, resets=True, offset=1), threads)
-    check(lambda: Sample(HOWS[name], (24, 33, 2, 17), dtype, ragged=True, resets=True, offset=3), threads)
+    check(lambda: Sample(CONFIGS[name], (3, 9, 63, 63), dtype, reverse=True), threads)
+    check(lambda: Sample(CONFIGS[name], (3, 4, 63, 130), dtype, reverse=True, resets=True, offset=1), threads)
+    check(lambda: Sample(CONFIGS[name], (24, 33, 2, 17), dtype, ragged=True, resets=True, offset=3), threads)
 
 
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    name=st.sampled_from(sorted(HOWS)),
+    name=st.sampled_from(sorted(CONFIGS)),
     dtype=st.sampled_from(DTYPES),
     size=st.tuples(st.integers(1, 6), st.integers(0, 40), st.integers(1, 70), st.integers(3, 70)),
     rows=st.fixed_dictionaries({"reverse": st.booleans(), "ragged": st.booleans(), "resets": st.booleans()}),
@@ -84,12 +85,12 @@ def test_any_size_of_any_recurrence(
 ) -> None:
     assume(not decided_by_rounding(name, dtype, size[3]))
     torch.manual_seed(seed)
-    check(lambda: Sample(HOWS[name], size, dtype, **rows, offset=offset), [threads])
+    check(lambda: Sample(CONFIGS[name], size, dtype, **rows, offset=offset), [threads])
 
 
 @each_dtype
 def test_outputs_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> None:
-    sample = Sample(HOWS["lstm ba2016"], (12, 9, 40, 200), dtype)
+    sample = Sample(CONFIGS["lstm ba2016"], (12, 9, 40, 200), dtype)
     one = sample.by_kernel(1)[:3]
     for threads in (2, 3, 4):
         assert all(torch.equal(a, b) for a, b in zip(one, sample.by_kernel(threads)[:3], strict=True))
@@ -97,7 +98,7 @@ def test_outputs_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
 
 # One step of many samples, and a few steps of few.
 @pytest.mark.parametrize("size", [(1, 32, 8, 24), (20, 4, 8, 24)], ids=["a step", "some steps"])
-@pytest.mark.parametrize("name", ["lstm ba2016", "lstm plain", "gru ba2016", "rnn ba2016"])
+@pytest.mark.parametrize("name", ["lstm ba2016", "lstm unnormalized", "gru ba2016", "rnn ba2016"])
 def test_no_digits_are_lost_beside_an_eager_loop(name: str, size: Size) -> None:
     """The median error over draws and tensors, in units of the loop's in float32.
 
@@ -107,7 +108,7 @@ def test_no_digits_are_lost_beside_an_eager_loop(name: str, size: Size) -> None:
     of .053 about 1.11. Of 12 draws 1.45 is thus eight standard deviations away: a false alarm in less than 1e-12 runs.
     Weights that lost three of their 24 bits give 1.7 to 3.9.
     """
-    samples = [Sample(HOWS[name], size) for _ in range(12)]
+    samples = [Sample(CONFIGS[name], size) for _ in range(12)]
     loops = [[error(t, true) for t, true in zip(s.eager, s.truth, strict=True)] for s in samples]
 
     def median(level: str, bits: int | None = None) -> float:
@@ -125,7 +126,7 @@ def test_no_digits_are_lost_beside_an_eager_loop(name: str, size: Size) -> None:
 @each_dtype
 def test_memory_stays_flat(dtype: torch.dtype) -> None:
     """Also where each call's scratch, results and what is kept take but a few KiB."""
-    sample = Sample(HOWS["lstm ba2016"], (4, 6, 17, 40), dtype, ragged=True, resets=True)
+    sample = Sample(CONFIGS["lstm ba2016"], (4, 6, 17, 40), dtype, ragged=True, resets=True)
 
     def resident() -> int:
         with open("/proc/self/statm") as file:
@@ -144,17 +145,26 @@ def test_memory_stays_flat(dtype: torch.dtype) -> None:
 
 
 def test_what_is_refused() -> None:
-    sample = Sample(HOWS["lstm plain"], (2, 3, 4, 5))
-    layer, weights, x, h0, c0, steps = sample.given
+    sample = Sample(CONFIGS["lstm unnormalized"], (2, 3, 4, 5))
+    given = sample.given
+    short = given._replace(x=given.x[:1])
     with pytest.raises(
-        ValueError, match=r"x: expected \(6, 4\) of torch.float32 or torch.bfloat16 on the CPU, but got \(5, 4\)"
+        ValueError, match=r"x: expected \(2, 3, 4\) of torch.float32 or torch.bfloat16 on the CPU, but got \(1, 3, 4\)"
     ):
-        kernels.forward(layer, weights, x[:5], h0, c0, steps, save=False)
-    grown = kernels.Steps(2, 3, torch.tensor([2, 3]))  # samples cannot come back
+        kernels.forward(short, False)
+    rows = given.x.flatten(0, 1)
+    layout = Layout(2, 3, torch.tensor([3, 2]))
+    with pytest.raises(
+        ValueError, match=r"x: expected \(5, 4\) of torch.float32 or torch.bfloat16 on the CPU, but got \(6, 4\)"
+    ):
+        kernels.forward(given._replace(x=rows, layout=layout), False)
+    grown = Layout(2, 3, torch.tensor([2, 3]))  # samples cannot come back
     with pytest.raises(ValueError, match="a kernel refused its arguments"):
-        kernels.forward(layer, weights, x[:5], h0, c0, grown, save=False)
+        kernels.forward(given._replace(x=rows[:5], layout=grown), False)
+    with pytest.raises(ValueError, match="flip: missing"):
+        kernels.forward(given._replace(x=rows[:5], layout=layout, reverse=True), False)
     with pytest.raises(ValueError, match="an LSTM, and it alone, has a cell state c0"):
-        kernels.forward(layer, weights, x, h0, None, steps, save=False)
+        kernels.forward(given._replace(c0=None), False)
 
 
 def test_argument_structs_have_the_size_that_the_header_gives_them() -> None:

@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from normwise.backends.cpu import recurrent as kernels
-from normwise.ops.rnn.cpu import kernel_layer
-from normwise.backends.reference import recurrent as reference
-from normwise.backends.reference.recurrence import Recurrence, Weights
-from recurrent_samples import HOWS, Sample
+from normwise.backends.cpu import rnn as kernels
+from normwise.backends.protocol import LayerRequest, Layout
+from normwise.backends.recurrence import Recurrence, Weights
+from normwise.backends.reference import recurrence as reference
+from recurrent_samples import CONFIGS, Sample
 
 BF16 = torch.bfloat16
+EVERYTHING = [True] * (3 + len(Weights._fields))
 RELU = Recurrence("rnn", None, nonlinearity="relu")
 # Where a rounding decides on which side of 0 a unit is, nothing can be said of its gradient.
-SMOOTH = [name for name in HOWS if name != "rnn relu"]
+SMOOTH = [name for name in CONFIGS if name != "rnn relu"]
 
 
 def signs(*shape: int) -> Tensor:
@@ -63,24 +64,22 @@ def test_products_of_small_integers_are_exact(
     true = reference.recurrence(x, h0, None, Weights(weight_ih, weight_hh), RELU)
     expected = [true.output, *torch.autograd.grad(true.output, leaves, upstream)]
     assert max(float(e.detach().abs().max()) for e in expected) <= 256  # or bfloat16 would round them
-    given = (
-        kernel_layer(RELU),
-        kernels.Weights(*(w.detach().to(BF16) for w in (weight_ih, weight_hh))),
-        x.detach().flatten(0, 1).to(BF16),
+    given = LayerRequest(
+        RELU,
+        x.detach().to(BF16),
         h0.detach().to(BF16),
         None,
-        kernels.Steps(*size[:2]),
+        Weights(*(w.detach().to(BF16) for w in (weight_ih, weight_hh))),
+        Layout(*size[:2]),
     )
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = kernels.forward(*given, save=True)
-        back = kernels.backward(*given, found.output, found.saved, upstream.flatten(0, 1).to(BF16), None, None)
+        found = kernels.forward(given, True)
+        dx, dh0, _, *dweights = kernels.backward(given, found.saved, (upstream.to(BF16), None, None), EVERYTHING)
     finally:
         torch.set_num_threads(before)
-    assert back.x is not None
-    assert back.weights is not None
-    got = found.output, back.x, back.h0, back.weights.weight_ih, back.weights.weight_hh
+    got = found.output, dx, dh0, *dweights[:2]
     for name, g, e in zip(("output", "x", "h0", "weight_ih", "weight_hh"), got, expected, strict=True):
         assert g.dtype == BF16
         assert torch.equal(g.double().view_as(e), e.detach()), name
@@ -88,7 +87,7 @@ def test_products_of_small_integers_are_exact(
 
 @pytest.mark.parametrize("name", SMOOTH)
 def test_errors_are_no_larger_than_those_of_an_eager_loop_in_bfloat16(name: str) -> None:
-    sample = Sample(HOWS[name], (20, 5, 31, 63), BF16)
+    sample = Sample(CONFIGS[name], (20, 5, 31, 63), BF16)
 
     def error(found: list[Tensor]) -> float:
         shares = [float((f.double() - t).norm() / t.norm()) for f, t in zip(found, sample.truth, strict=True)]
@@ -98,20 +97,24 @@ def test_errors_are_no_larger_than_those_of_an_eager_loop_in_bfloat16(name: str)
 
 
 def test_gains_and_biases_may_be_float32() -> None:
-    sample = Sample(HOWS["lstm ba2016"], (5, 3, 7, 20), BF16)
-    layer, weights, *rest = sample.given
-    wide = weights._replace(**{n: w.float() for n, w in weights._asdict().items() if w is not None and w.dim() == 1})
-    found = kernels.forward(layer, wide, *rest, save=True)
-    assert torch.equal(found.output.view_as(sample.upstream[0]), sample.by_kernel(1)[0])
-    back = kernels.backward(layer, wide, *rest, found.output, found.saved, sample.upstream[0].flatten(0, 1), None, None)
-    assert back.weights is not None
-    assert [g.dtype for g in back.weights if g is not None] == [w.dtype for w in wide if w is not None]
+    sample = Sample(CONFIGS["lstm ba2016"], (5, 3, 7, 20), BF16)
+    given = sample.given
+    named = given.weights._asdict().items()
+    wide = given._replace(
+        weights=given.weights._replace(**{n: w.float() for n, w in named if w is not None and w.dim() == 1})
+    )
+    found = kernels.forward(wide, True)
+    assert torch.equal(found.output, sample.by_kernel(1)[0])
+    gradients = kernels.backward(wide, found.saved, (sample.upstream[0], None, None), EVERYTHING)[3:]
+    for gradient, w in zip(gradients, wide.weights, strict=True):
+        assert (gradient is None) == (w is None)
+        assert gradient is None or gradient.dtype == w.dtype
 
 
 def test_what_is_refused() -> None:
-    layer, weights, x, *rest = Sample(HOWS["lstm plain"], (2, 3, 4, 5), BF16).given
+    given = Sample(CONFIGS["lstm unnormalized"], (2, 3, 4, 5), BF16).given
     with pytest.raises(ValueError, match=r"weight_ih: expected \(20, 4\) of torch.float32 on the CPU, but got"):
-        kernels.forward(layer, weights, x.float(), *rest, save=False)
-    half = weights._replace(bias_ih=weights.bias_ih.half())
+        kernels.forward(given._replace(x=given.x.float()), False)
+    half = given.weights._replace(bias_ih=given.weights.bias_ih.half())
     with pytest.raises(ValueError, match=r"bias_ih: expected \(20,\) of torch.bfloat16 or torch.float32 on the CPU"):
-        kernels.forward(layer, half, x, *rest, save=False)
+        kernels.forward(given._replace(weights=half), False)

@@ -26,11 +26,11 @@ SIZES = {
     "FrozenBatchNorm1d": lambda n: normwise.FrozenBatchNorm1d(n(3)),
     "InstanceNorm1d": lambda n: normwise.InstanceNorm1d(n(3)),
     "LSTM": lambda n: normwise.LSTM(n(4), n(6), n(2), proj_size=n(3)),
-    "GRU": lambda n: normwise.GRU(n(4), n(6), norm="batch", max_length=n(5)),
+    "GRU": lambda n: normwise.GRU(n(4), n(6), norm="batch", num_stat_steps=n(5)),
     "RNN": lambda n: normwise.RNN(n(4), n(6)),
     "LSTMCell": lambda n: normwise.LSTMCell(n(4), n(6)),
     "GRUCell": lambda n: normwise.GRUCell(n(4), n(6)),
-    "RNNCell": lambda n: normwise.RNNCell(n(4), n(6), norm="batch", max_length=n(1)),
+    "RNNCell": lambda n: normwise.RNNCell(n(4), n(6), norm="batch", num_stat_steps=n(1)),
 }
 
 

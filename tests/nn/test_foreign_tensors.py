@@ -13,15 +13,14 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import normwise
+from backends import without_kernels
 from in_children import Fault, in_children
-from normwise.backends.cpu import cpu
 
 
 class Layer(NamedTuple):
@@ -254,8 +253,7 @@ def cells(kind: str) -> list[Cell]:
 
 
 def outcome_without_kernels(cell: Cell) -> str:
-    hidden = mock.patch.multiple(cpu, obstacle=lambda x: "hidden", available=lambda: False)
-    with hidden:
+    with without_kernels():
         return outcome(cell)
 
 

@@ -32,7 +32,7 @@ def build(cell, name, **options):
 @pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize(("cell", "name"), BATCH)
 def test_training_normalizes_by_the_step_and_moves_that_steps_row(cell, name, backwards):
-    layer = build(cell, name, max_length=T, bidirectional=backwards, momentum=0.3)
+    layer = build(cell, name, num_stat_steps=T, bidirectional=backwards, momentum=0.3)
     suffix = "_l0_reverse" if backwards else "_l0"
     x = torch.randn(T, B, INPUT, dtype=torch.float64)
     output, _ = layer(x, lengths=LENGTHS)
@@ -68,7 +68,7 @@ def test_sequence_wise_statistics_fill_one_row(cell):
 @pytest.mark.parametrize(("cell", "name"), BATCH)
 def test_evaluation_after_one_full_batch_is_that_batch(cell, name):
     """With momentum 1 the tables are the batch's statistics, up to the unbiased variance."""
-    layer = build(cell, name, momentum=1.0, max_length=T)
+    layer = build(cell, name, momentum=1.0, num_stat_steps=T)
     x = torch.randn(T, 64, INPUT, dtype=torch.float64)
     trained, _ = layer(x)
     with torch.no_grad():
@@ -81,14 +81,14 @@ def test_evaluation_after_one_full_batch_is_that_batch(cell, name):
     assert all(torch.equal(value, before[key]) for key, value in layer.named_buffers())
 
 
-def test_steps_beyond_max_length_use_the_last_row_and_say_so_once():
-    layer = away_from_start(build("lstm", "cooijmans2016", max_length=2)).eval()
-    longer = build("lstm", "cooijmans2016", max_length=T).eval()
+def test_steps_beyond_num_stat_steps_use_the_last_row_and_say_so_once():
+    layer = away_from_start(build("lstm", "cooijmans2016", num_stat_steps=2)).eval()
+    longer = build("lstm", "cooijmans2016", num_stat_steps=T).eval()
     rows = torch.tensor([0, 1, 1, 1, 1])
     state = layer.state_dict()
     longer.load_state_dict({k: v[rows] if k.startswith("running") else v for k, v in state.items()})
     x = torch.randn(T, B, INPUT, dtype=torch.float64)
-    with pytest.warns(UserWarning, match="5 steps is longer than max_length=2: all later steps use the last step"):
+    with pytest.warns(UserWarning, match="5 steps is longer than num_stat_steps=2: all later steps use the last step"):
         output, _ = layer(x)
     assert_close(output, longer(x)[0], kind="composed", scale=1.0)
     with warnings.catch_warnings():
@@ -96,8 +96,8 @@ def test_steps_beyond_max_length_use_the_last_row_and_say_so_once():
         layer(x)
 
 
-def test_max_length_1_shares_statistics_among_all_steps_without_a_warning():
-    layer = build("rnn", "cooijmans2016", max_length=1, momentum=0.5)
+def test_num_stat_steps_1_shares_statistics_among_all_steps_without_a_warning():
+    layer = build("rnn", "cooijmans2016", num_stat_steps=1, momentum=0.5)
     x = torch.randn(T, B, INPUT, dtype=torch.float64)
     layer(x)
     _, _, used = run_batch("rnn", "cooijmans2016", x, zeros("rnn"), weights(layer), [T] * B)
@@ -131,7 +131,7 @@ def test_a_single_sequence_is_enough_for_sequence_wise_statistics():
 
 
 def test_the_last_sample_running_gets_a_zero_and_moves_nothing():
-    layer = build("rnn", "laurent2015", momentum=1.0, max_length=T)
+    layer = build("rnn", "laurent2015", momentum=1.0, num_stat_steps=T)
     x = torch.randn(T, 2, INPUT, dtype=torch.float64)
     output, _ = layer(x, lengths=[5, 3])
     for t in (3, 4):
@@ -144,26 +144,26 @@ def test_the_last_sample_running_gets_a_zero_and_moves_nothing():
 
 @pytest.mark.parametrize("cell", LAYERS)
 def test_steps_in_training_move_their_own_rows(cell):
-    whole, stepped = (build(cell, "cooijmans2016", max_length=3) for _ in range(2))
+    whole, stepped = (build(cell, "cooijmans2016", num_stat_steps=3) for _ in range(2))
     stepped.load_state_dict(whole.state_dict())
     x = torch.randn(3, B, INPUT, dtype=torch.float64)
     output, _ = whole(x)
     state = None
     for t in range(3):
-        y, state = stepped.step(x[t], state, t=t)
+        y, state = stepped.step(x[t], state, step=t)
         assert_close(y, output[t], kind="composed", scale=1.0)
     for (key, a), b in zip(stepped.named_buffers(), whole.buffers(), strict=True):
         assert_close(a, b, kind="composed", scale=1.0, name=key)
 
 
 def test_a_cell_moves_its_own_rows_too():
-    layer = build("gru", "cooijmans2016", max_length=3)
-    cell = normwise.GRUCell(INPUT, HIDDEN, norm="batch", max_length=3, dtype=torch.float64)
+    layer = build("gru", "cooijmans2016", num_stat_steps=3)
+    cell = normwise.GRUCell(INPUT, HIDDEN, norm="batch", num_stat_steps=3, dtype=torch.float64)
     cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
     x = torch.randn(2, B, INPUT, dtype=torch.float64)
     layer(x)
-    h = cell(x[0], t=0)
-    cell(x[1], h, t=1)
+    h = cell(x[0], step=0)
+    cell(x[1], h, step=1)
     assert_close(cell.running_mean_hh, layer.running_mean_hh_l0, kind="composed", scale=1.0)
     assert (cell.running_mean_hh[2] == 0).all()
 

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import normwise
 from normwise import Recurrence
-from normwise.backends.reference.recurrence import PRESETS
+from normwise.ops.rnn.presets import PRESETS
 
 T, B, INPUT, HIDDEN = 5, 3, 4, 6
 X = torch.zeros(T, B, INPUT)
@@ -97,7 +97,11 @@ def test_a_packed_sequence_states_its_own_lengths(norm):
         (lambda: normwise.GRU(4, 6, update_gate="ours"), ValueError, r"update_gate='ours' is not known"),
         (lambda: normwise.GRU(4, 6, eps=0.0), ValueError, r"eps must be positive"),
         (lambda: normwise.GRU(4, 6, zoneout=1.1), ValueError, r"zoneout is a probability"),
-        (lambda: normwise.GRU(4, 6, norm="batch", max_length=0), ValueError, r"max_length must be a positive integer"),
+        (
+            lambda: normwise.GRU(4, 6, norm="batch", num_stat_steps=0),
+            ValueError,
+            r"num_stat_steps must be a positive integer",
+        ),
         (lambda: normwise.GRU(4, 6, norm="batch", momentum=1.5), ValueError, r"momentum must lie in \[0, 1\]"),
         (lambda: normwise.LSTM(4, 6, statistics="sequence"), ValueError, r"only for batch norm on the input term"),
         (lambda: normwise.LSTM(4, 6, norm="batch", statistics="sequence"), ValueError, r"variant='laurent2015'"),
@@ -116,11 +120,11 @@ def test_a_packed_sequence_states_its_own_lengths(norm):
             r"nonlinearity='relu' contradicts the nonlinearity='tanh'",
         ),
         (lambda: normwise.LSTM.from_torch(nn.GRU(4, 6)), TypeError, r"expects a torch.nn.LSTM, but got GRU"),
-        (lambda: normwise.LSTM.from_torch(nn.LSTM(4, 6), forget_bias=1.0), TypeError, r"keeps the plain layer's b"),
+        (lambda: normwise.LSTM.from_torch(nn.LSTM(4, 6), forget_bias=1.0), TypeError, r"keeps the layer's b"),
         (
             lambda: normwise.LSTMCell(4, 6, variant=replace(PRESETS["lstm"]["laurent2015"], statistics="sequence")),
             ValueError,
-            r"LSTMCell sees one step.*use 'frame'",
+            r"LSTMCell sees one step.*use 'per_step'",
         ),
     ],
 )
@@ -130,11 +134,11 @@ def test_constructors(make, error, message):
 
 
 def test_a_description_of_ones_own_brings_its_norm():
-    how = Recurrence("rnn", "rms", "sum", hidden_bias=False, nonlinearity="relu")
-    layer = normwise.RNN(4, 6, variant=how)
-    assert layer.recurrence == how
+    config = Recurrence("rnn", "rms", "sum", hidden_bias=False, nonlinearity="relu")
+    layer = normwise.RNN(4, 6, variant=config)
+    assert layer.recurrence == config
     assert layer.nonlinearity == "relu"
-    assert normwise.RNN(4, 6, variant=how, norm="rms", eps=0.5).recurrence == replace(how, eps=0.5)
+    assert normwise.RNN(4, 6, variant=config, norm="rms", eps=0.5).recurrence == replace(config, eps=0.5)
 
 
 @pytest.mark.parametrize(
@@ -142,14 +146,14 @@ def test_a_description_of_ones_own_brings_its_norm():
     [
         (lambda: normwise.GRU(4, 6, bidirectional=True), (X[0],), ValueError, r"bidirectional=False"),
         (lambda: normwise.GRU(4, 6), (X,), ValueError, r"expects input of shape \(batch, 4\) or \(4,\), but got"),
-        (lambda: normwise.GRU(4, 6, norm="batch"), (X[0],), ValueError, r"need to know which step.*pass t=0, 1, 2"),
+        (lambda: normwise.GRU(4, 6, norm="batch"), (X[0],), ValueError, r"need to know which step.*pass step=0, 1, 2"),
         (lambda: normwise.GRU(4, 6), (X[0, :, :3],), RuntimeError, r"Expected 4, got 3"),
         (lambda: normwise.GRU(4, 6), (X[0], torch.zeros(B, 6)), RuntimeError, r"hx should also be 3-D"),
         (
             lambda: normwise.GRU(4, 6, norm="batch", variant="laurent2015", statistics="sequence"),
             (X[0],),
             ValueError,
-            r"use eval mode, or statistics='frame'",
+            r"use eval mode, or statistics='per_step'",
         ),
     ],
 )
@@ -160,10 +164,10 @@ def test_steps(make, call, error, message):
 
 def test_steps_with_a_wrong_index_or_reset():
     layer = normwise.GRU(4, 6, norm="batch")
-    with pytest.raises(ValueError, match="t counts steps from 0, but got -1"):
-        layer.step(X[0], t=-1)
+    with pytest.raises(ValueError, match="step counts steps from 0, but got -1"):
+        layer.step(X[0], step=-1)
     with pytest.raises(ValueError, match=r"reset must be of shape \(3,\), one for each sample"):
-        layer.step(X[0], t=0, reset=torch.zeros(2).bool())
+        layer.step(X[0], step=0, reset=torch.zeros(2).bool())
 
 
 @pytest.mark.parametrize(
@@ -178,7 +182,7 @@ def test_steps_with_a_wrong_index_or_reset():
             r"LSTMCell: Expected hidden\[1\] to be of shape \(3, 6\), got \(3, 5\)",
         ),
         (lambda: normwise.LSTMCell(4, 6), (X[0], torch.zeros(B, 6)), TypeError, r"pair \(h, c\), but got Tensor"),
-        (lambda: normwise.RNNCell(4, 6, norm="batch"), (X[0],), ValueError, r"pass t=0, 1, 2"),
+        (lambda: normwise.RNNCell(4, 6, norm="batch"), (X[0],), ValueError, r"pass step=0, 1, 2"),
         (lambda: normwise.RNNCell(4, 6, norm="batch"), (X[0, :1],), ValueError, r"need to know which step"),
     ],
 )

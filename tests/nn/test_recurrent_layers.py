@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import normwise
-from normwise.backends.reference.recurrence import PRESETS
+from normwise.ops.rnn.presets import PRESETS
 from recurrences import EQUATIONS, run
 from recurrent_cases import CELLS, LAYERS, away_from_start
 from tolerances import assert_close
@@ -95,7 +95,7 @@ def test_unbatched_is_a_batch_of_one(cell, norm, batch_first):
         assert torch.equal(a, b[:, 0])
 
 
-PRESETS_AND_NORMS = [(cell, name, how.norm) for cell, presets in PRESETS.items() for name, how in presets.items()]
+PRESETS_AND_NORMS = [(cell, name, config.norm) for cell, presets in PRESETS.items() for name, config in presets.items()]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_steps_are_the_sequence(cell, name, norm):
     reset = torch.rand(T, B) < 0.3
     output, finals = layer(x, state, reset=reset)
     for t in range(T):
-        y, state = layer.step(x[t], state, reset=reset[t], t=t)
+        y, state = layer.step(x[t], state, reset=reset[t], step=t)
         all_close([y], [output[t]])
     all_close(parts(state), parts(finals))
 
@@ -134,10 +134,10 @@ def test_a_cell_is_a_step_of_the_layer(cell, norm):
     one = CELLS[cell](INPUT, HIDDEN, dtype=torch.float64, norm=norm).eval()
     one.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
     x, state = torch.randn(B, INPUT, dtype=torch.float64), random_state(layer)
-    _, finals = layer.step(x, state, t=3)
-    got = parts(one(x, joined([s[0] for s in parts(state)]), t=3))
+    _, finals = layer.step(x, state, step=3)
+    got = parts(one(x, joined([s[0] for s in parts(state)]), step=3))
     all_close(got, [s[0] for s in parts(finals)])
-    alone = parts(one(x[0], joined([s[0, 0] for s in parts(state)]), t=3))
+    alone = parts(one(x[0], joined([s[0, 0] for s in parts(state)]), step=3))
     all_close(alone, [s[0] for s in got])
 
 
@@ -180,9 +180,9 @@ def test_zoneout_draws_in_training_only():
 @pytest.mark.parametrize("variant", list(PRESETS["lstm"]))
 def test_from_torch_starts_from_a_plain_layers_weights(variant):
     norm = PRESETS["lstm"][variant].norm
-    plain = nn.LSTM(INPUT, HIDDEN, 2, bidirectional=True, proj_size=2, batch_first=True, dtype=torch.float64)
-    layer = normwise.LSTM.from_torch(plain, norm=norm, variant=variant)
-    ours, theirs = layer.state_dict(), plain.state_dict()
+    given = nn.LSTM(INPUT, HIDDEN, 2, bidirectional=True, proj_size=2, batch_first=True, dtype=torch.float64)
+    layer = normwise.LSTM.from_torch(given, norm=norm, variant=variant)
+    ours, theirs = layer.state_dict(), given.state_dict()
     for suffix in ("_l0", "_l1_reverse"):
         for name in ("weight_ih", "weight_hh", "weight_hr"):
             assert torch.equal(ours[name + suffix], theirs[name + suffix])
@@ -218,8 +218,8 @@ def test_parameters_start_where_the_preset_says():
 def test_what_a_layer_prints():
     text = repr(normwise.LSTM(4, 6, 2, bidirectional=True, proj_size=3))
     assert text == "LSTM(4, 6, proj_size=3, num_layers=2, bidirectional=True, norm='layer', variant='ba2016')"
-    assert "norm='batch', variant='laurent2015', max_length=9" in repr(
-        normwise.RNN(4, 6, norm="batch", variant="laurent2015", max_length=9)
+    assert "norm='batch', variant='laurent2015', num_stat_steps=9" in repr(
+        normwise.RNN(4, 6, norm="batch", variant="laurent2015", num_stat_steps=9)
     )
     assert repr(normwise.GRUCell(4, 6, norm="rms")) == "GRUCell(4, 6, norm='rms', variant='ba2016')"
 

@@ -158,7 +158,7 @@ def test_vmap_over_models(cell, norm):
 def test_odd_sizes(cell, norm, steps, batch, hidden):
     # Over many steps a recurrence may magnify float32's roundings, but hardly float64's.
     dtype = torch.float64 if steps > 100 else torch.float32
-    options = {"max_length": steps} if norm == "batch" else {}
+    options = {"num_stat_steps": steps} if norm == "batch" else {}
     layer = LAYERS[cell](INPUT, hidden, norm=norm, dtype=dtype, **options)
     exact = copy.deepcopy(layer).double()
     x = torch.randn(steps, batch, INPUT, dtype=dtype, requires_grad=True)

@@ -199,7 +199,7 @@ def test_checkpointing_a_whole_net() -> None:
 
 def test_recurrent_batch_norm() -> None:
     """Checkpointed once, and a step that is not finite leaves the others' rows alone."""
-    layer, plain = (normwise.LSTM(3, 4, norm="batch", max_length=5) for _ in range(2))
+    layer, plain = (normwise.LSTM(3, 4, norm="batch", num_stat_steps=5) for _ in range(2))
     plain.load_state_dict(layer.state_dict())
     x = torch.randn(5, 6, 3, requires_grad=True)
     y, _ = checkpoint(layer, x, use_reentrant=False)

@@ -7,7 +7,6 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -16,8 +15,8 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import normwise
+from backends import without_kernels
 from norm_cases import CASES, Case, randomize
-from normwise.backends.cpu import cpu
 from tolerances import assert_close
 
 SIDE_BY_SIDE = [
@@ -46,10 +45,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "kernels":
         yield request.param
     else:
-        with (
-            mock.patch.object(cpu, "obstacle", return_value="hidden"),
-            mock.patch.object(cpu, "available", return_value=False),
-        ):
+        with without_kernels():
             yield request.param
 
 

@@ -6,36 +6,39 @@ import pytest
 import torch
 
 import normwise
-from normwise.ops.rnn import stack as recurrent, running_stats as recurrent_running
-from normwise.backends.reference import recurrent as reference
+from backends import using
+from normwise.backends.recurrence import Recurrence, Weights
+from normwise.backends.reference import recurrence as reference
 from normwise.backends.reference.moments import Moments
-from normwise.backends.reference.recurrence import PRESETS, Recurrence, Weights, preset
+from normwise.ops.rnn import running_stats as recurrent_running
+from normwise.ops.rnn.presets import PRESETS, preset
 from recurrences import random_weights
+from recurrent_calls import recurrence
 from tolerances import assert_close
 
 T, B, INPUT, HIDDEN = 6, 5, 3, 4
 CASES = [
     (cell, name, norm)
     for cell, presets in PRESETS.items()
-    for name, how in presets.items()
-    for norm in (["batch", "given"] if how.norm == "batch" else ["layer", "rms"])
+    for name, config in presets.items()
+    for norm in (["batch", "given"] if config.norm == "batch" else ["layer", "rms"])
 ]
 CASES += [(cell, None, None) for cell in PRESETS]
 
 
 def sample(cell, name, norm, dtype=torch.float64, **changes):
-    how = preset(cell, "batch" if norm == "given" else norm, name)
-    how = Recurrence(**{**vars(how), **changes})
-    weights = {k: v.to(dtype) for k, v in random_weights(how.shapes(INPUT, HIDDEN)).items()}
+    config = preset(cell, "batch" if norm == "given" else norm, name)
+    config = Recurrence(**{**vars(config), **changes})
+    weights = {k: v.to(dtype) for k, v in random_weights(config.shapes(INPUT, HIDDEN)).items()}
     x = torch.randn(T, B, INPUT).to(dtype)
     states = [torch.randn(B, HIDDEN).to(dtype) for _ in range(2 if cell == "lstm" else 1)]
     leaves = [t.requires_grad_() for t in (x, *states, *weights.values())]
     running = None
     if norm == "given":
         running = {
-            s: (torch.randn(3, n).to(dtype), torch.rand(3, n).to(dtype) + 0.5) for s, n in how.sites(HIDDEN).items()
+            s: (torch.randn(3, n).to(dtype), torch.rand(3, n).to(dtype) + 0.5) for s, n in config.sites(HIDDEN).items()
         }
-    return how, Weights(**weights), x, states[0], states[1] if cell == "lstm" else None, running, leaves
+    return config, Weights(**weights), x, states[0], states[1] if cell == "lstm" else None, running, leaves
 
 
 def tensors(result):
@@ -50,17 +53,17 @@ def gradients(outputs, leaves, upstream):
 @pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
 @pytest.mark.parametrize(("cell", "name", "norm"), CASES)
 def test_the_fast_loop_is_the_reference(cell, name, norm, ragged, backwards):
-    how, w, x, h0, c0, running, leaves = sample(cell, name, norm)
+    config, w, x, h0, c0, running, leaves = sample(cell, name, norm)
     lengths = torch.tensor([5, 2, 4, 3, 5]) if ragged else None  # nobody runs at the last step
     options = {
         "lengths": lengths,
         "reset": torch.rand(T, B) < 0.3,
         "reverse": backwards,
         "running": running,
-        "first": 1,
+        "start_step": 1,
     }
-    fast = recurrent.recurrence(x, h0, c0, w, how, **options)
-    true = reference.recurrence(x, h0, c0, w, how, **options)
+    fast = recurrence(x, h0, c0, w, config, **options)
+    true = reference.recurrence(x, h0, c0, w, config, **options)
     upstream = [torch.randn_like(t) for t in tensors(true)]
     for a, e in zip(tensors(fast), tensors(true), strict=True):
         assert_close(a, e, kind="composed")
@@ -72,8 +75,10 @@ def test_the_fast_loop_is_the_reference(cell, name, norm, ragged, backwards):
             assert_close(a, e, kind="composed", count=T * B, scale=max(1.0, e.abs().max().item()))
     assert set(fast.statistics) == set(true.statistics)
     for site, moments in true.statistics.items():
+        steps = len(fast.statistics[site].count)
+        assert not moments.count[steps:].any()  # at which nobody runs
         for a, e in zip(fast.statistics[site], moments, strict=True):
-            assert_close(a, e, kind="composed", scale=1.0)
+            assert_close(a, e[:steps], kind="composed", scale=1.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -82,12 +87,12 @@ def test_the_fast_loop_is_the_reference(cell, name, norm, ragged, backwards):
     [("lstm", "ba2016", "layer"), ("gru", "dreamer", "rms"), ("rnn", "cooijmans2016", "batch")],
 )
 def test_low_precision_stays_near_the_float64_truth(cell, name, norm, dtype):
-    how, w, x, h0, c0, _, leaves = sample(cell, name, norm, dtype)
-    fast = recurrent.recurrence(x, h0, c0, w, how)
+    config, w, x, h0, c0, _, leaves = sample(cell, name, norm, dtype)
+    fast = recurrence(x, h0, c0, w, config)
     wide = [t.detach().double().requires_grad_() for t in leaves]
     names = [n for n, v in w._asdict().items() if v is not None]
     w64 = Weights(**dict(zip(names, wide[-len(names) :], strict=True)))
-    true = reference.recurrence(wide[0], wide[1], wide[2] if cell == "lstm" else None, w64, how)
+    true = reference.recurrence(wide[0], wide[1], wide[2] if cell == "lstm" else None, w64, config)
     for a, e in zip(tensors(fast), tensors(true), strict=True):
         assert a.dtype == dtype
         assert_close(a, e, kind="composed", count=T * HIDDEN, scale=2.0)
@@ -107,39 +112,41 @@ def test_zoneout_and_the_gru_options(cell, name):
     changes = {"zoneout": 0.3}
     if name == "ba2016" and cell == "gru":
         changes |= {"update_gate": "paper", "update_offset": -0.5}
-    how, w, x, h0, c0, _, _ = sample(cell, name, "layer", **changes)
-    for zoned in (None, torch.rand(T, B, HIDDEN) < 0.3):
-        fast = recurrent.recurrence(x, h0, c0, w, how, zoned=zoned)
-        true = reference.recurrence(x, h0, c0, w, how, zoned=zoned)
+    config, w, x, h0, c0, _, _ = sample(cell, name, "layer", **changes)
+    for zoneout_mask in (None, torch.rand(T, B, HIDDEN) < 0.3):
+        fast = recurrence(x, h0, c0, w, config, zoneout_mask=zoneout_mask)
+        true = reference.recurrence(x, h0, c0, w, config, zoneout_mask=zoneout_mask)
         assert_close(fast.output, true.output, kind="composed")
 
 
 def test_a_relu_that_diverges_past_the_end_of_a_sequence_poisons_no_gradient():
-    how = Recurrence("rnn", None, nonlinearity="relu")
+    config = Recurrence("rnn", None, nonlinearity="relu")
     w = Weights(torch.ones(2, 1).double(), (torch.eye(2).double() * 1e60).requires_grad_())
     x, h0 = torch.ones(8, 2, 1).double(), torch.zeros(2, 2).double()
-    result = recurrent.recurrence(x * 1e-3, h0, None, w, how, lengths=torch.tensor([2, 1]))
+    result = recurrence(x * 1e-3, h0, None, w, config, lengths=torch.tensor([2, 1]))
     (grad,) = torch.autograd.grad(result.output.sum(), [w.weight_hh])
     assert torch.isfinite(grad).all()
 
 
-def test_a_forced_reference_runs_the_reference(monkeypatch):
-    how, w, x, h0, c0, _, _ = sample("lstm", "ba2016", "layer")
-    monkeypatch.setattr(recurrent.recurrent_loop, "recurrence", None)
-    with normwise.backend("reference"):
-        result = recurrent.recurrence(x, h0, c0, w, how)
-    assert torch.equal(result.output, reference.recurrence(x, h0, c0, w, how).output)
+def test_a_forced_reference_runs_the_reference():
+    config, w, x, h0, c0, _, _ = sample("lstm", "ba2016", "layer")
+    with using("reference"):
+        result = recurrence(x, h0, c0, w, config)
+    assert torch.equal(result.output, reference.recurrence(x, h0, c0, w, config).output)
 
 
 def test_a_backend_that_cannot_run_it_says_so():
-    how, w, x, h0, c0, _, _ = sample("lstm", "ba2016", "layer")
-    with normwise.backend("triton"), pytest.raises(normwise.BackendError, match="cannot run recurrence"):
-        recurrent.recurrence(x, h0, c0, w, how)
+    config, w, x, h0, c0, _, _ = sample("lstm", "ba2016", "layer")
+    with (
+        normwise.backend("cpu"),
+        pytest.raises(normwise.BackendError, match=r"cannot run recurrence: .*not torch\.float64"),
+    ):
+        recurrence(x, h0, c0, w, config)
 
 
-@pytest.mark.parametrize("first", [0, 1, 5])
+@pytest.mark.parametrize("start_step", [0, 1, 5])
 @pytest.mark.parametrize("rows", [1, 3, 9])
-def test_running_statistics_move_step_by_step(rows, first):
+def test_running_statistics_move_step_by_step(rows, start_step):
     steps, features, momentum = 5, 2, 0.3
     mean, var = torch.randn(steps, features), torch.rand(steps, features)
     count = torch.tensor([[4.0], [3.0], [2.0], [1.0], [0.0]])
@@ -149,9 +156,9 @@ def test_running_statistics_move_step_by_step(rows, first):
         n = count[t].item()
         if n < 2:  # one sample has no deviation
             continue
-        row = min(first + t, rows - 1)
+        row = min(start_step + t, rows - 1)
         expected_mean[row] = (1 - momentum) * expected_mean[row] + momentum * mean[t]
         expected_var[row] = (1 - momentum) * expected_var[row] + momentum * var[t] * n / (n - 1)
-    recurrent_running.move(table_mean, table_var, Moments(mean, var, count), momentum, first)
+    recurrent_running.move(table_mean, table_var, Moments(mean, var, count), momentum, start_step)
     assert_close(table_mean, expected_mean, kind="composed")
     assert_close(table_var, expected_var, kind="composed")

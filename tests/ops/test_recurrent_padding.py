@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from normwise.backends.reference.recurrence import PRESETS
+from normwise.ops.rnn.presets import PRESETS
 from recurrent_cases import LAYERS, away_from_start
 from tolerances import assert_close
 
@@ -15,8 +15,8 @@ B = len(LENGTHS)
 CASES = [
     (cell, name, norm)
     for cell, presets in PRESETS.items()
-    for name, how in presets.items()
-    for norm in (["batch"] if how.norm == "batch" else ["layer", "rms"])
+    for name, config in presets.items()
+    for norm in (["batch"] if config.norm == "batch" else ["layer", "rms"])
 ] + [(cell, None, None) for cell in PRESETS]
 
 

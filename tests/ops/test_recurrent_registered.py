@@ -12,13 +12,13 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 
 import normwise
-from normwise.backends.cpu import cpu
-from normwise.ops.rnn import registered as recurrent_registered
-from normwise.backends.reference.recurrence import Weights, preset
+from normwise.backends.cpu import library
+from normwise.backends.recurrence import Weights
+from normwise.ops.rnn.presets import preset
 from recurrences import random_weights
 from tolerances import assert_close
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no compiled library: {cpu.why_not()}")
+pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"no compiled library: {library.missing()}")
 
 T, B, INPUT, HIDDEN = 4, 3, 3, 5
 KINDS = [
@@ -36,13 +36,13 @@ def arguments(
     cell: str, norm: str | None, variant: str | None, lengths: Tensor | None, dtype: torch.dtype
 ) -> list[Any]:
     """What the op takes, `save` left out."""
-    how = preset(cell, norm, variant)
-    shapes = how.shapes(INPUT, HIDDEN)
+    config = preset(cell, norm, variant)
+    shapes = config.shapes(INPUT, HIDDEN)
     weights = Weights(**{name: w.to(dtype).requires_grad_() for name, w in random_weights(shapes).items()})
     shapes_of_x = (T, B, INPUT), (B, HIDDEN), (B, HIDDEN)
     x, h0, c0 = (torch.randn(*s, dtype=dtype, requires_grad=True) for s in shapes_of_x)
-    described = [how.cell, how.norm, how.terms, list(how.groups), how.cell_norm, how.eps, how.reset_gate]
-    described += [how.update_gate, how.update_offset, how.nonlinearity]
+    described = [config.cell, config.norm, config.norm_placement, list(config.groups), config.cell_norm, config.eps]
+    described += [config.reset_after, config.update_gate, config.update_offset, config.nonlinearity]
     return [x, h0, c0 if cell == "lstm" else None, *weights, lengths, torch.rand(T, B) < 0.3, True, *described]
 
 
@@ -53,12 +53,12 @@ def arguments(
 def test_opcheck(cell: str, norm: str | None, variant: str | None, lengths: str, dtype: torch.dtype) -> None:
     args = arguments(cell, norm, variant, LENGTHS[lengths], dtype)
     torch.library.opcheck(torch.ops.normwise.recurrence.default, [*args, True])
-    plain = [a.detach() if isinstance(a, Tensor) else a for a in args]
-    torch.library.opcheck(torch.ops.normwise.recurrence.default, [*plain, False])
-    output, _, c, *kept = torch.ops.normwise.recurrence(*plain, True)
+    detached = [a.detach() if isinstance(a, Tensor) else a for a in args]
+    torch.library.opcheck(torch.ops.normwise.recurrence.default, [*detached, False])
+    output, _, c, *kept = torch.ops.normwise.recurrence(*detached, True)
     grads = torch.randn_like(output), None, torch.randn_like(c) if cell == "lstm" else None
     needs = [True] * (3 + len(Weights._fields))
-    torch.library.opcheck(torch.ops.normwise.recurrence_backward.default, [*grads, *plain, [output, *kept], needs])
+    torch.library.opcheck(torch.ops.normwise.recurrence_backward.default, [*grads, *detached, [output, *kept], needs])
 
 
 def recurrences_in(graphs: list[torch.fx.GraphModule]) -> list[str]:
@@ -123,7 +123,7 @@ def test_export_has_the_node_and_runs() -> None:
     assert torch.equal(program.module()(x)[0], layer(x)[0])
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", ["reference", "aten"])
 def test_a_forced_backend_unrolls_as_before(backend: str) -> None:
     torch._dynamo.reset()
     layer, x = normwise.LSTM(INPUT, HIDDEN), torch.randn(2, B, INPUT)
@@ -139,6 +139,13 @@ def test_a_forced_backend_unrolls_as_before(backend: str) -> None:
 
 
 def test_what_the_kernels_lack_is_left_to_the_compiler() -> None:
-    x = torch.randn(2, B, INPUT)
-    weights = Weights(torch.randn(4 * HIDDEN, INPUT), torch.randn(4 * HIDDEN, HIDDEN))
-    assert not recurrent_registered.fits(x, weights, preset("lstm", "layer"), None)  # not compiling
+    torch._dynamo.reset()
+    layer, x = normwise.LSTM(INPUT, HIDDEN, dtype=torch.float64), torch.randn(2, B, INPUT, dtype=torch.float64)
+    program: list[torch.fx.GraphModule] = []
+
+    def look(graph: torch.fx.GraphModule, example: list[Tensor]) -> Any:
+        program.append(graph)
+        return graph
+
+    assert_close(torch.compile(layer, fullgraph=True, backend=look)(x)[0], layer(x)[0], kind="composed")
+    assert not recurrences_in(program)

@@ -7,19 +7,20 @@ import math
 import pytest
 import torch
 
-from normwise.backends.reference.recurrence import PRESETS, Recurrence, Weights, preset
-from normwise.backends.reference.recurrent import recurrence
+from normwise.backends.recurrence import Recurrence, Weights
+from normwise.backends.reference.recurrence import recurrence
+from normwise.ops.rnn.presets import PRESETS, preset
 from recurrences import BATCH, EQUATIONS, random_weights, run, run_batch
 from tolerances import assert_close
 
 T, B, INPUT, HIDDEN = 5, 4, 3, 6
 
 
-def sample(how, proj_size=0, bias=True):
-    weights = random_weights(how.shapes(INPUT, HIDDEN, proj_size=proj_size, bias=bias))
+def sample(config, proj_size=0, bias=True):
+    weights = random_weights(config.shapes(INPUT, HIDDEN, proj_size=proj_size, bias=bias))
     x = torch.randn(T, B, INPUT, dtype=torch.float64)
     h0 = torch.randn(B, proj_size or HIDDEN, dtype=torch.float64)
-    c0 = torch.randn(B, HIDDEN, dtype=torch.float64) if how.cell == "lstm" else None
+    c0 = torch.randn(B, HIDDEN, dtype=torch.float64) if config.cell == "lstm" else None
     leaves = [x, h0, *([] if c0 is None else [c0]), *weights.values()]
     return x, h0, c0, weights, [leaf.requires_grad_() for leaf in leaves]
 
@@ -48,36 +49,36 @@ def test_the_equations_cover_every_preset():
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 @pytest.mark.parametrize(("cell", "name"), EQUATIONS)
 def test_a_preset_is_its_equations(cell, name, norm):
-    how = preset(cell, norm, name)
-    x, h0, c0, w, leaves = sample(how)
-    result = recurrence(x, h0, c0, Weights(**w), how)
+    config = preset(cell, norm, name)
+    x, h0, c0, w, leaves = sample(config)
+    result = recurrence(x, h0, c0, Weights(**w), config)
     output, finals = run(cell, name, x, states(h0, c0), w, norm)
     compare([result.output, *states(result.h, result.c)], [output, *finals], leaves)
 
 
 @pytest.mark.parametrize("name", [n for n, p in PRESETS["lstm"].items() if p.norm == "layer"])
 def test_a_projection_stands_after_the_output(name):
-    how = preset("lstm", "layer", name)
-    x, h0, c0, w, leaves = sample(how, proj_size=2)
-    result = recurrence(x, h0, c0, Weights(**w), how)
+    config = preset("lstm", "layer", name)
+    x, h0, c0, w, leaves = sample(config, proj_size=2)
+    result = recurrence(x, h0, c0, Weights(**w), config)
     output, finals = run("lstm", name, x, (h0, c0), w)
     compare([result.output, result.h, result.c], [output, *finals], leaves)
 
 
 @pytest.mark.parametrize(("cell", "name"), EQUATIONS)
 def test_without_biases(cell, name):
-    how = preset(cell, "layer", name)
-    x, h0, c0, w, leaves = sample(how, bias=False)
+    config = preset(cell, "layer", name)
+    x, h0, c0, w, leaves = sample(config, bias=False)
     assert not [key for key in w if key.startswith("bias")]
-    result = recurrence(x, h0, c0, Weights(**w), how)
+    result = recurrence(x, h0, c0, Weights(**w), config)
     output, finals = run(cell, name, x, states(h0, c0), w)
     compare([result.output, *states(result.h, result.c)], [output, *finals], leaves)
 
 
 def test_the_paper_and_its_code_blend_a_gru_the_opposite_way():
-    how = Recurrence("gru", groups=(2, 1), update_gate="paper")
-    x, h0, _, w, leaves = sample(how)
-    result = recurrence(x, h0, None, Weights(**w), how)
+    config = Recurrence("gru", groups=(2, 1), update_gate="paper")
+    x, h0, _, w, leaves = sample(config)
+    result = recurrence(x, h0, None, Weights(**w), config)
     output, finals = run("gru", "ba2016", x, (h0,), w, paper=True)
     compare([result.output, result.h], [output, *finals], leaves)
 
@@ -85,9 +86,9 @@ def test_the_paper_and_its_code_blend_a_gru_the_opposite_way():
 @pytest.mark.parametrize("lengths", [[T] * B, [5, 2, 4, 3]])
 @pytest.mark.parametrize(("cell", "name"), BATCH)
 def test_a_batch_preset_is_its_equations_over_the_samples_still_running(cell, name, lengths):
-    how = preset(cell, "batch", name)
-    x, h0, c0, w, leaves = sample(how)
-    result = recurrence(x, h0, c0, Weights(**w), how, lengths=torch.tensor(lengths))
+    config = preset(cell, "batch", name)
+    x, h0, c0, w, leaves = sample(config)
+    result = recurrence(x, h0, c0, Weights(**w), config, lengths=torch.tensor(lengths))
     output, finals, used = run_batch(cell, name, x, states(h0, c0), w, lengths)
     compare([result.output, *states(result.h, result.c)], [output, *finals], leaves)
     assert set(result.statistics) == set(used)
@@ -102,9 +103,9 @@ def test_a_batch_preset_is_its_equations_over_the_samples_still_running(cell, na
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 def test_sequence_wise_statistics_are_over_batch_and_time(cell):
     lengths = [5, 2, 4, 1]
-    how = Recurrence(cell, "batch", "input", hidden_bias=cell == "gru", statistics="sequence")
-    x, h0, c0, w, leaves = sample(how)
-    result = recurrence(x, h0, c0, Weights(**w), how, lengths=torch.tensor(lengths))
+    config = Recurrence(cell, "batch", "input", hidden_bias=cell == "gru", statistics="sequence")
+    x, h0, c0, w, leaves = sample(config)
+    result = recurrence(x, h0, c0, Weights(**w), config, lengths=torch.tensor(lengths))
     output, finals, used = run_batch(cell, "laurent2015", x, states(h0, c0), w, lengths, sequence=True)
     compare([result.output, *states(result.h, result.c)], [output, *finals], leaves)
     assert_close(result.statistics["ih"].var[0], used["ih"][0][1])
@@ -112,16 +113,16 @@ def test_sequence_wise_statistics_are_over_batch_and_time(cell):
 
 
 def test_given_statistics_are_read_row_by_row_and_the_last_row_serves_all_later_steps():
-    how = Recurrence("rnn", "batch", "input", hidden_bias=False)
+    config = Recurrence("rnn", "batch", "input", hidden_bias=False)
     w = {"weight_ih": torch.eye(2).double(), "weight_hh": torch.zeros(2, 2).double(), "gain_ih": torch.ones(2).double()}
     mean = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).double()
     var = torch.tensor([[4.0, 4.0], [9.0, 9.0]], dtype=torch.float64) - 1e-5
     x = torch.full((4, 1, 2), 7.0).double()
     h0 = torch.zeros(1, 2).double()
-    first = recurrence(x, h0, None, Weights(**w), how, running={"ih": (mean, var)}).output[:, 0]
+    first = recurrence(x, h0, None, Weights(**w), config, running={"ih": (mean, var)}).output[:, 0]
     expected = torch.tensor([[3.0, 2.5], [4 / 3, 1.0], [4 / 3, 1.0], [4 / 3, 1.0]], dtype=torch.float64).tanh()
     assert_close(first, expected)
-    later = recurrence(x, h0, None, Weights(**w), how, running={"ih": (mean, var)}, first=1).output[:, 0]
+    later = recurrence(x, h0, None, Weights(**w), config, running={"ih": (mean, var)}, start_step=1).output[:, 0]
     assert_close(later, expected[[1, 1, 1, 1]])
 
 
@@ -130,11 +131,11 @@ def test_given_statistics_are_read_row_by_row_and_the_last_row_serves_all_later_
 S, TANH = 1 / (1 + math.exp(-1)), math.tanh(1)
 
 
-def by_hand(how, x, w, h0, c0=None):
+def by_hand(config, x, w, h0, c0=None):
     as64 = {k: torch.tensor(v, dtype=torch.float64) for k, v in w.items()}
     x, h0 = torch.tensor([[x]], dtype=torch.float64), torch.tensor([h0], dtype=torch.float64)
     c0 = None if c0 is None else torch.tensor([c0], dtype=torch.float64)
-    result = recurrence(x, h0, c0, Weights(**as64), how)
+    result = recurrence(x, h0, c0, Weights(**as64), config)
     return result.h[0].tolist(), None if result.c is None else result.c[0].tolist()
 
 
@@ -157,11 +158,11 @@ TINY = 1e-12  # so small an eps leaves the numbers as they are on paper
     ],
 )
 def test_one_lstm_step_by_hand(name, expected_h, expected_c):
-    how = Recurrence(**{**vars(PRESETS["lstm"][name]), "eps": TINY})
-    w = {k: torch.ones(s).tolist() for k, s in how.shapes(1, 2, bias=False).items()}
+    config = Recurrence(**{**vars(PRESETS["lstm"][name]), "eps": TINY})
+    w = {k: torch.ones(s).tolist() for k, s in config.shapes(1, 2, bias=False).items()}
     w["weight_ih"] = [[3.0], [-3.0]] * 4
     w["weight_hh"] = [[0.5, 0.5]] * 8
-    h, c = by_hand(how, [2.0], w, [0.0, 0.0], [2.0, -2.0])
+    h, c = by_hand(config, [2.0], w, [0.0, 0.0], [2.0, -2.0])
     assert h == pytest.approx(expected_h, rel=1e-9)
     assert c == pytest.approx(expected_c, rel=1e-9)
 
@@ -183,11 +184,11 @@ def test_one_lstm_step_by_hand(name, expected_h, expected_c):
     ],
 )
 def test_one_gru_step_by_hand(name, expected):
-    how = Recurrence(**{**vars(PRESETS["gru"][name]), "eps": TINY})
-    w = {k: torch.ones(s).tolist() for k, s in how.shapes(1, 2, bias=False).items()}
+    config = Recurrence(**{**vars(PRESETS["gru"][name]), "eps": TINY})
+    w = {k: torch.ones(s).tolist() for k, s in config.shapes(1, 2, bias=False).items()}
     w["weight_ih"] = [[3.0], [-3.0]] * 3
     w["weight_hh"] = [[0.0, 0.0]] * 6
-    assert by_hand(how, [2.0], w, [1.0, 1.0])[0] == pytest.approx(expected, rel=1e-9)
+    assert by_hand(config, [2.0], w, [1.0, 1.0])[0] == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -200,10 +201,10 @@ def test_one_gru_step_by_hand(name, expected):
     ],
 )
 def test_one_rnn_step_by_hand(name, expected):
-    how = Recurrence(**{**vars(PRESETS["rnn"][name]), "eps": TINY})
-    w = {k: torch.ones(s).tolist() for k, s in how.shapes(1, 2).items()}
+    config = Recurrence(**{**vars(PRESETS["rnn"][name]), "eps": TINY})
+    w = {k: torch.ones(s).tolist() for k, s in config.shapes(1, 2).items()}
     w |= {"weight_ih": [[3.0], [-3.0]], "weight_hh": [[1.0, 0.0], [0.0, 3.0]], "bias_ih": [0.0, 1.0]}
-    assert by_hand(how, [2.0], w, [1.0, 1.0])[0] == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert by_hand(config, [2.0], w, [1.0, 1.0])[0] == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -215,9 +216,9 @@ def test_one_rnn_step_by_hand(name, expected):
     ],
 )
 def test_one_batch_normalized_rnn_step_by_hand(name, expected):
-    how = Recurrence(**{**vars(PRESETS["rnn"][name]), "eps": TINY})
-    gain = {f"gain_{site}": torch.tensor([how.gain]).double() for site in how.sites(1)}
+    config = Recurrence(**{**vars(PRESETS["rnn"][name]), "eps": TINY})
+    gain = {f"gain_{site}": torch.tensor([config.gain]).double() for site in config.sites(1)}
     w = Weights(torch.tensor([[1.0]]).double(), torch.tensor([[3.0]]).double(), **gain)
     x, h0 = torch.tensor([[[1.0], [5.0]]]).double(), torch.tensor([[2.0], [0.0]]).double()
-    result = recurrence(x, h0, None, w, how)
+    result = recurrence(x, h0, None, w, config)
     assert result.h.flatten().tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)

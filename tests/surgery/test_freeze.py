@@ -90,7 +90,7 @@ def test_where_and_what_is_left_out():
 
 
 def test_recurrent_batch_norm():
-    model = normwise.LSTM(3, 4, norm="batch", max_length=5)
+    model = normwise.LSTM(3, 4, norm="batch", num_stat_steps=5)
     normwise.freeze(model)
     before = statistics(model)
     model.train()(torch.randn(5, 2, 3))

@@ -47,7 +47,7 @@ def summed_inputs(layer: nn.Module, batches: list[tuple[Tensor, Tensor]], steps:
 @pytest.mark.filterwarnings("ignore:a sequence of .* steps is longer")
 def test_each_row_is_of_all_samples_at_its_step(cell, rows, exact):
     """Of the summed inputs, which no statistic goes into; the last row is of all steps that share it."""
-    layer, batches = recurrent(cell, max_length=rows), sequences()
+    layer, batches = recurrent(cell, num_stat_steps=rows), sequences()
     normwise.recalibrate(layer, batches, forward=call, exact=exact)
     for row in range(rows):
         values = summed_inputs(layer, batches, range(row, T) if row == rows - 1 else range(row, row + 1))
@@ -57,7 +57,7 @@ def test_each_row_is_of_all_samples_at_its_step(cell, rows, exact):
 
 @pytest.mark.parametrize("options", [{"bidirectional": True, "num_layers": 2}, {"variant": "laurent2015"}], ids=str)
 def test_of_one_batch_the_tables_are_those_that_training_would_move_to(options):
-    layer = recurrent(max_length=T, **options)
+    layer = recurrent(num_stat_steps=T, **options)
     x, lengths = torch.randn(T, 5, INPUT, dtype=torch.float64), torch.tensor([T, T, 4, 2, 2])  # at no step one alone
     twin = copy.deepcopy(layer).train()
     twin.momentum = 1.0
@@ -68,7 +68,7 @@ def test_of_one_batch_the_tables_are_those_that_training_would_move_to(options):
 
 
 def test_steps_that_no_sequence_reached_keep_their_rows():
-    layer, batches = recurrent("gru", max_length=T + 2), sequences()
+    layer, batches = recurrent("gru", num_stat_steps=T + 2), sequences()
     before = layer.running_mean_hh_l0.clone()
     report = normwise.recalibrate(layer, batches, forward=call)
     assert torch.equal(layer.running_mean_hh_l0[T:], before[T:])
@@ -77,13 +77,13 @@ def test_steps_that_no_sequence_reached_keep_their_rows():
 
 
 def test_what_draws_in_training_does_not_draw():
-    layer, batches = recurrent("lstm", max_length=T, num_layers=2, dropout=0.5, zoneout=0.3), sequences()
+    layer, batches = recurrent("lstm", num_stat_steps=T, num_layers=2, dropout=0.5, zoneout=0.3), sequences()
     twin, drawn = copy.deepcopy(layer), torch.get_rng_state()
     for one in (layer, twin):
         normwise.recalibrate(one, batches, forward=call)
     assert torch.equal(torch.get_rng_state(), drawn)
     assert_same_state(layer, state(twin))
-    assert layer.meets is None
+    assert layer.stats_observer is None
 
 
 class Stepper(nn.Module):
@@ -92,12 +92,12 @@ class Stepper(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(INPUT, dtype=torch.float64)
-        self.cell = normwise.RNNCell(INPUT, HIDDEN, norm="batch", max_length=T, dtype=torch.float64)
+        self.cell = normwise.RNNCell(INPUT, HIDDEN, norm="batch", num_stat_steps=T, dtype=torch.float64)
 
     def forward(self, x: Tensor) -> Tensor:
         h = None
         for t, step in enumerate(self.norm(x.transpose(1, 2)).permute(2, 0, 1)):
-            h = self.cell(step, h, t=t)
+            h = self.cell(step, h, step=t)
         return h
 
 
@@ -135,11 +135,11 @@ def test_instance_norms_leave_out_samples_without_a_value():
 
 
 def test_after_an_error_a_recurrent_layer_is_as_it_was():
-    layer, (batch, *_) = recurrent(max_length=T).train(), sequences()
+    layer, (batch, *_) = recurrent(num_stat_steps=T).train(), sequences()
     before = state(layer)
     with pytest.raises(ValueError, match="no finite value in 1 batches"):
         normwise.recalibrate(layer, [(batch[0] * torch.inf, batch[1])], forward=call)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         normwise.recalibrate(layer, [(torch.randn(T, 1, INPUT).double(), torch.tensor([T]))], forward=call)
     assert_same_state(layer, before)
-    assert layer.meets is None
+    assert layer.stats_observer is None

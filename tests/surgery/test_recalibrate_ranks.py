@@ -52,7 +52,7 @@ def tables_and_averages(sizes: list[int]) -> list[Tensor]:
     """Of a recurrent batch norm and of an InstanceNorm, this rank having `sizes[rank]` of the samples."""
     torch.manual_seed(3)
     net = nn.ModuleList(
-        [normwise.RNN(3, 4, norm="batch", max_length=3), nn.InstanceNorm1d(3, track_running_stats=True)]
+        [normwise.RNN(3, 4, norm="batch", num_stat_steps=3), nn.InstanceNorm1d(3, track_running_stats=True)]
     )
     x = torch.randn(9, 3, 5)
     start = sum(sizes[: torch.distributed.get_rank()]) if torch.distributed.is_initialized() else 0

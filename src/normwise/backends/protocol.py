@@ -13,6 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from normwise.backends.recurrence import Recurrence, Weights
+
 Family = Literal["features", "groups", "channels"]
 
 
@@ -83,6 +85,11 @@ class NormRequest(NamedTuple):
     running_var: Tensor | None = None
     num_batches_tracked: Tensor | None = None
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All that a backend reads."""
+        return self[1:]
+
 
 class NormResult(NamedTuple):
     """What a forward gives.
@@ -126,9 +133,150 @@ class NormFamily(NamedTuple):
     backward: Callable[..., NormGradients] | None = None
 
 
+# For each normalized site, tables (rows, features) of running mean and variance; step t reads row min(t, rows - 1).
+Running = dict[str, tuple[Tensor, Tensor]]
+
+
+class Layout(NamedTuple):
+    """Where the rows of a batch of sequences lie, one a step and sample; in x, in outputs and in flags alike.
+
+    Dense, (steps, batch, ...): every sequence has all steps. Packed, (rows, ...) as in torch's PackedSequence, longest
+    sequence first, where there are `batch_sizes`. Padded, (steps, batch, ...), where there are `lengths`: their values
+    cannot be looked at, inside torch.compile or torch.func.
+
+    Attributes:
+        steps: of the longest sequence.
+        batch: samples, those without a step included.
+        batch_sizes: (steps,) int64 on the CPU, falling: how many samples have that step.
+        flip: (rows,) int64, packed in two directions: for each row the one that takes its place when every sequence is
+            turned round. Its own inverse.
+        lengths: (batch,) int64.
+        visible: whether values of flags may be looked at.
+    """
+
+    steps: int
+    batch: int
+    batch_sizes: Tensor | None = None
+    flip: Tensor | None = None
+    lengths: Tensor | None = None
+    visible: bool = True
+
+
+class RecurrenceRequest(NamedTuple):
+    """One call of a stack of recurrent layers, each in one or both directions.
+
+    Attributes:
+        config: the recurrence, the same for all.
+        x: the input, in rows of I features; see `layout`.
+        h0, c0: (L * D, batch, H) initial states, layer by layer, forward before backward. `c0`: an LSTM's.
+        weights: of each layer and direction, in the same order.
+        layout: where the rows of x lie.
+        resets: for the forward and the backward direction flags laid out as the rows, bool: True where the state is
+            zeroed before that row is computed.
+        running: batch norm's tables for each of `weights`; None takes the batch's statistics.
+        start_step: the index of the first step in these tables.
+        bidirectional: D = 2.
+        dropout: probability of an element to be zeroed between layers, in training.
+        training: dropout and zoneout draw.
+        is_cell: the one step of a cell, for which torch has kernels of its own.
+    """
+
+    config: Recurrence
+    x: Tensor
+    h0: Tensor
+    c0: Tensor | None
+    weights: tuple[Weights, ...]
+    layout: Layout
+    resets: tuple[Tensor | None, Tensor | None] = (None, None)
+    running: tuple[Running, ...] | None = None
+    start_step: int = 0
+    bidirectional: bool = False
+    dropout: float = 0.0
+    training: bool = False
+    is_cell: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All that a backend without batch statistics reads."""
+        return self.x, self.h0, self.c0, *self.resets, *[w for layer in self.weights for w in layer]
+
+
+class RecurrenceResult(NamedTuple):
+    """What a stack gives: rows as those of x, (L * D, batch, H) final states, and for each layer and direction the
+    batch moments by site."""
+
+    output: Tensor
+    h: Tensor
+    c: Tensor | None
+    statistics: list[dict[str, Moments]]
+
+
+class LayerRequest(NamedTuple):
+    """One layer in one direction of a `RecurrenceRequest`.
+
+    Attributes:
+        x, h0, c0, weights, layout, reset, running, start_step: as there, of this layer and direction; states are
+            (batch, H).
+        reverse: run from the last step to the first.
+        zoneout_mask: bool, laid out as the rows, (..., H): True where zoneout keeps the previous h; None takes
+            zoneout's expectation.
+    """
+
+    config: Recurrence
+    x: Tensor
+    h0: Tensor
+    c0: Tensor | None
+    weights: Weights
+    layout: Layout
+    reverse: bool = False
+    reset: Tensor | None = None
+    zoneout_mask: Tensor | None = None
+    running: Running | None = None
+    start_step: int = 0
+
+
+class LayerResult(NamedTuple):
+    """What a layer gives in one direction.
+
+    Attributes:
+        output: h of each row; padding is 0. No view of another tensor.
+        h, c: (batch, H) the state after each sequence's last step; `c` is None without a cell state.
+        statistics: batch norm by the batch's statistics: for each site the moments that were used, (steps, features) or
+            (1, features) for sequence-wise statistics, with `count` (steps, 1) or (1, 1); steps are in the order of
+            processing. Else empty.
+        saved: what `backward` wants again.
+    """
+
+    output: Tensor
+    h: Tensor
+    c: Tensor | None
+    statistics: dict[str, Moments]
+    saved: tuple[Tensor | None, ...] = ()
+
+
+class LayerKernel(NamedTuple):
+    """How a backend computes one layer in one direction.
+
+    forward(request, needs_grad) -> LayerResult; `needs_grad`: a backward may follow.
+    backward(request, saved, (doutput, dh, dc), needs) -> gradients of (x, h0, c0, *weights), None where there is none;
+    `needs` says which of these are wanted. None where `forward` consists of torch's operations.
+    """
+
+    forward: Callable[[LayerRequest, bool], LayerResult]
+    backward: Callable[..., list[Tensor | None]] | None = None
+
+
+class StackKernel(NamedTuple):
+    """How a backend computes a whole stack at once, where it `supports` the request (None, or why not)."""
+
+    supports: Callable[[RecurrenceRequest], str | None]
+    forward: Callable[[RecurrenceRequest], RecurrenceResult]
+
+
 class Operation(NamedTuple):
     """One kind of operation, norm or recurrence, of one backend.
 
+    kernels: of norms one a family; of recurrences "layer" and, where there is one, "stack".
     supports(request): None, or why the backend cannot run it.
     shortcoming(request, may_look): None, or what it would do less well than promised; `may_look`: at the values.
     """
@@ -144,7 +292,7 @@ class Backend(NamedTuple):
     name: str
     missing: Callable[[], str | None]
     norm: Operation
-    recurrence: Operation | None = None
+    recurrence: Operation
 
 
 def supports_all(request: Any) -> str | None:

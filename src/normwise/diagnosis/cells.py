@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 
-from normwise.backends.reference.recurrence import Recurrence
-from normwise.backends.reference.recurrent import Step, recurrence
+from normwise.backends.recurrence import Recurrence
+from normwise.backends.reference.recurrence import Step, recurrence
 from normwise.diagnosis import records
 from normwise.diagnosis.recurrent import PlaceWatch
 from normwise.nn.recurrent_parameters import weights_of
@@ -21,8 +21,8 @@ class CellWatch:
 
     def __init__(self, module: RNNCellBase) -> None:
         self.module = module
-        self.how = description(module)
-        self.watch = PlaceWatch(self.how)
+        self.config = description(module)
+        self.watch = PlaceWatch(self.config)
         self.tape: list[Step] = []
         self.gradients: list[Tensor | None] = []
 
@@ -32,13 +32,13 @@ class CellWatch:
         x = args[0] if args else kwargs["input"]
         state = args[1] if len(args) > 1 else kwargs.get("hx")
         new = result[0] if isinstance(result, tuple) else result
-        lstm = self.how.cell == "lstm"
+        lstm = self.config.cell == "lstm"
         given = [None, None] if state is None else (list(state) if lstm else [state])
         zeros = new.new_zeros(new.shape)
         states = [zeros if s is None else s for s in given]
         rows = [s.reshape(-1, s.shape[-1]) for s in (x, *states)]
         tape: list[Step] = []
-        recurrence(rows[0][None], rows[1], rows[2] if lstm else None, weights_of(self.module), self.how, tape=tape)
+        recurrence(rows[0][None], rows[1], rows[2] if lstm else None, weights_of(self.module), self.config, tape=tape)
         own = new.reshape(-1, new.shape[-1])
         if own.numel() and bool(own.any()):
             error = float((own - tape[0].h).abs().max() / own.abs().max())
@@ -63,7 +63,7 @@ class CellWatch:
             self.watch.add([tape[t] for t in same], valid.to(tape[0].h.device), [arrived[t] for t in same])
 
     def record(self) -> list[records.Recurrence]:
-        exact = not self.how.zoneout and self.how.norm != "batch"
+        exact = not self.config.zoneout and self.config.norm != "batch"
         return [self.watch.record("cell", False, exact)] if len(self.watch.state.total) else []
 
 

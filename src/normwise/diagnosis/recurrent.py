@@ -10,23 +10,22 @@ from torch import Tensor
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from normwise.backends.reference.recurrence import GATES, Recurrence, Weights
-from normwise.backends.reference.recurrent import Step, recurrence
+from normwise.backends.recurrence import GATES, Recurrence, Weights
+from normwise.backends.reference.recurrence import Step, recurrence
 from normwise.backends.reference.sequences import valid_steps
 from normwise.diagnosis import records
 from normwise.measure.gradients import squared_norm
 from normwise.measure.saturation import THRESHOLDS, is_saturated
 from normwise.measure.time_steps import StepMeans, gate_inputs, summed_inputs
 from normwise.nn.recurrent_parameters import running_of, weights_of
-from normwise.ops.rnn.stack import unpack
 
 
 class PlaceWatch:
     """One layer in one direction: sums over the batches."""
 
-    def __init__(self, how: Recurrence) -> None:
-        self.how = how
-        self.gates = [StepMeans() for _ in GATES[how.cell]]
+    def __init__(self, config: Recurrence) -> None:
+        self.config = config
+        self.gates = [StepMeans() for _ in GATES[config.cell]]
         self.summed, self.state, self.gradient = StepMeans(), StepMeans(), StepMeans()
         self.error = 0.0
 
@@ -43,21 +42,21 @@ class PlaceWatch:
             self.gradient.add_sums(squares, torch.ones(len(squares)))
 
     def nonlinearity(self, gate: int) -> str:
-        name = GATES[self.how.cell][gate]
-        if self.how.cell == "rnn":
-            return self.how.nonlinearity
+        name = GATES[self.config.cell][gate]
+        if self.config.cell == "rnn":
+            return self.config.nonlinearity
         return "tanh" if name in ("g", "n") else "sigmoid"
 
     def record(self, place: str, shared: bool, exact: bool) -> records.Recurrence:
         steps = self.state.steps()
         gates = [
             records.Gate(name, THRESHOLDS[self.nonlinearity(k)], means.overall(), means.mean()[:steps].tolist())
-            for k, (name, means) in enumerate(zip(GATES[self.how.cell], self.gates, strict=True))
+            for k, (name, means) in enumerate(zip(GATES[self.config.cell], self.gates, strict=True))
         ]
         return records.Recurrence(
             place,
-            self.how.cell,
-            self.how.norm,
+            self.config.cell,
+            self.config.norm,
             shared,
             gates,
             self.summed.mean().sqrt()[:steps].tolist(),
@@ -72,18 +71,18 @@ class RecurrentWatch:
 
     def __init__(self, module: RNNBase) -> None:
         self.module = module
-        self.how = description(module)
+        self.config = description(module)
         self.places = [
             f"l{layer}{end}"
             for layer in range(module.num_layers)
             for end in (("", "_reverse") if module.bidirectional else ("",))
         ]
-        self.watches = {place: PlaceWatch(self.how) for place in self.places}
+        self.watches = {place: PlaceWatch(self.config) for place in self.places}
         self.calls: list[Call] = []
 
     def add(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """One call of the present pass, whose gradients arrive later."""
-        if self.how is not None and isinstance(result, tuple) and len(result) == 2:
+        if self.config is not None and isinstance(result, tuple) and len(result) == 2:
             self.calls.append(Call(args, kwargs, result))
 
     def look(self, gradients: bool = True) -> None:
@@ -93,7 +92,7 @@ class RecurrentWatch:
             self._look_at(call, gradients)
 
     def _look_at(self, call: Call, gradients: bool) -> None:
-        module, how = self.module, self.how
+        module, config = self.module, self.config
         x, lengths = call.padded(module.batch_first)
         steps, batch = x.shape[:2]
         valid = torch.ones(steps, batch, dtype=torch.bool, device=x.device)
@@ -102,7 +101,9 @@ class RecurrentWatch:
         states = call.states(module, x)
         directions = 2 if module.bidirectional else 1
         running = (
-            None if module.training or how.norm != "batch" else [running_of(module, how, f"_{p}") for p in self.places]
+            None
+            if module.training or config.norm != "batch"
+            else [running_of(module, config, f"_{p}") for p in self.places]
         )
         tapes: list[list[Step]] = []
         finals: list[list[Tensor]] = []
@@ -118,7 +119,7 @@ class RecurrentWatch:
                         states[0][n],
                         states[1][n] if len(states) > 1 else None,
                         Weights(*(None if w is None else w.detach().requires_grad_() for w in weights)),  # type: ignore[arg-type]
-                        how,
+                        config,
                         lengths=lengths,
                         reset=call.reset(module.batch_first, steps),
                         reverse=n > k,
@@ -146,9 +147,11 @@ class RecurrentWatch:
 
     def record(self) -> list[records.Recurrence]:
         # Dropout and zoneout draw at random, which the second computation leaves out.
-        exact = not (self.module.dropout and self.module.num_layers > 1) and not self.how.zoneout
+        exact = not (self.module.dropout and self.module.num_layers > 1) and not self.config.zoneout
         shared = (
-            self.how.norm == "batch" and self.how.statistics == "frame" and getattr(self.module, "max_length", 0) == 1
+            self.config.norm == "batch"
+            and self.config.statistics == "per_step"
+            and getattr(self.module, "num_stat_steps", 0) == 1
         )
         return [w.record(place, shared, exact) for place, w in self.watches.items() if len(w.state.total)]
 
@@ -188,7 +191,8 @@ class Call:
     def padded(self, batch_first: bool) -> tuple[Tensor, Tensor | None]:
         """The input as (T, B, I), and the lengths (B,) if there are any."""
         if isinstance(self.input, PackedSequence):
-            return unpack(self.input)
+            unpacked, sizes = pad_packed_sequence(self.input)
+            return unpacked, sizes.to(unpacked.device)
         lengths = self.kwargs.get("lengths")
         x = self._steps_first(self.input, batch_first)
         return x, None if lengths is None else torch.as_tensor(lengths, device=x.device).reshape(-1).long()

@@ -153,10 +153,10 @@ def recurrent_norm(name: str, longest: int) -> dict[str, Any]:
         "none": {"norm": None},
         "layer": {"norm": "layer"},
         "rms": {"norm": "rms"},
-        "batch-per-step": {**cooijmans, "max_length": longest},
+        "batch-per-step": {**cooijmans, "num_stat_steps": longest},
         # All steps of a batch move the one row in turn. At this momentum they move it together as far as 0.1 moves a
         # row of its own, and each step counts about the same; at 0.1 the last few steps would be all that is left.
-        "batch-time-average": {**cooijmans, "max_length": 1, "momentum": 1 - 0.9 ** (1 / longest)},
+        "batch-time-average": {**cooijmans, "num_stat_steps": 1, "momentum": 1 - 0.9 ** (1 / longest)},
         "batch-input": {"norm": "batch", "variant": "laurent2015", "statistics": "sequence"},
     }
     if name not in options:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from normwise.backends.reference.recurrence import NormKind, Recurrence
+from normwise.backends.recurrence import NormKind, Recurrence
 from normwise.nn.recurrent_base import Recurrent
 from normwise.nn.recurrent_parameters import no_projection
 
@@ -25,12 +25,12 @@ class RNN(Recurrent):
         norm: "layer", "rms", "batch", or None.
         variant: "ba2016" (default for layer and rms), "separate"; for norm="batch" "cooijmans2016" (default) or
             "laurent2015"; or a `Recurrence` of one's own, whose norm and nonlinearity then count.
-        eps, zoneout, statistics, max_length, momentum: as in `LSTM`.
+        eps, zoneout, statistics, num_stat_steps, momentum: as in `LSTM`.
 
     Raises:
         ValueError: unknown or unfitting norm, variant or option; see `Recurrence`.
 
-    Source: Ba, Kiros & Hinton 2016, eq. 4; for the variants see `normwise.reference.recurrence.PRESETS`.
+    Source: Ba, Kiros & Hinton 2016, eq. 4; for the variants see `normwise.ops.rnn.presets.PRESETS`.
     """
 
     cell = "rnn"
@@ -53,7 +53,7 @@ class RNN(Recurrent):
         eps: float | None = None,
         zoneout: float | None = None,
         statistics: str | None = None,
-        max_length: int = 256,
+        num_stat_steps: int = 256,
         momentum: float = 0.1,
         proj_size: int = 0,
     ) -> None:
@@ -73,7 +73,7 @@ class RNN(Recurrent):
             arguments,
             norm,
             variant,
-            max_length,
+            num_stat_steps,
             momentum,
             eps=eps,
             zoneout=zoneout,
@@ -101,14 +101,14 @@ class GRU(Recurrent):
         norm: "layer", "rms", "batch", or None.
         variant: "ba2016" (default for layer and rms), "haste", "dreamer"; for norm="batch" "cooijmans2016" (default)
             or "laurent2015"; or a `Recurrence` of one's own, whose norm then counts.
-        eps, zoneout, statistics, max_length, momentum: as in `LSTM`.
+        eps, zoneout, statistics, num_stat_steps, momentum: as in `LSTM`.
         update_gate: "torch" blends as above and as the authors' code does, "paper" the other way round, (1-z) h + z n,
             as Ba et al.'s eq. 28 has it. None means the variant's.
 
     Raises:
         ValueError: unknown or unfitting norm, variant or option; see `Recurrence`.
 
-    Source: Ba, Kiros & Hinton 2016, eq. 25-28; for the variants see `normwise.reference.recurrence.PRESETS`.
+    Source: Ba, Kiros & Hinton 2016, eq. 25-28; for the variants see `normwise.ops.rnn.presets.PRESETS`.
     """
 
     cell = "gru"
@@ -131,7 +131,7 @@ class GRU(Recurrent):
         update_gate: str | None = None,
         zoneout: float | None = None,
         statistics: str | None = None,
-        max_length: int = 256,
+        num_stat_steps: int = 256,
         momentum: float = 0.1,
         proj_size: int = 0,
     ) -> None:
@@ -151,7 +151,7 @@ class GRU(Recurrent):
             arguments,
             norm,
             variant,
-            max_length,
+            num_stat_steps,
             momentum,
             eps=eps,
             zoneout=zoneout,
@@ -182,15 +182,15 @@ class LSTM(Recurrent):
             whose norm then counts.
         eps, forget_bias, zoneout: in place of the preset's; `zoneout` is the probability of a unit of h to keep its
             value in training.
-        statistics: for laurent2015, "frame" (default: each step its own) or "sequence" (over batch and time).
-        max_length: how many steps have running batch statistics of their own; all later ones share the last row.
+        statistics: for laurent2015, "per_step" (default: each step its own) or "sequence" (over batch and time).
+        num_stat_steps: how many steps have running batch statistics of their own; all later ones share the last row.
             1 shares one row among all steps.
         momentum: weight of the new batch in the running statistics.
 
     Raises:
         ValueError: unknown or unfitting norm, variant or option; see `Recurrence`.
 
-    Source: Ba, Kiros & Hinton 2016, eq. 20-22; for the variants see `normwise.reference.recurrence.PRESETS`.
+    Source: Ba, Kiros & Hinton 2016, eq. 20-22; for the variants see `normwise.ops.rnn.presets.PRESETS`.
     """
 
     cell = "lstm"
@@ -214,7 +214,7 @@ class LSTM(Recurrent):
         forget_bias: float | None = None,
         zoneout: float | None = None,
         statistics: str | None = None,
-        max_length: int = 256,
+        num_stat_steps: int = 256,
         momentum: float = 0.1,
     ) -> None:
         arguments = {
@@ -233,7 +233,7 @@ class LSTM(Recurrent):
             arguments,
             norm,
             variant,
-            max_length,
+            num_stat_steps,
             momentum,
             eps=eps,
             zoneout=zoneout,

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from numbers import Integral
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normwise.backends.reference import Moments
-from normwise.backends.reference.recurrence import DEFAULTS, Cell, NormKind, Recurrence, Weights, preset
-from normwise.backends.reference.recurrent import Running
+from normwise.backends.protocol import Running
+from normwise.backends.recurrence import Cell, NormKind, Recurrence, Weights
 from normwise.ops import inputs
-from normwise.ops.rnn import running_stats as recurrent_running
-
-# Told, while `recalibrate` runs, the moments of each call: the end of the tables' names, the moments, the first step.
-# Then the layer takes batch statistics in evaluation too, and moves nothing.
-Meets: TypeAlias = Callable[[str, Moments, int], None]
+from normwise.ops.rnn.presets import DEFAULTS, preset
+from normwise.ops.rnn.running_stats import BatchStats
 
 
 def describe(
@@ -41,19 +35,19 @@ def describe(
         TypeError: `variant` is something else.
     """
     if isinstance(variant, Recurrence):
-        name, how = None, variant
-        if how.cell != cell:
-            raise ValueError(f"variant describes a {how.cell} cell, but this layer's is {cell}")
+        name, config = None, variant
+        if config.cell != cell:
+            raise ValueError(f"variant describes a {config.cell} cell, but this layer's is {cell}")
         for field, value, default in (("norm", norm, "layer"), ("nonlinearity", nonlinearity, "tanh")):
-            if value is not None and value not in (default, getattr(how, field)):
+            if value is not None and value not in (default, getattr(config, field)):
                 raise ValueError(
-                    f"{field}={value!r} contradicts the {field}={getattr(how, field)!r} of the given Recurrence: "
+                    f"{field}={value!r} contradicts the {field}={getattr(config, field)!r} of the given Recurrence: "
                     "leave the argument out, or use dataclasses.replace on the description"
                 )
-        if norm is None and how.norm is not None:
-            raise ValueError(f"norm=None contradicts the norm={how.norm!r} of the given Recurrence")
+        if norm is None and config.norm is not None:
+            raise ValueError(f"norm=None contradicts the norm={config.norm!r} of the given Recurrence")
     elif variant is None or isinstance(variant, str):
-        how = preset(cell, norm, variant)
+        config = preset(cell, norm, variant)
         name = variant or (None if norm is None else DEFAULTS[norm])
         if nonlinearity is not None:
             if nonlinearity not in ("tanh", "relu"):
@@ -63,31 +57,23 @@ def describe(
         raise TypeError(
             f"variant must be the name of a preset, a normwise.Recurrence or None, but got {type(variant).__name__}"
         )
-    return replace(how, **{field: value for field, value in changes.items() if value is not None}), name
+    return replace(config, **{field: value for field, value in changes.items() if value is not None}), name
 
 
-def positive_rows(max_length: Any) -> int:
-    """`max_length`, an integer of any kind: the tables of running statistics need at least one row."""
-    if not isinstance(max_length, Integral) or isinstance(max_length, bool) or max_length < 1:
+def positive_rows(num_stat_steps: Any) -> int:
+    """`num_stat_steps`, an integer of any kind: the tables of running statistics need at least one row."""
+    rows = inputs.whole_number("num_stat_steps", num_stat_steps)
+    if isinstance(num_stat_steps, bool) or rows < 1:
         raise ValueError(
-            f"max_length must be a positive integer, but got {max_length!r}: it is the number of steps with running "
-            "statistics of their own"
+            f"num_stat_steps must be a positive integer, but got {num_stat_steps!r}: it is the number of steps with "
+            "running statistics of their own"
         )
-    return int(max_length)
+    return rows
 
 
-def step_index(how: Recurrence, max_length: int, t: int | None) -> int:
-    """`t`, which per-step batch statistics must be given; 0 where it does not matter."""
-    if how.norm == "batch" and max_length > 1 and t is None:
-        raise ValueError("per-step batch statistics need to know which step this is: pass t=0, 1, 2, ...")
-    if t is not None and t < 0:
-        raise ValueError(f"t counts steps from 0, but got {t}")
-    return t or 0
-
-
-def add_to(
+def register_norm_parameters(
     layer: nn.Module,
-    how: Recurrence,
+    config: Recurrence,
     shapes: dict[str, tuple[int, ...]],
     suffix: str = "",
     *,
@@ -104,30 +90,30 @@ def add_to(
             layer.register_parameter(name + suffix, nn.Parameter(weight.new_empty(shape)))
     if "bias_hh" not in shapes and getattr(layer, f"bias_hh{suffix}", None) is not None:
         delattr(layer, f"bias_hh{suffix}")
-    if how.norm == "batch":
-        for site, width in how.sites(hidden_size).items():
+    if config.norm == "batch":
+        for site, width in config.sites(hidden_size).items():
             layer.register_buffer(f"running_mean_{site}{suffix}", weight.new_zeros(rows, width))
             layer.register_buffer(f"running_var_{site}{suffix}", weight.new_ones(rows, width))
 
 
-def reset_norms(layer: nn.Module, how: Recurrence, suffix: str = "") -> None:
-    """Gains to `how.gain`, biases to 0 and the forget gate's to `how.forget_bias`, running statistics to 0 and 1.
+def reset_norms(layer: nn.Module, config: Recurrence, suffix: str = "") -> None:
+    """Gains to `config.gain`, biases to 0 and the forget gate's to `config.forget_bias`, running statistics to 0 and 1.
 
     Without a norm, biases stay as torch starts them, unless a forget bias was asked for.
     """
-    units = getattr(layer, f"weight_hh{suffix}").shape[0] // how.gates
+    units = getattr(layer, f"weight_hh{suffix}").shape[0] // config.gates
     with torch.no_grad():
-        for site in how.sites(units):
-            _fill(layer, f"gain_{site}{suffix}", how.gain)
+        for site in config.sites(units):
+            _fill(layer, f"gain_{site}{suffix}", config.gain)
             _fill(layer, f"running_mean_{site}{suffix}", 0.0)
             _fill(layer, f"running_var_{site}{suffix}", 1.0)
         forget = slice(units, 2 * units)
-        if how.norm is not None:
+        if config.norm is not None:
             for name in ("bias_ih", "bias_hh", "bias_inner", "bias_c"):
                 _fill(layer, name + suffix, 0.0)
-        if how.forget_bias:
+        if config.forget_bias:
             _fill(layer, f"bias_hh{suffix}", 0.0, forget)
-            _fill(layer, f"bias_ih{suffix}", how.forget_bias, forget)
+            _fill(layer, f"bias_ih{suffix}", config.forget_bias, forget)
 
 
 def _fill(layer: nn.Module, name: str, value: float, where: slice = slice(None)) -> None:
@@ -152,50 +138,52 @@ def no_projection(proj_size: int) -> None:
 
 
 def weights_of(layer: nn.Module, suffix: str = "") -> Weights:
-    """The parameters of one layer in one direction."""
-    return Weights(*[_held(layer, name + suffix) for name in Weights._fields])  # type: ignore[arg-type]
-
-
-def _held(layer: nn.Module, name: str) -> Tensor | None:
-    """A parameter, or what stands for it: torch.nn.utils.parametrize makes a property of it, others an attribute.
+    """The parameters of one layer in one direction, or what stands for them: torch.nn.utils.parametrize makes
+    properties of them, others attributes.
 
     nn.Module's own look for what is not there ends in an error, which takes longer than all the others together.
     """
-    found = layer._parameters.get(name)
-    if found is None and (name in layer.__dict__ or hasattr(type(layer), name)):
-        return getattr(layer, name)  # type: ignore[no-any-return]
-    return found
+    parameters, attributes, kind = layer._parameters, layer.__dict__, type(layer)
+    found = []
+    for field in Weights._fields:
+        name = field + suffix
+        value: Any = parameters.get(name)
+        if value is None and (name in attributes or hasattr(kind, name)):
+            value = getattr(layer, name)
+        found.append(value)
+    return Weights(*found)
 
 
-def running_of(layer: nn.Module, how: Recurrence, suffix: str = "") -> Running:
+def running_of(layer: nn.Module, config: Recurrence, suffix: str = "") -> Running:
     """Its tables of running mean and variance by site; none unless the norm is "batch"."""
-    if how.norm != "batch":
+    if config.norm != "batch":
         return {}
     weight = getattr(layer, f"weight_hh{suffix}")
     tables = {
         site: (getattr(layer, f"running_mean_{site}{suffix}"), getattr(layer, f"running_var_{site}{suffix}"))
-        for site in how.sites(weight.shape[0] // how.gates)
+        for site in config.sites(weight.shape[0] // config.gates)
     }
     for mean, var in tables.values():  # they move after the call, when it is too late for an error
         inputs.beside(weight, running_mean=mean, running_var=var)
     return tables
 
 
-def learn(layer: Any, table: Running, used: dict[str, Moments], first: int, suffix: str = "") -> None:
-    """What a batch norm does with the moments of a call, by site: its tables move, or `layer.meets` is told."""
-    for site, moments in used.items():
-        if layer.meets is None:
-            recurrent_running.move(*table[site], moments, layer.momentum, first)
-        else:
-            layer.meets(site + suffix, moments, first)
+def batch_stats_of(layer: Any, suffixes: tuple[str, ...]) -> BatchStats | None:
+    """What a batch norm inside the recurrence keeps; None unless there is one."""
+    config: Recurrence = layer.recurrence
+    if config.norm != "batch":
+        return None
+    uses_batch = layer.training or layer.stats_observer is not None
+    tables = tuple(running_of(layer, config, suffix) for suffix in suffixes)
+    return BatchStats(tables, suffixes, layer.momentum, uses_batch, layer.stats_observer)
 
 
-def start_from(layer: nn.Module, plain: nn.Module, suffix: str = "") -> None:
+def copy_from_torch(layer: nn.Module, source: nn.Module, suffix: str = "") -> None:
     """Copy torch's own parameters into `layer`; where it has one bias, it gets the sum of torch's two."""
     with torch.no_grad():
         for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"):
-            source, target = (getattr(m, name + suffix, None) for m in (plain, layer))
-            if source is not None and target is not None:
-                target.copy_(source)
-            elif source is not None:
-                getattr(layer, f"bias_ih{suffix}").add_(source)
+            given, own = (getattr(m, name + suffix, None) for m in (source, layer))
+            if given is not None and own is not None:
+                own.copy_(given)
+            elif given is not None:
+                getattr(layer, f"bias_ih{suffix}").add_(given)

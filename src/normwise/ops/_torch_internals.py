@@ -5,9 +5,30 @@ tests/ops/test_torch_internals.py says for each what breaks if it goes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.autograd import forward_ad
+
+__all__ = [
+    "any_autocast_enabled",
+    "constant_while_compiling",
+    "current_graph_task_id",
+    "dispatch_modes_active",
+    "forward_ad_active",
+    "is_batchedtensor",
+    "is_fake",
+    "is_foreign",
+    "is_jit_tracing",
+    "transforms_active",
+    "without_fake_tensors",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Inside torch.func's vmap, grad and the like: no value of a tensor may be looked at.
 transforms_active = torch._C._are_functorch_transforms_active
@@ -17,6 +38,9 @@ dispatch_modes_active = torch._C._len_torch_dispatch_stack
 
 # torch.jit.trace records ATen's operations only.
 is_jit_tracing = torch._C._is_tracing
+
+# Whether some device type runs under autocast: torch.nn's recurrent layers then take any dtype.
+any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 # The number of the running backward, -1 outside of one: activation checkpointing runs forwards inside of it.
 current_graph_task_id = torch._C._current_graph_task_id
@@ -49,3 +73,19 @@ def is_fake(t: Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(t, FakeTensor)
+
+
+def constant_while_compiling(function: F) -> F:
+    """`function`, which torch.compile calls once and then takes for a constant: it cannot look into it.
+
+    What torch.compiler.assume_constant_result does; but calling that loads the compiler, which costs a second.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def without_fake_tensors() -> AbstractContextManager[Any]:
+    """Inside, new tensors are real ones even while torch.compile or torch.export looks on with FakeTensors."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()

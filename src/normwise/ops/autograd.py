@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.backends.protocol import NormConfig, NormFamily, NormRequest
+from normwise.backends.protocol import LayerKernel, LayerRequest, Layout, NormConfig, NormFamily, NormRequest
+from normwise.backends.recurrence import Recurrence, Weights
+from normwise.backends.reference import rnn as reference_rnn
 from normwise.backends.reference.norms import backward as differentiable_backward
 from normwise.ops.dispatch import is_traced_or_transformed, readable
 
@@ -87,3 +89,113 @@ class Norm(torch.autograd.Function):
             if dresidual is None:  # no activation follows it
                 dresidual = dy if mask is None else dy.masked_fill(~mask, 0)
         return None, None, grads.x, dresidual, grads.weight, grads.bias, None, None, None, None
+
+
+class RecurrentLayer(torch.autograd.Function):
+    """A recurrent layer in one direction by kernels that autograd does not see.
+
+    The backward reads the output: changed in place before, it raises torch's error. `returns_copy` gives the caller a
+    copy, which may be changed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: LayerKernel,
+        returns_copy: bool,
+        config: Recurrence,
+        layout: Layout,
+        reverse: bool,
+        reset: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        result = kernel.forward(_layer_request(config, layout, reverse, reset, tensors), True)
+        output, saved = result.output, result.saved
+        if returns_copy and saved[0] is output:
+            output = output.clone()
+        ctx.save_for_backward(*tensors, layout.batch_sizes, layout.flip, reset, *saved)
+        # Without its tensors, which are saved.
+        ctx.kernel, ctx.config, ctx.size, ctx.reverse = kernel, config, (layout.steps, layout.batch), reverse
+        ctx.set_materialize_grads(False)
+        return output, result.h, result.c
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        everything = ctx.saved_tensors  # once: each look at it unpacks all, and checkpointing allows one
+        tensors, (batch_sizes, flip, reset, *saved) = everything[:DIFFERENTIABLE], everything[DIFFERENTIABLE:]
+        steps, batch = ctx.size
+        layout = Layout(steps, batch, batch_sizes, flip)
+        request = _layer_request(ctx.config, layout, ctx.reverse, reset, tensors)
+        needs = ctx.needs_input_grad[6:]
+        if supports_grad_output(*grads):
+            found = ctx.kernel.backward(request, saved, grads, needs)
+        else:
+            found = differentiable_layer_backward(request, grads, needs)
+        return None, None, None, None, None, None, *found
+
+
+# x, h0, c0 and the fields of Weights.
+DIFFERENTIABLE = 3 + len(Weights._fields)
+
+
+def _layer_request(
+    config: Recurrence, layout: Layout, reverse: bool, reset: Tensor | None, tensors: tuple[Tensor | None, ...]
+) -> LayerRequest:
+    x, h0, c0, *weights = tensors
+    return LayerRequest(config, x, h0, c0, Weights(*weights), layout, reverse, reset)  # type: ignore[arg-type]
+
+
+def differentiable_layer_backward(
+    request: LayerRequest, grads: tuple[Tensor | None, ...], needs: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """The gradients by the reference, which runs once more: for gradients of these gradients, for several gradients
+    from above at once, and for forward-mode derivatives."""
+    tensors: tuple[Tensor | None, ...] = (request.x, request.h0, request.c0, *request.weights)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # A view of each, or a tensor that is given twice would get the sum of both gradients twice.
+        tensors = tuple(t.view_as(t) if t is not None and n else t for t, n in zip(tensors, needs, strict=True))
+        x, h0, c0, *weights = tensors
+        again = reference_rnn.layer(
+            request._replace(x=x, h0=h0, c0=c0, weights=Weights(*weights))  # type: ignore[arg-type]
+        )
+        outputs = [(o, g) for o, g in zip(again[:3], grads, strict=True) if isinstance(o, Tensor) and g is not None]
+        wanted = [n for n, (t, needed) in enumerate(zip(tensors, needs, strict=True)) if t is not None and needed]
+        found = torch.autograd.grad(
+            [o for o, _ in outputs],
+            [t for n in wanted if (t := tensors[n]) is not None],
+            [g for _, g in outputs],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+    gradients: list[Tensor | None] = [None] * len(tensors)
+    for n, gradient in zip(wanted, found, strict=True):
+        gradients[n] = gradient
+    return gradients
+
+
+class _TakeRows(torch.autograd.Function):
+    """`rows.index_select(0, index)` for an index that names no row twice: the gradient of torch's adds row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.count = len(rows)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return put_rows(grad, index, ctx.count), None
+
+
+def take_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """The rows that `index` names, none of them twice."""
+    if rows.requires_grad and torch.is_grad_enabled():
+        return _TakeRows.apply(rows, index)  # type: ignore[no-any-return]
+    return rows.index_select(0, index)
+
+
+def put_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
+    """`count` rows, these where `index` says and zeros elsewhere."""
+    return rows.new_zeros(count, *rows.shape[1:]).index_copy(0, index, rows)

@@ -21,12 +21,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from normwise.backends.aten import rnn as aten_rnn
 from normwise.backends.aten.backend import BACKEND as ATEN
 from normwise.backends.cpu import library
 from normwise.backends.cpu.backend import BACKEND as CPU
-from normwise.backends.protocol import Backend
+from normwise.backends.protocol import Backend, RecurrenceRequest
 from normwise.backends.reference.backend import BACKEND as REFERENCE
 from normwise.ops._torch_internals import (
+    constant_while_compiling,
     dispatch_modes_active,
     forward_ad_active,
     is_fake,
@@ -37,6 +39,7 @@ from normwise.ops._torch_internals import (
 
 BACKENDS = {backend.name: backend for backend in (CPU, ATEN, REFERENCE)}
 
+constant_while_compiling(library.missing)
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -64,6 +67,31 @@ class _Forced:
 
 _forced = _Forced()
 _KERNEL = Resolved(CPU, "the C++ kernel")
+
+# Multiplications in a layer up to which one call of torch's own multi-layer kernel takes less time than what Python
+# does around ours.
+FEW_PRODUCTS = 1 << 19
+
+
+def _is_small_torch_layer(request: RecurrenceRequest) -> bool:
+    """No norm, few products; of any size a cell, and while compiling, since torch.compile leaves torch.nn's layers as
+    they are."""
+    if not request.config.is_torch_layer or is_transforming() or aten_rnn.supports_stack(request) is not None:
+        return False
+    if request.is_cell or _is_compiling():
+        return True
+    rows = request.x.numel() // max(request.x.shape[-1], 1)
+    fewest = min([w.weight_ih.numel() + w.weight_hh.numel() for w in request.weights])
+    return rows * fewest < FEW_PRODUCTS
+
+
+# Where another backend is faster than the C++ kernels, although these could run the call: by the operation.
+FASTER: dict[str, tuple[Callable[[Any], bool], Resolved]] = {
+    "recurrence": (
+        _is_small_torch_layer,
+        Resolved(ATEN, "torch's own layer is faster where there is no norm and little to multiply"),
+    ),
+}
 
 
 def force(name: str | None) -> None:
@@ -97,6 +125,8 @@ def resolve(request: Any, operation: str = "norm") -> Resolved:
     """
     if _forced.name is not None:
         return _resolve_forced(request, operation)
+    if operation in FASTER and FASTER[operation][0](request):
+        return FASTER[operation][1]
     reason = _kernel_obstacle(request, operation)
     if reason is None:
         return _KERNEL
@@ -116,26 +146,31 @@ def resolve(request: Any, operation: str = "norm") -> Resolved:
 
 def _resolve_forced(request: Any, operation: str) -> Resolved:
     backend = BACKENDS[_forced.name]  # type: ignore[index]
-    if backend is CPU:
-        obstacle = _kernel_obstacle(request, operation)
-    else:
-        obstacle = getattr(backend, operation).supports(request)
+    supports = getattr(backend, operation).supports
+    obstacle = _kernel_obstacle(request, operation) if backend is CPU else supports(request)
     if obstacle is not None:
         raise BackendError(
-            f"backend {_forced.name!r} was forced but cannot run {request.config.op}: {obstacle}. "
+            f"backend {_forced.name!r} was forced but cannot run {_name(request)}: {obstacle}. "
             "Leave the choice to normwise with normwise.backend(None), or force 'reference', which runs everything."
         )
     return Resolved(backend, "forced")
 
 
+def _name(request: Any) -> str:
+    return "recurrence" if isinstance(request, RecurrenceRequest) else str(request.config.op)
+
+
 def _kernel_obstacle(request: Any, operation: str) -> str | None:
     """What keeps the C++ kernels from a request, or None."""
     if _is_compiling():
-        return "while compiling, ATen's operations are left to the compiler"
+        # A recurrence becomes one node (custom_op.py); but ONNX, for one, knows no such node.
+        if operation == "norm" or request.x.device.type != "cpu" or torch.onnx.is_in_onnx_export():
+            return "while compiling, ATen's operations are left to the compiler"
+        return CPU.recurrence.supports(request)
     if is_traced_or_transformed():
         return "torch.func, forward-mode derivatives, dispatch modes and torch.jit.trace do not see a C++ kernel"
     supports: Callable[[Any], str | None] = getattr(CPU, operation).supports
-    return unreadable(*request[1:]) or supports(request)
+    return unreadable(*request.tensors) or supports(request)
 
 
 _TENSORS = (Tensor, torch.nn.Parameter)

@@ -132,10 +132,10 @@ def _why_not(layer: nn.Module) -> str | None:
     if "train" in vars(layer) and not is_frozen(layer):
         return "a train() is bound to this very instance, which freezing would replace: take it off first"
     if isinstance(layer, RECURRENT):
-        how = getattr(layer, "recurrence", None)
-        if how is None or how.norm != "batch":
+        config = getattr(layer, "recurrence", None)
+        if config is None or config.norm != "batch":
             return "its norms have no running statistics"
-        if getattr(layer, "dropout", 0) or how.zoneout:
+        if getattr(layer, "dropout", 0) or config.zoneout:
             return "kept in evaluation it would lose its dropout or zoneout too"
     elif isinstance(layer, FrozenBatchNorm):
         return "its statistics are fixed as it is"

@@ -164,9 +164,9 @@ class _OfRecurrent(Pool):
 
     def listen(self) -> Callable[[], None]:
         def end() -> None:
-            self.layer.meets = None
+            self.layer.stats_observer = None
 
-        self.layer.meets = self.add
+        self.layer.stats_observer = self.add
         return end
 
     def add(self, name: str, new: Moments, first: int) -> None:

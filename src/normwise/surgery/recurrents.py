@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import normwise.nn as ours
-from normwise.backends.reference.recurrence import Recurrence
 from normwise.nn import recurrent_parameters as parameters
 from normwise.nn.recurrent_base import Recurrent
 from normwise.surgery.carry import carry_tensors, rebuild
@@ -32,13 +31,13 @@ _ARGUMENTS = {
 def normalized(layer: nn.Module, norm: str, **options: Any) -> tuple[nn.Module, str]:
     """normwise's layer of the same cell, with norms inside.
 
-    The weights are the plain layer's. Its biases stand behind the norms; where the recurrence has one bias for torch's
+    The weights are that layer's. Its biases stand behind the norms; where the recurrence has one bias for torch's
     two, it is their sum. Gains start as the variant says.
     """
     if has_norm(layer):
         raise Refusal(f"has norm={layer.recurrence.norm!r} inside already")
     if "forget_bias" in options:
-        raise TypeError("convert keeps the plain layers' biases: set forget_bias on these")
+        raise TypeError("convert keeps the layers' biases: set forget_bias on these")
     name = _name(layer)
     new = rebuild(layer, getattr(ours, name), _ARGUMENTS[name], bias=layer.bias, norm=norm, **options)
     places = [suffix for _, suffix in new._places()] if isinstance(new, Recurrent) else [""]
@@ -48,7 +47,7 @@ def normalized(layer: nn.Module, norm: str, **options: Any) -> tuple[nn.Module, 
         raise Refusal("its two biases become one, but one of them is parametrized")
     carry_tensors(layer, new, but=[name for pair in biases for name in pair])
     for suffix, pair in zip(summed, biases, strict=True):
-        parameters.start_from(new, layer, suffix)
+        parameters.copy_from_torch(new, layer, suffix)
         new.get_parameter(pair[0]).requires_grad_(any(getattr(layer, name).requires_grad for name in pair))
     return new, "weights carried, gains as the variant starts them" + (", biases summed" if summed else "")
 
@@ -75,9 +74,7 @@ def _name(layer: nn.Module) -> str:
     name = known_base(layer).__name__
     if name not in _ARGUMENTS:
         raise Refusal(f"there is no normalized {name}")
-    how = getattr(layer, "recurrence", None)
-    if how is not None and how.norm is None:
-        plain = Recurrence(how.cell, None, eps=how.eps, forget_bias=how.forget_bias, nonlinearity=how.nonlinearity)
-        if how != plain:
-            raise Refusal("its zoneout, or another option of its recurrence, is unknown to torch.nn's layer")
+    config = getattr(layer, "recurrence", None)
+    if config is not None and config.norm is None and not config.is_torch_layer:
+        raise Refusal("its zoneout, or another option of its recurrence, is unknown to torch.nn's layer")
     return name

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from normwise.backends.aten import norms
-from normwise.backends.protocol import Backend, Operation
+from normwise.backends.aten import norms, rnn
+from normwise.backends.protocol import Backend, Operation, no_shortcoming
 
-BACKEND = Backend("aten", lambda: None, Operation(norms.supports, norms.shortcoming, norms.FAMILIES))
+BACKEND = Backend(
+    "aten",
+    lambda: None,
+    Operation(norms.supports, norms.shortcoming, norms.FAMILIES),
+    Operation(rnn.supports, no_shortcoming, rnn.KERNELS),
+)

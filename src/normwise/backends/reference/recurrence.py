@@ -1,290 +1,239 @@
-"""What a normalized recurrence is: one description of orthogonal options, and the presets that people know by name.
-
-In all equations N_g(v) = g * (v - mean(v)) / sqrt(var(v) + eps) with the biased variance. For `norm="layer"` mean and
-variance are over the features of one sample at one step, for `norm="rms"` the mean stays in and the mean square stands
-for the variance, for `norm="batch"` they are over the samples of one step. A bias is always added AFTER a norm: what
-other libraries call the norm's bias and the layer's bias is one parameter here, since only their sum matters.
-
-Gates are stacked in torch's order: LSTM i, f, g, o; GRU r, z, n.
-"""
+"""The truth about every recurrent layer: a loop over steps in plain PyTorch, computed in at least float32."""
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-Cell = Literal["lstm", "gru", "rnn"]
-NormKind = Literal["layer", "rms", "batch"]
+from normwise.backends.protocol import Moments, Running, accumulation_dtype
+from normwise.backends.recurrence import Recurrence, Weights
+from normwise.backends.reference.norm import norm
+from normwise.backends.reference.sequences import reverse as reversed_steps
+from normwise.backends.reference.sequences import reverse_reset, valid_steps
 
-GATES: dict[str, tuple[str, ...]] = {"lstm": ("i", "f", "g", "o"), "gru": ("r", "z", "n"), "rnn": ("h",)}
 
+class Step(NamedTuple):
+    """One step as it was computed, differentiable.
 
-@dataclass(frozen=True)
-class Recurrence:
-    """A recurrent cell and where normalization stands in it.
-
-    With p = W_ih x_t, q = W_hh h_(t-1), H units and G*H rows of gates, the summed input of a step is
-
-        terms="separate":  (N_ih(p) + b_ih) + (N_hh(q) + b_hh)
-        terms="sum":       N_sum(p + q + b_inner) + b_ih
-        terms="input":     (N_ih(p) + b_ih) + (q + b_hh)
-        norm=None:         (p + b_ih) + (q + b_hh)
-
-    LSTM: c' = s(f)*c + s(i)*tanh(g) and h' = s(o)*tanh(c'), where
-        cell_norm="output":   h' = s(o)*tanh(N_c(c') + b_c), c' is carried as it is;
-        cell_norm="carried":  c' = N_c(s(f)*c + s(i)*tanh(g)) + b_c.
-    GRU: r = s(r), z = s(z + update_offset), and
-        reset_gate="hidden":     n = tanh(input term of n + r * hidden term of n)    (torch)
-        reset_gate="candidate":  n = tanh(r * summed input of n)                     (Dreamer)
-        update_gate="torch":     h' = z*h + (1-z)*n
-        update_gate="paper":     h' = (1-z)*h + z*n
-    RNN: h' = nonlinearity(summed input).
-
-    Attributes:
-        cell: "lstm", "gru" or "rnn".
-        norm: "layer", "rms", "batch", or None for torch.nn's own layer.
-        terms: which terms of the summed input have a norm, see above.
-        groups: gates that share statistics, as counts of gates in stacking order: (1, 1, 1, 1) is one norm per LSTM
-            gate, (2, 1) one over r and z and one over n. () is one norm over all gates. Batch statistics are per
-            feature, so groups mean nothing to them.
-        hidden_bias: the hidden term has a bias of its own, b_hh. (b_ih is there unless the layer has `bias=False`.)
-        inner_bias: a bias b_inner inside the norm over the sum.
-        cell_norm: the norm of an LSTM's cell state, see above.
-        cell_bias: that norm has a bias.
-        eps: added to the variance, in units of the summed input squared.
-        gain: what gains start from.
-        forget_bias: what the forget gate's bias starts from.
-        zoneout: the probability with which a unit of h keeps its previous value in training; outside training h is
-            the expectation, zoneout * h_(t-1) + (1 - zoneout) * h'.
-        statistics: of a batch norm on the input term, "frame" (each step its own) or "sequence" (one for all steps).
-        reset_gate, update_gate, update_offset: the GRU's, see above.
-        nonlinearity: the RNN's, "tanh" or "relu".
-
-    Raises:
-        ValueError: for a value or a combination that does not exist.
+    summed: (B, G*H) the summed input that the gates or the nonlinearity saw, norms and biases included; None for a
+        GRU with reset_after=True, whose candidate has no such sum.
+    h: (B, H) the state after it; that of a finished sequence stays what it was.
+    gates: (B, H) each, what went into the sigmoid or tanh of every gate, in the order of `GATES`.
     """
 
-    cell: Cell
-    norm: NormKind | None = "layer"
-    terms: Literal["separate", "sum", "input"] = "separate"
-    groups: tuple[int, ...] = ()
-    hidden_bias: bool = True
-    inner_bias: bool = False
-    cell_norm: Literal["output", "carried"] | None = None
-    cell_bias: bool = True
-    eps: float = 1e-5
-    gain: float = 1.0
-    forget_bias: float = 0.0
-    zoneout: float = 0.0
-    statistics: Literal["frame", "sequence"] = "frame"
-    reset_gate: Literal["hidden", "candidate"] = "hidden"
-    update_gate: Literal["torch", "paper"] = "torch"
-    update_offset: float = 0.0
-    nonlinearity: Literal["tanh", "relu"] = "tanh"
+    summed: Tensor | None
+    h: Tensor
+    gates: tuple[Tensor, ...]
 
-    def __post_init__(self) -> None:
-        for name, accepted in _ACCEPTED.items():
-            value = getattr(self, name)
-            if value not in accepted:
-                raise ValueError(f"{name}={value!r} is not known: expected one of {', '.join(map(repr, accepted))}")
-        gates = len(GATES[self.cell])
-        if self.groups and (sum(self.groups) != gates or min(self.groups) < 1):
-            raise ValueError(
-                f"groups={self.groups} must be positive and add up to the {gates} gates of a {self.cell} cell, "
-                f"in the order {', '.join(GATES[self.cell])}"
-            )
-        if not self.eps > 0:
-            raise ValueError(f"eps must be positive, but got {self.eps}")
-        if not 0 <= self.zoneout <= 1:
-            raise ValueError(f"zoneout is a probability in [0, 1], but got {self.zoneout}")
-        if self.cell_norm is not None and self.cell != "lstm":
-            raise ValueError(f"cell_norm={self.cell_norm!r} needs a cell state, which a {self.cell} cell has not")
-        if self.forget_bias and self.cell != "lstm":
-            raise ValueError(f"forget_bias={self.forget_bias} needs a forget gate, which a {self.cell} cell has not")
-        if self.cell == "gru" and self.terms == "sum" and self.reset_gate == "hidden":
-            raise ValueError(
-                "terms='sum' leaves no hidden term for the reset gate to act on: "
-                "use reset_gate='candidate' or terms='separate'"
-            )
-        if self.norm is None and (self.cell_norm is not None or self.inner_bias):
-            raise ValueError("cell_norm and inner_bias belong to a norm, but norm=None has none: leave them out")
-        if self.inner_bias and self.terms != "sum":
-            raise ValueError("inner_bias=True stands inside the norm over the sum: it needs terms='sum'")
-        input_only = self.norm == "batch" and self.terms == "input" and self.cell_norm is None
-        if self.statistics == "sequence" and not input_only:
-            raise ValueError(
-                "statistics='sequence' needs the whole sequence before its first step, so it exists only for batch "
-                "norm on the input term alone: norm='batch', variant='laurent2015'"
-            )
 
-    @property
-    def gates(self) -> int:
-        """How many gates are stacked in weight_ih and weight_hh."""
-        return len(GATES[self.cell])
+class Result(NamedTuple):
+    """What one layer in one direction gives.
 
-    def sites(self, hidden_size: int) -> dict[str, int]:
-        """The places that have a norm, in the order in which a step meets them, and how many features each has."""
-        if self.norm is None:
-            return {}
-        named = {"separate": ("ih", "hh"), "sum": ("sum",), "input": ("ih",)}[self.terms]
-        places = dict.fromkeys(named, self.gates * hidden_size)
-        if self.cell_norm is not None:
-            places["c"] = hidden_size
-        return places
+    output: (T, B, H) h of each step, 0 where a sequence has ended.
+    h, c: (B, H) the state after each sequence's last valid step; `c` is None without a cell state.
+    statistics: batch norm in training: for each site the moments that were used, (T, features) or (1, features) for
+        sequence-wise statistics, with `count` (T, 1) or (1, 1); steps are in the order of processing. Else empty.
+    """
 
-    def shapes(
-        self, input_size: int, hidden_size: int, *, proj_size: int = 0, bias: bool = True
-    ) -> dict[str, tuple[int, ...]]:
-        """The parameters of one layer in one direction: the fields of `Weights` that are not None, and their shapes."""
-        stacked = self.gates * hidden_size
-        shapes: dict[str, tuple[int, ...]] = {
-            "weight_ih": (stacked, input_size),
-            "weight_hh": (stacked, proj_size or hidden_size),
+    output: Tensor
+    h: Tensor
+    c: Tensor | None
+    statistics: dict[str, Moments]
+
+
+def recurrence(
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor | None,
+    weights: Weights,
+    config: Recurrence,
+    *,
+    lengths: Tensor | None = None,
+    reset: Tensor | None = None,
+    reverse: bool = False,
+    zoneout_mask: Tensor | None = None,
+    running: Running | None = None,
+    start_step: int = 0,
+    tape: list[Step] | None = None,
+) -> Result:
+    """One layer in one direction over a whole batch of sequences.
+
+    A backward direction turns each sequence round within its length, runs, and turns the output back: step 0 of its
+    per-step statistics is each sequence's last.
+
+    Args:
+        x: (T, B, I) input; padding may hold anything.
+        h0: (B, H) initial hidden state, H being `proj_size` if there is a projection.
+        c0: (B, hidden_size) initial cell state; None unless `config.cell` is "lstm".
+        weights: see `Recurrence.shapes`.
+        config: the recurrence.
+        lengths: (B,) integer, valid steps of each sample; None means T.
+        reset: (T, B) bool, True where the state is zeroed between steps t-1 and t.
+        reverse: run from the last step to the first.
+        zoneout_mask: (T, B, H) bool, True where zoneout keeps the previous h; None takes zoneout's expectation.
+        running: batch norm's statistics; None takes those of the batch, over the samples whose length exceeds t.
+        start_step: the index of the first step in `running`'s tables.
+        tape: to look inside: each step is appended to it, in the order of processing.
+
+    Returns:
+        `Result`, in the dtype of `x`.
+    """
+    dtype, wide = x.dtype, accumulation_dtype(x.dtype)
+    weights = Weights(*(None if w is None else w.to(wide) for w in weights))  # type: ignore[arg-type]
+    valid = None if lengths is None else valid_steps(len(x), lengths)
+    x = x.to(wide)
+    if valid is not None:
+        # Selected before any arithmetic: NaN in the padding would survive a multiplication by 0.
+        x = x.masked_fill(~valid[..., None], 0)
+        # After its end a sequence keeps its state, whatever the flags there say.
+        reset = None if reset is None else reset & valid
+    if reverse:
+        x = reversed_steps(x, lengths)
+        reset = None if reset is None else reverse_reset(reset, lengths)
+        zoneout_mask = None if zoneout_mask is None else reversed_steps(zoneout_mask, lengths)
+
+    step = _Step(weights, config, running, start_step)
+    advance = {"lstm": step.lstm, "gru": step.gru, "rnn": step.rnn}[config.cell]
+    inputs = step.input_terms(F.linear(x, weights.weight_ih), valid)
+    h, c = h0.to(wide), None if c0 is None else c0.to(wide)
+    outputs = []
+    # unbind, because indexing step by step would write a gradient of all steps at every step.
+    for t, input_term in enumerate(inputs.unbind(0)):
+        step.begin(t, None if valid is None else valid[t, :, None])
+        if reset is not None:
+            h = h.masked_fill(reset[t, :, None], 0)
+            c = None if c is None else c.masked_fill(reset[t, :, None], 0)
+        new_h, new_c = advance(input_term, h, c)
+        if zoneout_mask is not None:
+            new_h = torch.where(zoneout_mask[t], h, new_h)
+        elif config.zoneout:
+            new_h = config.zoneout * h + (1 - config.zoneout) * new_h
+        if valid is None:
+            h, c = new_h, new_c
+            outputs.append(h)
+        else:
+            running_on = valid[t, :, None]
+            h = torch.where(running_on, new_h, h)
+            c = None if c is None or new_c is None else torch.where(running_on, new_c, c)
+            outputs.append(h.masked_fill(~running_on, 0))
+        if tape is not None:
+            tape.append(Step(step.seen, h, step.gates))
+    output = torch.stack(outputs)
+    if reverse:
+        output = reversed_steps(output, lengths)
+    return Result(output.to(dtype), h.to(dtype), None if c is None else c.to(dtype), step.statistics())
+
+
+class _Step:
+    """One step of each kind of cell, with the norms where the description puts them."""
+
+    def __init__(self, weights: Weights, config: Recurrence, running: Running | None, start_step: int) -> None:
+        self.weights, self.config, self.running, self.start_step = weights, config, running, start_step
+        self.sites = config.sites(weights.weight_hh.shape[0] // config.gates)
+        self.used: dict[str, list[Moments]] = {}
+        self.t = 0
+        self.valid: Tensor | None = None
+        self.seen: Tensor | None = None  # the summed input of the present step
+        self.gates: tuple[Tensor, ...] = ()
+
+    def begin(self, t: int, valid: Tensor | None) -> None:
+        """Go to step `t`, at which `valid` (B, 1) says who is still running."""
+        self.t, self.valid = t, valid
+
+    def lstm(self, input_term: Tensor, h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert c is not None
+        self.gates = i, f, g, o = self.summed(input_term, h).chunk(4, -1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        shown = c
+        if self.config.cell_norm is not None:
+            shown = plus(self.normalize("c", c), self.weights.bias_c)
+            if self.config.cell_norm == "state":
+                c = shown
+        h = torch.sigmoid(o) * torch.tanh(shown)
+        if self.weights.weight_hr is not None:
+            h = F.linear(h, self.weights.weight_hr)
+        return h, c
+
+    def gru(self, input_term: Tensor, h: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if not self.config.reset_after:
+            r, z, n = self.summed(input_term, h).chunk(3, -1)
+            n = torch.sigmoid(r) * n
+        else:
+            input_r, input_z, input_n = input_term.chunk(3, -1)
+            hidden_r, hidden_z, hidden_n = self.hidden_term(h).chunk(3, -1)
+            r, z = input_r + hidden_r, input_z + hidden_z
+            n = input_n + torch.sigmoid(r) * hidden_n
+        self.gates = r, z + self.config.update_offset, n
+        z, candidate = torch.sigmoid(self.gates[1]), torch.tanh(n)
+        if self.config.update_gate == "paper":
+            z = 1 - z
+        return z * h + (1 - z) * candidate, None
+
+    def rnn(self, input_term: Tensor, h: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        summed = self.summed(input_term, h)
+        self.gates = (summed,)
+        return (torch.tanh(summed) if self.config.nonlinearity == "tanh" else torch.relu(summed)), None
+
+    def input_terms(self, projected: Tensor, valid: Tensor | None) -> Tensor:
+        """N_ih(W_ih x) + b_ih of all steps; W_ih x as it is where the norm is over the sum."""
+        if "sum" in self.sites:
+            return projected
+        if "ih" in self.sites:
+            mask = None if valid is None else valid[..., None]
+            if self.config.statistics == "sequence" and self.config.norm == "batch":
+                projected = self.normalize("ih", projected, (0, 1), mask)
+            else:
+                steps = []
+                for t, row in enumerate(projected.unbind(0)):
+                    self.begin(t, None if mask is None else mask[t])
+                    steps.append(self.normalize("ih", row))
+                projected = torch.stack(steps)
+        return plus(projected, self.weights.bias_ih)
+
+    def hidden_term(self, h: Tensor) -> Tensor:
+        """N_hh(W_hh h) + b_hh."""
+        hidden = F.linear(h, self.weights.weight_hh)
+        if "hh" in self.sites:
+            hidden = self.normalize("hh", hidden)
+        return plus(hidden, self.weights.bias_hh)
+
+    def summed(self, input_term: Tensor, h: Tensor) -> Tensor:
+        """The summed input of the step, biases included."""
+        if "sum" not in self.sites:
+            self.seen = input_term + self.hidden_term(h)
+        else:
+            both = plus(input_term + F.linear(h, self.weights.weight_hh), self.weights.bias_inner)
+            self.seen = plus(plus(self.normalize("sum", both), self.weights.bias_ih), self.weights.bias_hh)
+        return self.seen
+
+    def normalize(self, site: str, v: Tensor, batch_dims: tuple[int, ...] = (0,), mask: Tensor | None = None) -> Tensor:
+        """N_g(v) at `site`. `batch_dims` and `mask` are batch norm's; by default those of the present step."""
+        gain: Tensor = getattr(self.weights, f"gain_{site}")
+        eps = self.config.eps
+        if self.config.norm != "batch":
+            groups = self.config.groups if self.config.groups and site != "c" else (1,)
+            parts = v.split([v.shape[-1] // sum(groups) * n for n in groups], -1)
+            centre = self.config.norm == "layer"
+            return torch.cat([norm(p, (-1,), eps=eps, center=centre)[0] for p in parts], -1) * gain
+        if self.running is not None:
+            mean, var = self.running[site]
+            row = min(self.start_step + self.t, len(mean) - 1)
+            return norm(v, batch_dims, gain, mean=mean[row], var=var[row], eps=eps)[0]
+        y, moments = norm(v, batch_dims, gain, mask=self.valid if mask is None else mask, eps=eps)
+        self.used.setdefault(site, []).append(moments)
+        return y
+
+    def statistics(self) -> dict[str, Moments]:
+        """The batch moments of all steps so far, (steps, features), without their gradients."""
+        return {
+            site: Moments(*(torch.stack([m.flatten() for m in column]).detach() for column in zip(*used, strict=True)))
+            for site, used in self.used.items()
         }
-        if bias:
-            shapes["bias_ih"] = (stacked,)
-            if self.hidden_bias or self.norm is None:
-                shapes["bias_hh"] = (stacked,)
-        if proj_size:
-            shapes["weight_hr"] = (proj_size, hidden_size)
-        sites = self.sites(hidden_size)
-        shapes |= {f"gain_{site}": (width,) for site, width in sites.items()}
-        if bias and self.inner_bias and "sum" in sites:
-            shapes["bias_inner"] = (stacked,)
-        if bias and self.cell_bias and "c" in sites:
-            shapes["bias_c"] = (hidden_size,)
-        return shapes
 
 
-_ACCEPTED: dict[str, tuple[object, ...]] = {
-    "cell": get_args(Cell),
-    "norm": (*get_args(NormKind), None),
-    "terms": ("separate", "sum", "input"),
-    "cell_norm": ("output", "carried", None),
-    "statistics": ("frame", "sequence"),
-    "reset_gate": ("hidden", "candidate"),
-    "update_gate": ("torch", "paper"),
-    "nonlinearity": ("tanh", "relu"),
-}
-
-
-class Weights(NamedTuple):
-    """The parameters of one layer in one direction; `Recurrence.shapes` says which there are. Torch's layouts."""
-
-    weight_ih: Tensor
-    weight_hh: Tensor
-    bias_ih: Tensor | None = None
-    bias_hh: Tensor | None = None
-    weight_hr: Tensor | None = None
-    gain_ih: Tensor | None = None
-    gain_hh: Tensor | None = None
-    gain_sum: Tensor | None = None
-    bias_inner: Tensor | None = None
-    gain_c: Tensor | None = None
-    bias_c: Tensor | None = None
-
-
-def _presets(cell: Cell) -> dict[str, Recurrence]:
-    lstm = cell == "lstm"
-    return {
-        # Laurent et al. 2015, "Batch Normalized Recurrent Neural Networks", eq. 10: BN(W_ih x) + W_hh h + b.
-        "laurent2015": Recurrence(cell, "batch", "input", hidden_bias=cell == "gru"),
-        # Cooijmans et al. 2016, "Recurrent Batch Normalization", eq. 6-8: BN(W_hh h; g, 0) + BN(W_ih x; g, 0) + b,
-        # h = s(o) * tanh(BN(c'; g_c, b_c)); g = 0.1 keeps tanh's gradient from vanishing (section 4). Written there for
-        # the LSTM; GRU and RNN take the same norms at the same terms.
-        "cooijmans2016": Recurrence(
-            cell, "batch", gain=0.1, hidden_bias=cell == "gru", cell_norm="output" if lstm else None
-        ),
-    }
-
-
-PRESETS: dict[str, dict[str, Recurrence]] = {
-    "lstm": {
-        # Ba, Kiros & Hinton 2016, "Layer Normalization", eq. 20-22.
-        "ba2016": Recurrence("lstm", cell_norm="output"),
-        # PyTorch, benchmarks/fastrnns/custom_lstms.py, LayerNormLSTMCell.
-        "fastrnns": Recurrence("lstm", cell_norm="carried"),
-        # TensorFlow Addons, LayerNormLSTMCell: its kernel norm's bias, recurrent norm's bias and `bias` add up.
-        "tfa": Recurrence("lstm", cell_norm="carried", eps=1e-3, forget_bias=1.0),
-        # torchaudio, the predictor of the Emformer RNN-T: norms over the summed gates and over the cell.
-        "torchaudio": Recurrence("lstm", terms="sum", hidden_bias=False, cell_norm="carried"),
-        # TensorFlow 1, contrib LayerNormBasicLSTMCell: its constant forget_bias=1 starts the forget gate's bias here.
-        "per_gate": Recurrence(
-            "lstm", terms="sum", groups=(1, 1, 1, 1), hidden_bias=False, cell_norm="carried", forget_bias=1.0
-        ),
-        # icefall, LayerNormLSTMCell: as per_gate, but bias_ih + bias_hh stand inside the gate norms, where a forget
-        # bias of 1 for a whole gate changes nothing: the norm takes its mean away.
-        "icefall": Recurrence(
-            "lstm", terms="sum", groups=(1, 1, 1, 1), hidden_bias=False, inner_bias=True, cell_norm="carried"
-        ),
-        # haste, LayerNormLSTM: gains only on both terms, one bias, gain and bias on the cell; zoneout on h.
-        "haste": Recurrence("lstm", hidden_bias=False, cell_norm="output", forget_bias=1.0),
-        **_presets("lstm"),
-    },
-    "gru": {
-        # Ba, Kiros & Hinton 2016, eq. 25-28. The authors' released code blends as torch does, their paper the other
-        # way round: update_gate says which.
-        "ba2016": Recurrence("gru", groups=(2, 1)),
-        # haste, LayerNormGRU: one norm over all three gates, a bias on each term.
-        "haste": Recurrence("gru"),
-        # DreamerV2 (Hafner et al. 2021) and its ports: one Linear on [x, h], one norm over its output.
-        "dreamer": Recurrence(
-            "gru",
-            terms="sum",
-            hidden_bias=False,
-            eps=1e-3,
-            reset_gate="candidate",
-            update_gate="paper",
-            update_offset=-1.0,
-        ),
-        **_presets("gru"),
-    },
-    "rnn": {
-        # Ba, Kiros & Hinton 2016, eq. 4: one norm over the summed input of the step.
-        "ba2016": Recurrence("rnn", terms="sum", hidden_bias=False),
-        "separate": Recurrence("rnn", hidden_bias=False),
-        **_presets("rnn"),
-    },
-}
-
-DEFAULTS: dict[str, str] = {"layer": "ba2016", "rms": "ba2016", "batch": "cooijmans2016"}
-
-
-def preset(cell: Cell, norm: NormKind | None, variant: str | None = None) -> Recurrence:
-    """The preset called `variant` for `cell`, with `norm` in its places; `variant=None` is the norm's default.
-
-    A preset of layer norms also takes `norm="rms"`; its cell norm then has no bias.
-
-    Raises:
-        ValueError: unknown variant (names the known ones and the nearest), one that this cell has not, one whose
-            norm is another kind, or any variant together with `norm=None`.
-    """
-    if norm not in _ACCEPTED["norm"]:
-        raise ValueError(f"norm={norm!r} is not known: expected 'layer', 'rms', 'batch' or None")
-    if norm is None:
-        if variant is not None:
-            raise ValueError(f"variant={variant!r} says where norms stand, but norm=None has none: leave one out")
-        return Recurrence(cell, None)
-    name = DEFAULTS[norm] if variant is None else variant
-    if name not in PRESETS[cell]:
-        raise ValueError(_unknown(cell, name))
-    found = PRESETS[cell][name]
-    if (found.norm == "batch") != (norm == "batch"):
-        fitting = [n for n, p in PRESETS[cell].items() if (p.norm == "batch") == (norm == "batch")]
-        raise ValueError(
-            f"variant={name!r} is a recurrence with {found.norm} normalization, but norm={norm!r}: pass "
-            f"norm={found.norm!r}, or one of {', '.join(map(repr, fitting))} as variant"
-        )
-    return replace(found, norm="rms", cell_bias=False) if norm == "rms" else found
-
-
-def _unknown(cell: str, name: str) -> str:
-    known = ", ".join(map(repr, PRESETS[cell]))
-    elsewhere = [other for other, presets in PRESETS.items() if name in presets]
-    if elsewhere:
-        return f"variant={name!r} exists for {' and '.join(elsewhere)}, not for {cell}: expected one of {known}"
-    nearest = difflib.get_close_matches(str(name), PRESETS[cell], n=1, cutoff=0.0)
-    return f"unknown variant {name!r} for {cell}: expected one of {known}. Nearest: {nearest[0]!r}"
+def plus(v: Tensor, bias: Tensor | None) -> Tensor:
+    """v + bias, or v where there is no bias."""
+    return v if bias is None else v + bias

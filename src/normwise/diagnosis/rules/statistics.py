@@ -145,5 +145,5 @@ def in_a_recurrence(diagnosis: Diagnosis) -> Iterator[Match]:
             yield Match(layer.name, {"how": how, "shortest": shortest, "longest": longest})
     for layer in diagnosis.layers:
         if any(inside.shared_statistics for inside in layer.recurrence):
-            how = "all its time steps share one row of running statistics (max_length=1)"
+            how = "all its time steps share one row of running statistics (num_stat_steps=1)"
             yield Match(layer.name, {"how": how, "calls": layer.calls})

@@ -162,7 +162,7 @@ RULES: tuple[Rule, ...] = (
         "warning",
         statistics.in_a_recurrence,
         "The statistics are mixed over time: {how}.",
-        "build it as normwise.LSTM with norm='layer', or norm='batch' with max_length= the longest sequence, which "
+        "build it as normwise.LSTM with norm='layer', or norm='batch' with num_stat_steps= the longest sequence, which "
         "keeps statistics for each step; on varying lengths norm(x, lengths=lengths), or normwise.LayerNorm",
         ("time-average", "rnn", "longer"),
         "batch",

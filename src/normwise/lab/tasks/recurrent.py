@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normwise
-from normwise.backends.reference.recurrent import Step, recurrence
+from normwise.backends.reference.recurrence import Step, recurrence
 from normwise.lab.norms import recurrent_norm
 from normwise.lab.tasks.base import Batch, Task
 from normwise.lab.tasks.vowels import COEFFICIENTS, SPEAKERS, Vowels

@@ -2,16 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
 import torch
 from torch import Tensor
-from torch._C._functorch import is_batchedtensor
 
-from normwise.backends.protocol import Moments
+from normwise.backends.protocol import Moments, Running
+from normwise.ops._torch_internals import is_batchedtensor
 from normwise.ops.norm.running_stats import recomputing, unbiased_var
 
+# Told, while `recalibrate` runs, the moments of each call: the end of the tables' names, the moments, the first step.
+# Then the layer takes batch statistics in evaluation too, and updates nothing.
+StatsObserver: TypeAlias = Callable[[str, Moments, int], None]
 
-def move(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float, first: int = 0) -> None:
-    """Row min(first + t, rows - 1) <- (1 - momentum) * row + momentum * step t, in place, the variance unbiased.
+
+class BatchStats(NamedTuple):
+    """What a batch norm inside a recurrence keeps, and what becomes of the moments of a call.
+
+    Attributes:
+        tables: running mean and variance by site, for each layer and direction.
+        suffixes: the ends of their names.
+        momentum: weight of the new batch.
+        uses_batch: normalize by the batch's moments; otherwise by the tables.
+        observer: told the moments, which then update nothing.
+    """
+
+    tables: tuple[Running, ...]
+    suffixes: tuple[str, ...]
+    momentum: float
+    uses_batch: bool
+    observer: StatsObserver | None = None
+
+    @property
+    def steps(self) -> int:
+        """How many steps have a row to themselves, the last shared by all later ones."""
+        return next(len(mean) for table in self.tables for mean, _ in table.values())
+
+    def update(self, statistics: list[dict[str, Moments]], start_step: int) -> None:
+        """By the moments of a call, for each layer and direction by site."""
+        for table, suffix, used in zip(self.tables, self.suffixes, statistics, strict=True):
+            for site, moments in used.items():
+                if self.observer is None:
+                    move(*table[site], moments, self.momentum, start_step)
+                else:
+                    self.observer(site + suffix, moments, start_step)
+
+
+def move(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float, start_step: int = 0) -> None:
+    """Row min(start_step + t, rows - 1) <- (1 - momentum) * row + momentum * step t, in place, the variance unbiased.
 
     Steps that share the last row move it one after the other. A step at which fewer than two samples were running has
     no deviation and moves nothing, nor does a step whose moments are NaN or infinite, nor a forward that activation
@@ -21,7 +60,7 @@ def move(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: 
         running_mean, running_var: (rows, features).
         moments: of T steps in order: mean and var (T, features), count (T, 1).
         momentum: weight of the new batch.
-        first: the row of the first step.
+        start_step: the row of the first step.
 
     Raises:
         RuntimeError: several samples of a torch.func.vmap would move one and the same table.
@@ -36,14 +75,14 @@ def move(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: 
         )
     with torch.no_grad():
         rows, steps = len(running_mean), len(moments.mean)
-        own = max(0, min(rows - 1 - first, steps))  # steps with a row to themselves
+        own = max(0, min(rows - 1 - start_step, steps))  # steps with a row to themselves
         var = unbiased_var(moments)
         finite = (moments.mean.isfinite() & var.isfinite()).all(-1, keepdim=True)
         counts = ((moments.count >= 2) & finite).to(running_mean.dtype)
         for running, new in ((running_mean, moments.mean), (running_var, var)):
             new = torch.where(finite, new, 0).to(running.dtype)
             if own:
-                mine = running[first : first + own]
+                mine = running[start_step : start_step + own]
                 mine.add_(momentum * counts[:own] * (new[:own] - mine))
             if own < steps:
                 # n moves in a row: (1-m)^n * old + sum over k of m * (1-m)^(moves after k) * step k.

@@ -1,206 +1,279 @@
-"""Recurrent layers: which backend runs one layer in one direction, and how layers and directions stack."""
+"""Recurrent layers on top of each other, each in one or both directions: from a user's call to a backend and back."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
-from normwise.backends.cpu import library
-from normwise.backends.reference import recurrent as reference
-from normwise.backends.reference.moments import Moments
-from normwise.backends.reference.recurrence import Recurrence, Weights
-from normwise.backends.reference.recurrent import Result, Running
-from normwise.backends.reference.sequences import valid_steps
-from normwise.ops import inputs
-from normwise.ops.dispatch import (
-    BackendError,
-    forced,
-    is_traced_or_transformed,
-    is_transforming,
-    unreadable,
-    values_visible,
+from normwise.backends.protocol import (
+    LayerKernel,
+    LayerRequest,
+    LayerResult,
+    Layout,
+    RecurrenceRequest,
+    RecurrenceResult,
 )
-from normwise.ops.rnn import cpu as recurrent_cpu
-from normwise.ops.rnn import loop as recurrent_loop
-from normwise.ops.rnn import registered as recurrent_registered
+from normwise.backends.recurrence import Recurrence, Weights
+from normwise.ops import custom_op, inputs
+from normwise.ops._torch_internals import constant_while_compiling
+from normwise.ops.autograd import RecurrentLayer
+from normwise.ops.dispatch import is_transforming, resolve
+from normwise.ops.rnn import arguments, packed
+from normwise.ops.rnn.running_stats import BatchStats
+
+State: TypeAlias = Tensor | tuple[Tensor, Tensor]
 
 
-class Stacked(NamedTuple):
-    """What a stack of layers gives.
+class Layers(NamedTuple):
+    """A stack of layers as a call finds it.
 
-    output: (T, B, D * H) of the last layer, D directions side by side.
-    h, c: (L * D, B, H) final states, layer by layer; `c` is None without a cell state.
-    statistics: for each layer and direction the batch moments by site, see `reference.recurrent.Result`.
+    Attributes:
+        name: the layer's class, for messages.
+        config: the recurrence, the same for all.
+        weights: of each layer and direction, layer by layer, forward before backward.
+        bidirectional, batch_first, dropout, training: as the layer's.
+        batch_stats: what a batch norm inside the recurrence keeps; None unless there is one.
     """
 
-    output: Tensor
-    h: Tensor
-    c: Tensor | None
-    statistics: list[dict[str, Moments]]
+    name: str
+    config: Recurrence
+    weights: tuple[Weights, ...]
+    bidirectional: bool = False
+    batch_first: bool = False
+    dropout: float = 0.0
+    training: bool = False
+    batch_stats: BatchStats | None = None
+
+    def sizes(self, batch: int) -> list[tuple[int, int, int]]:
+        """Shapes of h, and of an LSTM's c."""
+        first, count = self.weights[0], len(self.weights)
+        sizes = [(count, batch, first.weight_hh.shape[1])]
+        if self.config.cell == "lstm":
+            sizes.append((count, batch, first.weight_hh.shape[0] // 4))
+        return sizes
 
 
-def recurrence(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Weights,
-    how: Recurrence,
-    *,
-    lengths: Tensor | None = None,
+def sequences(layers: Layers, x: Any, hx: Any, lengths: Any, reset: Any) -> tuple[Any, State]:
+    """Whole sequences; arguments and results as of `normwise.nn.recurrent_base.Recurrent.forward`."""
+    arguments.tensor_or_packed(x, layers.name, layers.config.cell)
+    weights, both, batch_first = layers.weights, layers.bidirectional, layers.batch_first
+    if isinstance(x, PackedSequence):
+        if lengths is not None:
+            raise ValueError("got lengths together with a PackedSequence: it states its own lengths, leave them out")
+        arguments.rows(x.data, weights[0])
+        steps, batch, batched = len(x.batch_sizes), int(x.batch_sizes[0]), True
+        shape: tuple[int, ...] = (steps, batch)
+        given = packed.packed(x, both)
+    else:
+        batched = x.dim() == 3
+        batch_first = batch_first and batched
+        if not batched:
+            x = x.unsqueeze(1)
+        arguments.rows(x, weights[0])
+        shape = x.shape
+        steps, batch = shape[:2] if not batch_first else (shape[1], shape[0])
+        if lengths is not None:
+            lengths = arguments.lengths(lengths, steps, batch, batched)
+        given = packed.padded(x, lengths, batch_first, both)
+    states = arguments.states(hx, layers.sizes(batch), given.x, batched, layers.name)
+    if reset is not None:
+        reset = _reset_flags(reset, steps, batch, given.x.device, batched, layers.batch_first)
+    # An LSTM's output is what its backward reads, as with torch's; but rows of a PackedSequence are the caller's own.
+    returns_copy = given.source is None and (layers.config.cell != "lstm" or given.packed is not None)
+    result = run(_request(layers, given, states, reset), returns_copy)
+    h, c = _finals(layers, given, result)
+    found = packed.output(result.output, given, shape, batch_first)
+    if not batched:
+        found, h, c = found.squeeze(1), h.squeeze(1), None if c is None else c.squeeze(1)  # type: ignore[union-attr]
+    return found, h if c is None else (h, c)
+
+
+def step(layers: Layers, x: Any, state: Any, reset: Any, step: int | None) -> tuple[Tensor, State]:
+    """One step; arguments and results as of `normwise.nn.recurrent_base.Recurrent.step`."""
+    if layers.bidirectional:
+        raise ValueError(
+            "step() cannot run a bidirectional layer, whose backward direction starts at the end of the sequence: "
+            "call the layer on whole sequences, or build it with bidirectional=False"
+        )
+    x, size, stats = inputs.tensor(f"{layers.name}.step", x), layers.weights[0].weight_ih.shape[-1], layers.batch_stats
+    if x.dim() not in (1, 2):
+        raise inputs.ShapeError(
+            f"step() expects input of shape (batch, {size}) or ({size},), but got {tuple(x.shape)}: call the layer "
+            "itself on whole sequences"
+        )
+    if stats is not None and layers.config.statistics == "sequence" and layers.training:
+        raise ValueError(
+            "step() has no sequence to take sequence-wise batch statistics of: use eval mode, or statistics='per_step'"
+        )
+    start_step = arguments.step_index(stats, step)
+    batched = x.dim() == 2
+    x = x.unsqueeze(0) if batched else x.view(1, 1, -1)
+    arguments.rows(x, layers.weights[0])
+    batch = x.shape[1]
+    given = packed.padded(x, None, False, False)
+    states = arguments.states(state, layers.sizes(batch), x, batched, layers.name)
+    if reset is not None:
+        reset = arguments.reset(reset, (batch,) if batched else (), "one for each sample", x.device).reshape(1, -1)
+    result = run(_request(layers, given, states, reset, start_step), layers.config.cell != "lstm")
+    h, c = _finals(layers, given, result, start_step)
+    if batched:
+        return result.output[0], h if c is None else (h, c)
+    h, c = h.squeeze(1), None if c is None else c.squeeze(1)
+    return result.output.view(-1), h if c is None else (h, c)
+
+
+def cell(layers: Layers, x: Any, hx: Any, step: int | None) -> State:
+    """A cell's one step, (B, I) or (I,) and states in, the next states out."""
+    name, weights = layers.name, layers.weights[0]
+    lstm = layers.config.cell == "lstm"
+    x = inputs.tensor(name, x)
+    if lstm and hx is not None and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
+        raise TypeError(f"{name}: expected hx to be a pair (h, c), but got {type(hx).__name__}")
+    if x.dim() not in (1, 2):
+        raise ValueError(f"{name}: Expected input to be 1D or 2D, got {x.dim()}D instead")
+    size, units = weights.weight_ih.shape[-1], weights.weight_hh.shape[-1]
+    if x.shape[-1] != size:
+        raise inputs.ShapeError(f"input has inconsistent input_size: got {x.shape[-1]} expected {size}")
+    start_step = arguments.step_index(layers.batch_stats, step)
+    shape = (*x.shape[:-1], units)
+    states: list[Any] = [None] * (1 + lstm) if hx is None else list(hx) if lstm else [hx]
+    for n, state in enumerate(states):
+        if state is not None and tuple(state.shape) != shape:
+            raise inputs.ShapeError(f"{name}: Expected hidden[{n}] to be of shape {shape}, got {tuple(state.shape)}")
+    if hx is not None:
+        inputs.beside(x, h0=states[0], c0=states[1] if lstm else None)
+    rows = x if x.dim() == 2 else x.unsqueeze(0)
+    given = packed.Sequences(rows.unsqueeze(0), Layout(1, len(rows)))
+    whole = (1, len(rows), units)
+    h, *c = [rows.new_zeros(whole) if s is None else s.reshape(whole) for s in states]
+    result = run(_request(layers, given, (h, c[0] if lstm else None), None, start_step, is_cell=True))
+    new_h, new_c = _finals(layers, given, result, start_step)
+    if x.dim() == 1:
+        return new_h.view(units) if new_c is None else (new_h.view(units), new_c.view(units))
+    return new_h[0] if new_c is None else (new_h[0], new_c[0])
+
+
+def _reset_flags(reset: Any, steps: int, batch: int, device: torch.device, batched: bool, batch_first: bool) -> Tensor:
+    """`reset` as (T, B)."""
+    if not batched:
+        return arguments.reset(reset, (steps,), "one for each step", device).unsqueeze(1)
+    if batch_first:
+        return arguments.reset(reset, (batch, steps), "batch first", device).transpose(0, 1)
+    return arguments.reset(reset, (steps, batch), "steps first", device)
+
+
+def _request(
+    layers: Layers,
+    given: packed.Sequences,
+    states: tuple[Tensor, Tensor | None],
     reset: Tensor | None = None,
-    reverse: bool = False,
-    zoned: Tensor | None = None,
-    running: Running | None = None,
-    first: int = 0,
-    writable: bool = False,
-) -> Result:
-    """One layer in one direction, by the chosen backend. See `reference.recurrent.recurrence` for every argument.
-
-    writable: the output is the caller's to change in place; see `recurrent_cpu.recurrence`.
-    """
-    if recurrent_registered.fits(x, weights, how, zoned):
-        return recurrent_registered.recurrence(
-            x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse, writable=writable
-        )
-    uncompiled = recurrent_cpu.obstacle(x, weights, how, zoned, h0, c0, lengths, reset)
-    backend = _choose(x, uncompiled)
-    if backend == "cpu":
-        return recurrent_cpu.recurrence(
-            x, h0, c0, weights, how, lengths=lengths, reset=reset, reverse=reverse, writable=writable
-        )
-    run = reference.recurrence if backend == "reference" else recurrent_loop.recurrence
-    return run(
+    start_step: int = 0,
+    is_cell: bool = False,
+) -> RecurrenceRequest:
+    """A call of the layers in the form that backends take; `reset` is (T, B)."""
+    config, x, stats, layout, (h0, c0) = layers.config, given.x, layers.batch_stats, given.layout, states
+    if x.dim() == 3 and x.shape[0] == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN: leave empty batches of steps out")
+    if stats is not None and stats.uses_batch:
+        _enough_samples(given, config)
+    if given.order is not None:
+        h0, c0 = packed.sort(h0, given.order), None if c0 is None else packed.sort(c0, given.order)
+    resets: tuple[Tensor | None, Tensor | None] = (None, None)
+    if reset is not None:
+        inputs.beside(x, reset=reset)
+        resets = packed.resets(given, reset, layers.bidirectional)
+        layout = layout._replace(visible=packed.may_look(x, reset))
+    return RecurrenceRequest(
+        config,
         x,
         h0,
         c0,
-        weights,
-        how,
-        lengths=lengths,
-        reset=reset,
-        reverse=reverse,
-        zoned=zoned,
-        running=running,
-        first=first,
+        layers.weights,
+        layout,
+        resets,
+        None if stats is None or stats.uses_batch else stats.tables,
+        start_step,
+        layers.bidirectional,
+        layers.dropout,
+        layers.training,
+        is_cell,
     )
 
 
-def _choose(x, uncompiled):
-    reason = uncompiled or ("traced" if is_traced_or_transformed() else None) or unreadable(x) or library.missing()
-    if forced() == "cpu" and reason:
-        raise BackendError(reason)
-    if forced() is not None:
-        return forced()
-    return "cpu" if reason is None else "reference" if is_transforming() else "aten"
+def _finals(
+    layers: Layers, given: packed.Sequences, result: RecurrenceResult, start_step: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """Final states in the given order of samples, after the running statistics were updated."""
+    if layers.batch_stats is not None:
+        layers.batch_stats.update(result.statistics, start_step)
+    h, c, order = result.h, result.c, given.order
+    if order is None:
+        return h, c
+    return packed.restore(h, order), None if c is None else packed.restore(c, order)
 
 
-def stack(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Sequence[Weights],
-    how: Recurrence,
-    *,
-    bidirectional: bool = False,
-    dropout: float = 0.0,
-    training: bool = False,
-    lengths: Tensor | None = None,
-    reset: Tensor | None = None,
-    running: Sequence[Running] | None = None,
-    first: int = 0,
-) -> Stacked:
-    """Layers on top of each other, each in one or both directions.
-
-    Args:
-        x: (T, B, I).
-        h0, c0: (L * D, B, H) initial states, layer by layer, forward before backward.
-        weights: L * D of them, in the same order.
-        how: the recurrence, the same for all.
-        dropout: probability of an element to be zeroed between layers, in training.
-        training: dropout and zoneout draw; batch norm takes the batch's statistics.
-        lengths: (B,) integers, valid steps of each sample.
-        reset: (T, B) bool, True where the state is zeroed between steps t-1 and t.
-        running: batch norm's tables for each of `weights`; None takes the batch's statistics.
-        first: the index of the first step in these tables.
-
-    Raises:
-        RuntimeError: no step at all.
-        ValueError: batch statistics of a single sample.
-    """
-    if x.shape[0] == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN: leave empty batches of steps out")
-    for parameters in weights:
-        inputs.beside(x, h0=h0, c0=c0, reset=reset, **parameters._asdict())
-    if how.norm == "batch" and running is None:
-        _enough_samples(x, lengths, how)
-    x, h0, c0, weights, autocast = _cast_for_autocast(x, h0, c0, weights)
+def run(request: RecurrenceRequest, returns_copy: bool = False) -> RecurrenceResult:
+    """A stack by the backend that `resolve` names; `returns_copy` as in `autograd.RecurrentLayer`."""
+    cast, autocast = _cast_for_autocast(request)
+    backend, _ = resolve(cast, "recurrence")
+    whole = backend.recurrence.kernels.get("stack")
+    if whole is not None and whole.supports(request) is None and not is_transforming():
+        # torch's own kernels know autocast.
+        if torch.compiler.is_compiling() and not request.is_cell:
+            return _run_as_it_is(whole.forward, request)  # type: ignore[no-any-return]
+        return whole.forward(request)  # type: ignore[no-any-return]
+    kernel = backend.recurrence.kernels["layer"]
+    config, x, h0, c0, weights, layout, resets, running, start_step, bidirectional, dropout, training, _ = cast
+    for of_layer in weights:
+        inputs.beside(x, **of_layer._asdict())
     directions = 2 if bidirectional else 1
-    results: list[Result] = []
+    results: list[LayerResult] = []
     with autocast:
-        for k in range(0, len(weights), directions):
-            if k and training and dropout:
-                x = F.dropout(x, dropout)
-            layer = [
-                recurrence(
-                    x,
-                    h0[n],
-                    None if c0 is None else c0[n],
-                    weights[n],
-                    how,
-                    lengths=lengths,
-                    reset=reset,
-                    reverse=n > k,
-                    zoned=_zoned(x, h0, how) if training else None,
-                    running=None if running is None else running[n],
-                    first=first,
-                    writable=directions == 1 and k + 1 == len(weights),
-                )
-                for n in range(k, k + directions)
-            ]
-            results += layer
-            x = layer[0].output if directions == 1 else torch.cat([r.output for r in layer], -1)
+        for n, of_layer in enumerate(weights):
+            reverse = n % directions == 1
+            if n and not reverse:
+                x = _side_by_side(results, directions)
+                if training and dropout:
+                    x = F.dropout(x, dropout)
+            zoneout_mask = None
+            if training and config.zoneout:
+                zoneout_mask = torch.rand(*x.shape[:-1], h0.shape[-1], device=x.device) < config.zoneout
+            c, table = None if c0 is None else c0[n], None if running is None else running[n]
+            of = LayerRequest(
+                config, x, h0[n], c, of_layer, layout, reverse, resets[reverse], zoneout_mask, table, start_step
+            )
+            results.append(layer(kernel, of, returns_copy and directions == 1 and n + 1 == len(weights)))
     h = torch.stack([r.h for r in results])
-    c = None if c0 is None else torch.stack([r.c for r in results])  # type: ignore[misc]
-    return Stacked(x, h, c, [r.statistics for r in results])
+    finals = None if c0 is None else torch.stack([r.c for r in results])  # type: ignore[misc]
+    return RecurrenceResult(_side_by_side(results, directions), h, finals, [r.statistics for r in results])
 
 
-# torch's own recurrent layers, by the cell and the nonlinearity.
-_ATEN: dict[tuple[str, str], Callable[..., tuple[Tensor, ...]]] = {
-    ("lstm", "tanh"): torch._VF.lstm,
-    ("gru", "tanh"): torch._VF.gru,
-    ("rnn", "tanh"): torch._VF.rnn_tanh,
-    ("rnn", "relu"): torch._VF.rnn_relu,
-}
+def _side_by_side(results: list[LayerResult], directions: int) -> Tensor:
+    """The output of the last layer."""
+    if directions == 1:
+        return results[-1].output
+    return torch.cat([results[-2].output, results[-1].output], -1)
 
 
-def is_plain(how: Recurrence, reset: Tensor | None) -> bool:
-    """Whether torch's own layer does the whole job: no norm, no zoneout, no reset, and no other backend forced."""
-    if how.norm is not None or reset is not None:
-        return False
-    # eps and the start of a bias change nothing without a norm.
-    same = Recurrence(how.cell, None, eps=how.eps, forget_bias=how.forget_bias, nonlinearity=how.nonlinearity)
-    return how == same and forced() in (None, "aten") and not is_transforming()
-
-
-# Multiplications in a layer up to which ATen's one call costs less than what Python does around our kernel.
-_FEW_PRODUCTS = 1 << 19
-
-
-def compiled_plain(x: Tensor | PackedSequence, weights: Sequence[Weights], how: Recurrence) -> bool:
-    """Whether `stack`, with our kernels, is the faster way to run what `is_plain`: padded input that is not small."""
-    if isinstance(x, PackedSequence) or forced() is not None or x.dim() != 3:
-        return False
-    products = x.shape[0] * x.shape[1] * min(w.weight_ih.numel() + w.weight_hh.numel() for w in weights)
-    if products < _FEW_PRODUCTS:
-        return False
-    uncompiled = next((o for w in weights if (o := recurrent_cpu.obstacle(x, w, how, None))), None)
-    return _choose(x, uncompiled) == "cpu"
+def layer(kernel: LayerKernel, request: LayerRequest, returns_copy: bool = False) -> LayerResult:
+    """One layer in one direction; `returns_copy` as in `autograd.RecurrentLayer`."""
+    if kernel.backward is None:
+        return kernel.forward(request, False)
+    config, x, h0, c0, weights, layout, reverse, reset, *_ = request
+    tensors = x, h0.to(x.dtype), None if c0 is None else c0.to(x.dtype), *weights
+    if torch.compiler.is_compiling():
+        return custom_op.recurrence(request._replace(h0=tensors[1], c0=tensors[2]), returns_copy)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        output, h, c = RecurrentLayer.apply(kernel, returns_copy, config, layout, reverse, reset, *tensors)
+        return LayerResult(output, h, c, {})
+    return kernel.forward(request._replace(h0=tensors[1], c0=tensors[2]), False)
 
 
 def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -213,8 +286,6 @@ def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal disabled
-        if not torch.compiler.is_compiling():
-            return function(*args, **kwargs)
         if disabled is None:
             disabled = torch.compiler.disable(function)
         return disabled(*args, **kwargs)
@@ -223,107 +294,21 @@ def _as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @_as_it_is
-def plain(
-    x: Tensor | PackedSequence,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Sequence[Weights],
-    how: Recurrence,
-    *,
-    bidirectional: bool = False,
-    dropout: float = 0.0,
-    training: bool = False,
-) -> tuple[Any, Tensor, Tensor | None]:
-    """(output, h, c) of `stack` by torch's own multi-layer kernel, where `is_plain`; packed in gives packed out.
-
-    A compiled model calls it as it is: torch.compile does the same with torch.nn's layers, and the compiler's own
-    code for them may not even run.
-    """
-    flat = [w for layer in weights for w in layer if w is not None]
-    tail = (flat, weights[0].bias_ih is not None, len(weights) // (1 + bidirectional), dropout, training, bidirectional)
-    run = _ATEN[how.cell, how.nonlinearity]
-    if not isinstance(x, PackedSequence):
-        output, *finals = run(x, h0 if c0 is None else (h0, c0), *tail, False)
-        return output, finals[0], None if c0 is None else finals[1]
-    order, back = x.sorted_indices, x.unsorted_indices
-    if order is not None:
-        h0, c0 = h0[:, order], None if c0 is None else c0[:, order]
-    data, *finals = run(x.data, x.batch_sizes, h0 if c0 is None else (h0, c0), *tail)
-    if back is not None:
-        finals = [s[:, back] for s in finals]
-    return x._replace(data=data), finals[0], None if c0 is None else finals[1]
+def _run_as_it_is(
+    forward: Callable[[RecurrenceRequest], RecurrenceResult], request: RecurrenceRequest
+) -> RecurrenceResult:
+    """A compiled model calls torch's own kernel as it is: torch.compile does the same with torch.nn's layers, and the
+    compiler's own code for them may not even run."""
+    return forward(request)
 
 
-@_as_it_is
-def plain_padded(
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor | None,
-    weights: Sequence[Weights],
-    how: Recurrence,
-    lengths: Tensor,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`plain` on padded sequences of different lengths, some perhaps empty."""
-    valid = valid_steps(len(x), lengths)
-    # A packed sequence has at least one step: an empty one runs over a zero, and what came of it is put back.
-    x = x.masked_fill(~valid[..., None], 0)
-    packed = pack_padded_sequence(x, lengths.clamp(min=1).cpu(), enforce_sorted=False)
-    output, h, c = plain(packed, h0, c0, weights, how, **options)
-    padded, _ = pad_packed_sequence(output, total_length=len(x))
-    started = (lengths > 0)[:, None]
-    return (
-        padded.masked_fill(~valid[..., None], 0),
-        torch.where(started, h, h0.to(h.dtype)),
-        None if c is None or c0 is None else torch.where(started, c, c0.to(c.dtype)),
-    )
-
-
-def unpack(packed: PackedSequence) -> tuple[Tensor, Tensor]:
-    """(padded (T, B, I), lengths (B,)) in the order in which the sequences were given."""
-    x, lengths = pad_packed_sequence(packed)
-    return x, lengths.to(x.device)
-
-
-def pack_like(output: Tensor, lengths: Tensor, packed: PackedSequence) -> PackedSequence:
-    """Pack padded (T, B, H) as `packed` was, with its very order of sequences."""
-    if packed.sorted_indices is not None:
-        output, lengths = output[:, packed.sorted_indices], lengths[packed.sorted_indices]
-    data = pack_padded_sequence(output, lengths.cpu(), enforce_sorted=True).data
-    return packed._replace(data=data)
-
-
-def checked_lengths(lengths: Any, steps: int, batch: int, device: torch.device, batched: bool = True) -> Tensor:
-    """`lengths` as int64 on `device`; without a batch a single number will do. Raises as `inputs.one_length_each`."""
-    if not batched:
-        lengths = inputs.lengths_tensor(lengths).reshape(-1)
-    return inputs.one_length_each(lengths, batch, steps, "the input").to(device, torch.int64)
-
-
-def checked_reset(reset: Any, expected: tuple[int, ...], layout: str, device: torch.device) -> Tensor:
-    """`reset` as a bool tensor, if it is one, or a list or array, of the `expected` shape, which `layout` names."""
-    flags = inputs.bool_tensor("reset", reset, "True where an episode starts", device)
-    if tuple(flags.shape) != expected:
-        raise inputs.ShapeError(
-            f"reset must be of shape {expected}, {layout} as the input, but got {tuple(flags.shape)}"
-        )
-    return flags
-
-
-def _zoned(x: Tensor, h0: Tensor, how: Recurrence) -> Tensor | None:
-    """Which units zoneout keeps at which step; None without zoneout."""
-    if not how.zoneout:
-        return None
-    return torch.rand(*x.shape[:2], h0.shape[-1], device=x.device) < how.zoneout
-
-
-def _enough_samples(x: Tensor, lengths: Tensor | None, how: Recurrence) -> None:
+def _enough_samples(given: packed.Sequences, config: Recurrence) -> None:
     """The statistics of a step are over samples: a single one has no deviation."""
-    steps, batch = x.shape[:2]
-    sequence_wise = how.statistics == "sequence"
-    values = batch * steps if sequence_wise else batch
-    if lengths is not None and values_visible(lengths):
-        values = int(lengths.sum() if sequence_wise else (lengths > 0).sum())
+    layout, x = given.layout, given.x
+    if layout.batch_sizes is not None:
+        values = len(x) if config.statistics == "sequence" else int(layout.batch_sizes[:1].sum())
+    else:
+        values = layout.batch * (layout.steps if config.statistics == "sequence" else 1)
     inputs.more_than_one(
         values,
         x,
@@ -332,23 +317,21 @@ def _enough_samples(x: Tensor, lengths: Tensor | None, how: Recurrence) -> None:
     )
 
 
-def _cast_for_autocast(
-    x: Tensor, h0: Tensor, c0: Tensor | None, weights: Sequence[Weights]
-) -> tuple[Tensor, Tensor, Tensor | None, Sequence[Weights], AbstractContextManager[None]]:
+def _cast_for_autocast(request: RecurrenceRequest) -> tuple[RecurrenceRequest, AbstractContextManager[None]]:
     """Under autocast all in its dtype, as torch's own layers do; norms and states stay in float32 inside the loop."""
-    kind = x.device.type
+    x, kind = request.x, request.x.device.type
     if not _has_autocast(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return x, h0, c0, weights, nullcontext()
+        return request, nullcontext()
     dtype = torch.get_autocast_dtype(kind)
     matrices = ("weight_ih", "weight_hh", "weight_hr")
-    cast = [w._replace(**{m: v.to(dtype) for m in matrices if (v := getattr(w, m)) is not None}) for w in weights]
-    return x.to(dtype), h0.to(dtype), None if c0 is None else c0.to(dtype), cast, torch.autocast(kind, enabled=False)
+    weights = tuple(
+        w._replace(**{m: v.to(dtype) for m in matrices if (v := getattr(w, m)) is not None}) for w in request.weights
+    )
+    c0 = None if request.c0 is None else request.c0.to(dtype)
+    cast = request._replace(x=x.to(dtype), h0=request.h0.to(dtype), c0=c0, weights=weights)
+    return cast, torch.autocast(kind, enabled=False)
 
 
+@constant_while_compiling
 def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
-
-
-# torch.compile of 2.11 cannot look into it. This is what torch.compiler.assume_constant_result does; calling that here
-# would load the compiler, which costs a second.
-_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,94 @@
+"""What a call of a recurrent layer or cell was given: checked, with torch's words where torch has some."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from normwise.backends.recurrence import Weights
+from normwise.ops import inputs
+from normwise.ops._torch_internals import any_autocast_enabled
+from normwise.ops.rnn.running_stats import BatchStats
+
+
+def tensor_or_packed(x: Any, name: str, cell: str) -> None:
+    """A PackedSequence, or a tensor with or without a batch; `name` is the layer's."""
+    if isinstance(x, PackedSequence):
+        return
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a tensor or a PackedSequence, but got {type(x).__name__}")
+    if x.dim() not in (2, 3):
+        end = "D tensor instead" if cell == "rnn" else "D instead"
+        raise ValueError(f"{name}: Expected input to be 2D or 3D, got {x.dim()}{end}")
+
+
+def rows(x: Tensor, weights: Weights) -> None:
+    """Rows of features, as the first layer's weights want them."""
+    dtype, size = weights.weight_ih.dtype, weights.weight_ih.shape[-1]
+    if x.dtype != dtype and not any_autocast_enabled():
+        raise ValueError(
+            f"RNN input dtype ({x.dtype}) does not match weight dtype ({dtype}). Convert input: input.to({dtype}), or "
+            f"convert model: model.to({x.dtype})"
+        )
+    if x.shape[-1] != size:
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {size}, got {x.shape[-1]}")
+
+
+def states(
+    hx: Any, sizes: list[tuple[int, int, int]], x: Tensor, batched: bool, name: str
+) -> tuple[Tensor, Tensor | None]:
+    """Initial states (L * D, B, H): h, and c of an LSTM, where there are two `sizes`. `hx` None means zeros."""
+    lstm = len(sizes) == 2
+    if hx is None:
+        h = x.new_zeros(sizes[0])  # nobody writes on an initial state
+        return h, (h if sizes[0] == sizes[1] else x.new_zeros(sizes[1])) if lstm else None
+    if lstm and not (isinstance(hx, (tuple, list)) and len(hx) == 2):
+        raise TypeError(f"LSTM: expected hx to be a pair (h_0, c_0), but got {type(hx).__name__}")
+    if not lstm and not isinstance(hx, Tensor):
+        raise TypeError(f"{name}: expected hx to be a tensor, but got {type(hx).__name__}")
+    found = list(hx) if lstm else [hx]
+    wanted = 3 if batched else 2
+    if any(s.dim() != wanted for s in found):
+        ranks = ", ".join(f"{s.dim()}-D" for s in found)
+        kind = "batched 3-D" if batched else "unbatched 2-D"
+        what = (
+            f"hx and cx should also be {wanted}-D but got ({ranks}) tensors"
+            if lstm
+            else f"hx should also be {wanted}-D but got {ranks} tensor"
+        )
+        raise RuntimeError(f"For {kind} input, {what}")
+    if not batched:
+        found = [s.unsqueeze(1) for s in found]
+    for n, (state, size) in enumerate(zip(found, sizes, strict=True)):
+        if tuple(state.shape) != size:
+            which = f"hidden[{n}]" if lstm else "hidden"
+            raise RuntimeError(f"Expected {which} size {size}, got {list(state.shape)}")
+    inputs.beside(x, h0=found[0], c0=found[1] if lstm else None)
+    return found[0], found[1] if lstm else None
+
+
+def lengths(given: Any, steps: int, batch: int, batched: bool) -> Tensor:
+    """`lengths` as int64; without a batch a single number will do. Raises as `inputs.one_length_each`."""
+    if not batched:
+        given = inputs.lengths_tensor(given).reshape(-1)
+    return inputs.one_length_each(given, batch, steps, "the input").to(torch.int64)
+
+
+def reset(given: Any, shape: tuple[int, ...], layout: str, device: torch.device) -> Tensor:
+    """`reset` as a bool tensor, if it is one, or a list or array, of this `shape`, which `layout` names."""
+    flags = inputs.bool_tensor("reset", given, "True where an episode starts", device)
+    if tuple(flags.shape) != shape:
+        raise inputs.ShapeError(f"reset must be of shape {shape}, {layout} as the input, but got {tuple(flags.shape)}")
+    return flags
+
+
+def step_index(stats: BatchStats | None, step: int | None) -> int:
+    """`step`, which per-step batch statistics must be given; 0 where it does not matter."""
+    if stats is not None and stats.steps > 1 and step is None:
+        raise ValueError("per-step batch statistics need to know which step this is: pass step=0, 1, 2, ...")
+    if step is not None and step < 0:
+        raise ValueError(f"step counts steps from 0, but got {step}")
+    return step or 0
