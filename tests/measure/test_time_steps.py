@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from normwise.backends.reference.recurrent import Step, recurrence
 
-from normwise.backends.reference.recurrence import Recurrence, Weights
+from normwise.backends.recurrence import Recurrence, Weights
+from normwise.backends.reference.recurrence import Step, recurrence
 from normwise.measure import time_steps
 from normwise.measure.time_steps import StepMeans, gate_inputs, summed_inputs
 

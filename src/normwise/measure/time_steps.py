@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normwise.backends.reference.recurrent import Step
+from normwise.backends.reference.recurrence import Step
 
 # What one or two long sequences do is no mean.
 FEWEST_SEQUENCES = 5
