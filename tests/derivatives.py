@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from norm_cases import added
+
 
 def derivatives(layer: nn.Module, tensors: dict[str, Tensor], more: dict[str, Any]) -> dict[str, Tensor]:
     """Output, gradients, and the gradients of a random function of the input's gradient, all by name.
@@ -18,7 +20,7 @@ def derivatives(layer: nn.Module, tensors: dict[str, Tensor], more: dict[str, An
     inputs = {"x": x}
     if "residual" in tensors:
         inputs["residual"] = tensors["residual"].clone().requires_grad_()
-        more = more | {"residual": inputs["residual"]}
+        more = more | added(layer, inputs["residual"])
     y = layer(x, **more)
     y = y[0] if isinstance(y, tuple) else y
     leaves = inputs | dict(layer.named_parameters())

@@ -94,3 +94,8 @@ def run(layer: nn.Module, x: Tensor, upstream: Tensor, **kwargs: Any) -> dict[st
         **{f"grad {n}": g for n, g in zip(parameters, grads[1:], strict=True)},
         **{n: b.clone() for n, b in layer.named_buffers() if n in layer.state_dict()},
     }
+
+
+def added(layer: nn.Module, r: Any) -> dict[str, Any]:
+    """The argument by which a layer takes a residual: LayerNorm and RMSNorm add it before they normalize."""
+    return {"add" if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) else "residual": r}

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 import normwise
 from backends import using
-from norm_cases import randomize
+from norm_cases import added, randomize
 from tolerances import assert_close
 
 ACTS = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu, "gelu": F.gelu}
@@ -73,7 +73,7 @@ def test_layer_norm_residual_gives_the_pair(norm: type[nn.Module], act: str | No
     plain = getattr(nn, norm.__name__)(6, dtype=torch.float64)
     plain.load_state_dict(layer.state_dict())
     x, r = (torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    y, total = layer(x, residual=r)
+    y, total = layer(x, add=r)
     truth = plain(x + r)
     truth = truth if act is None else ACTS[act](truth)
     assert_close(y, truth)
@@ -108,7 +108,7 @@ def test_padding_stays_zero_beside_a_residual(make: Callable[[], nn.Module], bac
     x, r, upstream = (torch.randn(3, 4, 5).masked_fill(padding, spoilt) for _ in range(3))
     leaves = [x.requires_grad_(), r.requires_grad_(), *layer.parameters()]
     with using(backend):
-        y = layer(x, residual=r, lengths=lengths)
+        y = layer(x, **added(layer, r), lengths=lengths)
         outputs = list(y) if isinstance(y, tuple) else [y]
         first = torch.autograd.grad(outputs, leaves, [upstream] * len(outputs), create_graph=True)
         second = torch.autograd.grad(first[0], leaves, torch.randn_like(x), allow_unused=True)
@@ -134,12 +134,12 @@ def test_tensors_stored_with_their_sign_apart(make: Callable[[], nn.Module], pla
     del layer.weight
     layer.weight = weight
     with using("chosen"):
-        y = layer(x, residual=r)
+        y = layer(x, **added(layer, r))
         y = y[0] if isinstance(y, tuple) else y
         (got,) = torch.autograd.grad(y, x, upstream)
-    exact, w, added = x.detach().double().requires_grad_(), weight.double(), r.double()
+    exact, w, summand = x.detach().double().requires_grad_(), weight.double(), r.double()
     sum_first = isinstance(layer, normwise.LayerNorm)
-    truth = F.silu(plain(exact + added, w) if sum_first else plain(exact, w) + added)
+    truth = F.silu(plain(exact + summand, w) if sum_first else plain(exact, w) + summand)
     assert_close(y, truth, count=12)
     assert_close(got, torch.autograd.grad(truth, exact, upstream.double())[0], kind="grad", count=12)
 
@@ -207,7 +207,7 @@ def test_jagged_along_the_last_axis() -> None:
 @each_norm
 def test_packed_residual(norm: type[nn.Module]) -> None:
     x, r = (pack_sequence(sequences(), enforce_sorted=False) for _ in range(2))
-    y, total = norm(4, dtype=torch.float64)(x, residual=r)
+    y, total = norm(4, dtype=torch.float64)(x, add=r)
     assert_close(total.data, x.data + r.data)
     assert_close(y.data, norm(4, dtype=torch.float64)(x.data + r.data))
 
@@ -237,7 +237,7 @@ def test_second_derivatives_with_a_residual(norm: type[nn.Module], act: str | No
     mask = torch.tensor([True, False, True]) if masked else None
 
     def f(x: Tensor, r: Tensor) -> Tensor | tuple[Tensor, ...]:
-        return layer(x, residual=r, mask=mask)
+        return layer(x, **added(layer, r), mask=mask)
 
     assert torch.autograd.gradcheck(f, (x, r))
     assert torch.autograd.gradgradcheck(f, (x, r))

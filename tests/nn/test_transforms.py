@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import normwise
 from backends import using
-from norm_cases import Case, each_case, randomize
+from norm_cases import Case, added, each_case, randomize
 from tolerances import assert_close
 
 MASKED = {
@@ -113,7 +113,7 @@ def compare_compiled(
         results = []
         for f in (layer, compiled):
             leaves = [t.clone().requires_grad_() for t in (x, residual) if t is not None]
-            more = kwargs if residual is None else kwargs | {"residual": leaves[1]}
+            more = kwargs if residual is None else kwargs | added(layer, leaves[1])
             y = f(leaves[0], **more)
             outputs = list(y) if isinstance(y, tuple) else [y]
             parameters = list((layer if f is layer else compiled_layer).parameters())

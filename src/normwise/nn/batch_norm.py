@@ -139,15 +139,10 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
 
     def train(self: Layer, mode: bool = True) -> Layer:
         """As in torch.nn. Says if batches were skipped where no warning could be given at once (on a GPU, compiled)."""
-        skipped = self.num_batches_skipped
-        if (
-            not mode
-            and self.training
-            and skipped is not None
-            and running_stats.may_read(skipped)
-            and skipped.item() > 0
-        ):
-            self._say_skipped()
+        if not mode and self.training and not self._said_skipped:
+            skipped = self._skipped
+            if skipped is not None and running_stats.may_read(skipped) and skipped.item() > 0:
+                self._say_skipped()
         return super().train(mode)
 
     def _momentum(self) -> float | Tensor:

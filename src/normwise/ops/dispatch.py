@@ -149,15 +149,25 @@ def _resolve_forced(request: Any, operation: str) -> Resolved:
     supports = getattr(backend, operation).supports
     obstacle = _kernel_obstacle(request, operation) if backend is CPU else supports(request)
     if obstacle is not None:
-        raise BackendError(
-            f"backend {_forced.name!r} was forced but cannot run {_name(request)}: {obstacle}. "
-            "Leave the choice to normwise with normwise.backend(None), or force 'reference', which runs everything."
-        )
+        raise _cannot(_name(request), obstacle)
     return Resolved(backend, "forced")
 
 
 def _name(request: Any) -> str:
     return "recurrence" if isinstance(request, RecurrenceRequest) else str(request.config.op)
+
+
+def reference_only(op: str, why: str) -> None:
+    """BackendError if another backend than the reference is forced for what it alone can run."""
+    if _forced.name not in (None, "reference"):
+        raise _cannot(op, why)
+
+
+def _cannot(op: str, why: str) -> BackendError:
+    return BackendError(
+        f"backend {_forced.name!r} was forced but cannot run {op}: {why}. "
+        "Leave the choice to normwise with normwise.backend(None), or force 'reference', which runs everything."
+    )
 
 
 def _kernel_obstacle(request: Any, operation: str) -> str | None:
@@ -244,7 +254,7 @@ def values_visible(*tensors: Tensor | None) -> bool:
 def may_look_at_values(x: Tensor) -> bool:
     """Whether a look at the values of `x` is possible and cheap: elsewhere than on the CPU it waits for the queue, and
     tensors of other kinds answer for themselves."""
-    return values_visible() and readable(x)
+    return values_visible() and readable(x) and not is_traced_or_transformed()
 
 
 def found() -> dict[str, str | None]:

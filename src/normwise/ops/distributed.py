@@ -104,7 +104,7 @@ class StatsGroup:
 
 
 def stats_group(process_group: Any) -> StatsGroup:
-    """A layer's `StatsGroup` as they are; otherwise those of a call that remembers nothing and compares its facts anew."""
+    """A layer's `StatsGroup` as it is; otherwise that of a call, which compares its facts anew each time."""
     return process_group if isinstance(process_group, StatsGroup) else StatsGroup(process_group)
 
 

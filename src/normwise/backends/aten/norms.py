@@ -30,9 +30,8 @@ def supports(request: NormRequest) -> str | None:
         return "ATen's kernels take no mask"
     if isinstance(config.momentum, Tensor):
         return "ATen takes momentum as a number only"
-    if running_mean is not None and config.batch_statistics:
-        if x.numel() == x.shape[1]:
-            return "ATen moves the running variance to NaN by the deviation of a single value"
+    if running_mean is not None and config.batch_statistics and x.numel() == x.shape[1]:
+        return "ATen moves the running variance to NaN by the deviation of a single value"
     if weight is not None and weight.dtype != x.dtype:
         half = x.dtype in (torch.bfloat16, torch.float16)
         if config.op == "rms_norm" or not half or weight.dtype != torch.float32:

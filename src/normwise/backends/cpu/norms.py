@@ -239,7 +239,7 @@ def _moments(stats: Tensor, x: Tensor, mask: Tensor | None, config: NormConfig) 
     mean, rstd = stats.view(2, samples, config.groups)
     elements = x.numel() // (samples * config.groups)
     if mask is None:
-        count = torch.full((1, 1), elements, dtype=_float64)
+        count = torch.full((1, 1), elements, dtype=_float64, device="cpu")
     else:
         valid = mask.view(samples, -1)
         count = valid.sum(1, keepdim=True).double() * (elements // valid.shape[1])

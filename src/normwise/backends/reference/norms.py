@@ -121,7 +121,7 @@ class _Form:
         self.shape: tuple[int, ...] = (1, -1, *positions)
         self.dims = (0, *range(2, x.dim()))
         if config.family == "groups":
-            split = (config.groups, x.shape[1] // config.groups)
+            split = (config.groups, x.shape[1] // config.groups if config.groups else 1)
             self.x = x.unflatten(1, split)
             self.mask = None if mask is None else mask.unflatten(1, split if mask.shape[1] > 1 else (1, 1))
             self.shape = (1, *split, *positions)

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.protocol import NormConfig, NormRequest
 from normwise.ops import inputs, ragged
+from normwise.ops.dispatch import jit_traces
 from normwise.ops.norm import running_stats
 from normwise.ops.norm.ghost_batch_norm import ghost_batch_norm
 from normwise.ops.norm.run import run
@@ -137,6 +138,11 @@ def batch_norm_with_stats(
         "batch_norm", x, running_mean, running_var, weight, bias, momentum, eps, mask, lengths, act, residual
     )
     batch_statistics = training or running_mean is None
+    if training and virtual_batch_size is not None and jit_traces():
+        raise RuntimeError(
+            "torch.jit.trace cannot follow BatchNorm in training with virtual_batch_size=, which goes by the sizes of "
+            "each batch: trace it in eval mode, or use torch.compile"
+        )
     if training and running_mean is not None and running_stats.recomputing():
         # What there is to learn, the first run has learnt; clones, because it must run as it ran then.
         running_mean, running_var, num_batches_tracked = running_mean.clone(), running_var.clone(), None  # type: ignore[union-attr]
@@ -146,6 +152,8 @@ def batch_norm_with_stats(
     if batch_statistics and formula is None:
         inputs.enough_values(x, valid, needed=2 if training else 1)
         if x.numel() == 0:
+            if num_batches_tracked is not None:
+                num_batches_tracked.add_(1)
             running_mean = running_var = num_batches_tracked = None  # nothing to learn from an empty batch, as in torch
     config = NormConfig("batch_norm", "channels", eps, act, batch_statistics=batch_statistics, momentum=momentum)
     request = NormRequest(

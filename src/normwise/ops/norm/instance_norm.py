@@ -154,8 +154,8 @@ def instance_norm_of(
         )
     if use_input_stats and prod(positions) == 1:
         raise ValueError(
-            f"Expected more than 1 spatial element when training, got input size {x.shape}: one value standardizes to 0 "
-            "whatever it is. Use LayerNorm or GroupNorm, whose statistics also run over channels"
+            f"Expected more than 1 spatial element when training, got input size {x.shape}: one value standardizes to "
+            "0 whatever it is. Use LayerNorm or GroupNorm, whose statistics also run over channels"
         )
     if use_input_stats:
         config = NormConfig("instance_norm", "groups", eps, act, groups=channels, momentum=momentum)

@@ -87,7 +87,7 @@ def rms_norm(
     Source: Zhang & Sennrich 2019, eq. 4.
     """
     if eps is None:
-        dtype = (input.data if isinstance(input, PackedSequence) else input).dtype
+        dtype = inputs.tensor("rms_norm", input.data if isinstance(input, PackedSequence) else input).dtype
         eps = _FLOAT64_EPS if accumulation_dtype(dtype) is torch.float64 else _FLOAT32_EPS
     config = NormConfig("rms_norm", "features", eps, act, len(normalized_shape), center=False)
     return _feature_norm(config, input, normalized_shape, weight, None, dim, mask, lengths, add, process_group)

@@ -9,7 +9,7 @@ import torch
 
 from normwise.backends import reference
 from normwise.backends.protocol import NormRequest, NormResult
-from normwise.ops import autograd, custom_op
+from normwise.ops import autograd, custom_op, dispatch
 from normwise.ops.dispatch import resolve
 from normwise.ops.norm import running_stats
 
@@ -30,6 +30,7 @@ def run(request: NormRequest, formula: Callable[..., Any] | None = None) -> Norm
         else:
             result = family.forward(*request, needs_grad)
     else:
+        dispatch.reference_only(request.config.op, "statistics of several ranks are the reference's alone")
         result = reference.norms.run(formula, *request, needs_grad)
     if result.stats_updated is None:
         result = result._replace(stats_updated=running_stats.update(request, result))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normwise.backends.protocol import Moments, NormConfig, NormRequest, NormResult
 from normwise.ops._torch_internals import current_graph_task_id
-from normwise.ops.dispatch import is_traced_or_transformed, values_visible
+from normwise.ops.dispatch import is_traced_or_transformed, jit_traces, values_visible
 
 # Whether running statistics were updated: a bool, or a 0-d bool tensor where a look at it would wait for a device or is
 # not possible (while compiling).
@@ -62,7 +62,7 @@ def may_read(counter: Tensor) -> bool:
 
 def may_read_cheaply(counter: Tensor) -> bool:
     """Whether the value of `counter` can be had without waiting for a device."""
-    return counter.is_cpu and values_visible(counter)
+    return counter.is_cpu and values_visible(counter) and not jit_traces()  # another when a traced graph runs
 
 
 def move(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float | Tensor) -> Updated:
