@@ -12,6 +12,7 @@ ACTS: dict[str | None, int] = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 CHANNELS_FIRST, CHANNELS_LAST = 0, 1
 
+
 def address(t: Tensor | None) -> int:
     """Where `t` lies in memory, 0 for none."""
     return 0 if t is None else t.data_ptr()
