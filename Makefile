@@ -37,7 +37,7 @@ format: $(STAMP)
 
 # constraints.txt holds exact versions, so that every machine tests the same packages
 # (and pip does not fetch a build of torch that weighs several GB).
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*)
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/* csrc/*/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'

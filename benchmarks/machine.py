@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from normwise.backends.cpu import cpu
+from normwise.backends.cpu import library
 
 
 def describe() -> dict[str, object]:
@@ -16,7 +16,7 @@ def describe() -> dict[str, object]:
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
-        "isa": cpu.isa() if cpu.available() else f"none: {cpu.why_not()}",
+        "isa": library.isa() if (library.missing() is None) else f"none: {library.missing()}",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "load": round(os.getloadavg()[0], 2),

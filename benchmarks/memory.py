@@ -152,7 +152,7 @@ def _first(layer: nn.Module | Forward) -> Forward:
 
 def _eager(forward: Forward) -> Forward:
     def loop(x: Tensor) -> Sequence[Tensor]:
-        with normwise.backend("torch"):
+        with normwise.backend("aten"):
             return forward(x)
 
     return loop

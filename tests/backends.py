@@ -14,13 +14,13 @@ import normwise
 from normwise.backends.cpu import library
 from normwise.ops.dispatch import BACKENDS as PROVIDERS
 
-# "chosen": whatever is best here; "compiled": the compiled kernels; "uncompiled": what is chosen without them.
-BACKENDS = ["chosen", "compiled", "uncompiled", "aten", "reference"]
+# "chosen": whatever is best here; "kernels": the C++ kernels; "no kernels": what is chosen without them.
+BACKENDS = ["chosen", "kernels", "no kernels", "aten", "reference"]
 # Which of the real backends may run, and one of which must, under each name; "chosen" is none.
 _MAY_RUN = {
-    "compiled": {"cpu"},
+    "kernels": {"cpu"},
     "cpu": {"cpu"},
-    "uncompiled": {"aten", "reference"},
+    "no kernels": {"aten", "reference"},
     "aten": {"aten"},
     "reference": {"reference"},
 }
@@ -36,7 +36,7 @@ def each_backend_and_dtype(*dtypes: torch.dtype) -> pytest.MarkDecorator:
             pytest.param(backend, dtype, id=f"{backend}-{dtype}")
             for backend in BACKENDS
             for dtype in dtypes or DTYPES
-            if not (backend == "compiled" and dtype == torch.float16)
+            if not (backend == "kernels" and dtype == torch.float16)
         ],
     )
 
@@ -81,7 +81,7 @@ def using(backend: str) -> Iterator[None]:
     if backend == "chosen":
         yield
         return
-    if backend in ("compiled", "cpu") and library.missing() is not None:
+    if backend in ("kernels", "cpu") and library.missing() is not None:
         pytest.skip(f"no compiled kernels: {library.missing()}")
     with _switched_to(backend), ran() as found:
         yield
@@ -91,11 +91,11 @@ def using(backend: str) -> Iterator[None]:
 
 @contextmanager
 def _switched_to(backend: str) -> Iterator[None]:
-    if backend == "uncompiled":
+    if backend == "no kernels":
         with without_kernels():
             yield
     else:
-        with normwise.backend("cpu" if backend == "compiled" else backend):
+        with normwise.backend("cpu" if backend == "kernels" else backend):
             yield
 
 

@@ -7,9 +7,14 @@ from math import prod
 import torch
 
 import kernel_truth as truth
-from normwise.backends.cpu.channels import channels_backward, channels_forward
-from normwise.backends.cpu.groups import groups_backward, groups_forward
-from normwise.backends.cpu.rows import rows_backward, rows_forward
+from kernel_calls import (
+    channels_backward,
+    channels_forward,
+    groups_backward,
+    groups_forward,
+    rows_backward,
+    rows_forward,
+)
 from tolerances import assert_close
 
 EPS, MOMENTUM = 1e-5, 0.3

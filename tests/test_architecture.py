@@ -1,8 +1,9 @@
 """The rooms of src/normwise import downwards only:
 
-    cli -> lab, diagnosis -> surgery -> nn -> ops -> kernels, reference
+    cli -> lab, diagnosis -> surgery -> measure -> nn -> ops -> backends
 
-Rooms on one level do not know each other. The package's own modules (`functional.py`) stand between nn and the rooms
+Rooms on one level do not know each other: neither lab and diagnosis nor one backend and another, which share what lies
+at the top of backends/. The package's own modules (`functional.py`) stand between nn and the rooms
 above it; only its front, `normwise/__init__.py`, which names what users call, imports surgery. Every import statement
 counts, wherever it stands: at the top, inside a function, under TYPE_CHECKING, relative, or as a string given to
 `import_module`.
@@ -11,6 +12,7 @@ counts, wherever it stands: at the top, inside a function, under TYPE_CHECKING, 
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import shutil
 import sys
@@ -25,7 +27,19 @@ SOURCE = ROOT / "src" / "normwise"
 PACKAGE = "normwise"
 
 FRONT = f"{PACKAGE}/__init__.py"
-LEVEL = {"cli": 6, "lab": 5, "diagnosis": 5, "surgery": 4, PACKAGE: 3, "nn": 2, "ops": 1, "kernels": 0, "reference": 0}
+BACKENDS = ("backends/reference", "backends/aten", "backends/cpu")
+LEVEL = {
+    "cli": 8,
+    "lab": 7,
+    "diagnosis": 7,
+    "surgery": 6,
+    "measure": 5,
+    PACKAGE: 4,
+    "nn": 3,
+    "ops": 2,
+    **dict.fromkeys(BACKENDS, 1),
+    "backends": 0,
+}
 
 # Besides torch and the standard library. Outside cli, lab and diagnosis nothing else may be needed (surgery
 # shows its bar by rich where that is installed).
@@ -34,7 +48,6 @@ OUTSIDE = {
     "lab": {"numpy", "rich", "jinja2", "joblib", "distributed", "pyarrow"},
     "diagnosis": {"numpy", "rich", "jinja2"},
     "surgery": {"rich"},
-    "kernels": {"triton"},
 }
 
 
@@ -45,7 +58,8 @@ def violations(source: Path) -> list[str]:
     for file in sorted(source.rglob("*.py")):
         module = module_name(file, source)
         graph[module] = set()
-        for line, imported in imports(file, module):
+        package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+        for line, imported in imports(file.read_text(encoding="utf-8"), package):
             graph[module].add(imported)
             fault = forbidden(FRONT if module == PACKAGE else room(module, source), imported, source)
             if fault:
@@ -93,17 +107,24 @@ def module_name(file: Path, source: Path) -> str:
 
 
 def room(module: str, source: Path) -> str:
-    """The room of a module or of a name in it: its folder, or the package itself for what lies at its top."""
+    """The room of a module or of a name in it: its folder, or the package itself for what lies at its top. Each backend
+    is a room."""
     parts = module.split(".")
     name = parts[1] if len(parts) > 1 and (source / parts[1]).is_dir() else PACKAGE
+    if name == "backends" and len(parts) > 2 and (source / name / parts[2]).is_dir():
+        name = f"backends/{parts[2]}"
     assert name in LEVEL, f"{name} is a new room: give it a level here, in accordance with the design"
     return name
 
 
-def imports(file: Path, module: str) -> Iterator[tuple[int, str]]:
-    """(line, absolute name) of everything that `file` imports."""
-    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+@functools.cache  # the copies of the source that are planted in differ in one file
+def imports(text: str, package: str) -> list[tuple[int, str]]:
+    """(line, absolute name) of everything that a file of `package` imports."""
+    return list(_imports(text, package))
+
+
+def _imports(text: str, package: str) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -138,12 +159,14 @@ def test_imports_point_downwards():
         ("nn/planted.py", "if TYPE_CHECKING:\n    from normwise.cli import main", "normwise.cli"),
         ("nn/planted.py", "from ..surgery import convert", "normwise.surgery"),
         ("nn/planted.py", "from .. import diagnosis", "normwise.diagnosis"),
-        ("kernels/planted.py", "from normwise.reference import moments", "normwise.reference"),
-        ("kernels/triton/planted.py", "from ...reference import norm", "normwise.reference"),
-        ("reference/planted.py", "from normwise.kernels import cpu", "normwise.kernels"),
-        ("reference/planted.py", "import numpy as np", "numpy"),
-        ("reference/planted.py", "import_module('normwise.ops')", "normwise.ops"),
-        ("reference/planted.py", "importlib.import_module('normwise.ops')", "normwise.ops"),
+        ("backends/cpu/planted.py", "from normwise.backends.reference import moments", "normwise.backends.reference"),
+        ("backends/aten/planted.py", "from ..cpu import library", "normwise.backends.cpu"),
+        ("backends/reference/planted.py", "from normwise.backends.aten import norms", "normwise.backends.aten"),
+        ("backends/reference/planted.py", "import numpy as np", "numpy"),
+        ("backends/reference/planted.py", "import_module('normwise.ops')", "normwise.ops"),
+        ("backends/reference/planted.py", "importlib.import_module('normwise.ops')", "normwise.ops"),
+        ("backends/planted.py", "from normwise.backends import reference", "normwise.backends.reference"),
+        ("backends/cpu/planted.py", "from normwise.ops import dispatch", "normwise.ops"),
         ("__init__.py", "from normwise.lab import run", "normwise.lab"),
         ("functional.py", "from normwise.surgery import convert", "normwise.surgery"),
         ("functional.py", "from normwise.lab import data", "normwise.lab"),
@@ -152,6 +175,14 @@ def test_imports_point_downwards():
         ("lab/planted.py", "from normwise.diagnosis import collect", "normwise.diagnosis"),
         ("lab/planted.py", "import pandas", "pandas"),
         ("diagnosis/planted.py", "from normwise.lab import run", "normwise.lab"),
+        ("measure/planted.py", "from normwise.diagnosis import records", "normwise.diagnosis"),
+        ("measure/planted.py", "from ..lab.tasks import Task", "normwise.lab"),
+        ("measure/planted.py", "def late():\n    from normwise.surgery.select import layers", "normwise.surgery"),
+        ("measure/planted.py", "import numpy", "numpy"),
+        ("nn/planted.py", "from normwise.measure.snapshot import Values", "normwise.measure"),
+        ("ops/planted.py", "from normwise.measure import shift", "normwise.measure"),
+        ("functional.py", "from normwise.measure.shift import input_shift", "normwise.measure"),
+        ("__init__.py", "from normwise.measure import shift", "normwise.measure"),
         ("surgery/planted.py", "from normwise.diagnosis import collect", "normwise.diagnosis"),
         ("lab/score.py", "from normwise.nn import BatchNorm1d", "normwise.nn"),
         ("lab/score.py", "from normwise.lab.planted_trainer import train", "normwise.nn"),
@@ -177,18 +208,21 @@ def test_a_planted_violation_is_caught(tmp_path, file, line, named):
 def test_what_the_design_allows_passes(tmp_path):
     source = tmp_path / PACKAGE
     allowed = {
-        "diagnosis/g.py": "import numpy\nfrom normwise.surgery import h\n",
-        "surgery/h.py": "from normwise.nn import c\n",
-        "cli/a.py": "from normwise.lab import b\nimport typer\nimport normwise\nfrom normwise.ops import choose\n",
-        "lab/b.py": "import numpy\nfrom normwise import BatchNorm1d\nfrom ..nn import c\nfrom . import score\n",
+        "diagnosis/g.py": "import numpy\nfrom normwise.surgery import h\nfrom normwise.measure import m\n",
+        "surgery/h.py": "from normwise.nn import c\nfrom normwise.measure import m\n",
+        "measure/m.py": "from normwise.nn import c\nfrom normwise.backends.reference import e\n",
+        "cli/a.py": "from normwise.lab import b\nimport typer\nimport normwise\nfrom normwise.ops import dispatch\n",
+        "lab/b.py": "import numpy\nfrom normwise import BatchNorm1d\nfrom ..measure import m\nfrom . import score\n",
         "lab/score.py": "import math\nfrom normwise.lab.store import read\n",
         "lab/store.py": "import sqlite3\n",
         "__init__.py": "from normwise.nn import c\nfrom normwise import functional\n",
-        "functional.py": "from normwise.ops import d\nfrom normwise.reference import e\n",
-        "nn/c.py": "import torch\nfrom normwise.ops import d\nfrom normwise.reference import e\n",
-        "ops/d.py": "from normwise.kernels import f\nfrom normwise.reference import e\nfrom torch import Tensor\n",
-        "reference/e.py": "from __future__ import annotations\nfrom torch.nn import functional\nimport math\n",
-        "kernels/f.py": "import ctypes\nimport triton\n",
+        "functional.py": "from normwise.ops import d\nfrom normwise.backends.reference import e\n",
+        "nn/c.py": "import torch\nfrom normwise.ops import d\nfrom normwise.backends.reference import e\n",
+        "ops/d.py": "from normwise.backends.cpu import f\nfrom ..backends import reference\nfrom torch import Tensor\n",
+        "backends/reference/e.py": "from torch.nn import functional\nimport math\nfrom . import e2\n",
+        "backends/reference/e2.py": "from normwise.backends.protocol import Backend\n",
+        "backends/cpu/f.py": "import ctypes\nfrom .. import protocol\n",
+        "backends/protocol.py": "from __future__ import annotations\n",
     }
     for name, text in allowed.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -197,9 +231,9 @@ def test_what_the_design_allows_passes(tmp_path):
 
 
 def test_what_is_imported_from_outside_is_declared():
-    """Everything that OUTSIDE allows is in an extra (triton comes with torch's GPU wheels)."""
+    """Everything that OUTSIDE allows is in an extra."""
     needed = [requirement.partition(";") for requirement in requires(PACKAGE) or []]
     assert [name.split(">")[0] for name, _, condition in needed if not condition] == ["torch"]
     ours = re.compile("extra == .(lab|cluster|parquet)")
     used = {name.split(">")[0] for name, _, condition in needed if ours.search(condition)}
-    assert set().union(*OUTSIDE.values()) - {"triton"} == used - {"normwise[lab]"}
+    assert set().union(*OUTSIDE.values()) == used - {"normwise[lab]"}

@@ -1,21 +1,22 @@
 /* normwise.h: the contract of normwise's compiled kernels.
  *
  * Plain C, no torch and no Python: a caller fills one struct of arguments and calls one function. The caller owns
- * every buffer; a kernel keeps no pointer and no state after it returns, so calls from several threads may overlap.
+ * every buffer; a kernel keeps no pointer and no state after it returns, so that several threads may call at once.
  *
- * Words used below
+ * Terms
  *   T  the element type that `dtype` names: float, bfloat16 (upper half of a float) or double.
  *   P  the type of gains, biases and their gradients: double where T is double, else float.
- *   Statistics are always double: the float32 rounding of a mean of 1e4 alone would cost four digits of x - mean.
- *   mask bytes: 0 = padding, anything else = valid. Padding is never read into a result, comes out as 0 and gets
- *   gradient 0.
- *   "fills" means: writes every element, whatever was there before, and those of the input's size exactly once; sums,
- *   states and what a recurrence keeps may be written several times. "may be null" is said where it is so.
+ *   Statistics are always double: rounding a mean of 1e4 to float would by itself cost four digits of x - mean.
+ *   mask bytes: 0 = padding, anything else = valid. Padding never enters a result; its output and gradient are 0.
+ *   "filled" means that every element is written, whatever the memory held before. Outputs of the input's size are
+ *   written exactly once; sums, states and what a recurrence saves may be written several times.
+ *   A pointer may be null only where its comment says so.
  *
  * Results do not depend on `threads`: what is summed, and in which order, follows from the shape alone.
  *
- * Every function returns NW_OK, or one of the other codes and then has written nothing; but NW_NOT_MOVED says that all
- * was done except moving running averages, which would have become NaN or infinite.
+ * Every function returns a status. Anything but NW_OK means that nothing was written, with one exception:
+ * NW_STATS_NOT_UPDATED means that everything was computed, but the running statistics were left as they were, because
+ * one of them would have become NaN or infinite.
  */
 #ifndef NORMWISE_H
 #define NORMWISE_H
@@ -28,27 +29,28 @@ extern "C" {
 
 #define NW_ABI 5 /* raised whenever a struct or function below changes or is added */
 
-enum nw_status { NW_OK = 0, NW_BAD_ARGUMENT = 1, NW_OUT_OF_MEMORY = 2, NW_NOT_MOVED = 3 };
+enum nw_status { NW_OK = 0, NW_BAD_ARGUMENT = 1, NW_OUT_OF_MEMORY = 2, NW_STATS_NOT_UPDATED = 3 };
 enum nw_dtype { NW_FLOAT32 = 0, NW_BFLOAT16 = 1, NW_FLOAT64 = 2 };
-/* leaky_relu has slope 0.01 below 0; gelu is the exact one, z * Phi(z). */
+/* leaky_relu has slope 0.01 below 0; gelu is exact, z * Phi(z). */
 enum nw_act { NW_IDENTITY = 0, NW_RELU = 1, NW_LEAKY_RELU = 2, NW_SILU = 3, NW_GELU = 4 };
-/* Where the channel axis of a (batch, channels, positions) array lies in memory. */
+/* Which axis of a (batch, channels, positions) array comes before the other in memory. */
 enum nw_layout { NW_CHANNELS_FIRST = 0, NW_CHANNELS_LAST = 1 };
 
 int nw_abi(void);
-/* The instruction set in use: "avx512_amx", which is "avx512" with matrix products in the processor's tile registers,
- * "avx512", "avx2" or "baseline"; the best that this processor, this build and the system have. */
+/* The instruction set in use: "avx512_amx" ("avx512" with matrix products in the processor's tile registers), "avx512",
+ * "avx2" or "baseline". At first it is the best that the processor, the build and the operating system support. */
 const char* nw_isa(void);
 /* Switches to the named set. Returns NW_BAD_ARGUMENT, and changes nothing, if the processor or the build lacks it. */
 int nw_use_isa(const char* name);
-/* How many OpenMP threads a parallel region asked for `threads` really gets (1 in a build without OpenMP). */
+/* How many OpenMP threads a parallel region gets when it asks for `threads` (1 in a build without OpenMP). */
 int nw_threads(int threads);
-/* 1 if |mean[i] * rstd[i]| > limit for any of n elements, else 0: whether x * a + b would cancel digits there. 1 too
- * where one of them is NaN or infinite, or the variance too large for a float. */
+/* 1 if |mean[i] * rstd[i]| > limit for any of n elements, else 0: whether x * a + b would lose digits to cancellation.
+ * Also 1 if one of them is NaN or infinite, or a variance is too large for a float. */
 int nw_mean_exceeds(const float* mean, const float* rstd, int64_t n, double limit);
-/* How many of n mask bytes are not 0; once `enough` have been found the others are not looked at. */
+/* How many of n mask bytes are not 0; counting stops once `enough` have been found. */
 int64_t nw_count_valid(const uint8_t* mask, int64_t n, int64_t enough);
-/* sizeof() of the argument structs in the order of this file, so that a binding can check its own layout. */
+/* sizeof() of the argument structs in the order of this file, so that a binding can check its own layout; -1 past the
+ * last one. */
 int64_t nw_struct_size(int which);
 
 /* ---- rows: LayerNorm and RMSNorm over the last `cols` elements of each of `rows` rows ----------------------------
@@ -76,7 +78,7 @@ int nw_rows_forward(const nw_rows_forward_args* args);
 
 typedef struct nw_rows_backward_args {
   const void* dy;       /* T (rows, cols) */
-  const void* dsum;     /* T (rows, cols): gradient that reaches s by other ways, may be null: 0 */
+  const void* dsum;     /* T (rows, cols): gradient of s from elsewhere, may be null: 0 */
   const void* s;        /* T (rows, cols): the forward's s */
   const uint8_t* mask;  /* as in the forward */
   const void* weight;   /* as in the forward */
@@ -134,8 +136,8 @@ int nw_groups_backward(const nw_groups_backward_args* args);
  *
  *   y = act((x - mean) * rstd * weight + bias + residual), per channel.
  *   training = 1: mean and variance over the valid elements of the batch; where running_mean and running_var are
- *     given they become (1 - momentum) * old + momentum * new, the new variance divided by count - 1; all stay where
- *     one would become NaN or infinite (NW_NOT_MOVED), and variances where count = 1.
+ *     given they become (1 - momentum) * old + momentum * new, with the new variance divided by count - 1. No channel
+ *     is updated if one would become NaN or infinite (NW_STATS_NOT_UPDATED); variances are not where count = 1.
  *   training = 0: mean = running_mean, rstd = 1 / sqrt(running_var + eps).
  *   x is (batch, channels, positions) in memory, or (batch, positions, channels) with layout NW_CHANNELS_LAST.
  */
@@ -150,7 +152,7 @@ typedef struct nw_channels_forward_args {
   void* y;              /* T, x's shape and layout: filled */
   double* mean;         /* (channels): filled */
   double* rstd;         /* (channels): filled; 1 / sqrt(eps) in training where nothing is valid */
-  int64_t* tracked;     /* (1): one more in training, unless the averages must stay (NW_NOT_MOVED); may be null */
+  int64_t* num_batches_tracked; /* (1): incremented when running statistics are updated; may be null */
   int64_t batch, channels, positions;
   double eps, momentum;
   int32_t dtype, layout, training, act, threads;
@@ -177,30 +179,30 @@ int nw_channels_backward(const nw_channels_backward_args* args);
 
 /* ---- recurrent: one recurrent layer in one direction over whole sequences ------------------------------------------
  *
- *   Rows are (step, sample) pairs, as in torch's PackedSequence: step s holds the first batch_sizes[s] samples, which
- *   never grow in number; without batch_sizes every step holds all of them. G gates (4, 3, 1) are stacked in torch's
+ *   Rows are (step, sample) pairs, as in torch's PackedSequence: step s holds the first batch_sizes[s] samples, whose
+ *   number never grows; without batch_sizes every step holds all of them. G gates (4, 3, 1) are stacked in torch's
  *   order. With p = W_ih x, q = W_hh h and N(v) = (v - mean) * rstd * gain, the summed input of a step is
- *     NW_PLAIN:     p + b_ih + q + b_hh
- *     NW_SEPARATE:  N_ih(p) + b_ih + N_hh(q) + b_hh
- *     NW_SUM:       N_sum(p + q + b_inner) + b_ih + b_hh
+ *     NW_UNNORMALIZED: p + b_ih + q + b_hh
+ *     NW_SEPARATE:     N_ih(p) + b_ih + N_hh(q) + b_hh
+ *     NW_SUM:          N_sum(p + q + b_inner) + b_ih + b_hh
  *   groups: how many neighbouring gates share statistics, four counts, 0 where there is no further group.
- *   NW_LSTM: c' = s(f) * c + s(i) * tanh(g), h' = s(o) * tanh(c'); NW_CELL_OUTPUT: h' = s(o) * tanh(N_c(c') + b_c);
- *     NW_CELL_CARRIED: c' = N_c(s(f) * c + s(i) * tanh(g)) + b_c.
+ *   NW_LSTM: c' = s(f) * c + s(i) * tanh(g), h' = s(o) * tanh(c'); NW_CELL_READOUT: h' = s(o) * tanh(N_c(c') + b_c);
+ *     NW_CELL_STATE: c' = N_c(s(f) * c + s(i) * tanh(g)) + b_c.
  *   NW_GRU: r = s(r), z = s(z + update_offset); n = tanh(n_input + r * n_hidden), or tanh(r * n) with
  *     reset_candidate; h' = z * h + (1 - z) * n, or (1 - z) * h + z * n with update_paper.
  *   NW_RNN_TANH, NW_RNN_RELU: h' = tanh or relu of the summed input.
- *   Statistics are float; sums of gradients of gains and biases depend on `threads` in their last digits.
+ *   Statistics are float. The gradients of gains and biases depend on `threads` in their last digits.
  *   With products = NW_BFLOAT16 both operands of every matrix product, W_ih x, W_hh h and those of the backward, are
- *   rounded to bfloat16 and their products summed in float; up to four inputs are multiplied as they are. All else, and
- *   all memory, is float.
+ *   rounded to bfloat16 and summed in float; W_ih x with at most four inputs is not rounded. Everything else, and all
+ *   memory, is float.
  */
 enum nw_cell { NW_LSTM = 0, NW_GRU = 1, NW_RNN_TANH = 2, NW_RNN_RELU = 3 };
-enum nw_terms { NW_PLAIN = 0, NW_SEPARATE = 1, NW_SUM = 2 };
-enum nw_cell_norm { NW_CELL_NONE = 0, NW_CELL_OUTPUT = 1, NW_CELL_CARRIED = 2 };
+enum nw_norm_placement { NW_UNNORMALIZED = 0, NW_SEPARATE = 1, NW_SUM = 2 };
+enum nw_cell_norm { NW_CELL_NONE = 0, NW_CELL_READOUT = 1, NW_CELL_STATE = 2 };
 
 typedef struct nw_recurrent {
   const void* x;              /* T (rows, inputs) */
-  const int64_t* batch_sizes; /* (steps), falling; may be null: `batch` at every step */
+  const int64_t* batch_sizes; /* (steps), non-increasing; may be null: `batch` at every step */
   const uint8_t* reset;       /* (rows), may be null: 1 where the state is zeroed before that row is computed */
   const void* weight_ih;      /* T (G * units, inputs) */
   const void* weight_hh;      /* T (G * units, units) */
@@ -214,21 +216,22 @@ typedef struct nw_recurrent {
   const float* h0;            /* (batch, units) */
   const float* c0;            /* (batch, units); only NW_LSTM */
   void* output;               /* T (rows, units): h of each row; filled by the forward */
-  /* What the backward needs, filled by the forward; all null: not wanted. nw_recurrent_saves says which there are. */
-  float* input_terms;  /* (rows, G * units): p, less its mean where center = 1; not with few inputs */
+  /* What the backward needs, filled by the forward; all null where no backward follows. nw_recurrent_saves says which
+   * of them this recurrence uses. */
+  float* input_terms;  /* (rows, G * units): p, less its mean where center = 1; unused with at most four inputs */
   float* hidden_terms; /* (rows, G * units): q, p + q + b_inner, or activated gates; less its mean where center = 1 */
-  float* cells;        /* (rows, units): c as it is carried */
+  float* cells;        /* (rows, units): the state c */
   float* stats;        /* (rows, widths[3]): rstd of every group, mean and rstd of c */
   int64_t steps, batch, rows, inputs, units;
   double eps, update_offset;
-  int32_t dtype, cell, terms, center, cell_norm, reset_candidate, update_paper;
+  int32_t dtype, cell, norm_placement, center, cell_norm, reset_candidate, update_paper;
   int32_t reverse; /* run from the last step to the first; only without batch_sizes */
   int32_t groups[4];
   int32_t threads;
   int32_t products; /* nw_dtype in which matrices are multiplied, NW_FLOAT32 or NW_BFLOAT16: see above */
 } nw_recurrent;
 
-/* Columns of input_terms, hidden_terms, cells and stats for this description; 0: not used, pass null. */
+/* Columns of input_terms, hidden_terms, cells and stats for this recurrence; 0: unused, pass null. */
 int nw_recurrent_saves(const nw_recurrent* args, int64_t widths[4]);
 
 typedef struct nw_recurrent_forward_args {
@@ -239,12 +242,12 @@ typedef struct nw_recurrent_forward_args {
 int nw_recurrent_forward(const nw_recurrent_forward_args* args);
 
 typedef struct nw_recurrent_backward_args {
-  nw_recurrent layer;  /* as the forward left it, which nothing here changes */
+  nw_recurrent layer;  /* as the forward left it; only read */
   const void* doutput; /* T (rows, units), may be null: 0 */
-  float* dh;           /* (batch, units): gradient of the final h; becomes that of h0 */
+  float* dh;           /* (batch, units): gradient of the final h, replaced by that of h0 */
   float* dc;           /* (batch, units): as dh; only NW_LSTM */
   void* dx;            /* T (rows, inputs): filled; may be null */
-  float* dweight_ih;   /* all the following: filled; may be null */
+  float* dweight_ih;   /* these and the following: filled; may be null */
   float* dweight_hh;
   float* dbias_ih;
   float* dbias_hh;

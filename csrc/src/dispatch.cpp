@@ -1,8 +1,8 @@
-// The public functions: each calls the table of the instruction set in use.
+// The public functions of normwise.h: each calls the kernel of the instruction set in use.
 #include <cstring>
 
-#include "kernels.h"
-#include "team.h"
+#include "common/openmp.h"
+#include "kernel_table.h"
 
 #define NW_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -25,11 +25,11 @@ namespace {
 struct Level {
   const char* name;
   const KernelTable* table;
-  bool tiles;
+  bool use_amx;
   bool (*runs_here)();
 };
 
-// Best first. The features asked for are those of the x86-64-v4 and x86-64-v3 levels that the kernels are compiled for.
+// Best first. The features tested are those of the x86-64-v4 and x86-64-v3 levels that the kernels are compiled for.
 #ifdef NW_HAVE_AVX512
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -40,17 +40,23 @@ bool has_avx512() {
 
 const Level levels[] = {
 #ifdef NW_HAVE_AVX512
-    {"avx512_amx", &avx512::table, true, [] { return has_avx512() && avx512::table.has_tiles(); }},
-    {"avx512", &avx512::table, false, has_avx512},
+    {.name = "avx512_amx",
+     .table = &avx512::table,
+     .use_amx = true,
+     .runs_here = [] { return has_avx512() && avx512::table.amx_available(); }},
+    {.name = "avx512", .table = &avx512::table, .use_amx = false, .runs_here = has_avx512},
 #endif
 #ifdef NW_HAVE_AVX2
-    {"avx2", &avx2::table, false,
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-              __builtin_cpu_supports("bmi2");
-     }},
+    {.name = "avx2",
+     .table = &avx2::table,
+     .use_amx = false,
+     .runs_here =
+         [] {
+           return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                  __builtin_cpu_supports("bmi2");
+         }},
 #endif
-    {"baseline", &baseline::table, false, [] { return true; }},
+    {.name = "baseline", .table = &baseline::table, .use_amx = false, .runs_here = [] { return true; }},
 };
 
 const Level* best() {
@@ -78,18 +84,18 @@ NW_EXPORT int nw_use_isa(const char* name) {
 }
 
 NW_EXPORT int nw_threads(int threads) {
-  int got = 1;
-  in_team(threads, [&](int thread, int all) {
-    if (thread == 0) got = all;
+  int found = 1;
+  parallel_region(threads, [&](int thread, int count) {
+    if (thread == 0) found = count;
   });
-  return got;
+  return found;
 }
 
 NW_EXPORT int nw_mean_exceeds(const float* mean, const float* rstd, int64_t n, double limit) {
   int found = 0;
   for (int64_t i = 0; i < n; ++i) {
     const double ratio = double(mean[i]) * double(rstd[i]);
-    // Written so that NaN is found too; an rstd this small is of a variance that leaves float.
+    // Written so that NaN is found too. An rstd this small belongs to a variance that overflows a float.
     found |= !(ratio <= limit && ratio >= -limit && rstd[i] > 1e-19f);
   }
   return found;
@@ -102,9 +108,9 @@ NW_EXPORT int64_t nw_count_valid(const uint8_t* mask, int64_t n, int64_t enough)
 }
 
 NW_EXPORT int64_t nw_struct_size(int which) {
-  const int64_t sizes[] = {sizeof(nw_rows_forward_args),   sizeof(nw_rows_backward_args),
-                           sizeof(nw_groups_forward_args), sizeof(nw_groups_backward_args),
-                           sizeof(nw_channels_forward_args), sizeof(nw_channels_backward_args),
+  const int64_t sizes[] = {sizeof(nw_rows_forward_args),      sizeof(nw_rows_backward_args),
+                           sizeof(nw_groups_forward_args),    sizeof(nw_groups_backward_args),
+                           sizeof(nw_channels_forward_args),  sizeof(nw_channels_backward_args),
                            sizeof(nw_recurrent_forward_args), sizeof(nw_recurrent_backward_args)};
   return which >= 0 && which < int(sizeof sizes / sizeof *sizes) ? sizes[which] : -1;
 }
@@ -119,8 +125,8 @@ NW_EXPORT int nw_recurrent_saves(const nw_recurrent* a, int64_t widths[4]) {
   return active->table->recurrent_saves(a, widths);
 }
 NW_EXPORT int nw_recurrent_forward(const nw_recurrent_forward_args* a) {
-  return active->table->recurrent_forward(a, active->tiles);
+  return active->table->recurrent_forward(a, active->use_amx);
 }
 NW_EXPORT int nw_recurrent_backward(const nw_recurrent_backward_args* a) {
-  return active->table->recurrent_backward(a, active->tiles);
+  return active->table->recurrent_backward(a, active->use_amx);
 }

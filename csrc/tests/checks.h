@@ -1,4 +1,4 @@
-// What the parts of the test driver share: a comparison that ends the run at the first difference.
+// What the files of the test driver share: a comparison that ends the run at the first difference.
 #pragma once
 
 #include <cmath>
@@ -7,7 +7,7 @@
 #include <memory>
 #include <string>
 
-#include "../include/normwise.h"
+#include "normwise.h"
 
 inline int checks = 0;
 
@@ -27,4 +27,4 @@ inline void check_status(const std::string& what, int status) {
   if (status != NW_OK) fail(what + " status", status, NW_OK);
 }
 
-void recurrent();  // the checks of recurrent.cpp
+void check_recurrent();  // rnn.cpp

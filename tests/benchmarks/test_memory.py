@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import normwise
 from benchmarks.held import kept, peak
-from normwise.backends.cpu import cpu
+from normwise.backends.cpu import library
 
 SHAPE = (16, 64, 32, 32)
 ROWS = (1024, 1024)
-NEEDS_KERNELS = pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
+NEEDS_KERNELS = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 
 
 def tensors_kept(layer: nn.Module, forward: Callable[[Tensor], object], x: Tensor) -> float:

@@ -8,7 +8,7 @@ import torch
 
 import normwise
 from backends import without_kernels
-from normwise.backends.cpu import cpu
+from normwise.backends.cpu import library
 from normwise.ops import dispatch as choose
 
 
@@ -32,10 +32,10 @@ def test_text_says_for_every_backend_found_or_why_not(normwise_command):
         assert f"  {name:<10} {'found' if obstacle is None else f'not found: {obstacle}'}\n" in out
 
 
-@pytest.mark.skipif(not cpu.available(), reason=str(cpu.why_not()))
+@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 @pytest.mark.parametrize(("isa", "how"), [("avx512_amx", "in AMX tiles"), ("baseline", "with operands rounded")])
 def test_the_instruction_set_is_told_and_what_it_does_to_bfloat16(normwise_command, monkeypatch, isa, how):
-    monkeypatch.setattr(cpu, "isa", lambda: isa)
+    monkeypatch.setattr(library, "isa", lambda: isa)
     assert json.loads(normwise_command("info", "--json").out)["instruction_set"] == isa
     assert f"  The cpu kernels use {isa}; recurrent layers in bfloat16 multiply {how}" in normwise_command("info").out
 
@@ -43,7 +43,7 @@ def test_the_instruction_set_is_told_and_what_it_does_to_bfloat16(normwise_comma
 def test_kernels_that_are_turned_off_are_not_there_and_why(normwise_command):
     with without_kernels():
         out = normwise_command("info").out
-        assert f"  cpu        not found: {cpu.why_not()}\n" in out
+        assert f"  cpu        not found: {library.missing()}\n" in out
         assert "The cpu kernels use" not in out
         assert json.loads(normwise_command("info", "--json").out)["instruction_set"] is None
 

@@ -126,6 +126,21 @@ def test_gates_of_recurrent_layers_are_recomputed(kind, options):
     assert len(layer.output.time.mean) == 11
 
 
+def test_steps_end_where_too_few_sequences_of_all_batches_go_on():
+    """Not where the first sequence of a small batch ends."""
+    lstm = normwise.LSTM(4, 5, batch_first=True)
+    batches = [((torch.randn(3, 10, 4), torch.tensor([9, 8, 3])), None) for _ in range(4)]
+    found = diagnose(
+        lstm,
+        batches,
+        loss=lambda output, _: output[0].square().mean(),
+        forward=lambda model, batch: model(batch[0][0], lengths=batch[0][1]),
+    )
+    # Of 12 sequences 8 have step 8, and 4 have step 9.
+    inside = found.layers[0].recurrence[0]
+    assert len(inside.summed) == len(inside.gates[0].over_time) == len(inside.gradient) == 8
+
+
 def test_the_gradient_over_time_is_the_total_one():
     """Against a loop over cells, whose states' gradients autograd gives."""
     lstm = nn.LSTM(4, 5)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import normwise
 from normwise.diagnosis import DiagnosisError, diagnose
-from normwise.diagnosis.preserve import same_bits
+from normwise.measure.snapshot import same_bits
 
 cross_entropy = nn.functional.cross_entropy
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import normwise
 from normwise.diagnosis import diagnose
 
 cross_entropy = nn.functional.cross_entropy
@@ -83,6 +84,22 @@ def test_a_learning_rate_of_zero_shifts_nothing():
         assert shift.inputs == [0.0, 0.0]
         assert shift.gradient == [0.0, 0.0]
         assert shift.cosine == pytest.approx([1.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: normwise.BatchRenorm1d(8, r_max=9.0, d_max=9.0),
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)),
+    ],
+    ids=["averages that are read in training", "a power iteration"],
+)
+def test_a_learning_rate_of_zero_shifts_nothing_where_a_pass_moves_what_the_next_one_reads(layer):
+    model = net(0.5)
+    model[1] = layer()
+    found = diagnose(model, batches(2), loss=cross_entropy, optimizer=torch.optim.SGD(model.parameters(), lr=0.0))
+    for name in ("4", "6"):
+        assert found.layer(name).shift.inputs == found.layer(name).shift.gradient == [0.0, 0.0]
 
 
 def test_without_an_optimizer_there_are_no_steps():

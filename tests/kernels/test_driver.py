@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from normwise.backends.cpu import cpu
+from normwise.backends.cpu import library
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +28,7 @@ def test_driver_is_clean_under_sanitizers(tmp_path: Path) -> None:
     cmake = shutil.which("cmake")
     if cmake is None or not (shutil.which("g++") or shutil.which("clang++")):
         pytest.skip("the driver is built here: that needs cmake and a C++ compiler")
-    level = cpu.isa()
+    level = library.isa()
     compiled = level.removesuffix("_amx")  # whose kernels run without tiles, too
     configure = [cmake, "-S", str(ROOT), "-B", str(tmp_path), "-DNORMWISE_TEST_DRIVER=ON", "-DNORMWISE_SUBSET=ON"]
     run(*configure, f"-DNORMWISE_LEVELS={compiled}")

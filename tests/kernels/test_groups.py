@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import kernel_truth as truth
+from kernel_calls import groups_backward, groups_forward
 from kernel_checks import EPS, check_groups
-from normwise.backends.cpu.groups import groups_backward, groups_forward
 from tolerances import assert_close
 
 each_layout = pytest.mark.parametrize("channels_last", [False, True])

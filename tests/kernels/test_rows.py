@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import kernel_truth as truth
+from kernel_calls import rows_backward, rows_forward
 from kernel_checks import EPS, check_rows
-from normwise.backends.cpu.rows import rows_backward, rows_forward
 from tolerances import assert_close
 
 

@@ -3,12 +3,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from normwise import measure
 from normwise.lab import spec as spec_module
 from normwise.lab import watch
 from normwise.lab.errors import LabError
@@ -202,8 +204,30 @@ def test_every_file_of_the_lab_that_computes_a_run_is_part_of_its_key():
             stack += [f"{module.strip()}.py" for module in names.split(",")]
     of_tasks = {name for name in seen if name.startswith("tasks/") and name != "tasks/base.py"}
     # These carry values from here to there and put in none of their own.
-    carriers = {"spec.py", "errors.py", "checkpoint.py", "user_file.py"}
+    carriers = {"spec.py", "errors.py", "checkpoint.py", "user_file.py", "strict_json.py"}
     assert seen - of_tasks - carriers == set(spec_module.COMPUTES)
+
+
+def test_every_file_that_measures_a_run_is_part_of_its_key():
+    """What the lab imports from `normwise.measure`, directly or not."""
+    lab, folder = Path(spec_module.__file__).parent, Path(measure.__file__).parent
+    seen, stack = set(), list(lab.rglob("*.py"))
+    while stack:
+        for name in re.findall(r"^from normwise\.measure\.(\w+) import", stack.pop().read_text(), re.MULTILINE):
+            if name not in seen:
+                seen.add(name)
+                stack.append(folder / f"{name}.py")
+    assert {f"{name}.py" for name in seen} == set(spec_module.MEASURES)
+
+
+def test_a_changed_measure_changes_the_key(monkeypatch):
+    def revision():
+        return runpy.run_path(spec_module.__file__)["LAB_REVISION"]
+
+    assert revision() == spec_module.LAB_REVISION
+    read = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda p: read(p) + (b"#" if p.parent.name == "measure" else b""))
+    assert revision() != spec_module.LAB_REVISION
 
 
 def test_the_key_follows_a_user_s_file_and_not_its_place(tmp_path):

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 
 from normwise.lab.score import as_json, band, score, tie, training_loss
 from normwise.lab.store import Curve, Run
+from normwise.lab.strict_json import to_json
 
 
 def a_run(norm="batch", seed=0, *, rate=0.1, size=8, accuracy=0.9, loss=0.5, status="done", reason="", task="mlp"):
@@ -72,7 +74,8 @@ def test_a_rate_at_which_one_seed_diverges_is_not_taken():
     assert row.offered[1.0].mean == math.inf
     (row,) = score(lost)
     assert (row.status, row.reason) == ("diverged", "1 of 2 seeds at the best rate: inf at step 3")
-    assert as_json([row])[0]["training_loss_by_learning_rate"] == [{"learning_rate": 1.0, "values": [0.1, None]}]
+    written = json.loads(to_json(as_json([row])))
+    assert written[0]["training_loss_by_learning_rate"] == [{"learning_rate": 1.0, "values": [0.1, None]}]
 
 
 def test_an_undefined_norm_is_a_row_with_its_reason():

@@ -140,7 +140,9 @@ def test_an_error_that_cannot_leave_a_worker_is_told_by_its_text(tmp_path):
     with pytest.raises(RuntimeError, match="OddError: of it") as caught:
         module._run(spec.key(), spec, None)
     assert str(pickle.loads(pickle.dumps(caught.value))) == "OddError: of it"
-    assert type(caught.value.__cause__).__name__ == "OddError"
+    # Its own error is told as the cause, except where causes are pickled, which importing Dask sets up.
+    cause = caught.value.__cause__
+    assert type(cause).__name__ == "OddError" or (cause is None and "distributed" in sys.modules)
 
 
 DEADLY = """

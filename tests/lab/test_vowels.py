@@ -14,6 +14,7 @@ from normwise.lab.run import run
 from normwise.lab.spec import Spec
 from normwise.lab.tasks import Batch, load_task
 from normwise.lab.tasks.transformer import places
+from normwise.measure.snapshot import dry_run
 
 RECURRENT = ("rnn", "lstm")
 RECURRENT_NORMS = load_task("rnn").task.norms
@@ -58,7 +59,7 @@ def test_frames_are_standardized_over_those_of_the_training_set_and_padding_is_0
 def test_the_gradient_at_a_sequence_s_end_is_that_of_the_cross_entropy(task, norm, training):
     # It does not pass through any norm: W^T (softmax - one hot), whatever happens inside.
     model, batch = task.model(norm, 0).train(training), batch_of(task)
-    with watch.unchanged(model, training=training):
+    with dry_run(model, training=training):
         scores = task.forward(model, batch)
     wrong = scores.softmax(-1) - nn.functional.one_hot(batch.targets, 9)
     expected = (wrong @ model.linear.weight).square().sum(-1)
@@ -173,20 +174,6 @@ def test_norms_that_do_not_look_at_the_batch_are_the_same_over_time_in_both_mode
     found = watch.Probe(task, 4).over_time(task.model(norm, 0).train())
     for name in ("summed", "unnormalized", "gradient"):
         assert found[f"{name}/train"] == pytest.approx(found[f"{name}/eval"], rel=1e-4)
-
-
-def test_over_cases_takes_the_root_of_the_mean_over_those_still_running(monkeypatch):
-    nan = float("nan")
-    parts = [
-        (torch.tensor([[1.0, 4.0, 9.0], [7.0, nan, 5.0]]), torch.tensor([3, 1])),
-        (torch.tensor([[1.0, 12.0]]), torch.tensor([2])),
-    ]
-    monkeypatch.setattr(watch, "FEWEST_CASES", 1)
-    assert watch._over_cases(parts) == pytest.approx([3**0.5, 8**0.5, 3])
-    monkeypatch.setattr(watch, "FEWEST_CASES", 2)
-    assert watch._over_cases(parts) == pytest.approx([3**0.5, 8**0.5])
-    monkeypatch.setattr(watch, "FEWEST_CASES", 100)  # all of the few that there are
-    assert watch._over_cases(parts) == pytest.approx([3**0.5])
 
 
 @pytest.mark.parametrize(("norm", "sees_padding"), [("batch", True), ("batch-masked", False), ("layer", False)])

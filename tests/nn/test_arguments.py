@@ -21,7 +21,6 @@ SIZES = {
     "RMSNorm": lambda n: normwise.RMSNorm(n(4), dim=n(2)),
     "GroupNorm": lambda n: normwise.GroupNorm(n(1), n(3)),
     "BatchNorm1d": lambda n: normwise.BatchNorm1d(n(3), virtual_batch_size=n(1)),
-    "BatchNorm1d over micro-batches": lambda n: normwise.BatchNorm1d(n(3), accumulate=n(2)),
     "BatchRenorm1d": lambda n: normwise.BatchRenorm1d(n(3)),
     "SyncBatchNorm": lambda n: normwise.SyncBatchNorm(n(3)),
     "FrozenBatchNorm1d": lambda n: normwise.FrozenBatchNorm1d(n(3)),
@@ -78,7 +77,6 @@ MASKS = {
 SERIES = {
     "BatchNorm1d": lambda: normwise.BatchNorm1d(3),
     "BatchNorm1d of virtual batches": lambda: normwise.BatchNorm1d(3, virtual_batch_size=2),
-    "BatchNorm1d over micro-batches": lambda: normwise.BatchNorm1d(3, accumulate=2),
     "BatchRenorm1d": lambda: normwise.BatchRenorm1d(3),
     "SyncBatchNorm": lambda: normwise.SyncBatchNorm(3),
     "FrozenBatchNorm1d": lambda: normwise.FrozenBatchNorm1d(3),

@@ -88,7 +88,7 @@ def test_layer_norm_residual_gives_the_pair(norm: type[nn.Module], act: str | No
 
 
 @pytest.mark.parametrize("spoilt", [float("nan"), float("inf")])
-@pytest.mark.parametrize("backend", ["compiled", "uncompiled", "reference"])
+@pytest.mark.parametrize("backend", ["kernels", "no kernels", "reference"])
 @pytest.mark.parametrize(
     "make",
     [
@@ -133,7 +133,7 @@ def test_tensors_stored_with_their_sign_apart(make: Callable[[], nn.Module], pla
     weight, r, upstream = (torch._neg_view(torch.randn(shape)) for shape in ((4,), (3, 4, 4), (3, 4, 4)))
     del layer.weight
     layer.weight = weight
-    with using("compiled"):
+    with using("chosen"):
         y = layer(x, residual=r)
         y = y[0] if isinstance(y, tuple) else y
         (got,) = torch.autograd.grad(y, x, upstream)

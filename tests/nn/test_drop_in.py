@@ -69,7 +69,7 @@ def kernels_take(case: Case, dtype: torch.dtype) -> bool:
         for case in CASES
         for backend in BACKENDS
         for dtype in DTYPES
-        if backend != "compiled" or kernels_take(case, dtype)
+        if backend != "kernels" or kernels_take(case, dtype)
     ],
 )
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -83,7 +83,7 @@ def test_equals_torch(case: Case, backend: str, training: bool, dtype: torch.dty
 
 
 @each_case
-@pytest.mark.parametrize("backend", ["chosen", "compiled", "uncompiled", "reference"])
+@pytest.mark.parametrize("backend", ["chosen", "kernels", "no kernels", "reference"])
 def test_strided_and_channels_last(case: Case, backend: str, device: torch.device) -> None:
     ours, theirs = pair(case, torch.float32, device)
     x = torch.randn(*case.shape[:-1], 2 * case.shape[-1], device=device)[..., ::2]
@@ -123,7 +123,7 @@ BATCHED = [c for c in CASES if not (c.name == "InstanceNorm1d" and len(c.shape) 
 
 
 @pytest.mark.parametrize("case", BATCHED, ids=str)
-@pytest.mark.parametrize("backend", ["chosen", "compiled", "uncompiled", "reference"])
+@pytest.mark.parametrize("backend", ["chosen", "kernels", "no kernels", "reference"])
 def test_empty_batch(case: Case, backend: str, device: torch.device) -> None:
     ours, theirs = pair(case, torch.float32, device)
     before = {name: b.clone() for name, b in ours.named_buffers()}

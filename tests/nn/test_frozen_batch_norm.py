@@ -8,6 +8,7 @@ from torch import nn
 
 import normwise
 from norm_cases import randomize
+from normwise.nn.construct import eps_of
 from tolerances import assert_close
 
 
@@ -32,7 +33,7 @@ def test_mask_residual_and_act():
     y = layer(x, lengths=lengths, residual=residual)
     assert (y[0, :, 2:] == 0).all()
     mean, var = layer.running_mean[:, None], layer.running_var[:, None]
-    expected = torch.relu((x - mean) / (var + layer.eps).sqrt() * layer.weight[:, None] + residual)
+    expected = torch.relu((x - mean) / (var + eps_of(layer)).sqrt() * layer.weight[:, None] + residual)
     assert_close(y[1], expected[1])
 
 

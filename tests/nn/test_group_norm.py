@@ -69,7 +69,7 @@ def test_act_and_residual(
             y = layer(x, residual=r) if with_residual else layer(x)
         truth = ACTS[act](plain(x) + r if with_residual else plain(x))
         assert_close(y, truth)
-        if backend in ("chosen", "compiled"):
+        if backend in ("chosen", "kernels"):
             assert y.is_contiguous(memory_format=layout)
         upstream = torch.randn_like(y)
         for got, expected in zip(

@@ -10,15 +10,15 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import normwise
+from backends import without_kernels
 from norm_cases import CASES, Case
-from normwise.backends.cpu import cpu
+from normwise.backends.cpu import library
 from normwise.backends.cpu.library import ISA_LEVELS
 
 EXTRA = [
@@ -33,7 +33,6 @@ EXTRA = [
 ]
 OURS_ALONE = [
     Case("BatchNorm1d", (4,), (6, 4, 5), {"virtual_batch_size": 3}),
-    Case("BatchNorm1d", (4,), (6, 4, 5), {"accumulate": 2}),
     Case("BatchNorm2d", (4,), (3, 4, 5, 6), {"act": "silu"}),
     Case("BatchRenorm1d", (4,), (6, 4, 5)),
     Case("LayerNorm", (4,), (3, 4, 5), {"dim": 1, "act": "leaky_relu"}),
@@ -44,17 +43,14 @@ OURS_ALONE = [
 def way(name: str) -> Iterator[None]:
     """By the kernels of an instruction set, or by what is chosen without them, or by the reference."""
     if name in ISA_LEVELS:
-        before = cpu.isa()
-        cpu.use_isa(name)
+        before = library.isa()
+        library.use_isa(name)
         try:
             yield
         finally:
-            cpu.use_isa(before)
+            library.use_isa(before)
     elif name == "without kernels":
-        with (
-            mock.patch.object(cpu, "obstacle", return_value="hidden"),
-            mock.patch.object(cpu, "available", return_value=False),
-        ):
+        with without_kernels():
             yield
     else:
         with normwise.backend("reference"):
@@ -62,14 +58,14 @@ def way(name: str) -> Iterator[None]:
 
 
 def levels() -> list[str]:
-    if not cpu.available():
+    if library.missing() is not None:
         return []
-    before, found = cpu.isa(), []
+    before, found = library.isa(), []
     for level in ISA_LEVELS:
         with contextlib.suppress(ValueError):
-            cpu.use_isa(level)
+            library.use_isa(level)
             found.append(level)
-    cpu.use_isa(before)
+    library.use_isa(before)
     return found
 
 

@@ -31,7 +31,7 @@ def fresh_compiler() -> None:
 
 
 @each_case
-@pytest.mark.parametrize("backend", ["chosen", "compiled", "uncompiled", "reference"])
+@pytest.mark.parametrize("backend", ["chosen", "kernels", "no kernels", "reference"])
 def test_double_backward(case: Case, backend: str) -> None:
     layer = randomize(case.ours(dtype=torch.float64)).train(True)
     x = torch.randn(case.shape, dtype=torch.float64, requires_grad=True)

@@ -12,7 +12,7 @@ import torch
 
 import normwise
 from backends import without_kernels
-from normwise.backends.cpu import cpu
+from normwise.backends.cpu import library
 from normwise.ops.dispatch import BACKENDS, RUNNING_SUM_LIMIT, Call, choose, forced, found
 
 x = torch.randn(4, 6, 5)
@@ -28,7 +28,7 @@ def no_library() -> Iterator[None]:
         yield
 
 
-@pytest.mark.skipif(not cpu.available(), reason=f"no compiled library: {cpu.why_not()}")
+@pytest.mark.skipif(library.missing() is not None, reason=f"no compiled library: {library.missing()}")
 def test_compiled_kernels_first() -> None:
     assert choice() == choice("batch_norm", (0, 2)) == choice("group_norm", (2, 3)) == "cpu"
     assert choice(mask=torch.ones(4, 6, 1, dtype=torch.bool)) == "cpu"
@@ -88,7 +88,7 @@ def test_reference_elsewhere_and_why(facts: dict[str, object], reason: str) -> N
 def test_forced_backend_never_falls_back() -> None:
     layer = normwise.BatchNorm1d(6)
     lengths = torch.tensor([1, 2, 3, 5])
-    with normwise.backend("torch"):
+    with normwise.backend("aten"):
         assert forced() == "torch"
         layer(x)
         with pytest.raises(normwise.BackendError, match=r"'torch' was forced but cannot run batch_norm: .*no mask"):
@@ -103,7 +103,7 @@ def test_backend_blocks_nest_and_survive_an_error() -> None:
     with normwise.backend("reference"):
         with normwise.backend(None):
             assert choice() != "reference"
-        with pytest.raises(KeyError), normwise.backend("torch"):
+        with pytest.raises(KeyError), normwise.backend("aten"):
             raise KeyError
         assert choice(mask=torch.ones(4, 6, 5, dtype=torch.bool)) == choice() == "reference"
     assert choice() != "reference"

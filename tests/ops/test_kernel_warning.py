@@ -31,7 +31,7 @@ x = torch.randn(64, 1024)
 step("import", load)
 step("half", lambda: normwise.LayerNorm(1024).half()(x.half()))
 def forced():
-    with normwise.backend("torch"):
+    with normwise.backend("aten"):
         normwise.LayerNorm(1024)(x)
 step("forced", forced)
 step("compiled", lambda: torch.compile(normwise.LayerNorm(1024), backend="eager", fullgraph=True)(x))

@@ -2,7 +2,7 @@
 
 Errors against torch.nn's own layer in float64 on the same values, the largest of output, input gradient, parameter
 gradients and running averages (all but the output relative to the truth's largest element where that is above 1).
-Measured on an AVX-512 machine with torch 2.13, float32, 2 threads; "uncompiled" is what runs without our C++ library.
+Measured on an AVX-512 machine with torch 2.13, float32, 2 threads; "no kernels" is what runs without our C++ library.
 
     inputs                     layer                        torch     here    uncompiled
     mean 1e4, deviation 1      BatchNorm1d                  1.6e-2  5.6e-7  7.5e-7
@@ -110,7 +110,7 @@ def errors(layer: nn.Module, exact: nn.Module, x: Tensor, upstream: Tensor) -> d
     return found
 
 
-@pytest.mark.parametrize("backend", ["chosen", "uncompiled"])
+@pytest.mark.parametrize("backend", ["chosen", "no kernels"])
 @pytest.mark.parametrize("weak", [*FAR_FROM_ZERO, *OVERFLOWING, *MANY], ids=str)
 def test_error_is_rounding_and_never_above_torch_s(weak: Weak, backend: str) -> None:
     x = weak.make()
@@ -128,7 +128,7 @@ def test_error_is_rounding_and_never_above_torch_s(weak: Weak, backend: str) -> 
         assert error <= max(torch_s[name], 8 * unit), f"{name}: {error:.1e}, torch {torch_s[name]:.1e}"
 
 
-@pytest.mark.parametrize("backend", ["chosen", "uncompiled"])
+@pytest.mark.parametrize("backend", ["chosen", "no kernels"])
 def test_evaluation_far_from_zero(backend: str) -> None:
     """Running averages of 1e4 and 1: ATen's x * a + b cancels here too."""
     layer, plain = normwise.BatchNorm1d(8).eval(), nn.BatchNorm1d(8).eval()
@@ -146,5 +146,5 @@ def test_digits_do_not_depend_on_the_threshold() -> None:
     layer = normwise.LayerNorm(256)
     x = torch.randn(64, 256) + 25
     truth = nn.LayerNorm(256).double()(x.double())
-    with using("uncompiled"):
+    with using("no kernels"):
         assert (layer(x) - truth).abs().max() < 64 * F32

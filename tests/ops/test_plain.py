@@ -20,12 +20,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 import normwise
-from normwise.backends.cpu import cpu
+from normwise.backends.cpu import library
 from normwise.ops import plain
 from tolerances import assert_close
 
 pytestmark = [
-    pytest.mark.skipif(not cpu.available(), reason=f"no compiled library: {cpu.why_not()}"),
+    pytest.mark.skipif(library.missing() is not None, reason=f"no compiled library: {library.missing()}"),
     pytest.mark.usefixtures("poisoned_memory"),
 ]
 

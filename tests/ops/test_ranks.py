@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from normwise.ops import distributed as ranks
 from normwise.backends.reference import Moments, moments
+from normwise.ops import distributed as ranks
 from on_ranks import on_ranks
 from tolerances import assert_close
 

@@ -25,7 +25,6 @@ FOREIGN = {
     "mask": True,
     "r_max": 0.5,
     "virtual_batch_size": 1,
-    "accumulate": 3,
     "spatial": 7,
     "num_groups": 5,
 }

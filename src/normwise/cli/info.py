@@ -32,7 +32,7 @@ def gather() -> dict[str, Any]:
     import torch
 
     import normwise
-    from normwise.backends.cpu import cpu
+    from normwise.backends.cpu import library
     from normwise.ops import dispatch
 
     return {
@@ -54,7 +54,7 @@ def gather() -> dict[str, Any]:
             {"backend": name, "found": obstacle is None, "reason": obstacle}
             for name, obstacle in dispatch.found().items()
         ],
-        "instruction_set": cpu.isa() if cpu.available() else None,
+        "instruction_set": library.isa() if (library.missing() is None) else None,
         "forced": dispatch.forced(),
     }
 

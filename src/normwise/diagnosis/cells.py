@@ -64,7 +64,7 @@ class CellWatch:
 
     def record(self) -> list[records.Recurrence]:
         exact = not self.config.zoneout and self.config.norm != "batch"
-        return [self.watch.record("cell", False, exact)] if len(self.watch.running_on.total) else []
+        return [self.watch.record("cell", False, exact)] if len(self.watch.state.total) else []
 
 
 def description(module: RNNCellBase) -> Recurrence:

@@ -15,10 +15,13 @@ from normwise.diagnosis.batches import Batch, Loss, main_tensor, take
 from normwise.diagnosis.layers import Named, is_ours, may_be_norm, own_parameters, unwrapped
 from normwise.diagnosis.modes import Eval, matters, passes
 from normwise.diagnosis.pace import Pace
-from normwise.diagnosis.preserve import buffers_kept, preserved
 from normwise.diagnosis.rules.rule import some
 from normwise.diagnosis.steps import check_optimizer, groups, watch_steps
 from normwise.diagnosis.watch import Seen, Watch
+from normwise.measure.gradients import root_mean
+from normwise.measure.preserve import preserved
+from normwise.measure.saturation import THRESHOLDS
+from normwise.measure.snapshot import state_kept
 from normwise.surgery.batches import Forward
 
 
@@ -42,7 +45,7 @@ def collect(
         taken = take(batches, max_batches, model, forward, pace)
         model.train()
         train: list[tuple[Tensor | None, float]] = []
-        with buffers_kept(model), Watch(model, modes) as watch:
+        with state_kept(model), Watch(model, modes) as watch:
             paddings = []
             for batch in taken:
                 if pace.over and train:
@@ -146,12 +149,26 @@ def record(seen: Seen, gaps: dict[str, float], shifts: dict[str, records.Shift])
         has_bias=any("bias" in name for name, _ in parameters),
         input=seen.input.activations() if seen.input.shape else None,
         output=seen.output.activations() if seen.output.shape else None,
-        units=seen.units.record() if seen.units is not None and seen.order is not None else None,
+        units=None if seen.order is None else _units(seen),
         gradient=gradient,
         norm=None if seen.norm is None else seen.norm.record(gradient.weights.get("weight") if gradient else None),
         recurrence=[] if seen.recurrent is None else seen.recurrent.record(),
         shift=shifts.get(seen.name),
         gap=gaps.get(seen.name),
+    )
+
+
+def _units(seen: Seen) -> records.Units | None:
+    if seen.nonlinearity is None:
+        return None
+    dead = seen.saturation.dead
+    return records.Units(
+        seen.nonlinearity,
+        THRESHOLDS[seen.nonlinearity],
+        seen.saturation.share,
+        len(dead),
+        float(dead.double().mean()) if len(dead) else 0.0,
+        torch.nonzero(dead).flatten().tolist()[:32],
     )
 
 
@@ -163,12 +180,8 @@ def _gradient(seen: Seen) -> records.Gradient | None:
         some = seen.bias_size > 0
         share = float((seen.bias_sum[some] / seen.bias_size[some]).max())
     return records.Gradient(
-        _root_mean(seen.output_gradient) if seen.output_gradient else None,
-        {name: _root_mean(squares) for name, squares in seen.weight_gradients.items()},
+        root_mean(seen.output_gradient) if seen.output_gradient else None,
+        {name: root_mean(squares) for name, squares in seen.weight_gradients.items()},
         {name: float(torch.linalg.vector_norm(p.detach())) for name, p in own_parameters(seen.module)},
         share,
     )
-
-
-def _root_mean(squares: Sequence[float]) -> float:
-    return math.sqrt(sum(squares) / len(squares))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from normwise.backends import reference
 from normwise.diagnosis.records import PERCENTILES, Activations, Distribution, Histogram, OverTime, Spread
+from normwise.measure.axes import by_axis
 
 BINS = 40
 PART, SMALL_PART = 8192, 2048  # values a batch that percentiles are taken of; in a hurry
@@ -200,12 +201,6 @@ class Watched:
             values = torch.cat([part[t] for part in self.time_parts if t < len(part)] or [moments.mean[t : t + 1]])
             rows.append(torch.nanquantile(values, quantiles))
         return OverTime(moments.mean[:steps].tolist(), moments.std[:steps].tolist(), torch.stack(rows).T.tolist())
-
-
-def by_axis(x: Tensor, axis: int) -> Tensor:
-    """(size of the axis, everything else), in at least float32."""
-    x = x if x.dtype == torch.float64 else x.float()
-    return x.movedim(axis, 0).reshape(x.shape[axis], -1)
 
 
 def add_rows(moments: Moments, rows: Tensor, valid: Tensor | None = None) -> None:

@@ -100,7 +100,7 @@ class Recurrence:
     """One layer in one direction of a recurrent module, recomputed step by step from its weights and inputs.
 
     Lists over time are in the order of processing: for a backward direction step 0 is each sequence's last. They end
-    where fewer than five sequences go on.
+    where fewer than five sequences, of all batches together, go on.
 
     Attributes:
         place: as torch ends the names of its parameters: "l0", "l0_reverse", "l1"; "cell" for a cell, whose calls of a

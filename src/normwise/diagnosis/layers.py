@@ -33,14 +33,6 @@ CELLS = (rnn.RNNCellBase,)
 NONLINEARITIES = tuple(
     getattr(activation, name) for name in activation.__all__ if name not in ("MultiheadAttention", "RReLU")
 )
-# Threshold beyond which a unit passes (almost) no gradient: see `records.Units`.
-THRESHOLDS: dict[type[nn.Module], tuple[str, float]] = {
-    nn.Sigmoid: ("sigmoid", 6.0),
-    nn.Tanh: ("tanh", 3.0),
-    nn.ReLU: ("relu", 0.0),
-    nn.ReLU6: ("relu", 0.0),
-}
-
 
 # "LlamaRMSNorm", "norm1", "RMS", "ln_f", "MyLN", "bn2": but not "normal", "ellipse" or "subnet".
 _NORM_NAME = re.compile(r"norm(?!al(?![iy]))|(?<![a-z])(rms|ln|bn|gn|abn)(?![a-z])", re.IGNORECASE)
@@ -101,11 +93,6 @@ def may_be_norm(named: Named, given: Sequence[int], returned: Sequence[int]) -> 
 def norm_kind(module: nn.Module) -> str | None:
     """ "batch", "renorm", "instance", "layer", "rms", "group", "frozen", or None for what is no norm layer."""
     return next((kind for kind, classes in NORMS.items() if isinstance(module, classes)), None)
-
-
-def units_of(module: nn.Module) -> tuple[str, float] | None:
-    """(nonlinearity, threshold) where saturation is defined."""
-    return next((found for kind, found in THRESHOLDS.items() if isinstance(module, kind)), None)
 
 
 def is_ours(module: nn.Module) -> bool:

@@ -16,8 +16,8 @@ from normwise.diagnosis.batches import Batch, Loss, all_tensors, main_tensor, sc
 from normwise.diagnosis.errors import DiagnosisError
 from normwise.diagnosis.layers import Named, layers_of, norm_kind
 from normwise.diagnosis.pace import Pace
-from normwise.diagnosis.preserve import buffers_kept
 from normwise.diagnosis.rules.rule import some
+from normwise.measure.snapshot import modes_kept, state_kept
 from normwise.surgery.freeze import is_frozen
 
 # Layers whose mode is switched one at a time are seen on this many batches: a pass each.
@@ -98,21 +98,18 @@ class Eval:
     def _switched(self, modules: Sequence[nn.Module]) -> float | None:
         """The gap with these modules alone in train mode; None where they cannot be."""
         pairs = []
-        kept = [m.training for m in modules]
-        try:
+        with modes_kept(modules):
             for module in modules:
                 module.training = True
             for batch, reference in zip(self.batches[:BATCHES], self.outputs, strict=False):
-                with buffers_kept(*modules):
-                    output = main_tensor(batch.call(self.model))
+                try:
+                    with state_kept(*modules):
+                        output = main_tensor(batch.call(self.model))
+                except DiagnosisError:
+                    return None  # such as a container that asks for targets in train mode
                 self.pace.step()
                 if reference is not None and output is not None:
                     pairs.append((reference, output.detach()))
-        except DiagnosisError:
-            return None  # such as a container that asks for targets in train mode
-        finally:
-            for module, training in zip(modules, kept, strict=True):
-                module.training = training
         return _apart(pairs)
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.diagnosis.distributions import Moments, add_rows, by_axis, distribution
+from normwise.diagnosis.distributions import Moments, add_rows, distribution
 from normwise.diagnosis.layers import norm_kind
 from normwise.diagnosis.padding import Valid, counted
 from normwise.diagnosis.records import Norm, Running
+from normwise.measure.axes import by_axis
 from normwise.nn.construct import eps_of
 
 # A gain this small beside the layer's median one passes nothing on.
@@ -77,11 +78,9 @@ class NormWatch:
             self._look_at_rounding(x)
 
     def _count(self, values: int, samples: int) -> None:
-        # Statistics of parts of a batch, and of several micro-batches together.
-        part, together = (getattr(self.module, name, None) for name in ("virtual_batch_size", "accumulate"))
+        part = getattr(self.module, "virtual_batch_size", None)
         if part and part < samples:
             values, samples = values * part // samples, part
-        values, samples = values * (together or 1), samples * (together or 1)
         self.values = values if self.values is None else min(values, self.values)
         self.samples = samples if self.samples is None else min(samples, self.samples)
 

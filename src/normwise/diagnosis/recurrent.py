@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
@@ -15,31 +14,10 @@ from normwise.backends.recurrence import GATES, Recurrence, Weights
 from normwise.backends.reference.recurrence import Step, recurrence
 from normwise.backends.reference.sequences import valid_steps
 from normwise.diagnosis import records
-from normwise.diagnosis.units import saturated
+from normwise.measure.gradients import squared_norm
+from normwise.measure.saturation import THRESHOLDS, is_saturated
+from normwise.measure.time_steps import StepMeans, gate_inputs, summed_inputs
 from normwise.nn.recurrent_parameters import running_of, weights_of
-
-# What one or two long sequences do is no mean.
-FEWEST_SEQUENCES = 5
-SIGMOID, TANH = 6.0, 3.0
-
-
-@dataclass
-class PerStep:
-    """Sums and weights at each step, over batches of different lengths."""
-
-    total: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-    weight: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
-
-    def add(self, values: Tensor, weights: Tensor) -> None:
-        steps = max(len(self.total), len(values))
-        self.total, self.weight = (
-            nn.functional.pad(a, (0, steps - len(a)))
-            + nn.functional.pad(b.detach().double().cpu(), (0, steps - len(b)))
-            for a, b in ((self.total, values), (self.weight, weights))
-        )
-
-    def mean(self) -> Tensor:
-        return self.total / self.weight.clamp(min=1e-300)
 
 
 class PlaceWatch:
@@ -47,31 +25,21 @@ class PlaceWatch:
 
     def __init__(self, config: Recurrence) -> None:
         self.config = config
-        self.gates = [PerStep() for _ in GATES[config.cell]]
-        self.summed, self.state, self.gradient = PerStep(), PerStep(), PerStep()
-        self.running_on = PerStep()
+        self.gates = [StepMeans() for _ in GATES[config.cell]]
+        self.summed, self.state, self.gradient = StepMeans(), StepMeans(), StepMeans()
         self.error = 0.0
 
     def add(self, tape: list[Step], valid: Tensor, gradients: list[Tensor | None]) -> None:
         """One batch; `valid` (T, B) in the order of processing."""
-        counts = valid.sum(1).double()
-        for gate, watch, (_, threshold) in zip(range(len(self.gates)), self.gates, self.kinds(), strict=True):
-            values = torch.stack([step.gates[gate].detach() for step in tape])
-            flat = saturated(values, self.nonlinearity(gate), threshold) & valid[..., None]
-            watch.add(flat.double().sum((1, 2)), counts * values.shape[-1])
-        sums = torch.stack(
-            [torch.cat(step.gates, -1).detach() if step.summed is None else step.summed.detach() for step in tape]
-        )
+        for gate, means in enumerate(self.gates):
+            saturated = is_saturated(gate_inputs(tape, gate), self.nonlinearity(gate))
+            means.add(saturated.double().mean(-1), valid)
         states = torch.stack([step.h.detach() for step in tape])
-        for watch, values in ((self.summed, sums), (self.state, states)):
-            squares = values.double().square() * valid[..., None]
-            watch.add(squares.sum((1, 2)), counts * values.shape[-1])
+        for means, values in ((self.summed, summed_inputs(tape)), (self.state, states)):
+            means.add(values.double().square().mean(-1), valid)
         if any(g is not None for g in gradients):
-            squares = torch.stack(
-                [torch.zeros(()) if g is None else g.double().square().sum().cpu() for g in gradients]
-            )
-            self.gradient.add(squares, torch.ones(len(squares)))
-        self.running_on.add(counts, torch.ones(len(counts)))
+            squares = torch.tensor([0.0 if g is None else squared_norm(g) for g in gradients])
+            self.gradient.add_sums(squares, torch.ones(len(squares)))
 
     def nonlinearity(self, gate: int) -> str:
         name = GATES[self.config.cell][gate]
@@ -79,27 +47,21 @@ class PlaceWatch:
             return self.config.nonlinearity
         return "tanh" if name in ("g", "n") else "sigmoid"
 
-    def kinds(self) -> list[tuple[str, float]]:
-        """(name, threshold) of each gate."""
-        thresholds = {"sigmoid": SIGMOID, "tanh": TANH, "relu": 0.0}
-        return [(name, thresholds[self.nonlinearity(k)]) for k, name in enumerate(GATES[self.config.cell])]
-
     def record(self, place: str, shared: bool, exact: bool) -> records.Recurrence:
-        alive = self.running_on.mean()
-        enough = int((alive >= min(FEWEST_SEQUENCES, float(alive[0]) if len(alive) else 0)).sum())
-        gates = []
-        for (name, threshold), watch in zip(self.kinds(), self.gates, strict=True):
-            share = float(watch.total.sum() / watch.weight.sum().clamp(min=1))
-            gates.append(records.Gate(name, threshold, share, watch.mean()[:enough].tolist()))
+        steps = self.state.steps()
+        gates = [
+            records.Gate(name, THRESHOLDS[self.nonlinearity(k)], means.overall(), means.mean()[:steps].tolist())
+            for k, (name, means) in enumerate(zip(GATES[self.config.cell], self.gates, strict=True))
+        ]
         return records.Recurrence(
             place,
             self.config.cell,
             self.config.norm,
             shared,
             gates,
-            self.summed.mean().sqrt()[:enough].tolist(),
-            self.state.mean().sqrt()[:enough].tolist(),
-            self.gradient.mean().sqrt()[:enough].tolist(),
+            self.summed.mean().sqrt()[:steps].tolist(),
+            self.state.mean().sqrt()[:steps].tolist(),
+            self.gradient.mean().sqrt()[:steps].tolist(),
             self.error if exact else None,
         )
 
@@ -191,7 +153,7 @@ class RecurrentWatch:
             and self.config.statistics == "per_step"
             and getattr(self.module, "num_stat_steps", 0) == 1
         )
-        return [w.record(place, shared, exact) for place, w in self.watches.items() if len(w.running_on.total)]
+        return [w.record(place, shared, exact) for place, w in self.watches.items() if len(w.state.total)]
 
 
 def description(module: RNNBase) -> Recurrence:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normwise.backends.reference import shift
 from normwise.diagnosis import records
 from normwise.diagnosis.batches import Batch, Loss, scalar
-from normwise.diagnosis.distributions import by_axis
 from normwise.diagnosis.errors import DiagnosisError, UserCodeError
 from normwise.diagnosis.layers import Layouts, Named, own_parameters, tensors_in
 from normwise.diagnosis.pace import Pace
-from normwise.diagnosis.preserve import buffers_kept
+from normwise.measure import shift
+from normwise.measure.axes import by_axis
+from normwise.measure.gradients import loss_and_gradients, total_norm
 
 # Internal covariate shift takes a forward and backward pass for each layer and step: evenly spread ones, and the first.
 SHIFT_LAYERS, SHIFT_STEPS = 8, 4
@@ -46,16 +46,32 @@ def watch_steps(
                 f"steps of the optimizer after the first {number}" if number else "the optimizer's steps"
             )
             break
-        run = _Run(model, batch, loss)
-        value, gradients = run.gradients(dict(model.named_parameters()))
+        of_batch = functools.partial(_loss_of, model, batch, loss)
+        replay = shift.Replay(model, of_batch)
+        value, gradients = loss_and_gradients(of_batch, dict(model.named_parameters()))
         losses.append(value)
-        norms.append(float(torch.stack([g.double().square().sum().cpu() for g in gradients.values()]).sum().sqrt()))
-        of_step = _ShiftOfStep(run, layers, gradients) if number < SHIFT_STEPS else None
-        _step(model, optimizer, run, gradients)
+        norms.append(total_norm(gradients.values()))
+        of_step = _shift_of_step(replay, batch, layers, gradients) if number < SHIFT_STEPS else None
+        _step(model, optimizer, replay, gradients)
         if of_step is not None:
-            of_step.after_step(shifts)
+            _add(shifts, layers, of_step)
         pace.step()
     return records.Training(losses, norms), shifts
+
+
+def _loss_of(model: nn.Module, batch: Batch, loss: Loss | None) -> Tensor:
+    return scalar(loss, batch.call(model), batch)
+
+
+def _add(shifts: dict[str, records.Shift], layers: Sequence[Named], of_step: shift.StepShift) -> None:
+    """A number to each list of the layers' `records.Shift`."""
+    for named in layers:
+        shifts.setdefault(named.name, records.Shift([], [], []))
+    for name, value in of_step.of_inputs().items():
+        shifts[name].inputs.append(value)
+    for name, (change, cosine) in of_step.of_gradients().items():
+        shifts[name].gradient.append(change)
+        shifts[name].cosine.append(cosine)
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -103,33 +119,13 @@ def groups(layers: Sequence[Named], optimizer: torch.optim.Optimizer) -> list[re
     return found
 
 
-class _Run:
-    """One batch, called again and again with the same random numbers and the same buffers."""
-
-    def __init__(self, model: nn.Module, batch: Batch, loss: Loss | None) -> None:
-        self.model, self.batch, self.loss = model, batch, loss
-        self.state = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-
-    def value(self) -> Tensor:
-        torch.set_rng_state(self.state)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state_all(self.cuda)
-        return scalar(self.loss, self.batch.call(self.model), self.batch)
-
-    def gradients(self, wanted: dict[str, nn.Parameter]) -> tuple[float, dict[str, Tensor]]:
-        """The loss, and its gradient with respect to those that have one."""
-        wanted = {name: p for name, p in wanted.items() if p.requires_grad}
-        with torch.enable_grad():
-            value = self.value()
-            found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True)
-        return float(value.detach()), {n: g.detach() for n, g in zip(wanted, found, strict=True) if g is not None}
-
-
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, run: _Run, gradients: dict[str, Tensor]) -> None:
+def _step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, replay: shift.Replay, gradients: dict[str, Tensor]
+) -> None:
     def again() -> Tensor:
-        _set_gradients(model, optimizer, run.gradients(dict(model.named_parameters()))[1])
-        return run.value().detach()
+        value, found = replay.gradients(dict(model.named_parameters()))
+        _set_gradients(model, optimizer, found)
+        return torch.tensor(value, dtype=torch.float64)
 
     _set_gradients(model, optimizer, gradients)
     try:
@@ -152,95 +148,36 @@ def _set_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, gradients
         parameter.grad = gradients.get(name)
 
 
-class _ShiftOfStep:
-    """Made before the step; `after_step` measures what it did to the layers' inputs and gradients."""
+def _shift_of_step(
+    replay: shift.Replay, batch: Batch, layers: Sequence[Named], gradients: dict[str, Tensor]
+) -> shift.StepShift:
+    """Of the inputs of all layers, and of the gradients of some."""
+    names = {id(p): name for name, p in replay.model.named_parameters()}
+    weights = {named.name: found for named in layers if (found := _weights(named, gradients))}
+    modules = {named.name: named for named in layers}
+    layouts = Layouts(batch.samples)
 
-    def __init__(self, run: _Run, layers: Sequence[Named], gradients: dict[str, Tensor]) -> None:
-        self.run, self.layers, self.gradients = run, layers, gradients
-        self.before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-        self.chosen = shift.spread([named for named in layers if self._weights(named)], SHIFT_LAYERS)
-        self.inputs = self._inputs()
-
-    def after_step(self, shifts: dict[str, records.Shift]) -> None:
-        """Adds a number to each list of the layers' `records.Shift`."""
-        for named in self.layers:
-            shifts.setdefault(named.name, records.Shift([], [], []))
-        for name, now in self._inputs().items():
-            if name in self.inputs and self.inputs[name].shape == now.shape:
-                shifts[name].inputs.append(shift.moved(self.inputs[name], now))
-        for name, gradient, cosine in self._moved():
-            shifts[name].gradient.append(gradient)
-            shifts[name].cosine.append(cosine)
-
-    def _weights(self, named: Named) -> list[str]:
-        """Names in the model of a layer's weight matrices that have a gradient."""
-        found = [f"{named.name}.{n}" if named.name else n for n, p in own_parameters(named.module) if p.dim() >= 2]
-        return [name for name in found if name in self.gradients]
-
-    def _inputs(self) -> dict[str, Tensor]:
-        """What each layer gets first, (features, values)."""
-        seen: dict[str, Tensor] = {}
-        layouts = Layouts(self.run.batch.samples)
-        hooks = [n.module.register_forward_pre_hook(_keeper(seen, n, layouts), with_kwargs=True) for n in self.layers]
-        try:
-            with buffers_kept(self.run.model):
-                self.run.value()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return seen
-
-    def _moved(self) -> Iterator[tuple[str, float, float]]:
-        """(layer, both parts of `shift.changed`): from the last layer to the first, ever more is as before the step."""
-        parameters = dict(self.run.model.named_parameters())
-        with _values_kept(list(parameters.values())):
-            places = [named.name for named in self.layers]
-            called = {id(p) for named in self.layers for _, p in own_parameters(named.module)}
-            self._set_back([name for name, p in parameters.items() if id(p) not in called], parameters)
-            back_from = len(places)
-            for named in reversed(self.chosen):
-                place = places.index(named.name)
-                for later in self.layers[place:back_from]:
-                    self._set_back([name for name, p in parameters.items() if _owns(later, p)], parameters)
-                back_from = place
-                wanted = {name: parameters[name] for name in self._weights(named)}
-                with buffers_kept(self.run.model):
-                    _, moved = self.run.gradients(wanted)
-                old = torch.cat([self.gradients[name].flatten() for name in moved]).double()
-                new = torch.cat([gradient.flatten() for gradient in moved.values()]).double()
-                change = shift.changed(old, new)
-                if change is not None:
-                    yield named.name, *change
-
-    @torch.no_grad()
-    def _set_back(self, names: Sequence[str], parameters: dict[str, nn.Parameter]) -> None:
-        for name in names:
-            parameters[name].copy_(self.before[name])
-
-
-def _owns(named: Named, parameter: nn.Parameter) -> bool:
-    return any(p is parameter for _, p in own_parameters(named.module))
-
-
-def _keeper(seen: dict[str, Tensor], named: Named, layouts: Layouts) -> Callable[..., None]:
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def inputs(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         x = next(tensors_in((*args, *kwargs.values())), None)
-        if x is None or named.name in seen or x.is_nested or not x.numel():
-            return
-        feature = layouts.of(module, named.role, x).feature
-        if feature is not None:
-            rows = by_axis(x.detach(), feature)
-            seen[named.name] = rows[:, :: -(-rows.shape[1] // VALUES)].clone()
+        if x is None or x.is_nested or not x.numel():
+            return None
+        feature = layouts.of(modules[name].module, modules[name].role, x).feature
+        if feature is None:
+            return None
+        rows = by_axis(x.detach(), feature)
+        return rows[:, :: -(-rows.shape[1] // VALUES)]
 
-    return keep
+    return shift.StepShift(
+        replay,
+        [[names[id(p)] for _, p in own_parameters(named.module)] for named in layers],
+        gradients,
+        {name: weights[name] for name in shift.evenly_spread(list(weights), SHIFT_LAYERS)},
+        {name: named.module for name, named in modules.items()},
+        inputs,
+    )
 
 
-@contextmanager
-def _values_kept(parameters: Sequence[Tensor]) -> Iterator[None]:
-    kept = [p.detach().clone() for p in parameters]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, kept, strict=True):
-                parameter.copy_(value)
+def _weights(named: Named, gradients: dict[str, Tensor]) -> list[str]:
+    """Names in the model of a layer's weight matrices that have a gradient."""
+    found = [f"{named.name}.{n}" if named.name else n for n, p in own_parameters(named.module) if p.dim() >= 2]
+    return [name for name in found if name in gradients]

@@ -14,13 +14,14 @@ from normwise.diagnosis.batches import Batch, Loss, scalar
 from normwise.diagnosis.cells import CellWatch
 from normwise.diagnosis.distributions import PART, SMALL_PART, Layout, Watched
 from normwise.diagnosis.errors import DiagnosisError
-from normwise.diagnosis.layers import Layouts, Named, layers_of, own_parameters, tensors_in, units_of
+from normwise.diagnosis.layers import Layouts, Named, layers_of, own_parameters, tensors_in
 from normwise.diagnosis.modes import count_nonfinite
 from normwise.diagnosis.norms import NormWatch
 from normwise.diagnosis.padding import Valid, counted, is_mask, valid_positions
 from normwise.diagnosis.records import NonFinite
 from normwise.diagnosis.recurrent import RecurrentWatch
-from normwise.diagnosis.units import UnitWatch
+from normwise.measure.gradients import squared_norm
+from normwise.measure.saturation import Saturation, is_saturated, nonlinearity_of
 
 
 class Seen:
@@ -31,8 +32,8 @@ class Seen:
         self.order: int | None = None
         self.calls = self.most_calls = 0
         self.input, self.output = Watched(part), Watched(part)
-        units = units_of(self.module)
-        self.units = None if units is None else UnitWatch(*units)
+        self.nonlinearity = nonlinearity_of(self.module)
+        self.saturation = Saturation()
         self.norm = NormWatch(self.module, was_training) if self.role == "norm" else None
         self.recurrent: RecurrentWatch | CellWatch | None = None
         if isinstance(self.module, RNNBase):
@@ -174,8 +175,8 @@ class Watch:
         layout = self._layout(seen, x)
         if not x.is_nested and not self.lean:
             seen.input.add(x, layout, counted(module, x, kwargs) if seen.norm is not None else None)
-        if seen.units is not None:
-            seen.units.add(x, layout)
+        if seen.nonlinearity is not None:
+            seen.saturation.add(is_saturated(x.detach(), seen.nonlinearity), layout.feature)
         if seen.norm is not None:
             seen.norm.add(x, kwargs, args, self.samples, self.valid, lean=self.lean)
             seen.norm.fed_by.append(self._producer(seen, x))
@@ -200,8 +201,7 @@ class Watch:
             self.produced[y.untyped_storage().data_ptr()] = Produced(y, seen.name, y._version)
 
     def _square(self, gradient: Tensor) -> float:
-        """The squared norm; in double, since that of a vanishing gradient would be 0, unless there is a hurry."""
-        return float(torch.linalg.vector_norm(gradient, dtype=None if self.lean else torch.float64)) ** 2
+        return squared_norm(gradient, fast=self.lean)
 
     def _counts(self) -> bool:
         """Whether this is a pass to look at, and not one in eval mode in the middle of somebody's training."""

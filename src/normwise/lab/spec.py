@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import normwise
+from normwise import measure
 from normwise.lab.errors import LabError, unknown
 from normwise.lab.strict_json import to_json
 from normwise.lab.tasks import load_task
@@ -19,7 +20,11 @@ from normwise.lab.tasks import load_task
 COMPUTES = ("run.py", "watch.py", "shift.py", "norms.py", "datasets.py", "idx.py", "tasks/base.py")
 """The lab's files that every run's numbers come from, besides those of its task; a test knows if one is missing."""
 
-LAB_REVISION = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in COMPUTES)).hexdigest()
+MEASURES = ("axes.py", "gradients.py", "saturation.py", "shift.py", "snapshot.py", "time_steps.py")
+"""The files of `normwise.measure` that these call, directly or not; a test knows if one is missing."""
+
+_FILES = [*(Path(__file__).parent / name for name in COMPUTES), *(Path(measure.__file__).parent / n for n in MEASURES)]
+LAB_REVISION = hashlib.sha256(b"".join(file.read_bytes() for file in _FILES)).hexdigest()
 """Changes with any of these files: a run that older code has stored is not taken for one of this code."""
 
 
@@ -39,7 +44,7 @@ class Spec:
 
         That is the spec; the task's hyperparameters and the sha256 of the file that defines it and of the modules
         that it imports from its own folder (`user_file.modules`; their place does not count, so a moved folder trains
-        nothing again), and of data of the user's; the sha256 of the lab's own files;
+        nothing again), and of data of the user's; the sha256 of the files that compute and measure every run;
         the versions of normwise and torch, since both compute; and a backend forced by NORMWISE_BACKEND, since
         backends round differently. The machine is left out: a store carried to another machine is still good, and
         runs there may differ by rounding.

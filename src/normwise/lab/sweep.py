@@ -125,11 +125,17 @@ def _run(key: str, spec: Spec, checkpoints: Path | None) -> Ran:
             checkpoint = None if checkpoints is None else checkpoint_of(key, checkpoints)
             return Ran(key, spec.key(), run(spec, checkpoint), this_machine())
         except Exception as error:
-            if not _can_travel(error):
-                raise RuntimeError(f"{type(error).__name__}: {error}") from error
-            raise
+            raised = error
         finally:
             torch.set_num_threads(threads)
+    if _can_travel(raised):
+        raise raised
+    # Not inside of `except`: what pickles an error's context as well, as Dask's workers do, would fail on that.
+    told = RuntimeError(f"{type(raised).__name__}: {raised}")
+    told.__cause__ = raised
+    if not _can_travel(told):
+        told.__cause__ = None
+    raise told
 
 
 def _can_travel(error: Exception) -> bool:

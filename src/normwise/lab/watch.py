@@ -12,23 +12,25 @@ from torch import Tensor, nn
 from normwise.lab.errors import LabError
 from normwise.lab.norms import NORM_LAYERS
 from normwise.lab.tasks import Batch, Task
+from normwise.measure.gradients import gradient_norm
+from normwise.measure.saturation import Saturation
+from normwise.measure.snapshot import dry_run
+from normwise.measure.time_steps import StepMeans
 
 PROBE_BATCHES = 25
 OVER_TIME_BATCHES = 12
-FEWEST_CASES = 5
 PERCENTILES = (15, 50, 85)
 
 
 @dataclass
 class Activity:
-    """Counts over the units seen, and the values of the watched pre-activation."""
+    """The saturation of the nonlinearities, and the values of the watched pre-activation."""
 
-    saturated: int = 0
-    units: int = 0
+    saturation: Saturation = field(default_factory=Saturation)
     watched: list[Tensor] = field(default_factory=list)
 
     def series(self) -> dict[str, float]:
-        out = {"saturated": self.saturated / self.units} if self.units else {}
+        out = {"saturated": self.saturation.share} if self.saturation.inputs else {}
         if self.watched:
             quantiles = torch.tensor([p / 100 for p in PERCENTILES])
             values = torch.quantile(torch.cat(self.watched).float(), quantiles).tolist()
@@ -42,9 +44,7 @@ def activity(model: nn.Module, task: Task) -> Iterator[Activity]:
     seen = Activity()
 
     def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0]
-        seen.saturated += int(task.saturated[type(module)](x).sum())
-        seen.units += x.numel()
+        seen.saturation.add(task.saturated[type(module)](args[0]))
 
     def keep(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         seen.watched.append(task.watch(args[0].detach()).flatten())
@@ -75,28 +75,12 @@ def weights(model: nn.Module) -> dict[str, nn.Parameter]:
 def gradient_norms(of: Mapping[str, nn.Parameter]) -> dict[str, float]:
     """The Euclidean norm of each weight's gradient, by name."""
     gradients = {name: weight.grad for name, weight in of.items() if weight.grad is not None}
-    return {f"gradient/{name}": float(gradient.norm()) for name, gradient in gradients.items()}
+    return {f"gradient/{name}": gradient_norm(gradient) for name, gradient in gradients.items()}
 
 
 def accuracy(scores: Tensor, targets: Tensor) -> float:
     """The share of cases whose highest score is their class."""
     return float((scores.argmax(dim=-1) == targets).double().mean())
-
-
-@contextmanager
-def unchanged(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """The model in train or eval mode while open; then its mode, its buffers and the random state are put back."""
-    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    before = model.training
-    model.train(training)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        model.train(before)
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(kept[name])
 
 
 class Probe:
@@ -125,9 +109,9 @@ class Probe:
         over the cases seen in both. The accuracies and losses of both modes are over these same cases.
         """
         task, shared = self.task, self.shared
-        with unchanged(model, training=True), activity(model, task) as seen:
+        with dry_run(model, training=True), activity(model, task) as seen:
             in_training = torch.cat([task.forward(model, part) for part in self.parts])
-        with unchanged(model, training=False):
+        with dry_run(model, training=False):
             in_eval = task.forward(model, shared)
             extra = task.series(model, shared)
         gap = (in_training.softmax(-1) - in_eval.softmax(-1)).abs().sum(-1).mean() / 2
@@ -149,7 +133,7 @@ class Probe:
         batches = self.parts[:OVER_TIME_BATCHES]
         together = self.batch.select(slice(0, sum(map(len, batches))))
         for mode, parts in (("train", batches), ("eval", [together])):
-            with unchanged(model, training=mode == "train"):
+            with dry_run(model, training=mode == "train"):
                 seen = [(self.task.over_time(model, part), part.lengths) for part in parts]
             for name in seen[0][0]:
                 found[f"{name}/{mode}"] = _over_cases([(squares[name], lengths) for squares, lengths in seen])
@@ -159,18 +143,14 @@ class Probe:
 def _over_cases(parts: Sequence[tuple[Tensor, Tensor | None]]) -> list[float]:
     """The root of the mean over the cases, at each time step, of squares (N, T), of which ``lengths`` count.
 
-    It ends where fewer than ``FEWEST_CASES`` go on: what one or two long sequences do is no mean.
+    It ends where too few cases go on (`StepMeans.steps`).
     """
-    longest = max(squares.shape[1] for squares, _ in parts)
-    total, cases = torch.zeros(longest, dtype=torch.float64), torch.zeros(longest, dtype=torch.int64)
+    means = StepMeans()
     for squares, lengths in parts:
-        steps = squares.shape[1]
-        ends = torch.full((len(squares),), steps) if lengths is None else lengths
-        valid = torch.arange(steps) < ends[:, None]
-        total[:steps] += torch.where(valid, squares, 0).sum(0)
-        cases[:steps] += valid.sum(0)
-    enough = cases >= min(FEWEST_CASES, int(cases[0]))
-    values: list[float] = (total / cases)[enough].sqrt().tolist()
+        cases, steps = squares.shape
+        ends = torch.full((cases,), steps) if lengths is None else lengths
+        means.add(squares.T, torch.arange(steps)[:, None] < ends)
+    values: list[float] = means.mean()[: means.steps()].sqrt().tolist()
     return values
 
 

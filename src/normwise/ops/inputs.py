@@ -45,6 +45,8 @@ def as_tensor(name: str, value: Any, what: str) -> Tensor:
     try:
         if hasattr(value, "__array_interface__"):
             value = value.copy()  # torch takes no array with negative strides, and warns of one that is read-only
+        elif isinstance(value, (list, tuple)) and any(hasattr(v, "__array_interface__") for v in value):
+            value = torch.stack([torch.as_tensor(v, device="cpu") for v in value])  # torch warns of a list of arrays
         # Not on a default device: the values are looked at.
         found = torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError):

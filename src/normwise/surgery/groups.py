@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normwise.measure.snapshot import modes_kept
 from normwise.surgery.report import Refusal
 
 # A mean of m values strays by 1/sqrt(m) deviations: a quarter of one at 16. Wu & He 2018, table 3, find groups of 16
@@ -89,15 +90,10 @@ def inputs_met(model: nn.Module, layers: Iterable[nn.Module], example: Any) -> d
             shape = torch.Size([*x.shape[:2], *(1 for _ in x.shape[2:])]) if ragged else x.shape
             met.setdefault(id(layer), []).append(shape)
 
-    modes = [(module, module.training) for module in model.modules()]
-    with ExitStack() as hooks, torch.no_grad():
+    with ExitStack() as hooks, modes_kept(model.modules()), torch.no_grad():
         for layer in layers:
             hooks.callback(layer.register_forward_pre_hook(look, with_kwargs=True).remove)
-        try:
-            for module, _ in modes:
-                module.training = False
-            model(*example if isinstance(example, tuple) else (example,))
-        finally:
-            for module, training in modes:
-                module.training = training
+        for module in model.modules():
+            module.training = False
+        model(*example if isinstance(example, tuple) else (example,))
     return met

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from normwise.backends.reference import Moments
+from normwise.measure.eager import run_eagerly
+from normwise.measure.snapshot import Values, modes_kept, state_of
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm
 from normwise.ops import distributed
 from normwise.surgery.batches import Forward, run
@@ -156,7 +157,7 @@ class _Run:
         self.model, self.batches, self.forward = model, batches, forward
         self.process_group, self.show = process_group, show
         self.done = 0
-        self.kept: list[tuple[Tensor, Tensor]] = []
+        self.state = Values([])  # of the layers, as it was
 
     def at_once(self, wanted: list[Layer]) -> dict[str, Pool]:
         """One pass in which all layers normalize by the batch's own statistics."""
@@ -171,7 +172,7 @@ class _Run:
             raise ValueError(
                 f"{error}\nrecalibrate: give larger batches, or exact=True, for which those of one sample will do"
             ) from error
-        self.put_back()
+        self.state.restore()
         self.share([pools[one.name] for one in wanted], wanted)
         return pools
 
@@ -232,25 +233,16 @@ class _Run:
     def restoring(self, wanted: list[Layer]) -> Iterator[None]:
         """The model in evaluation, without gradients or compiled code, which passes hooks by. Afterwards all modes are
         as they were; after an error so is every buffer of the layers."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.kept = [(buffer, buffer.clone()) for one in wanted for buffer in one.module.buffers()]
-        try:
-            for module, _ in modes:
-                module.training = False
-            with torch.no_grad(), _eagerly():
-                yield
-        except BaseException:
-            self.put_back()
-            raise
-        finally:
-            for module, training in modes:
-                module.training = training
-
-    def put_back(self) -> None:
-        """The layers' buffers as they were."""
-        with torch.no_grad():
-            for buffer, value in self.kept:
-                buffer.copy_(value)
+        self.state = Values(state_of(*(one.module for one in wanted)))
+        with modes_kept(self.model.modules()):
+            try:
+                for module in self.model.modules():
+                    module.training = False
+                with torch.no_grad(), run_eagerly():
+                    yield
+            except BaseException:
+                self.state.restore()
+                raise
 
 
 def _may_keep(layer: nn.Module) -> bool:
@@ -278,12 +270,3 @@ def _why_not(layer: nn.Module) -> str | None:
 def _on(found: Moments, layer: nn.Module) -> Moments:
     device = next(layer.buffers()).device
     return Moments(*(t.to(device) for t in found))
-
-
-@contextmanager
-def _eagerly() -> Iterator[None]:
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and loading the compiler takes a second
-        yield
-        return
-    with torch.compiler.set_stance("force_eager"):
-        yield

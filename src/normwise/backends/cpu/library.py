@@ -18,7 +18,7 @@ from torch import Tensor  # torch must be loaded before the library, see above
 
 ABI = 5
 NAME = {"Darwin": "libnormwise.dylib"}.get(platform.system(), "libnormwise.so")
-NOT_UPDATED = 3  # NW_NOT_MOVED: all was done but updating running averages
+STATS_NOT_UPDATED = 3  # NW_STATS_NOT_UPDATED: all was done but updating running averages
 ISA_LEVELS = ("avx512_amx", "avx512", "avx2", "baseline")
 OFF = "none"  # in place of a level: no kernels, as on a machine where they were not built
 CURE = "install a C++ compiler (g++ or clang++) and reinstall normwise with pip install --force-reinstall --no-deps"

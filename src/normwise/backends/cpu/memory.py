@@ -23,11 +23,20 @@ def parameter_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
-def vector(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A gain or bias as the kernels read it: contiguous, in their dtype."""
-    if t is None or (t.dtype is dtype and t.is_contiguous()):
-        return t
-    return t.to(dtype).contiguous()
+def vector(t: Tensor | None, dtype: torch.dtype, size: int) -> Tensor | None:
+    """A gain or bias as the kernels read it: `size` elements, contiguous, in their dtype."""
+    if t is None:
+        return None
+    if t.numel() != size:
+        raise ValueError(f"expected a vector of {size} elements, but got one of shape {tuple(t.shape)}")
+    return t if t.dtype is dtype and t.is_contiguous() else t.to(dtype).contiguous()
+
+
+def mask_bytes(mask: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A mask as contiguous bytes of this shape, to which it broadcasts."""
+    if mask.dtype is not torch.bool:
+        raise ValueError(f"expected a bool mask, but got one of {mask.dtype}")
+    return mask.expand(shape).contiguous()
 
 
 def of_parameter(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
@@ -46,10 +55,12 @@ def statistics(t: Tensor, count: int) -> Tensor:
 
 
 def laid_out_like(t: Tensor, x: Tensor) -> Tensor:
-    """`t` in the memory layout of `x`, which is dense."""
-    if t.stride() == x.stride() and t.dtype is x.dtype:
-        return t
-    return torch.empty_like(x).copy_(t)
+    """`t`, of the shape and dtype of `x`, in the memory layout of `x`, which is dense."""
+    if t.shape != x.shape or t.dtype is not x.dtype:
+        raise ValueError(
+            f"expected a tensor like the input, {tuple(x.shape)} of {x.dtype}, but got {tuple(t.shape)} of {t.dtype}"
+        )
+    return t if t.stride() == x.stride() else torch.empty_like(x).copy_(t)
 
 
 def dense(x: Tensor) -> tuple[Tensor, int]:

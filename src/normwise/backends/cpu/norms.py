@@ -5,13 +5,12 @@ On small tensors what Python does takes longer than a kernel, so that here littl
 
 from __future__ import annotations
 
-import struct
 from math import prod
 
 import torch
 from torch import Tensor
 
-from normwise.backends.cpu import library
+from normwise.backends.cpu import library, structs
 from normwise.backends.cpu.memory import (
     ACTS,
     CHANNELS_LAST,
@@ -19,6 +18,7 @@ from normwise.backends.cpu.memory import (
     address,
     dense,
     laid_out_like,
+    mask_bytes,
     of_parameter,
     parameter_dtype,
     statistics,
@@ -34,11 +34,19 @@ from normwise.backends.protocol import (
     accumulation_dtype,
 )
 
-# The argument structs of normwise.h: pointers, int64, double, int32, padding.
-ROWS_FORWARD, ROWS_BACKWARD = struct.Struct("@9P2qd4i"), struct.Struct("@11P2q4i")
-GROUPS_FORWARD, GROUPS_BACKWARD = struct.Struct("@8P4qd4i"), struct.Struct("@12P4q4i")
-CHANNELS_FORWARD, CHANNELS_BACKWARD = struct.Struct("@11P3q2d5i4x"), struct.Struct("@12P3q5i4x")
-STRUCTS = (ROWS_FORWARD, ROWS_BACKWARD, GROUPS_FORWARD, GROUPS_BACKWARD, CHANNELS_FORWARD, CHANNELS_BACKWARD)
+ROWS_FORWARD, ROWS_BACKWARD, GROUPS_FORWARD, GROUPS_BACKWARD, CHANNELS_FORWARD, CHANNELS_BACKWARD = STRUCTS = tuple(
+    map(
+        structs.packer,
+        (
+            structs.ROWS_FORWARD,
+            structs.ROWS_BACKWARD,
+            structs.GROUPS_FORWARD,
+            structs.GROUPS_BACKWARD,
+            structs.CHANNELS_FORWARD,
+            structs.CHANNELS_BACKWARD,
+        ),
+    )
+)
 
 _empty_like, _empty, _float64, _threads = torch.empty_like, torch.empty, torch.float64, torch.get_num_threads
 
@@ -86,7 +94,7 @@ def features_forward(
     rows = x.numel() // cols
     dtype = x.dtype
     wide = parameter_dtype(dtype)
-    gain, shift = vector(weight, wide), vector(bias, wide)
+    gain, shift = vector(weight, wide, cols), vector(bias, wide, cols)
     total = x
     if residual is not None:
         residual, total = laid_out_like(residual, x), _empty_like(x)
@@ -137,7 +145,7 @@ def features_backward(
     stats = statistics(stats, rows)
     dtype = total.dtype
     wide = parameter_dtype(dtype)
-    gain, shift = vector(weight, wide), vector(bias, wide)
+    gain, shift = vector(weight, wide, cols), vector(bias, wide, cols)
     dy = laid_out_like(dy, total)
     if dtotal is not None:
         dtotal = laid_out_like(dtotal, total)
@@ -188,7 +196,7 @@ def groups_forward(
     x, layout, batch, channels, positions = _channels_of(x)
     dtype = x.dtype
     wide = parameter_dtype(dtype)
-    gain, shift = vector(weight, wide), vector(bias, wide)
+    gain, shift = vector(weight, wide, channels), vector(bias, wide, channels)
     if residual is not None:
         residual = laid_out_like(residual, x)
     if mask is not None:
@@ -252,7 +260,7 @@ def groups_backward(
     x, layout, batch, channels, positions = _channels_of(total)
     dtype = x.dtype
     wide = parameter_dtype(dtype)
-    gain, shift = vector(weight, wide), vector(bias, wide)
+    gain, shift = vector(weight, wide, channels), vector(bias, wide, channels)
     dy = laid_out_like(dy, x)
     dresidual = None
     if residual is not None:
@@ -308,7 +316,7 @@ def channels_forward(
     x, layout, batch, channels, positions = _channels_of(x)
     dtype = x.dtype
     wide = parameter_dtype(dtype)
-    gain, shift = vector(weight, wide), vector(bias, wide)
+    gain, shift = vector(weight, wide, channels), vector(bias, wide, channels)
     if residual is not None:
         residual = laid_out_like(residual, x)
     if mask is not None:
@@ -341,7 +349,7 @@ def channels_forward(
             _threads(),
         )
     )
-    if status and status != library.NOT_UPDATED:
+    if status and status != library.STATS_NOT_UPDATED:
         library.raise_fault(status)
     return NormResult(y, x, stats, not status)
 
@@ -360,7 +368,7 @@ def channels_backward(
     x, layout, batch, channels, positions = _channels_of(total)
     dtype = x.dtype
     wide = parameter_dtype(dtype)
-    gain, shift = vector(weight, wide), vector(bias, wide)
+    gain, shift = vector(weight, wide, channels), vector(bias, wide, channels)
     dy = laid_out_like(dy, x)
     dresidual = None
     if residual is not None:
@@ -412,12 +420,12 @@ def _channels_of(x: Tensor) -> tuple[Tensor, int, int, int, int]:
 def _of_rows(config: NormConfig, mask: Tensor, x: Tensor) -> Tensor:
     """A mask of whole rows as one byte a row."""
     rows = x.shape[: x.dim() - config.axes]
-    return mask.expand(*rows, *(1,) * config.axes).contiguous()
+    return mask_bytes(mask, (*rows, *(1,) * config.axes))
 
 
 def _of_positions(mask: Tensor, x: Tensor) -> Tensor:
     """The mask of all channels of (N, C, ...) as one byte a sample and position."""
-    return mask.expand(x.shape[0], 1, *x.shape[2:]).contiguous()
+    return mask_bytes(mask, (x.shape[0], 1, *x.shape[2:]))
 
 
 FAMILIES = {

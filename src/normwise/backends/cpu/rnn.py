@@ -8,7 +8,6 @@ kept for the backward, in float32; results and gradients come in the dtype of wh
 from __future__ import annotations
 
 import ctypes
-import struct
 from collections.abc import Sequence
 from functools import cache
 from math import prod
@@ -17,16 +16,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from normwise.backends.cpu import library
+from normwise.backends.cpu import library, structs
 from normwise.backends.cpu.library import functions, raise_fault
 from normwise.backends.cpu.memory import DTYPES, address
 from normwise.backends.protocol import LayerKernel, LayerRequest, LayerResult, RecurrenceRequest
 from normwise.backends.recurrence import Recurrence, Weights
 
 # The argument structs of normwise.h: pointers, int64, double, int32.
-_RECURRENT = "19P5q2d14i"
-FORWARD, BACKWARD = struct.Struct("@" + _RECURRENT + "2P"), struct.Struct("@" + _RECURRENT + "13P")
-STRUCTS = (FORWARD, BACKWARD)
+FORWARD, BACKWARD = STRUCTS = tuple(map(structs.packer, (structs.RECURRENT_FORWARD, structs.RECURRENT_BACKWARD)))
+_RECURRENT = structs.packer(structs.RECURRENT)
 
 # The enums of normwise.h.
 _CELLS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
@@ -288,7 +286,7 @@ def saved_widths(config: Recurrence, inputs: int, units: int, dtype: torch.dtype
     """The columns of what a forward keeps, 0 for None, for inputs of `dtype`: `SAVED` without the output, and then the
     output where it is kept in float32 beside the rounded one."""
     nowhere, counts = [0] * 19, (0, 0, 0, inputs, units)
-    description = struct.pack("@" + _RECURRENT, *nowhere, *counts, *_settings(config, False), 1, DTYPES[dtype])
+    description = _RECURRENT.pack(*nowhere, *counts, *_settings(config, False), 1, DTYPES[dtype])
     widths = (ctypes.c_int64 * 4)()
     function = library.library().nw_recurrent_saves
     function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_void_p], ctypes.c_int

@@ -18,13 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from normwise.lab.errors import LabError
+from normwise.measure.saturation import NONLINEARITIES, is_saturated
 
-# Where a nonlinearity's slope has all but vanished: sigmoid'(6) = 0.0025; tanh(x) = 2 sigmoid(2x) - 1, so |x| > 3
-# is the same place; a ReLU passes no gradient below 0.
 SATURATED: Mapping[type[nn.Module], Callable[[Tensor], Tensor]] = {
-    nn.Sigmoid: lambda x: x.abs() > 6,
-    nn.Tanh: lambda x: x.abs() > 3,
-    nn.ReLU: lambda x: x <= 0,
+    kind: functools.partial(is_saturated, nonlinearity=name) for kind, name in NONLINEARITIES.items()
 }
 
 

@@ -15,6 +15,7 @@ from normwise.backends.reference.recurrence import Step, recurrence
 from normwise.lab.norms import recurrent_norm
 from normwise.lab.tasks.base import Batch, Task
 from normwise.lab.tasks.vowels import COEFFICIENTS, SPEAKERS, Vowels
+from normwise.measure.time_steps import summed_inputs
 from normwise.nn.recurrent_parameters import running_of, weights_of
 
 
@@ -93,9 +94,8 @@ def over_steps(task: Task, model: LastState, batch: Batch) -> dict[str, Tensor]:
         gradients = torch.stack(torch.autograd.grad(loss, states))
     before = torch.stack([start, *states[:-1]])
     sums = F.linear(x, weights.weight_ih) + F.linear(before, weights.weight_hh)
-    summed = torch.stack([step.summed for step in tape if step.summed is not None])
     return {
         "unnormalized": sums.detach().square().mean(-1).T,
-        "summed": summed.detach().square().mean(-1).T,
+        "summed": summed_inputs(tape).square().mean(-1).T,
         "gradient": gradients.square().sum(-1).T,
     }
