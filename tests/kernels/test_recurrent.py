@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from instruction_sets import USABLE
 from normwise.backends.cpu import rnn as kernels
 from normwise.backends.cpu.library import load
-from normwise.backends.protocol import Layout
+from normwise.backends.protocol import LayerRequest, Layout
+from normwise.backends.recurrence import Weights
+from recurrences import random_weights
 from recurrent_samples import CONFIGS, FEW_UNITS, Sample, check, error
 
 Size = tuple[int, int, int, int]  # T, B, I, H
@@ -94,6 +96,28 @@ def test_outputs_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> N
     one = sample.by_kernel(1)[:3]
     for threads in (2, 3, 4):
         assert all(torch.equal(a, b) for a, b in zip(one, sample.by_kernel(threads)[:3], strict=True))
+
+
+@pytest.mark.parametrize("name", ["lstm ba2016", "lstm unnormalized"])
+def test_threads_do_not_write_where_another_still_reads(name: str) -> None:
+    """Without a gradient the summed inputs of one chunk of steps take the place of those of the chunk before. Where the
+    sequences that still run are an odd number, rows of another thread lay there. Of 60 such calls of two threads more
+    than 30 were wrong without a barrier between chunks; 40 that are all right by luck are less than one in 1e12."""
+    config, (steps, batch, inputs, units) = CONFIGS[name], (40, 32, 16, 128)
+    weights = Weights(**{key: w.float() for key, w in random_weights(config.shapes(inputs, units)).items()})
+    layout = Layout(steps, batch, torch.tensor([batch] * 3 + [batch - 1] * (steps - 3)))
+    state = torch.randn(batch, units)
+    rows = torch.randn(int(layout.batch_sizes.sum()), inputs)
+    c0 = state if config.cell == "lstm" else None
+    request = LayerRequest(config, rows, state, c0, weights, layout)
+    before, outputs = torch.get_num_threads(), []
+    try:
+        for threads in (1, *[2] * 40, *[3] * 10):
+            torch.set_num_threads(threads)
+            outputs.append(kernels.forward(request, False).output)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
 
 
 # One step of many samples, and a few steps of few.

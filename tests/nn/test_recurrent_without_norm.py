@@ -191,3 +191,20 @@ def test_forget_bias_without_a_norm():
     assert (layer.bias_ih_l0[HIDDEN : 2 * HIDDEN] == 1.5).all()
     assert (layer.bias_hh_l0[HIDDEN : 2 * HIDDEN] == 0).all()
     assert layer(torch.randn(T, B, INPUT))[0].shape == (T, B, HIDDEN)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("ours", "theirs"), PAIRS)
+def test_autocast_does_what_it_does_to_torchs_layer_or_works_where_that_fails(ours, theirs, dtype):
+    a, b = twins(ours, theirs, {})
+    x = torch.randn(T, B, INPUT)
+    exact, _ = a(x)
+    with torch.autocast("cpu", dtype):
+        output, _ = a(x)
+        try:
+            expected, _ = b(x)
+        except RuntimeError:  # oneDNN has no LSTM in float16
+            expected = exact.to(dtype)
+    assert output.dtype == expected.dtype
+    torch.testing.assert_close(output.float(), exact, rtol=0, atol=0.02)
+    output.float().sum().backward()

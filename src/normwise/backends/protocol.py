@@ -179,6 +179,8 @@ class RecurrenceRequest(NamedTuple):
         dropout: probability of an element to be zeroed between layers, in training.
         training: dropout and zoneout draw.
         is_cell: the one step of a cell, for which torch has kernels of its own.
+        autocast: the dtype in which torch.autocast wants matrices multiplied: x, states and matrices come to layers in
+            it. torch's own kernels see to it themselves.
     """
 
     config: Recurrence
@@ -194,6 +196,7 @@ class RecurrenceRequest(NamedTuple):
     dropout: float = 0.0
     training: bool = False
     is_cell: bool = False
+    autocast: torch.dtype | None = None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:

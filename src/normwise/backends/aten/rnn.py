@@ -45,6 +45,8 @@ def supports_stack(request: RecurrenceRequest) -> str | None:
         return "torch's own layers have no norm inside, no zoneout, and one kind of GRU"
     if request.resets[0] is not None:
         return "torch's own layers take no reset"
+    if request.autocast is torch.float16 and request.config.cell == "lstm" and request.x.device.type == "cpu":
+        return "torch's own LSTM fails under autocast to float16 on the CPU"
     if request.layout.batch_sizes is not None and request.layout.steps == 0:
         return "torch's own layers take no batch without a step"
     return None
@@ -69,7 +71,7 @@ CELLS_OF_TORCH: dict[str, Callable[..., Any]] = {
 
 def stack(request: RecurrenceRequest) -> RecurrenceResult:
     """All layers and directions by torch's own kernel."""
-    config, x, h0, c0, weights, layout, *_, bidirectional, dropout, training, is_cell = request
+    config, x, h0, c0, weights, layout, *_, bidirectional, dropout, training, is_cell, _ = request
     if is_cell:
         return _cell(request)
     flat = [w for layer in weights for w in layer if w is not None]

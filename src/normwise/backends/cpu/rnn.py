@@ -42,7 +42,7 @@ _WIDE = torch.float32
 
 def supports(request: RecurrenceRequest) -> str | None:
     """What the kernels cannot do; that there are no kernels here is the last reason to be named."""
-    config, x = request.config, request.x
+    config, dtype = request.config, request.autocast or request.x.dtype
     if config.norm == "batch":
         return "the C++ kernels take no batch statistics inside a recurrence"
     if config.norm is not None and config.norm_placement == "input":
@@ -54,16 +54,19 @@ def supports(request: RecurrenceRequest) -> str | None:
             return "the C++ kernels take no projection"
         if 0 in (weights.weight_ih.shape[-1], weights.weight_hh.shape[-1]):
             return "the C++ kernels have at least one input and one unit"
-        if not _known_dtypes(x, weights):
-            dtypes = sorted({str(t.dtype) for t in (x, *weights) if t is not None})
+        if not _known_dtypes(dtype, weights, request.autocast is not None):
+            dtypes = sorted({str(dtype), *(str(w.dtype) for w in weights if w is not None)})
             return f"the recurrent C++ kernels take float32 or bfloat16, not {', '.join(dtypes)}"
     return library.missing()
 
 
-def _known_dtypes(x: Tensor, weights: Weights) -> bool:
+def _known_dtypes(dtype: torch.dtype, weights: Weights, autocast: bool) -> bool:
     """All float32; or bfloat16, where gains and biases may be float32, as under autocast."""
-    dtype = x.dtype
-    if dtype not in (torch.float32, torch.bfloat16) or not weights.weight_ih.dtype == weights.weight_hh.dtype == dtype:
+    if dtype is not torch.float32 and dtype is not torch.bfloat16:
+        return False
+    if autocast:
+        return all(w is None or w.dtype in (dtype, torch.float32) for w in weights[2:])
+    if not weights.weight_ih.dtype == weights.weight_hh.dtype == dtype:
         return False
     return all(w is None or w.dtype == dtype or w.dtype == torch.float32 for w in weights)
 

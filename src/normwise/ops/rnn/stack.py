@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -204,6 +204,7 @@ def _request(
         layers.dropout,
         layers.training,
         is_cell,
+        _autocast_dtype(x),
     )
 
 
@@ -221,21 +222,21 @@ def _finals(
 
 def run(request: RecurrenceRequest, returns_copy: bool = False) -> RecurrenceResult:
     """A stack by the backend that `resolve` names; `returns_copy` as in `autograd.RecurrentLayer`."""
-    cast, autocast = _cast_for_autocast(request)
-    backend, _ = resolve(cast, "recurrence")
+    backend, _ = resolve(request, "recurrence")
     whole = backend.recurrence.kernels.get("stack")
     if whole is not None and whole.supports(request) is None and not is_transforming():
-        # torch's own kernels know autocast.
         if torch.compiler.is_compiling() and not request.is_cell:
             return _run_as_it_is(whole.forward, request)  # type: ignore[no-any-return]
         return whole.forward(request)  # type: ignore[no-any-return]
     kernel = backend.recurrence.kernels["layer"]
-    config, x, h0, c0, weights, layout, resets, running, start_step, bidirectional, dropout, training, _ = cast
+    config, x, h0, c0, weights, layout, resets, running, start_step, bidirectional, dropout, training, _, dtype = _cast(
+        request
+    )
     for of_layer in weights:
         inputs.beside(x, **of_layer._asdict())
     directions = 2 if bidirectional else 1
     results: list[LayerResult] = []
-    with autocast:
+    with nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False):
         for n, of_layer in enumerate(weights):
             reverse = n % directions == 1
             if n and not reverse:
@@ -317,19 +318,25 @@ def _enough_samples(given: packed.Sequences, config: Recurrence) -> None:
     )
 
 
-def _cast_for_autocast(request: RecurrenceRequest) -> tuple[RecurrenceRequest, AbstractContextManager[None]]:
-    """Under autocast all in its dtype, as torch's own layers do; norms and states stay in float32 inside the loop."""
-    x, kind = request.x, request.x.device.type
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for; None outside of it, and for float64."""
+    kind = x.device.type
     if not _has_autocast(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return request, nullcontext()
-    dtype = torch.get_autocast_dtype(kind)
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _cast(request: RecurrenceRequest) -> RecurrenceRequest:
+    """Under autocast all in its dtype, as torch's own layers do; norms and states stay in float32 inside the loop."""
+    dtype = request.autocast
+    if dtype is None:
+        return request
     matrices = ("weight_ih", "weight_hh", "weight_hr")
     weights = tuple(
         w._replace(**{m: v.to(dtype) for m in matrices if (v := getattr(w, m)) is not None}) for w in request.weights
     )
     c0 = None if request.c0 is None else request.c0.to(dtype)
-    cast = request._replace(x=x.to(dtype), h0=request.h0.to(dtype), c0=c0, weights=weights)
-    return cast, torch.autocast(kind, enabled=False)
+    return request._replace(x=request.x.to(dtype), h0=request.h0.to(dtype), c0=c0, weights=weights)
 
 
 @constant_while_compiling
