@@ -12,8 +12,6 @@ from torch import nn
 import normwise
 from backends import ran, using
 from normwise.backends.cpu import library
-from normwise.ops import dispatch as choose
-from normwise.ops import plain
 
 needs_kernels = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 
@@ -27,7 +25,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["kernels", "cpu", "no kernels", "torch", "reference"])
+@pytest.mark.parametrize("backend", ["kernels", "cpu", "no kernels", "aten", "reference"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_each_backend_can_be_had(name: str, backend: str) -> None:
     with using(backend):
@@ -36,16 +34,11 @@ def test_each_backend_can_be_had(name: str, backend: str) -> None:
 
 @needs_kernels
 def test_another_backend_than_the_named_one_is_an_error() -> None:
-    """As when the plain calls of the norms went past the switch that "no kernels" was."""
     layer, x = normwise.BatchNorm1d(8), torch.randn(4, 8)
     with mock.patch("backends._switched_to", return_value=nullcontext()):
-        for named in ("no kernels", "torch", "reference"):
+        for named in ("no kernels", "aten", "reference"):
             with pytest.raises(AssertionError, match=f"asked for {named!r}, but cpu ran"), using(named):
                 layer(x)
-    with mock.patch.object(plain, "plain", return_value=False), mock.patch.object(choose, "_cpu_obstacle") as obstacle:
-        obstacle.return_value = "none here"
-        with pytest.raises(AssertionError, match="asked for 'compiled', but torch ran"), using("kernels"):
-            normwise.LayerNorm(8)(x)
 
 
 def test_a_block_in_which_nothing_is_computed_names_no_backend() -> None:

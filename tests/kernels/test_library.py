@@ -6,6 +6,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,13 +31,19 @@ def no_level_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NORMWISE_ISA", raising=False)
 
 
+TESTS = str(Path(__file__).parents[1])
+
 needs_library = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 
 
 def python(code: str, **environment: str) -> str:
     """What a fresh interpreter prints."""
     done = subprocess.run(
-        [sys.executable, "-c", code], text=True, capture_output=True, env={**os.environ, **environment}, timeout=120
+        [sys.executable, "-c", code],
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": TESTS, **environment},
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -69,7 +76,7 @@ def test_a_missing_library_is_told_with_its_cure(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_library_that_does_not_load_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "NAME", "cpu.py")
+    monkeypatch.setattr(library, "NAME", "memory.py")
     assert "does not load here" in library.load.__wrapped__().why_not
 
 
@@ -176,8 +183,9 @@ def test_results_do_not_depend_on_threads() -> None:
             found += [y, stats, *channels_backward(grad, layout, stats, weight[:c], bias[:c], True)[:3]]
         y, stats = groups_forward(x, 4, weight, bias, 1e-5)
         found += [y, stats, *groups_backward(dy, x, stats, 4, weight, bias)[:3]]
-        by_rows = rows_forward(x, 41, None, None, 1e-5)
-        found += [by_rows.y, *rows_backward(dy, x, by_rows.stats, 41, torch.ones(41), torch.zeros(41))]
+        flat, flat_dy = x.view(-1, 41), dy.view(-1, 41)
+        by_rows = rows_forward(flat, 41, None, None, 1e-5)
+        found += [by_rows.y, *rows_backward(flat_dy, flat, by_rows.stats, 41, torch.ones(41), torch.zeros(41))]
         return found
 
     torch.set_num_threads(1)
@@ -219,7 +227,7 @@ def test_a_thousand_calls_leave_memory_flat() -> None:
         "    channels_backward(y, x, stats, w, w, True, **more)\n"
         "    y, stats = groups_forward(x, 4, w, w, 1e-5, **more); groups_backward(y, x, stats, 4, w, w, **more)\n"
         "  for x in x, half:\n"
-        "    r = rows_forward(x, 300, None, None, 1e-5, residual=x)\n"
+        "    x = x.reshape(-1, 300); r = rows_forward(x, 300, None, None, 1e-5, residual=x)\n"
         "    rows_backward(r.y, r.sum, r.stats, 300, None, None)\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "[step() for _ in range(100)]; before = peak(); [step() for _ in range(1000)]; print(peak() - before)"

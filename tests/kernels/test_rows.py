@@ -105,7 +105,7 @@ def test_bfloat16_rounds_to_nearest_even_and_keeps_nan(isa: str) -> None:
     [
         (lambda x: rows_forward(x, 6, torch.ones(5), None, EPS), "6 elements"),
         (lambda x: rows_forward(x, 6, None, None, EPS, residual=x.double()), "like the input"),
-        (lambda x: rows_forward(x, 6, None, None, EPS, mask=torch.ones(4)), "bool mask of 4"),
+        (lambda x: rows_forward(x, 6, None, None, EPS, mask=torch.ones(4)), "expected a bool mask"),
     ],
 )
 def test_wrong_arguments_are_named(call, message: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import normwise
-from normwise.backends.cpu import library, rows
+from normwise.backends.cpu import library, norms
 
 # Above the size from which kernels ask for more than one thread.
 SAMPLES = {
@@ -74,8 +74,8 @@ def test_python_threads_run_while_a_kernel_does() -> None:
     """Nobody may take the GIL away here, so others run only where it is let go: in between, by the kernel alone."""
     x, stats = torch.randn(2, 64, 1 << 16), torch.empty(2, 64, dtype=torch.float64)
     pointers = x[0].data_ptr(), *[0] * 5, x[1].data_ptr(), *(t.data_ptr() for t in stats)
-    arguments = rows.STRUCTS[0].pack(*pointers, 64, 1 << 16, 1e-5, 0, 1, 0, 1)
-    call = library.kernel("nw_rows_forward")
+    arguments = norms.ROWS_FORWARD.pack(*pointers, 64, 1 << 16, 1e-5, 0, 1, 0, 1)
+    call = library.functions.nw_rows_forward
     call(arguments)
     ran, done = [0], threading.Event()
 

@@ -180,7 +180,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], torch.Tensor, dict[str, Any], type
     "residual that is no tensor": (
         lambda: normwise.LayerNorm(5),
         x3,
-        {"residual": pack_sequence([x2])},
+        {"add": pack_sequence([x2])},
         TypeError,
         "must be a tensor like the input, but got PackedSequence",
     ),
@@ -240,7 +240,7 @@ def test_ragged_inputs_state_their_own_lengths() -> None:
     with pytest.raises(ValueError, match="PackedSequence: it states its own lengths"):
         normwise.LayerNorm(6)(packed, lengths=torch.tensor([4, 2]))
     with pytest.raises(TypeError, match="residual must be a PackedSequence with the same lengths"):
-        normwise.LayerNorm(6)(packed, residual=pack_sequence([x2, x2[:3]]))
+        normwise.LayerNorm(6)(packed, add=pack_sequence([x2, x2[:3]]))
     with pytest.raises(ValueError, match="dim=1 needs a padded tensor"):
         normwise.RMSNorm(6, dim=1)(packed)
     with pytest.raises(ValueError, match="BatchNorm1d does"):

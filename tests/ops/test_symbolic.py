@@ -131,7 +131,7 @@ def test_functions_are_nodes() -> None:
             f.instance_norm(x, weight=gain, mask=mask),
             f.group_norm(x, 2, gain, mask=mask, residual=x),
             f.layer_norm(x, (4,), gain, dim=1, mask=mask),
-            f.rms_norm(x, (4,), gain, dim=1, residual=x)[0],
+            f.rms_norm(x, (4,), gain, dim=1, add=x)[0],
         ]
 
     arguments = torch.randn(3, 4, 5), torch.rand(3, 5) < 0.8, torch.randn(4)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Proxy
 
 
@@ -62,6 +62,8 @@ def _given(arguments: dict[str, Any]) -> dict[str, Any]:
 
 def _proxy(arguments: tuple[Any, ...]) -> Proxy | None:
     for argument in arguments:
+        if argument is None or type(argument) is Tensor:
+            continue
         if isinstance(argument, Proxy):
             return argument
         if isinstance(argument, (tuple, list)) and (found := _proxy(tuple(argument))) is not None:

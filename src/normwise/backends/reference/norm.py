@@ -46,12 +46,27 @@ def norm(
     normalized, scale, used = _standardize(x, dims, mask, mean, var, eps, center)
     y = normalized * scale
     if weight is not None:
-        y = y * weight
+        y = y * _by_sample(weight, y)
     if bias is not None:
-        y = y + bias
+        y = y + _by_sample(bias, y)
     if mask is not None:
         y = y.masked_fill(~mask, 0)
     return y.to(x.dtype), used
+
+
+def _by_sample(parameter: Tensor, y: Tensor) -> Tensor:
+    """`parameter` spread over the samples by itself, so that its gradient is summed over them by itself: torch.sum adds
+    in pairs along one axis, but not along two that are apart."""
+    if parameter.dim() < y.dim() or parameter.shape[0] != 1:
+        return parameter
+    return parameter.expand(y.shape[0], *(-1,) * (y.dim() - 1))
+
+
+def _summed(t: Tensor, shape: torch.Size) -> Tensor:
+    """`t.sum_to_size(shape)`, over the samples last, for the reason that `_by_sample` gives."""
+    if len(shape) < t.dim() or shape[0] != 1:
+        return t.sum_to_size(shape)
+    return t.sum_to_size(t.shape[0], *shape[1:]).sum_to_size(shape)
 
 
 def norm_backward(
@@ -93,8 +108,8 @@ def norm_backward(
     dx = dx * scale
     if mask is not None:
         dx = dx.masked_fill(~mask, 0)
-    dweight = None if weight is None else (grad * z).sum_to_size(weight.shape).to(weight.dtype)
-    dbias = None if bias is None else grad.sum_to_size(bias.shape).to(bias.dtype)
+    dweight = None if weight is None else _summed(grad * z, weight.shape).to(weight.dtype)
+    dbias = None if bias is None else _summed(grad, bias.shape).to(bias.dtype)
     return dx.to(x.dtype), dweight, dbias
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.protocol import NormConfig, NormRequest
-from normwise.ops import inputs, ragged
+from normwise.ops import inputs, ragged, symbolic
 from normwise.ops.dispatch import jit_traces
 from normwise.ops.norm import running_stats
 from normwise.ops.norm.ghost_batch_norm import ghost_batch_norm
@@ -67,6 +67,23 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2.
     """
+    if symbolic.is_traced(input, weight, mask, lengths, residual):
+        return symbolic.call_function(  # type: ignore[no-any-return]
+            batch_norm,
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            mask=mask,
+            lengths=lengths,
+            act=act,
+            residual=residual,
+            process_group=process_group,
+        )
     return batch_norm_with_stats(
         input,
         running_mean,

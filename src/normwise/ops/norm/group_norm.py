@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
 from normwise.backends.protocol import NormConfig, NormRequest
-from normwise.ops import inputs, ragged
+from normwise.ops import inputs, ragged, symbolic
 from normwise.ops.norm.run import run
 
 
@@ -68,6 +68,10 @@ def group_norm_of(
     num_channels: int | None = None,
 ) -> Any:
     """`group_norm` of an input that must have `num_channels` channels, if that is given."""
+    if symbolic.is_traced(input, weight, mask, lengths, residual):
+        return symbolic.call_function(
+            group_norm, input, num_groups, weight, bias, eps, mask=mask, lengths=lengths, act=act, residual=residual
+        )
     if ragged.is_ragged(input):
         sequences = partial(
             group_norm_of,

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
 from normwise.backends.protocol import NormConfig, NormRequest
-from normwise.ops import inputs, ragged
+from normwise.ops import inputs, ragged, symbolic
 from normwise.ops.norm import running_stats
 from normwise.ops.norm.run import run
 
@@ -57,6 +57,22 @@ def instance_norm(
 
     Source: Ulyanov, Vedaldi & Lempitsky 2016, eq. 2.
     """
+    if symbolic.is_traced(input, weight, mask, lengths, residual):
+        return symbolic.call_function(
+            instance_norm,
+            input,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            use_input_stats,
+            momentum,
+            eps,
+            mask=mask,
+            lengths=lengths,
+            act=act,
+            residual=residual,
+        )
     return instance_norm_of(
         input,
         running_mean,

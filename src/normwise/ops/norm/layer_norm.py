@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
 from normwise.backends.protocol import Moments, NormConfig, NormRequest, accumulation_dtype
-from normwise.ops import distributed, inputs, ragged
+from normwise.ops import distributed, inputs, ragged, symbolic
 from normwise.ops.distributed_norm import distributed_norm
 from normwise.ops.norm.run import run
 
@@ -62,6 +62,21 @@ def layer_norm(
 
     Source: Ba, Kiros & Hinton 2016, eq. 3 and 4.
     """
+    if symbolic.is_traced(input, weight, mask, lengths, add):
+        return symbolic.call_function(
+            layer_norm,
+            input,
+            normalized_shape,
+            weight,
+            bias,
+            eps,
+            dim=dim,
+            mask=mask,
+            lengths=lengths,
+            act=act,
+            add=add,
+            process_group=process_group,
+        )
     config = NormConfig("layer_norm", "features", eps, act, len(normalized_shape))
     return _feature_norm(config, input, normalized_shape, weight, bias, dim, mask, lengths, add, process_group)
 
@@ -86,6 +101,20 @@ def rms_norm(
 
     Source: Zhang & Sennrich 2019, eq. 4.
     """
+    if symbolic.is_traced(input, weight, mask, lengths, add):
+        return symbolic.call_function(
+            rms_norm,
+            input,
+            normalized_shape,
+            weight,
+            eps,
+            dim=dim,
+            mask=mask,
+            lengths=lengths,
+            act=act,
+            add=add,
+            process_group=process_group,
+        )
     if eps is None:
         dtype = inputs.tensor("rms_norm", input.data if isinstance(input, PackedSequence) else input).dtype
         eps = _FLOAT64_EPS if accumulation_dtype(dtype) is torch.float64 else _FLOAT32_EPS
