@@ -98,7 +98,7 @@ def _add_relu(layer: nn.Module, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _pair(layer: nn.Module, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    return layer(inputs[0], residual=inputs[1])  # type: ignore[no-any-return]
+    return layer(inputs[0], add=inputs[1])  # type: ignore[no-any-return]
 
 
 def _add_norm(layer: nn.Module, inputs: Sequence[Tensor]) -> Sequence[Tensor]:

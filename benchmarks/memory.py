@@ -105,7 +105,7 @@ def norms() -> Iterator[Memory]:
     yield _layers(f"LayerNorm {rows}", ours, theirs, x, tensors=1)
     yield _layers(
         f"residual add + LayerNorm {rows}",
-        lambda x: ours(x, residual=other),
+        lambda x: ours(x, add=other),
         lambda x: (theirs(s := x + other), s),
         x,
         tensors=1,

@@ -70,7 +70,7 @@ def test_norms_of_features_keep_one_tensor_with_residual_or_without(kind: type[n
     layer = kind(ROWS[1], act=act)
     x, residual = torch.randn(ROWS, requires_grad=True), torch.randn(ROWS, requires_grad=True)
     assert tensors_kept(layer, layer, x) == pytest.approx(1, rel=0.02)
-    assert tensors_kept(layer, lambda x: layer(x, residual=residual), x) == pytest.approx(1, rel=0.02)
+    assert tensors_kept(layer, lambda x: layer(x, add=residual), x) == pytest.approx(1, rel=0.02)
 
 
 @NEEDS_KERNELS

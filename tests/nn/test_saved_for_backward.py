@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normwise
 from backends import without_kernels
-from norm_cases import CASES, Case, randomize
+from norm_cases import CASES, Case, added, randomize
 from tolerances import assert_close
 
 SIDE_BY_SIDE = [
@@ -93,7 +93,7 @@ def test_the_values_of_a_bias_are_not_kept() -> None:
     """They count for an activation alone: without one, torch.nn's layer lets an optimizer change them."""
     for layer in (normwise.BatchNorm2d(4), normwise.GroupNorm(2, 4)):
         x, residual = (torch.randn(3, 4, 5, 6, requires_grad=True) for _ in range(2))
-        y = layer(x, residual=residual)
+        y = layer(x, **added(layer, residual))
         with torch.no_grad():
             layer.bias.add_(1)
         y.sum().backward()
@@ -180,6 +180,8 @@ def test_hooks_may_give_back_other_memory(case: Case, kind: str, way: str) -> No
 @each
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_recomputes_it(case: Case, reentrant: bool) -> None:
+    if case.name == "BatchRenorm1d":
+        pytest.skip("refused: its recomputation would see running averages that have moved")
     layer = randomize(case.ours())
     twin = copy.deepcopy(layer)
     x, dy = torch.randn(case.shape, requires_grad=True), torch.randn(case.shape)
@@ -215,7 +217,7 @@ def test_batches_of_gradients_of_masked_layers(name: str) -> None:
         "LayerNorm": lambda: normwise.LayerNorm(4, act="silu", dim=1),
     }[name]()
     x, residual = (torch.randn(5, 4, 6, requires_grad=True) for _ in range(2))
-    y = layer(x, mask=torch.rand(5, 6) < 0.7, residual=residual)
+    y = layer(x, mask=torch.rand(5, 6) < 0.7, **added(layer, residual))
     outputs = list(y) if isinstance(y, tuple) else [y]
     dy = [torch.randn(3, *x.shape) for _ in outputs]
     found = torch.autograd.grad(outputs, [x, residual], dy, is_grads_batched=True, retain_graph=True)

@@ -89,3 +89,7 @@ def without_fake_tensors() -> AbstractContextManager[Any]:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     return unset_fake_temporarily()
+
+
+# What takes a node's place in an export to a format that has no such node.
+register_decomposition = torch._decomp.register_decomposition

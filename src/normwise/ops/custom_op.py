@@ -19,7 +19,7 @@ from normwise.backends.cpu import rnn as cpu_rnn
 from normwise.backends.protocol import LayerRequest, LayerResult, Layout
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.reference import Moments, accumulation_dtype
-from normwise.ops._torch_internals import without_fake_tensors
+from normwise.ops._torch_internals import register_decomposition, without_fake_tensors
 from normwise.ops.autograd import DIFFERENTIABLE
 from normwise.ops.rnn import packed
 from normwise.ops.rnn.packed import Sequences
@@ -59,7 +59,7 @@ def _norm(
     return y.clone() if y is x else y, moments.mean.clone(), moments.var.clone(), moments.count.clone()
 
 
-@torch._decomp.register_decomposition(torch.ops.normwise.norm.default)
+@register_decomposition(torch.ops.normwise.norm.default)
 def _(*args: Any) -> tuple[Tensor, ...]:
     """What takes the node's place in an export to a format that has no such node, as ONNX: a LayerNorm of moved axes
     where it is one, which such formats have, otherwise the formula."""

@@ -44,7 +44,7 @@ def supports(request: NormRequest) -> str | None:
 def shortcoming(request: NormRequest, may_look: bool) -> str | None:
     """Where ATen would do the job, but less well than promised."""
     config, x, _, _, _, _, running_mean, running_var, _ = request
-    if config.op == "instance_norm" and config.batch_statistics and running_mean is not None:
+    if may_look and config.op == "instance_norm" and config.batch_statistics and running_mean is not None:
         return "ATen moves running averages to NaN by a sample that is not finite"
     if _without_features(config, x) or (config.op == "group_norm" and x.numel() == 0):
         return "some of ATen's kernels fail, or give NaN gradients, without an element"

@@ -56,8 +56,8 @@ def supports(request: NormRequest) -> str | None:
     config, x, residual, _, _, mask, running_mean, running_var, _ = request
     if x.dtype not in DTYPES:
         return f"the C++ kernels take float32, bfloat16 and float64, not {x.dtype}"
-    if x.numel() == 0:
-        return "the C++ kernels take no empty input"
+    if x.numel() == 0 and 0 in (x.shape[x.dim() - config.axes :] if config.family == "features" else x.shape[1:2]):
+        return "the C++ kernels take no input without a feature"
     if residual is not None and residual.dtype is not x.dtype:
         return f"the C++ kernels do not mix an input of {x.dtype} with a residual of {residual.dtype}"
     if mask is not None:

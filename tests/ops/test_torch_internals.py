@@ -1,0 +1,86 @@
+"""What each private name of torch is used for: if one of these tests fails, that use has lost its ground."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from normwise.ops import _torch_internals as internals
+
+
+def test_transforms_are_seen_while_they_run() -> None:
+    seen = []
+    torch.vmap(lambda x: (seen.append(internals.transforms_active()), x)[1])(torch.ones(2))
+    assert seen == [True]
+    assert not internals.transforms_active()
+
+
+def test_dispatch_modes_are_counted() -> None:
+    seen = []
+    make_fx(lambda x: (seen.append(internals.dispatch_modes_active()), x + 1)[1])(torch.ones(2))
+    assert seen[0] > 0
+    assert internals.dispatch_modes_active() == 0
+
+
+def test_a_jit_trace_is_seen() -> None:
+    seen = []
+    torch.jit.trace(lambda x: (seen.append(internals.is_jit_tracing()), x + 1)[1], torch.ones(2), check_trace=False)
+    assert seen == [True]
+    assert not internals.is_jit_tracing()
+
+
+def test_a_running_backward_has_a_number() -> None:
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda grad: seen.append(internals.current_graph_task_id()))
+    y.sum().backward()
+    assert seen[0] != -1
+    assert internals.current_graph_task_id() == -1
+
+
+def test_forward_mode_is_seen() -> None:
+    assert not internals.forward_ad_active()
+    with forward_ad.dual_level():
+        assert internals.forward_ad_active()
+
+
+def test_what_is_more_than_a_dense_tensor_on_the_cpu_is_foreign() -> None:
+    plain = torch.randn(3, 4)
+    for own in (plain, plain.t(), plain[1:], torch.nn.Parameter(plain), plain.clone().requires_grad_() * 2):
+        assert not internals.is_foreign(own)
+    zeros = torch._efficientzerotensor(3)
+    for foreign in (plain.to_sparse(), torch._neg_view(plain), plain.to("meta"), torch.randn(3).cfloat().conj(), zeros):
+        assert internals.is_foreign(foreign)
+
+
+def test_fake_tensors_are_told() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        assert internals.is_fake(torch.empty(2))
+        with internals.without_fake_tensors():
+            assert not internals.is_fake(torch.empty(2))
+    assert not internals.is_fake(torch.empty(2))
+
+
+def test_batched_tensors_are_told() -> None:
+    seen = []
+    torch.vmap(lambda x: (seen.append(internals.is_batchedtensor(x)), x)[1])(torch.ones(2, 3))
+    assert seen == [True]
+
+
+def test_autocast_is_seen() -> None:
+    assert not internals.any_autocast_enabled()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert internals.any_autocast_enabled()
+
+
+def test_a_constant_is_asked_for_while_compiling() -> None:
+    @internals.constant_while_compiling
+    def answer() -> bool:
+        return True
+
+    torch._dynamo.reset()
+    assert torch.compile(lambda x: x + 1 if answer() else x, backend="eager", fullgraph=True)(torch.ones(1)) == 2
