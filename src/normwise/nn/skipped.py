@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normwise.ops.dispatch import is_fake
+from normwise.ops._torch_internals import is_fake
 
 
 class CountsSkipped(nn.Module):

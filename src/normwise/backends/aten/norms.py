@@ -48,7 +48,7 @@ def shortcoming(request: NormRequest, may_look: bool) -> str | None:
         return "ATen moves running averages to NaN by a sample that is not finite"
     if _without_features(config, x) or (config.op == "group_norm" and x.numel() == 0):
         return "some of ATen's kernels fail, or give NaN gradients, without an element"
-    if running_mean is not None and config.batch_statistics and torch.jit.is_tracing():
+    if running_mean is not None and config.batch_statistics and torch.jit.is_tracing():  # type: ignore[attr-defined]
         # A traced graph is optimized at its second run, and does not know that ATen's kernel writes on the averages.
         return "torch.jit loses what ATen's kernel does to running averages"
     if type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != "cpu" or x.numel() == 0:

@@ -84,7 +84,7 @@ def batch_norm(
             residual=residual,
             process_group=process_group,
         )
-    return batch_norm_with_stats(
+    return batch_norm_with_stats(  # type: ignore[no-any-return]
         input,
         running_mean,
         running_var,

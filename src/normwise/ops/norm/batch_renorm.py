@@ -80,8 +80,8 @@ def batch_renorm_with_stats(
     )
     inputs.enough_values(x, valid, needed=1)
     step = int(num_batches_tracked) if running_stats.may_read_cheaply(num_batches_tracked) else num_batches_tracked
-    limits = (limit(step) if callable(limit) else limit for limit in (r_max, d_max))
-    r, d = _correction(_moments(x, valid), running_mean, running_var, *limits, eps)
+    r_limit, d_limit = (limit(step) if callable(limit) else limit for limit in (r_max, d_max))
+    r, d = _correction(_moments(x, valid), running_mean, running_var, r_limit, d_limit, eps)
     # With gain gamma * r and bias gamma * d + beta it is a batch norm, which all its kernels compute in one go.
     wide = accumulation_dtype(x.dtype)
     gain = r if weight is None else r * weight.to(wide)

@@ -164,7 +164,7 @@ def _feature_norm(
         x = x.movedim(dims, trailing)
         add, valid = (None if t is None else t.movedim(dims, trailing) for t in (add, valid))
     result = run(NormRequest(config, x.contiguous(), add, weight, bias, valid), formula)
-    outputs = (result.y,) if add is None else (result.y, result.total)
+    outputs: tuple[Tensor, ...] = (result.y,) if add is None else (result.y, result.total)
     if dims != trailing:
         outputs = tuple(t.movedim(trailing, dims) for t in outputs)
         if not channels_last:
