@@ -27,7 +27,7 @@
 extern "C" {
 #endif
 
-#define NW_ABI 5 /* raised whenever a struct or function below changes or is added */
+#define NW_ABI 6 /* raised whenever a struct or function below changes or is added */
 
 enum nw_status { NW_OK = 0, NW_BAD_ARGUMENT = 1, NW_OUT_OF_MEMORY = 2, NW_STATS_NOT_UPDATED = 3 };
 enum nw_dtype { NW_FLOAT32 = 0, NW_BFLOAT16 = 1, NW_FLOAT64 = 2 };
@@ -44,9 +44,9 @@ const char* nw_isa(void);
 int nw_use_isa(const char* name);
 /* How many OpenMP threads a parallel region gets when it asks for `threads` (1 in a build without OpenMP). */
 int nw_threads(int threads);
-/* 1 if |mean[i] * rstd[i]| > limit for any of n elements, else 0: whether x * a + b would lose digits to cancellation.
- * Also 1 if one of them is NaN or infinite, or a variance is too large for a float. */
-int nw_mean_exceeds(const float* mean, const float* rstd, int64_t n, double limit);
+/* 1 if |mean| <= limit * sqrt(var + eps) in each row of x (rows, cols), which is then normalized by x * a + b without a
+ * loss of digits to cancellation; 0 if not, or if something is NaN or infinite, or a variance too large for a float. */
+int nw_rows_near_zero(const float* x, int64_t rows, int64_t cols, double eps, double limit);
 /* How many of n mask bytes are not 0; counting stops once `enough` have been found. */
 int64_t nw_count_valid(const uint8_t* mask, int64_t n, int64_t enough);
 /* sizeof() of the argument structs in the order of this file, so that a binding can check its own layout; -1 past the

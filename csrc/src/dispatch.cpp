@@ -91,14 +91,8 @@ NW_EXPORT int nw_threads(int threads) {
   return found;
 }
 
-NW_EXPORT int nw_mean_exceeds(const float* mean, const float* rstd, int64_t n, double limit) {
-  int found = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const double ratio = double(mean[i]) * double(rstd[i]);
-    // Written so that NaN is found too. An rstd this small belongs to a variance that overflows a float.
-    found |= !(ratio <= limit && ratio >= -limit && rstd[i] > 1e-19f);
-  }
-  return found;
+NW_EXPORT int nw_rows_near_zero(const float* x, int64_t rows, int64_t cols, double eps, double limit) {
+  return active->table->rows_near_zero(x, rows, cols, eps, limit);
 }
 
 NW_EXPORT int64_t nw_count_valid(const uint8_t* mask, int64_t n, int64_t enough) {

@@ -8,6 +8,7 @@ namespace NW_ISA {
 
 extern const KernelTable table = {
     .rows_forward = rows_forward,
+    .rows_near_zero = rows_near_zero,
     .rows_backward = rows_backward,
     .groups_forward = groups_forward,
     .groups_backward = groups_backward,

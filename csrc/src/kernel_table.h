@@ -5,6 +5,7 @@
 
 struct KernelTable {
   int (*rows_forward)(const nw_rows_forward_args*);
+  int (*rows_near_zero)(const float*, int64_t, int64_t, double, double);
   int (*rows_backward)(const nw_rows_backward_args*);
   int (*groups_forward)(const nw_groups_forward_args*);
   int (*groups_backward)(const nw_groups_backward_args*);

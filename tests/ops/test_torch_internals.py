@@ -46,13 +46,13 @@ def test_forward_mode_is_seen() -> None:
         assert internals.forward_ad_active()
 
 
-def test_what_is_more_than_a_dense_tensor_on_the_cpu_is_foreign() -> None:
+def test_what_is_more_than_a_dense_tensor_on_the_cpu_is_not_readable() -> None:
     plain = torch.randn(3, 4)
     for own in (plain, plain.t(), plain[1:], torch.nn.Parameter(plain), plain.clone().requires_grad_() * 2):
-        assert not internals.is_foreign(own)
+        assert internals.readable(own)
     zeros = torch._efficientzerotensor(3)
     for foreign in (plain.to_sparse(), torch._neg_view(plain), plain.to("meta"), torch.randn(3).cfloat().conj(), zeros):
-        assert internals.is_foreign(foreign)
+        assert not internals.readable(foreign)
 
 
 def test_fake_tensors_are_told() -> None:

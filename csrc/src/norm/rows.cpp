@@ -319,6 +319,16 @@ int rows_forward(const nw_rows_forward_args* args) {
   return dispatch_dtype_and_act(a.dtype, a.act, [&]<class T, int act>() { return forward<T, act>(a); });
 }
 
+int rows_near_zero(const float* x, int64_t rows, int64_t cols, double eps, double limit) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const Moments m = region_moments(x + row * cols, Region{.planes = 1, .stride = 0, .length = cols});
+    const double rstd = m.rstd(eps), ratio = m.mean * rstd;
+    // Written so that NaN is found too. An rstd this small belongs to a variance that overflows a float.
+    if (!(ratio <= limit && ratio >= -limit && rstd > 1e-19)) return 0;
+  }
+  return 1;
+}
+
 int rows_backward(const nw_rows_backward_args* args) {
   const nw_rows_backward_args& a = *args;
   if (a.rows < 0 || a.cols < 1) return NW_BAD_ARGUMENT;

@@ -230,7 +230,7 @@ class _Passes:
         self, layer: _BatchNorm, x: Tensor, *, mask: Tensor | None, lengths: Tensor | None, residual: Tensor | None
     ) -> Tensor:
         weight, bias, act = layer.weight, layer.bias, layer.act
-        valid = inputs.validate_channels(
+        valid, _ = inputs.validate_channels(
             "batch_norm", x, None, None, weight, bias, 0.0, eps_of(layer), mask, lengths, act, residual
         )
         dims = (0, *range(2, x.dim()))

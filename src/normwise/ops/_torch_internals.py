@@ -22,8 +22,8 @@ __all__ = [
     "forward_ad_active",
     "is_batchedtensor",
     "is_fake",
-    "is_foreign",
     "is_jit_tracing",
+    "readable",
     "transforms_active",
     "without_fake_tensors",
 ]
@@ -49,16 +49,28 @@ current_graph_task_id = torch._C._current_graph_task_id
 # What torch's dispatcher knows of a dense tensor on the CPU. Whatever else it knows of a tensor (a wrapper subclass, a
 # functional or batched tensor, a negative or conjugate bit, another layout or device, zeros without memory) means that
 # the elements are not those that lie at `data_ptr()`.
-_KNOWN = 0
-for _key in ("CPU", "AutogradCPU", "AutocastCPU", "ADInplaceOrView"):
-    _KNOWN |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
-_FOREIGN = ~_KNOWN
 _dispatch_keys = torch._C._dispatch_keys
+_ordinary = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+for _key in ("AutogradCPU", "AutocastCPU", "ADInplaceOrView"):
+    _ordinary |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
+_is_ordinary = _ordinary.__eq__  # half the time of the bits
+_FOREIGN = ~_ordinary.raw_repr()
+_TENSORS = (Tensor, torch.nn.Parameter)
 
 
-def is_foreign(t: Tensor) -> bool:
-    """Whether torch's dispatcher knows more of `t` than that it is dense and on the CPU."""
-    return bool(_dispatch_keys(t).raw_repr() & _FOREIGN)
+def readable(*tensors: Tensor | None) -> bool:
+    """Whether C may read each of these where its `data_ptr()` points: the one condition for a tensor to go to a kernel.
+
+    That is a dense tensor on the CPU which is nothing but a tensor, and has memory. None is none, and may go.
+    """
+    for t in tensors:
+        if t is not None and (
+            type(t) not in _TENSORS
+            or (not _is_ordinary(keys := _dispatch_keys(t)) and keys.raw_repr() & _FOREIGN)
+            or (not t.data_ptr() and t.numel() > 0)
+        ):
+            return False
+    return True
 
 
 def forward_ad_active() -> bool:

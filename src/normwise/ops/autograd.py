@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.backends.protocol import LayerKernel, LayerRequest, Layout, NormConfig, NormFamily, NormRequest
+from normwise.backends.protocol import LayerKernel, LayerRequest, Layout, NormFamily, NormRequest
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.reference import rnn as reference_rnn
 from normwise.backends.reference.norms import backward as differentiable_backward
@@ -48,36 +48,36 @@ class Norm(torch.autograd.Function):
     def forward(
         ctx: Any,
         family: NormFamily,
-        config: NormConfig,
+        request: NormRequest,
         x: Tensor,
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
-        mask: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
     ) -> Any:
-        result = family.forward(
-            config, x, residual, weight, bias, mask, running_mean, running_var, num_batches_tracked, True
+        config, mask = request.config, request.mask
+        y, total, stats, updated, moments, _ = family.forward(
+            config, x, residual, weight, bias, mask, *request[6:], True
         )
-        y, total, stats, updated, moments, _ = result
         # Residual and bias are needed again only to know where the activation was flat.
-        added_after = None if config.act is None or config.family == "features" else residual
-        ctx.save_for_backward(total, added_after, weight, bias if config.act is not None else None, mask, stats)
-        ctx.bias = None if bias is None else (bias.shape, bias.dtype)
+        if config.act is None:
+            ctx.save_for_backward(total, None, weight, None, mask, stats)
+        else:
+            added_after = None if config.family == "features" else residual
+            ctx.save_for_backward(total, added_after, weight, bias, mask, stats)
+        ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
         ctx.family, ctx.config = family, config
         ctx.set_materialize_grads(False)
         # As an output only where it is one, x + residual: an input returned as it is would become a view of itself.
-        return y, total if config.family == "features" and residual is not None else None, None, updated, moments, None
+        return y, total if residual is not None and config.family == "features" else None, None, updated, moments
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None, *_: Any) -> Any:
         total, residual, weight, bias, mask, stats = saved = ctx.saved_tensors
         config = ctx.config
-        if ctx.bias is not None and bias is None:
-            shape, dtype = ctx.bias
-            bias = total.new_empty(shape, dtype=dtype)  # its values do not matter
+        if bias is None and ctx.bias_like is not None:  # its values do not matter, and making a tensor takes long
+            shape, dtype = ctx.bias_like
+            like_weight = weight is not None and weight.dtype is dtype and weight.shape == shape
+            bias = weight if like_weight else total.new_empty(shape, dtype=dtype)
         if dy is None:
             dy = torch.zeros_like(total)
         compiled = supports_grad_output(dy, dtotal, *saved)
@@ -88,7 +88,7 @@ class Norm(torch.autograd.Function):
             dresidual = grads.residual
             if dresidual is None:  # no activation follows it
                 dresidual = dy if mask is None else dy.masked_fill(~mask, 0)
-        return None, None, grads.x, dresidual, grads.weight, grads.bias, None, None, None, None
+        return None, None, grads.x, dresidual, grads.weight, grads.bias
 
 
 class RecurrentLayer(torch.autograd.Function):

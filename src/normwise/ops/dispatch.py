@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -23,17 +24,18 @@ from torch import Tensor
 
 from normwise.backends.aten import rnn as aten_rnn
 from normwise.backends.aten.backend import BACKEND as ATEN
+from normwise.backends.aten.norms import MEAN_TO_DEVIATION_LIMIT
 from normwise.backends.cpu import library
 from normwise.backends.cpu.backend import BACKEND as CPU
-from normwise.backends.protocol import Backend, RecurrenceRequest
+from normwise.backends.protocol import Backend, NormRequest, RecurrenceRequest
 from normwise.backends.reference.backend import BACKEND as REFERENCE
 from normwise.ops._torch_internals import (
     constant_while_compiling,
     dispatch_modes_active,
     forward_ad_active,
     is_fake,
-    is_foreign,
     is_jit_tracing,
+    readable,
     transforms_active,
 )
 
@@ -73,7 +75,38 @@ _KERNEL = Resolved(CPU, "the C++ kernel")
 FEW_PRODUCTS = 1 << 19
 
 
-def _is_small_torch_layer(request: RecurrenceRequest) -> bool:
+# Elements, and elements of a row, up to which ATen's LayerNorm, whose gradient needs no Python, takes less time than
+# our kernel, a look at the values included: forward and backward of (32, 128) take 1.3 times as long as torch.nn's with
+# ATen's and 2.0 times with ours, measured as in docs/kernels.md.
+FEW_ELEMENTS, SHORT_ROW = 1 << 12, 1 << 11
+
+
+def _is_small_layer_norm(request: NormRequest, known_readable: bool) -> bool:
+    """LayerNorm of few float32 numbers, with a gradient and nothing beyond torch.nn's, whose values ATen keeps the
+    digits of."""
+    config, x, residual, weight, bias, mask, *_ = request
+    return (
+        torch.is_grad_enabled()
+        and known_readable
+        and config.family == "features"
+        and config.center
+        and 0 < x.numel() <= FEW_ELEMENTS
+        and config.act is None
+        and residual is None
+        and mask is None
+        and x.dtype is torch.float32
+        and (weight is None or weight.dtype is torch.float32)
+        and (bias is None or bias.dtype is torch.float32)
+        and (x.requires_grad or any(t is not None and t.requires_grad for t in (weight, bias)))
+        and x.is_contiguous()
+        and (cols := prod(x.shape[x.dim() - config.axes :])) <= SHORT_ROW
+        and library.missing() is None
+        and not is_traced_or_transformed()
+        and library.rows_near_zero(x, cols, config.eps, MEAN_TO_DEVIATION_LIMIT)
+    )
+
+
+def _is_small_torch_layer(request: RecurrenceRequest, known_readable: bool) -> bool:
     """No norm, few products; of any size a cell, and while compiling, since torch.compile leaves torch.nn's layers as
     they are."""
     if not request.config.is_torch_layer or is_transforming() or aten_rnn.supports_stack(request) is not None:
@@ -86,7 +119,8 @@ def _is_small_torch_layer(request: RecurrenceRequest) -> bool:
 
 
 # Where another backend is faster than the C++ kernels, although these could run the call: by the operation.
-FASTER: dict[str, tuple[Callable[[Any], bool], Resolved]] = {
+FASTER: dict[str, tuple[Callable[[Any, bool], bool], Resolved]] = {
+    "norm": (_is_small_layer_norm, Resolved(ATEN, "ATen's LayerNorm is faster on few numbers")),
     "recurrence": (
         _is_small_torch_layer,
         Resolved(ATEN, "torch's own layer is faster where there is no norm and little to multiply"),
@@ -117,17 +151,20 @@ def backend(name: str | None) -> Iterator[None]:
         _forced.name = before
 
 
-def resolve(request: Any, operation: str = "norm") -> Resolved:
+def resolve(request: Any, operation: str = "norm", known_readable: bool = False) -> Resolved:
     """The backend for a request of an `operation`, "norm" or "recurrence", and the reason.
+
+    `known_readable`: somebody has found all of its tensors `readable`, which takes long beside a small kernel.
 
     Raises:
         BackendError: a forced backend cannot run it.
     """
     if _forced.name is not None:
         return _resolve_forced(request, operation)
-    if operation in FASTER and FASTER[operation][0](request):
-        return FASTER[operation][1]
-    reason = _kernel_obstacle(request, operation)
+    is_faster, other = FASTER[operation]
+    if is_faster(request, known_readable):
+        return other
+    reason = _kernel_obstacle(request, operation, known_readable)
     if reason is None:
         return _KERNEL
     if not _is_compiling():
@@ -170,7 +207,7 @@ def _cannot(op: str, why: str) -> BackendError:
     )
 
 
-def _kernel_obstacle(request: Any, operation: str) -> str | None:
+def _kernel_obstacle(request: Any, operation: str, known_readable: bool = False) -> str | None:
     """What keeps the C++ kernels from a request, or None."""
     if _is_compiling():
         # A recurrence becomes one node (custom_op.py); but ONNX, for one, knows no such node.
@@ -180,21 +217,7 @@ def _kernel_obstacle(request: Any, operation: str) -> str | None:
     if is_traced_or_transformed():
         return "torch.func, forward-mode derivatives, dispatch modes and torch.jit.trace do not see a C++ kernel"
     supports: Callable[[Any], str | None] = getattr(CPU, operation).supports
-    return unreadable(*request.tensors) or supports(request)
-
-
-_TENSORS = (Tensor, torch.nn.Parameter)
-
-
-def readable(*tensors: Tensor | None) -> bool:
-    """Whether C may read each of these where its `data_ptr()` points: the one condition for a tensor to go to a kernel.
-
-    That is a dense tensor on the CPU which is nothing but a tensor, and has memory. None is none, and may go.
-    """
-    for t in tensors:
-        if t is not None and (type(t) not in _TENSORS or is_foreign(t) or (t.data_ptr() == 0 and t.numel() > 0)):
-            return False
-    return True
+    return (None if known_readable else unreadable(*request.tensors)) or supports(request)
 
 
 def unreadable(*tensors: Tensor | None) -> str | None:
@@ -206,7 +229,7 @@ def unreadable(*tensors: Tensor | None) -> str | None:
 
 
 def _described(t: Tensor) -> str:
-    if type(t) not in _TENSORS:
+    if type(t) not in (Tensor, torch.nn.Parameter):
         return type(t).__name__
     if t.device.type != "cpu":
         return f"a tensor on {t.device}"

@@ -99,24 +99,29 @@ _SIGNED = (torch.int64, torch.int32, torch.int16, torch.int8)
 
 def floating(op: str, x: Any) -> None:
     """Norms are for real floating tensors."""
-    x = tensor(op, x)
-    if not x.is_floating_point():
+    if not tensor(op, x).dtype.is_floating_point:
         raise TypeError(
             f'"{op}" not implemented for {x.dtype}: expected a floating dtype (float64, float32, bfloat16, float16); '
             "convert the input first, e.g. x.float()"
         )
 
 
-def beside(x: Tensor, **given: Any) -> None:
+def beside(x: Tensor, **given: Any) -> bool:
     """What goes with the input lies on its device and, except for a mask or reset, holds floating numbers.
+
+    Returns:
+        Whether all of these are `readable`, which answers the rest.
 
     Raises:
         RuntimeError: another device. TypeError: integers, complex or quantized numbers. What torch raises of two kinds
         of tensors that do not mix.
     """
+    all_readable = not torch.compiler.is_compiling() and readable(x, *given.values())
     for name, value in given.items():
+        if value is None or (all_readable and value.dtype is x.dtype):
+            continue
         if not isinstance(value, Tensor):
-            continue  # None, or refused where its shape is looked at
+            continue  # refused where its shape is looked at
         if value.device != x.device:
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but the input is on {x.device} and {name} on "
@@ -130,6 +135,7 @@ def beside(x: Tensor, **given: Any) -> None:
                 f"{name} must be of a floating dtype like the input's {x.dtype}, but got {value.dtype}: convert it: "
                 f"{name}.to(input.dtype)"
             )
+    return all_readable
 
 
 def rank(x: Tensor, allowed: Sequence[int]) -> None:
@@ -178,23 +184,25 @@ def channel_vectors(
     """Running averages, both or neither, gain and bias: one element a channel each."""
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var go together: give both or neither")
-    named = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, value in named.items():
-        per_channel(name, value, channels)
+    size = (channels,)
+    named = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
+    for name, value in named:
+        if value is not None and value.shape != size:
+            per_channel(name, value, channels)
 
 
-def like_normalized_shape(name: str, value: Tensor | None, normalized_shape: Sequence[int]) -> None:
+def like_normalized_shape(shape: tuple[int, ...], **given: Tensor | None) -> None:
     """A gain or bias with one element a feature, or None."""
-    if value is not None and tuple(value.shape) != tuple(normalized_shape):
-        raise ShapeError(
-            f"Expected {name} to be of same shape as normalized_shape, but got {name} of shape {list(value.shape)} and "
-            f"normalized_shape = {list(normalized_shape)}"
-        )
+    for name, value in given.items():
+        if value is not None and value.shape != shape:
+            raise ShapeError(
+                f"Expected {name} to be of same shape as normalized_shape, but got {name} of shape "
+                f"{list(value.shape)} and normalized_shape = {list(shape)}"
+            )
 
 
-def feature_dims(x: Tensor, normalized_shape: Sequence[int], dim: int | Sequence[int] | None) -> tuple[int, ...]:
-    """The axes of `x` that hold `normalized_shape`, in its order: the last ones, or those named by `dim`."""
-    shape = tuple(normalized_shape)
+def feature_dims(x: Tensor, shape: tuple[int, ...], dim: int | Sequence[int] | None) -> tuple[int, ...] | None:
+    """The axes of `x` that hold the normalized `shape`, in its order, as `dim` names them; None for the last ones."""
     if not shape:
         raise ShapeError(
             "Expected normalized_shape to be at least 1-dimensional, but got normalized_shape = []: name the size of "
@@ -202,13 +210,13 @@ def feature_dims(x: Tensor, normalized_shape: Sequence[int], dim: int | Sequence
             "normalized axis"
         )
     if dim is None:
-        if x.dim() < len(shape) or tuple(x.shape[x.dim() - len(shape) :]) != shape:
+        if x.shape[-len(shape) :] != shape:
             raise ShapeError(
                 f"Given normalized_shape={list(shape)}, expected input with shape [*, {', '.join(map(str, shape))}], "
                 "but got "
                 f"input of size{list(x.shape)}: the input must end in normalized_shape; for other axes use dim="
             )
-        return tuple(range(x.dim() - len(shape), x.dim()))
+        return None
     named = (dim,) if isinstance(dim, int) else tuple(dim)
     if len(named) != len(shape):
         raise ValueError(f"dim={dim} names {len(named)} axes, but normalized_shape={list(shape)} has {len(shape)}")
@@ -226,7 +234,12 @@ def feature_dims(x: Tensor, normalized_shape: Sequence[int], dim: int | Sequence
             f"{list(found)} "
             f"in an input of size{list(x.shape)}"
         )
-    return dims
+    return dims if dims != trailing_dims(x, len(dims)) else None
+
+
+def trailing_dims(x: Tensor, count: int) -> tuple[int, ...]:
+    """The last `count` axes of `x`."""
+    return tuple(range(x.dim() - count, x.dim()))
 
 
 def not_along_features(lengths: Tensor | None, x: Tensor, dims: tuple[int, ...]) -> None:
@@ -251,8 +264,9 @@ def validate_channels(
     lengths: Tensor | None,
     act: str | None,
     residual: Any,
-) -> Tensor | None:
-    """What norms of (N, C, ...) share. The valid elements, as from `validity`."""
+) -> tuple[Tensor | None, bool]:
+    """What norms of (N, C, ...) share. The valid elements, as from `validity`, and whether all tensors are known to be
+    `readable`."""
     floating(op, x)
     positive_eps(eps)
     if not isinstance(momentum, Tensor):
@@ -261,7 +275,7 @@ def validate_channels(
         raise ShapeError(f"expected 2D input or more (got {x.dim()}D input): axis 1 must hold the channels")
     channel_vectors(x.shape[1], running_mean, running_var, weight, bias)
     same_shape("residual", residual, x)
-    beside(
+    all_readable = beside(
         x,
         mask=mask,
         residual=residual,
@@ -272,7 +286,8 @@ def validate_channels(
     )
     if act is not None:
         activation(act)
-    return validity(x, mask, lengths, channel_dim=1)
+    valid = validity(x, mask, lengths, channel_dim=1)
+    return valid, all_readable and valid is None
 
 
 def dense(x: Tensor) -> Tensor:

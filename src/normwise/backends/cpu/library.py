@@ -16,7 +16,7 @@ from typing import NamedTuple, NoReturn
 
 from torch import Tensor  # torch must be loaded before the library, see above
 
-ABI = 5
+ABI = 6
 NAME = {"Darwin": "libnormwise.dylib"}.get(platform.system(), "libnormwise.so")
 STATS_NOT_UPDATED = 3  # NW_STATS_NOT_UPDATED: all was done but updating running averages
 ISA_LEVELS = ("avx512_amx", "avx512", "avx2", "baseline")
@@ -53,7 +53,7 @@ def load() -> Loaded:
         return Loaded(None, f"{path} was built for another version of normwise (ABI {found}, not {ABI}): reinstall it")
     handle.nw_count_valid.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     handle.nw_count_valid.restype = ctypes.c_int64
-    handle.nw_mean_exceeds.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_double]
+    handle.nw_rows_near_zero.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_double] * 2]
     if wanted and handle.nw_use_isa(wanted.encode()) != 0:
         usable = [level for level in ISA_LEVELS if handle.nw_use_isa(level.encode()) == 0]
         return Loaded(
@@ -137,6 +137,12 @@ def threads_used(threads: int) -> int:
 def count_valid(mask: Tensor, enough: int) -> int:
     """How many elements of a bool mask, `readable` and contiguous, are True; no more than `enough` are looked for."""
     return int(library().nw_count_valid(mask.data_ptr(), mask.numel(), enough))
+
+
+def rows_near_zero(x: Tensor, cols: int, eps: float, limit: float) -> bool:
+    """Whether |mean| <= limit * sqrt(var + eps) in every run of `cols` neighbours in `x`, which is `readable`, contiguous
+    and of float32."""
+    return bool(library().nw_rows_near_zero(x.data_ptr(), x.numel() // cols, cols, eps, limit))
 
 
 def _find() -> Path | None:

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.protocol import NormConfig, NormRequest
 from normwise.ops import inputs, ragged, symbolic
-from normwise.ops.dispatch import jit_traces
+from normwise.ops.dispatch import jit_traces, readable
 from normwise.ops.norm import running_stats
 from normwise.ops.norm.ghost_batch_norm import ghost_batch_norm
 from normwise.ops.norm.run import run
@@ -151,7 +151,7 @@ def batch_norm_with_stats(
         )
         return ragged.by_rows(rows, input, mask=mask, lengths=lengths, residual=residual)  # type: ignore[no-any-return]
     x = inputs.tensor("batch_norm", input)
-    valid = inputs.validate_channels(
+    valid, known_readable = inputs.validate_channels(
         "batch_norm", x, running_mean, running_var, weight, bias, momentum, eps, mask, lengths, act, residual
     )
     batch_statistics = training or running_mean is None
@@ -186,5 +186,5 @@ def batch_norm_with_stats(
     )
     if training and virtual_batch_size is not None:
         return ghost_batch_norm(request, virtual_batch_size)
-    result = run(request, formula)
+    result = run(request, formula, known_readable and readable(num_batches_tracked))
     return result.y, result.stats_updated  # type: ignore[return-value]

@@ -75,7 +75,7 @@ def batch_renorm_with_stats(
             "correction is taken from have moved since its first run: leave this layer outside of the checkpoint"
         )
     x = inputs.tensor("batch_renorm", input)
-    valid = inputs.validate_channels(
+    valid, _ = inputs.validate_channels(
         "batch_renorm", x, running_mean, running_var, weight, bias, momentum, eps, mask, lengths, act, residual
     )
     inputs.enough_values(x, valid, needed=1)

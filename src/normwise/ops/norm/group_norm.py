@@ -99,7 +99,7 @@ def group_norm_of(
     inputs.per_channel("weight", weight, channels)
     inputs.per_channel("bias", bias, channels)
     inputs.same_shape("residual", residual, x)
-    inputs.beside(x, mask=mask, residual=residual, weight=weight, bias=bias)
+    all_readable = inputs.beside(x, mask=mask, residual=residual, weight=weight, bias=bias)
     assert residual is None or isinstance(residual, Tensor)
     if act is not None:
         activation(act)
@@ -110,7 +110,8 @@ def group_norm_of(
         "Use fewer groups, so that each holds several channels, or LayerNorm.",
     )
     config = NormConfig("group_norm", "groups", eps, act, groups=num_groups)
-    return run(NormRequest(config, inputs.dense(x), residual, weight, bias, valid)).y
+    request = NormRequest(config, inputs.dense(x), residual, weight, bias, valid)
+    return run(request, None, all_readable and valid is None).y
 
 
 def groups_divide(num_groups: int, channels: int) -> None:

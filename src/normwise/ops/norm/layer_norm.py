@@ -143,32 +143,34 @@ def _feature_norm(
             return _feature_norm(config, x, normalized_shape, weight, bias, None, None, None, residual, process_group)
 
         return ragged.by_rows(rows, x, mask=mask, lengths=lengths, residual=add)
+    shape = tuple(normalized_shape)
     inputs.floating(config.op, x)
     inputs.positive_eps(config.eps)
-    inputs.like_normalized_shape("weight", weight, normalized_shape)
-    inputs.like_normalized_shape("bias", bias, normalized_shape)
+    inputs.like_normalized_shape(shape, weight=weight, bias=bias)
     inputs.same_shape("add", add, x)
-    inputs.beside(x, mask=mask, add=add, weight=weight, bias=bias)
+    readable = inputs.beside(x, mask=mask, add=add, weight=weight, bias=bias)
     if config.act is not None:
         activation(config.act)
-    dims = inputs.feature_dims(x, normalized_shape, dim)
-    valid = None
+    dims = inputs.feature_dims(x, shape, dim)
+    if dims is None and add is None and mask is None and lengths is None and process_group is None:
+        return run(NormRequest(config, x.contiguous(), None, weight, bias), None, readable).y
+    trailing = inputs.trailing_dims(x, len(shape))
+    valid = formula = None
     if mask is not None or lengths is not None:
-        inputs.not_along_features(lengths, x, dims)
-        valid = inputs.validity(x, mask, lengths, channel_dim=dims[0] if dim is not None else x.dim() - 1)
-    formula = None if process_group is None else _over_ranks(process_group, config.op, x, dims, valid)
-    trailing = tuple(range(x.dim() - len(dims), x.dim()))
-    channels_last = False
-    if dims != trailing:
-        channels_last = not x.is_contiguous()
-        x = x.movedim(dims, trailing)
-        add, valid = (None if t is None else t.movedim(dims, trailing) for t in (add, valid))
-    result = run(NormRequest(config, x.contiguous(), add, weight, bias, valid), formula)
-    outputs: tuple[Tensor, ...] = (result.y,) if add is None else (result.y, result.total)
-    if dims != trailing:
-        outputs = tuple(t.movedim(trailing, dims) for t in outputs)
-        if not channels_last:
-            outputs = tuple(t.contiguous() for t in outputs)
+        inputs.not_along_features(lengths, x, dims or trailing)
+        valid = inputs.validity(x, mask, lengths, channel_dim=(dims or trailing)[0] if dim is not None else x.dim() - 1)
+        readable = False
+    if process_group is not None:
+        formula = _over_ranks(process_group, config.op, x, dims or trailing, valid)
+    if dims is None:
+        result = run(NormRequest(config, x.contiguous(), add, weight, bias, valid), formula, readable)
+        return result.y if add is None else (result.y, result.total)
+    channels_last = not x.is_contiguous()
+    x, add, valid = (None if t is None else t.movedim(dims, trailing) for t in (x, add, valid))
+    result = run(NormRequest(config, x.contiguous(), add, weight, bias, valid), formula, readable)
+    outputs = (result.y.movedim(trailing, dims), result.total.movedim(trailing, dims))
+    if not channels_last:
+        outputs = (outputs[0].contiguous(), outputs[1].contiguous())
     return outputs[0] if add is None else outputs
 
 

@@ -14,17 +14,18 @@ from normwise.ops.dispatch import resolve
 from normwise.ops.norm import running_stats
 
 
-def run(request: NormRequest, formula: Callable[..., Any] | None = None) -> NormResult:
+def run(request: NormRequest, formula: Callable[..., Any] | None = None, known_readable: bool = False) -> NormResult:
     """Run a request, in canonical form, on the backend that `resolve` names, and update running statistics.
 
     `formula`, with the signature of `reference.norm`, takes the statistics from elsewhere (several ranks).
+    `known_readable`: see `resolve`.
     """
     needs_grad = torch.is_grad_enabled() and autograd.requires_grad(request)
     if formula is None:
-        backend, _ = resolve(request)
+        backend, _ = resolve(request, "norm", known_readable)
         family = backend.norm.kernels[request.config.family]
         if family.backward is not None and needs_grad:
-            result = NormResult(*autograd.Norm.apply(family, *request))
+            result = NormResult(*autograd.Norm.apply(family, request, *request[1:5]))
         elif torch.compiler.is_compiling() and backend.name == "reference":
             result = reference.norms.run(custom_op.norm, *request, needs_grad)
         else:
