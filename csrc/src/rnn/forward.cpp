@@ -55,7 +55,9 @@ template <class P> struct Forward {
     for (int64_t s = 0; s < a.steps; s += chunk) {
       const int64_t end = s + chunk < a.steps ? s + chunk : a.steps;
       if (!small_input) {
-        if (share.cooperative && s > 0) barrier.wait(share.count);  // other threads may still read the previous chunk
+        // Other threads may still read the previous chunk. (With equal lengths a thread's rows lie in every chunk where
+        // its own lay in the previous one; with others they move.)
+        if (s > 0 && (share.cooperative || a.batch_sizes)) barrier.wait(share.count);
         inputs.project(share, s, end, left);
         if (share.cooperative) barrier.wait(share.count);
       }
