@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normwise
 from norm_cases import CASES, Case, randomize
-from normwise.kernels import cpu, library
+from normwise.kernels import cpu
 from tolerances import assert_close
 
 SIDE_BY_SIDE = [
@@ -45,7 +45,7 @@ each = pytest.mark.parametrize("case", [*SIDE_BY_SIDE, *MORE], ids=str)
 def way(request: pytest.FixtureRequest) -> Iterator[str]:
     """By what is chosen, with our kernels and without."""
     if request.param == "kernels":
-        yield "kernels" if library.missing() is None else "without kernels"
+        yield "kernels" if cpu.available() else "without kernels"
     else:
         with (
             mock.patch.object(cpu, "obstacle", return_value="hidden"),
