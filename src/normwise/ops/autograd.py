@@ -15,7 +15,8 @@ from normwise.backends.protocol import LayerKernel, LayerRequest, Layout, NormFa
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.reference import rnn as reference_rnn
 from normwise.backends.reference.norms import backward as differentiable_backward
-from normwise.ops.dispatch import is_traced_or_transformed, readable
+from normwise.ops._torch_internals import readable
+from normwise.ops.dispatch import is_traced_or_transformed
 
 
 def requires_grad(request: NormRequest) -> bool:

@@ -12,7 +12,8 @@ from torch import Tensor
 from normwise.backends.activations import activation
 from normwise.backends.cpu import library
 from normwise.backends.reference import count_valid
-from normwise.ops.dispatch import readable, values_visible
+from normwise.ops._torch_internals import readable
+from normwise.ops.dispatch import values_visible
 
 
 class ShapeError(ValueError, RuntimeError):

@@ -140,7 +140,7 @@ def count_valid(mask: Tensor, enough: int) -> int:
 
 
 def rows_near_zero(x: Tensor, cols: int, eps: float, limit: float) -> bool:
-    """Whether |mean| <= limit * sqrt(var + eps) in every run of `cols` neighbours in `x`, which is `readable`, contiguous
+    """Whether |mean| <= limit * sqrt(var + eps) in every run of `cols` neighbours in `x`, contiguous, `readable`
     and of float32."""
     return bool(library().nw_rows_near_zero(x.data_ptr(), x.numel() // cols, cols, eps, limit))
 

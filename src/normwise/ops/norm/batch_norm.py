@@ -11,7 +11,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.protocol import NormConfig, NormRequest
 from normwise.ops import inputs, ragged, symbolic
-from normwise.ops.dispatch import jit_traces, readable
+from normwise.ops._torch_internals import readable
+from normwise.ops.dispatch import jit_traces
 from normwise.ops.norm import running_stats
 from normwise.ops.norm.ghost_batch_norm import ghost_batch_norm
 from normwise.ops.norm.run import run
