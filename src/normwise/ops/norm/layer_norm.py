@@ -168,9 +168,9 @@ def _feature_norm(
     channels_last = not x.is_contiguous()
     x, add, valid = (None if t is None else t.movedim(dims, trailing) for t in (x, add, valid))
     result = run(NormRequest(config, x.contiguous(), add, weight, bias, valid), formula, readable)
-    outputs = (result.y.movedim(trailing, dims), result.total.movedim(trailing, dims))
+    outputs = tuple(t.movedim(trailing, dims) for t in ((result.y,) if add is None else (result.y, result.total)))
     if not channels_last:
-        outputs = (outputs[0].contiguous(), outputs[1].contiguous())
+        outputs = tuple(t.contiguous() for t in outputs)
     return outputs[0] if add is None else outputs
 
 
