@@ -60,7 +60,9 @@ class Norm(torch.autograd.Function):
             config, x, residual, weight, bias, mask, *request[6:], True
         )
         # Residual and bias are needed again only to know where the activation was flat.
-        if config.act is None:
+        if config.act is None and mask is None:
+            ctx.save_for_backward(total, weight, stats)
+        elif config.act is None:
             ctx.save_for_backward(total, None, weight, None, mask, stats)
         else:
             added_after = None if config.family == "features" else residual
@@ -73,7 +75,12 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None, *_: Any) -> Any:
-        total, residual, weight, bias, mask, stats = saved = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: each look at it unpacks all, and checkpointing allows one
+        residual = bias = mask = None
+        if len(saved) == 3:
+            total, weight, stats = saved
+        else:
+            total, residual, weight, bias, mask, stats = saved
         config = ctx.config
         if bias is None and ctx.bias_like is not None:  # its values do not matter, and making a tensor takes long
             shape, dtype = ctx.bias_like

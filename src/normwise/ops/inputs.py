@@ -192,6 +192,34 @@ def channel_vectors(
             per_channel(name, value, channels)
 
 
+def rows_fit(x: Any, shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> bool:
+    """Whether these are `readable`, of one dtype and fit so well that nothing needs to be asked one by one: most calls
+    are of that kind, and on small tensors questions take longer than a kernel."""
+    if torch.compiler.is_compiling() or not readable(x, weight, bias):
+        return False
+    dtype = x.dtype
+    return (
+        eps > 0
+        and dtype.is_floating_point
+        and shape != ()
+        and x.shape[-len(shape) :] == shape
+        and x.is_contiguous()
+        and (weight is None or (weight.dtype is dtype and weight.shape == shape))
+        and (bias is None or (bias.dtype is dtype and bias.shape == shape))
+    )
+
+
+def channels_fit(x: Any, momentum: Any, eps: float, *vectors: Any) -> bool:
+    """`rows_fit` for (N, C, ...) and vectors of C elements."""
+    if torch.compiler.is_compiling() or not readable(x, *vectors):
+        return False
+    dtype = x.dtype
+    if not (eps > 0 and dtype.is_floating_point and x.dim() > 1 and type(momentum) is float and 0 <= momentum <= 1):
+        return False
+    size = x.shape[1:2]
+    return all(v is None or (v.dtype is dtype and v.shape == size) for v in vectors)
+
+
 def like_normalized_shape(shape: tuple[int, ...], **given: Tensor | None) -> None:
     """A gain or bias with one element a feature, or None."""
     for name, value in given.items():
@@ -268,6 +296,11 @@ def validate_channels(
 ) -> tuple[Tensor | None, bool]:
     """What norms of (N, C, ...) share. The valid elements, as from `validity`, and whether all tensors are known to be
     `readable`."""
+    both_or_neither = (running_mean is None) is (running_var is None)
+    if (both_or_neither and mask is None and lengths is None and act is None and residual is None) and channels_fit(
+        x, momentum, eps, running_mean, running_var, weight, bias
+    ):
+        return None, True
     floating(op, x)
     positive_eps(eps)
     if not isinstance(momentum, Tensor):

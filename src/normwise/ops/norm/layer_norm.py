@@ -135,6 +135,16 @@ def _feature_norm(
     process_group: Any,
 ) -> Any:
     """y, or with `add` the pair (y, x + add)."""
+    shape = tuple(normalized_shape)
+    if (
+        dim is None
+        and mask is None
+        and lengths is None
+        and add is None
+        and config.act is None
+        and process_group is None
+    ) and inputs.rows_fit(x, shape, weight, bias, config.eps):
+        return run(NormRequest(config, x, None, weight, bias), None, True).y
     if ragged.is_ragged(x):
         if dim is not None:
             raise ValueError(f"dim={dim} needs a padded tensor: rows of a ragged one have trailing features only")
@@ -143,7 +153,6 @@ def _feature_norm(
             return _feature_norm(config, x, normalized_shape, weight, bias, None, None, None, residual, process_group)
 
         return ragged.by_rows(rows, x, mask=mask, lengths=lengths, residual=add)
-    shape = tuple(normalized_shape)
     inputs.floating(config.op, x)
     inputs.positive_eps(config.eps)
     inputs.like_normalized_shape(shape, weight=weight, bias=bias)
@@ -152,8 +161,6 @@ def _feature_norm(
     if config.act is not None:
         activation(config.act)
     dims = inputs.feature_dims(x, shape, dim)
-    if dims is None and add is None and mask is None and lengths is None and process_group is None:
-        return run(NormRequest(config, x.contiguous(), None, weight, bias), None, readable).y
     trailing = inputs.trailing_dims(x, len(shape))
     valid = formula = None
     if mask is not None or lengths is not None:
