@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import instruction_sets
 import normwise
 from backends import ran
+from instruction_sets import LEVELS_FOR_NORMS
 from kernel_calls import (
     channels_backward,
     channels_forward,
@@ -233,3 +235,17 @@ def test_a_thousand_calls_leave_memory_flat() -> None:
         "[step() for _ in range(100)]; before = peak(); [step() for _ in range(1000)]; print(peak() - before)"
     )
     assert int(told) < 2048, f"{told} KiB more"
+
+
+@pytest.mark.parametrize("level", LEVELS_FOR_NORMS)
+def test_rows_near_zero(level: str) -> None:
+    with instruction_sets.on(level):
+        for rows, cols in ((3, 7), (5, 64), (2, 1000)):
+            x = torch.linspace(-1, 1, cols).repeat(rows, 1)
+            assert library.rows_near_zero(x, cols, 1e-5, 32)
+            deviation = (x[0].var(correction=0) + 1e-5).sqrt()
+            assert library.rows_near_zero(x + 31.9 * deviation, cols, 1e-5, 32)
+            for last in (32.1 * deviation, -32.1 * deviation, torch.inf, torch.nan, 1e30):
+                far = x.clone()
+                far[-1] += last
+                assert not library.rows_near_zero(far, cols, 1e-5, 32)

@@ -171,3 +171,51 @@ def test_small_inputs_far_from_zero_keep_their_digits(shift: float) -> None:
     assert (y - torch.nn.functional.batch_norm(small.double(), None, None, training=True)).abs().max() < 1e-5
     torch.testing.assert_close(running[0], small.mean(0))
     torch.testing.assert_close(running[1].double(), small.double().var(0), rtol=1e-5, atol=0)
+
+
+def small_layer_norm(**changed: object) -> str:
+    """The backend of a LayerNorm of few numbers whose gradient is wanted, all of which C may read."""
+    of = {"tensor": torch.randn(32, 128), "weight": torch.ones(128, requires_grad=True), **changed}
+    tensor = of.pop("tensor")
+    act = of.pop("act", None)
+    request = NormRequest(NormConfig("layer_norm", "features", 1e-5, act), tensor, **of)
+    return resolve(request, "norm", known_readable=True).backend.name
+
+
+@pytest.mark.skipif(library.missing() is not None, reason=f"no compiled library: {library.missing()}")
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tensor": torch.randn(32, 128) + 100},  # 100 deviations from zero, where ATen loses digits
+        {"tensor": torch.randn(32, 128).index_fill(0, torch.tensor([31]), torch.inf)},
+        {"tensor": torch.full((32, 128), torch.nan)},
+        {"tensor": torch.randn(32, 128) * 1e30},
+        {"tensor": torch.randn(64, 128)},
+        {"tensor": torch.randn(1, 4000)[:, :3000], "weight": torch.ones(3000, requires_grad=True)},
+        {"tensor": torch.randn(128, 32).mT},
+        {"tensor": torch.randn(32, 128).bfloat16()},
+        {"weight": torch.ones(128)},
+        {"weight": torch.ones(128, dtype=torch.float64, requires_grad=True)},
+        {"residual": torch.randn(32, 128)},
+        {"mask": torch.ones(32, 1, dtype=torch.bool)},
+        {"act": "relu"},
+    ],
+)
+def test_a_small_layer_norm_is_atens_only_where_it_is_right_and_faster(changed: dict[str, object]) -> None:
+    assert small_layer_norm() == "aten"
+    assert small_layer_norm(**changed) == "cpu"
+    with torch.no_grad():
+        assert small_layer_norm() == "cpu"
+    with normwise.backend("cpu"):
+        assert small_layer_norm() == "cpu"
+
+
+@pytest.mark.skipif(library.missing() is not None, reason=f"no compiled library: {library.missing()}")
+def test_the_digits_of_a_small_layer_norm_do_not_depend_on_who_computes_it() -> None:
+    layer = normwise.LayerNorm(128)
+    for offset in (0, 20, 31, 33, 1000):
+        x = torch.randn(32, 128) + offset
+        exact = torch.nn.functional.layer_norm(x.double(), (128,))
+        torch.testing.assert_close(layer(x).double(), exact, rtol=0, atol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x).double(), exact, rtol=0, atol=1e-6)
