@@ -195,7 +195,7 @@ def channel_vectors(
 def rows_fit(x: Any, shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> bool:
     """Whether these are `readable`, of one dtype and fit so well that nothing needs to be asked one by one: most calls
     are of that kind, and on small tensors questions take longer than a kernel."""
-    if torch.compiler.is_compiling() or not readable(x, weight, bias):
+    if x is None or torch.compiler.is_compiling() or not readable(x, weight, bias):
         return False
     dtype = x.dtype
     return (
