@@ -1,4 +1,4 @@
-"""What follows a norm inside the same call: a residual and an activation."""
+"""What follows a norm inside the same call: a residual, an activation, and the layout of the input."""
 
 from __future__ import annotations
 
@@ -28,3 +28,10 @@ def add_residual_and_activate(y: Tensor, residual: Tensor | None, act: str | Non
         # Before the sum: act's slope at NaN would spoil the gradient 0 that comes from after it.
         y = y + (residual if mask is None else residual.masked_fill(~mask, 0))
     return y if act is None else ACTIVATIONS[act](y)
+
+
+def channels_laid_out_like(y: Tensor, x: Tensor) -> Tensor:
+    """`y` with its channels last in memory where those of `x` are."""
+    if x.is_contiguous() or not x.movedim(1, -1).is_contiguous():
+        return y
+    return y.movedim(1, -1).contiguous().movedim(-1, 1)

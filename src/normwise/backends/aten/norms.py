@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from normwise.backends.activations import add_residual_and_activate
+from normwise.backends.activations import add_residual_and_activate, channels_laid_out_like
 from normwise.backends.protocol import NormConfig, NormFamily, NormRequest, NormResult
 
 # ATen scales by x * a + b, where a = weight * rstd and b = bias - mean * a nearly cancel when the mean dwarfs the
@@ -151,9 +151,13 @@ def groups(
         y = torch.instance_norm(
             x, weight, bias, running_mean, running_var, True, float(config.momentum), config.eps, cudnn
         )
+    elif (
+        x.dim() == 3 and not x.is_contiguous() and x.mT.is_contiguous()
+    ):  # channels last, which ATen knows of four axes
+        y = torch.group_norm(x.unsqueeze(2), config.groups, weight, bias, config.eps, cudnn).squeeze(2)
     else:
         y = torch.group_norm(x, config.groups, weight, bias, config.eps, cudnn)
-    return NormResult(add_residual_and_activate(y, residual, config.act, None), x)
+    return NormResult(channels_laid_out_like(add_residual_and_activate(y, residual, config.act, None), x), x)
 
 
 def channels(

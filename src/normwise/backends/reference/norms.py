@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.backends.activations import ACTIVATIONS, add_residual_and_activate
+from normwise.backends.activations import ACTIVATIONS, add_residual_and_activate, channels_laid_out_like
 from normwise.backends.protocol import Moments, NormConfig, NormFamily, NormGradients, NormResult
 from normwise.backends.reference.norm import norm, norm_backward
 
@@ -44,7 +44,7 @@ def run(
     )
     y = add_residual_and_activate(y.reshape(x.shape), after, config.act, mask)
     if config.family == "groups":
-        y = _laid_out_like(y, x)
+        y = channels_laid_out_like(y, x)
     to_update = config.batch_statistics and running_mean is not None
     return NormResult(y, x, None, None if to_update else True, Moments(*(m.detach() for m in moments)))
 
@@ -82,13 +82,6 @@ def backward(
         None if dweight is None or weight is None else dweight.reshape(weight.shape),
         None if dbias is None or bias is None else dbias.reshape(bias.shape),
     )
-
-
-def _laid_out_like(y: Tensor, x: Tensor) -> Tensor:
-    """`y` with its channels last in memory where those of `x` are."""
-    if x.is_contiguous() or not x.movedim(1, -1).is_contiguous():
-        return y
-    return y.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _as_autocast(config: NormConfig, x: Tensor) -> Tensor:
