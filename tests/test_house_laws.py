@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "normwise"
-# torch._VF is torch.nn's own way to its recurrent kernels, and "torch._dynamo" is asked for in sys.modules by its name.
-PRIVATE = re.compile(r"(?<!['\"])torch\._(?!VF\b)[a-zA-Z]|torch\.\w+\._[a-z]|import _[a-z]|_functorch")
+# torch._VF is torch.nn's own way to its recurrent kernels.
+PRIVATE = re.compile(r"torch\._(?!VF\b)[a-zA-Z]|torch\.\w+\._[a-z]|import _[a-z]|_functorch")
 
 
 def code_of(file: Path) -> str:

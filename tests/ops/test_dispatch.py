@@ -170,6 +170,7 @@ def test_small_inputs_far_from_zero_keep_their_digits(shift: float) -> None:
     y = normwise.functional.batch_norm(small, *running, training=True, momentum=1.0)
     assert (y - torch.nn.functional.batch_norm(small.double(), None, None, training=True)).abs().max() < 1e-5
     torch.testing.assert_close(running[0], small.mean(0))
+    # Stored in float32; at 1e4 a variance from float32 squares would be wrong in its first digits.
     torch.testing.assert_close(running[1].double(), small.double().var(0), rtol=1e-5, atol=0)
 
 
@@ -216,6 +217,8 @@ def test_the_digits_of_a_small_layer_norm_do_not_depend_on_who_computes_it() -> 
     for offset in (0, 20, 31, 33, 1000):
         x = torch.randn(32, 128) + offset
         exact = torch.nn.functional.layer_norm(x.double(), (128,))
+        # ATen's x * a + b: two terms of up to 32 deviations nearly cancel, each with roundings of 1.2e-7 of its size.
         torch.testing.assert_close(layer(x).double(), exact, rtol=0, atol=1e-5)
         with torch.no_grad():
+            # Ours subtracts the mean first: a few roundings of 1.2e-7 of a result of about 3.
             torch.testing.assert_close(layer(x).double(), exact, rtol=0, atol=1e-6)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import torch
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -84,3 +87,14 @@ def test_a_constant_is_asked_for_while_compiling() -> None:
 
     torch._dynamo.reset()
     assert torch.compile(lambda x: x + 1 if answer() else x, backend="eager", fullgraph=True)(torch.ones(1)) == 2
+
+
+def test_the_compiler_is_loaded_by_compiling() -> None:
+    code = """
+import torch
+from normwise.ops._torch_internals import compiler_loaded
+assert not compiler_loaded()
+torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+assert compiler_loaded()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

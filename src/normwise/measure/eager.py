@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from normwise.ops._torch_internals import compiler_loaded
+
 
 @contextmanager
 def run_eagerly() -> Iterator[None]:
     """Compiled parts of a model run as they are written, so that hooks see them."""
-    if "torch._dynamo" not in sys.modules:  # nothing was compiled, and loading the compiler takes a second
+    if not compiler_loaded():
         yield
         return
     with torch.compiler.set_stance("force_eager"):

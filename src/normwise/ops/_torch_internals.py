@@ -5,6 +5,7 @@ tests/ops/test_torch_internals.py says for each what breaks if it goes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from torch.autograd import forward_ad
 
 __all__ = [
     "any_autocast_enabled",
+    "compiler_loaded",
     "constant_while_compiling",
     "current_graph_task_id",
     "dispatch_modes_active",
@@ -94,6 +96,11 @@ def constant_while_compiling(function: F) -> F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def compiler_loaded() -> bool:
+    """Whether the compiler was loaded, which takes a second: before, nothing can have been compiled."""
+    return "torch._dynamo" in sys.modules
 
 
 def without_fake_tensors() -> AbstractContextManager[Any]:
