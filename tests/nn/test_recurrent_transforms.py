@@ -85,7 +85,9 @@ def test_a_compiled_model_calls_torchs_layer_as_it_is(cell):
     layer = build(cell, None)
     x = torch.randn(T, B, INPUT)
     compiled = torch.compile(lambda x: layer(2 * x, lengths=[4, 2, 3])[0] + 1, backend="eager")
-    assert torch.equal(compiled(x), layer(2 * x, lengths=[4, 2, 3])[0] + 1)
+    with using("aten"):
+        expected = layer(2 * x, lengths=[4, 2, 3])[0] + 1
+    assert torch.equal(compiled(x), expected)
 
 
 @torch.no_grad()
