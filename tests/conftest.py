@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from browser import browser, open_page  # noqa: F401 (fixtures)
-from devices import devices
 from normwise.backends.cpu import norms
+from support.browser import browser, open_page  # noqa: F401 (fixtures)
+from support.devices import devices
 
 # Examples come from a fixed seed, so that a red run is red again on the next machine; the first call of an op
 # may compile or load a library, so a deadline per example would fail by chance.

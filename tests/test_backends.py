@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import normwise
-from backends import ran, using
 from normwise.backends.cpu import library
+from support.backends import ran, using
 
 needs_kernels = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 
@@ -35,7 +35,7 @@ def test_each_backend_can_be_had(name: str, backend: str) -> None:
 @needs_kernels
 def test_another_backend_than_the_named_one_is_an_error() -> None:
     layer, x = normwise.BatchNorm1d(8), torch.randn(4, 8)
-    with mock.patch("backends._switched_to", return_value=nullcontext()):
+    with mock.patch("support.backends._switched_to", return_value=nullcontext()):
         for named in ("no kernels", "aten", "reference"):
             with pytest.raises(AssertionError, match=f"asked for {named!r}, but cpu ran"), using(named):
                 layer(x)

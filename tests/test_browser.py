@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from browser import PHONE, well_behaved, wider_than_the_screen
+from support.browser import PHONE, well_behaved, wider_than_the_screen
 
 
 def test_a_page_is_opened_as_asked(open_page, tmp_path):

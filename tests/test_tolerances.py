@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from devices import devices_and_dtypes
-from tolerances import TABLE, assert_close
+from support.devices import devices_and_dtypes
+from support.tolerances import TABLE, assert_close
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

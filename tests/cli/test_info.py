@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import normwise
-from backends import without_kernels
 from normwise.backends.cpu import library
 from normwise.ops import dispatch as choose
+from support.backends import without_kernels
 
 
 def test_json_tells_versions_devices_and_backends(normwise_command):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from browser import CHROMIUM
+from support.browser import CHROMIUM
 
 SMALL = ("--norms", "none,layer", "--batch-sizes", "16", "--seeds", "1", "--lr", "0.1", "--steps", "3", "--jobs", "1")
 

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from idx_files import write_folder
 from normwise.lab.store import Store
+from support.idx_files import write_folder
 
 SMALL = ("--steps", "400", "--jobs", "1")
 

@@ -10,9 +10,9 @@ from unittest.mock import Mock
 
 import pytest
 
-from idx_files import write_folder
 from normwise.lab.run import Result, Series
 from normwise.lab.store import Store
+from support.idx_files import write_folder
 
 # For each subcommand its arguments, and a function of normwise that it calls on its way.
 CALLS = {

@@ -8,7 +8,7 @@ from torch import nn
 
 import normwise
 from normwise.diagnosis import diagnose
-from tolerances import tolerance
+from support.tolerances import tolerance
 
 cross_entropy = nn.functional.cross_entropy
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +16,7 @@ from normwise.diagnosis.records import Finding
 from normwise.diagnosis.rules.statistics import FEWEST_IN_A_GROUP
 from normwise.diagnosis.rules.table import RULES
 from normwise.surgery.groups import FEWEST
-
-sys.path.insert(0, str(Path(__file__).parent))
-from faults import FAULTS, OverSteps, batches, given, mlp
+from support.faults import FAULTS, OverSteps, batches, given, mlp
 
 CALL = r"normwise\.(?:convert|recalibrate|freeze|fold)\([^()]*\)"
 ASSIGNMENT = r"model(?:\.get_submodule\('[^']*'\))?\.[\w.]+(?:\[[^=]*\])? = [\w.+-]+"

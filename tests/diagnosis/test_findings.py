@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +12,7 @@ import normwise
 from normwise.diagnosis import Diagnosis, diagnose
 from normwise.diagnosis.records import SEVERITIES
 from normwise.diagnosis.rules.table import BY_CODE, RULES
-
-sys.path.insert(0, str(Path(__file__).parent))
-from faults import FAULTS, batches, given, mlp
+from support.faults import FAULTS, batches, given, mlp
 
 
 def codes(found: Diagnosis) -> set[str]:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import normwise
-from browser import PHONE
 from normwise.diagnosis.page import page, write_page
+from support.browser import PHONE
 
 
 class Tagger(nn.Module):

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from instruction_sets import LEVELS, LEVELS_FOR_NORMS, on
 from normwise.backends.cpu import library
+from support.instruction_sets import LEVELS, LEVELS_FOR_NORMS, on
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-import kernel_truth as truth
-from kernel_calls import channels_backward, channels_forward
-from kernel_checks import EPS, MOMENTUM, check_channels
-from tolerances import assert_close
+from support import kernel_truth as truth
+from support.kernel_calls import channels_backward, channels_forward
+from support.kernel_checks import EPS, MOMENTUM, check_channels
+from support.tolerances import assert_close
 
 SHAPES = [(4, 6, 5, 7), (2, 3, 1023), (3, 5, 63), (1, 1, 7), (5, 17, 16), (64, 7), (2, 130), (300, 3), (2, 1, 9000)]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import kernel_truth as truth
-from kernel_checks import check_channels, check_groups, check_rows
+from support import kernel_truth as truth
+from support.kernel_checks import check_channels, check_groups, check_rows
 
 # The fixtures (instruction set, poisoned memory) hold for all examples of a test alike.
 FUZZ = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])

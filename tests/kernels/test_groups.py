@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-import kernel_truth as truth
-from kernel_calls import groups_backward, groups_forward
-from kernel_checks import EPS, check_groups
-from tolerances import assert_close
+from support import kernel_truth as truth
+from support.kernel_calls import groups_backward, groups_forward
+from support.kernel_checks import EPS, check_groups
+from support.tolerances import assert_close
 
 each_layout = pytest.mark.parametrize("channels_last", [False, True])
 SHAPES = [

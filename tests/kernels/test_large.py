@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-import kernel_truth as truth
-from kernel_checks import check_channels, check_groups, check_rows
+from support import kernel_truth as truth
+from support.kernel_checks import check_channels, check_groups, check_rows
 
 # 4 MiB or more in each dtype, in runs that fill whole vectors; and once in runs that do not.
 DTYPES = [torch.float32, torch.bfloat16]

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import instruction_sets
 import normwise
-from backends import ran
-from instruction_sets import LEVELS_FOR_NORMS
-from kernel_calls import (
+from normwise.backends.cpu import library, norms
+from support import instruction_sets
+from support.backends import ran
+from support.instruction_sets import LEVELS_FOR_NORMS
+from support.kernel_calls import (
     channels_backward,
     channels_forward,
     groups_backward,
@@ -24,7 +25,6 @@ from kernel_calls import (
     rows_backward,
     rows_forward,
 )
-from normwise.backends.cpu import library, norms
 
 
 @pytest.fixture(autouse=True)
@@ -203,7 +203,7 @@ def test_results_do_not_depend_on_threads() -> None:
 def test_after_fork_with_one_thread() -> None:
     """As torch: a forked child, such as a DataLoader's worker, may go on with one thread."""
     told = python(
-        "import os, torch; from kernel_calls import rows_forward; x = torch.randn(512, 512)\n"
+        "import os, torch; from support.kernel_calls import rows_forward; x = torch.randn(512, 512)\n"
         "rows_forward(x, 512, None, None, 1e-5)\n"
         "child = os.fork()\n"
         "if child == 0:\n"
@@ -218,7 +218,7 @@ def test_after_fork_with_one_thread() -> None:
 def test_a_thousand_calls_leave_memory_flat() -> None:
     told = python(
         "import resource, torch; torch.set_num_threads(1)\n"
-        "from kernel_calls import *\n"
+        "from support.kernel_calls import *\n"
         "x, w = torch.randn(8, 16, 300), torch.ones(16)\n"
         "mask, half = torch.rand(8, 300) < 0.5, x.bfloat16()\n"
         "every = [t for x in (x, half) for t in (x, x.movedim(1, -1).contiguous().movedim(-1, 1))]\n"

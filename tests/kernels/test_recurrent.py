@@ -11,13 +11,13 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from instruction_sets import USABLE
 from normwise.backends.cpu import rnn as kernels
 from normwise.backends.cpu.library import load
 from normwise.backends.protocol import LayerRequest, Layout
 from normwise.backends.recurrence import Weights
-from recurrences import random_weights
-from recurrent_samples import CONFIGS, FEW_UNITS, Sample, check, error
+from support.instruction_sets import USABLE
+from support.recurrences import random_weights
+from support.recurrent_samples import CONFIGS, FEW_UNITS, Sample, check, error
 
 Size = tuple[int, int, int, int]  # T, B, I, H
 DTYPES = [torch.float32, torch.bfloat16]

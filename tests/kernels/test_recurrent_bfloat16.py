@@ -13,7 +13,7 @@ from normwise.backends.cpu import rnn as kernels
 from normwise.backends.protocol import LayerRequest, Layout
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.reference import recurrence as reference
-from recurrent_samples import CONFIGS, Sample
+from support.recurrent_samples import CONFIGS, Sample
 
 BF16 = torch.bfloat16
 EVERYTHING = [True] * (3 + len(Weights._fields))

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernel_truth as truth
-from kernel_calls import rows_backward, rows_forward
-from kernel_checks import EPS, check_rows
-from tolerances import assert_close
+from support import kernel_truth as truth
+from support.kernel_calls import rows_backward, rows_forward
+from support.kernel_checks import EPS, check_rows
+from support.tolerances import assert_close
 
 
 @pytest.mark.parametrize("cols", [1, 3, 7, 16, 63, 256, 1023, 5000])

@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 
-from made_up_runs import Values, made_up
 from normwise.lab.claim import judge
 from normwise.lab.claims import chosen, claims
 from normwise.lab.errors import LabError
 from normwise.lab.spec import Spec
 from normwise.lab.verdict import Check
+from support.made_up_runs import Values, made_up
 
 EXACT = ("bn-columns", "bn-count", "identity", "invariance", "padding")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from idx_files import as_idx, write_folder
 from normwise.lab.errors import LabError
 from normwise.lab.idx import load_folder, read_idx
+from support.idx_files import as_idx, write_folder
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 

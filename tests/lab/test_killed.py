@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).parent / "killed_sweeps.py"
+PROGRAM = Path(__file__).parents[1] / "support" / "killed_sweeps.py"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the program forks, which this system cannot")

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from browser import CHROMIUM
 from normwise.lab import pictures
 from normwise.lab.errors import LabError
+from support.browser import CHROMIUM
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine; Debian has it as 'chromium'")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from browser import DESKTOP, PHONE, wider_than_the_screen
-from made_up_runs import made_up
 from normwise.lab.claim import judge
 from normwise.lab.claims import claims
 from normwise.lab.report import write_report
@@ -14,6 +12,8 @@ from normwise.lab.spec import expand
 from normwise.lab.store import Store
 from normwise.lab.sweep import sweep
 from normwise.lab.tasks import load_task
+from support.browser import DESKTOP, PHONE, wider_than_the_screen
+from support.made_up_runs import made_up
 
 
 @pytest.fixture(scope="module")

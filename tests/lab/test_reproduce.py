@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from idx_files import write_folder
 from normwise.lab.errors import LabError
 from normwise.lab.figures_of_papers import of_paper
 from normwise.lab.reproduce import reference, specs
@@ -18,6 +17,7 @@ from normwise.lab.spec import expand
 from normwise.lab.store import Store
 from normwise.lab.sweep import sweep
 from normwise.lab.tasks import PAPERS, load_task
+from support.idx_files import write_folder
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from made_up_runs import made_up
 from normwise.lab.claims import claims
 from normwise.lab.errors import LabError
 from normwise.lab.store import Store
 from normwise.lab.study import study
+from support.made_up_runs import made_up
 
 
 @pytest.fixture

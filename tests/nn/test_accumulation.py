@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
 import normwise
-from norm_cases import randomize
-from tolerances import assert_close
+from support.norm_cases import randomize
+from support.tolerances import assert_close
 
 Build = Callable[..., nn.Module]
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import normwise
-from layer_samples import same
-from norm_cases import Case, each_case
+from support.layer_samples import same
+from support.norm_cases import Case, each_case
 
 SIZES = {
     "LayerNorm": lambda n: normwise.LayerNorm(n(4)),

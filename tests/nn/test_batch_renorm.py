@@ -11,11 +11,11 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
 import normwise
-from backends import each_backend_and_dtype, using
-from norm_cases import randomize, run
 from normwise.backends import reference
 from normwise.nn.construct import eps_of
-from tolerances import assert_close
+from support.backends import each_backend_and_dtype, using
+from support.norm_cases import randomize, run
+from support.tolerances import assert_close
 
 SHAPES = {"1d": (6, 4), "1d steps": (3, 4, 5), "2d": (3, 4, 5, 2), "3d": (2, 4, 3, 2, 2)}
 each_shape = pytest.mark.parametrize("name", SHAPES)

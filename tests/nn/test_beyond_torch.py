@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 import normwise
-from backends import using
-from norm_cases import added, randomize
-from tolerances import assert_close
+from support.backends import using
+from support.norm_cases import added, randomize
+from support.tolerances import assert_close
 
 ACTS = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu, "gelu": F.gelu}
 each_norm = pytest.mark.parametrize("norm", [normwise.LayerNorm, normwise.RMSNorm])

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import normwise
-from layer_samples import NORMS, Sample, each_layer, same, trained_once
 from normwise.nn.construct import eps_of
+from support.layer_samples import NORMS, Sample, each_layer, same, trained_once
 
 REFUSED = r"with act='\w+' gives its eps to nobody who may leave the activation out.*normwise.convert, fold or freeze"
 ACTIVATED = pytest.mark.parametrize("sample", [s for s in NORMS if "act" in s.kwargs], ids=str)

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import normwise
-from backends import BACKENDS, DTYPES, using
-from norm_cases import CASES, Case, each_case, randomize, run, with_bias_argument
-from tolerances import assert_close
+from support.backends import BACKENDS, DTYPES, using
+from support.norm_cases import CASES, Case, each_case, randomize, run, with_bias_argument
+from support.tolerances import assert_close
 
 HALF = (torch.bfloat16, torch.float16)
 

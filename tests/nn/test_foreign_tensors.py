@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import normwise
-from backends import without_kernels
-from in_children import Fault, in_children
 from normwise.backends.cpu import library
+from support.backends import without_kernels
+from support.in_children import Fault, in_children
 
 
 class Layer(NamedTuple):

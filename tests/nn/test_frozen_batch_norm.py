@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 import normwise
-from norm_cases import randomize
 from normwise.nn.construct import eps_of
-from tolerances import assert_close
+from support.norm_cases import randomize
+from support.tolerances import assert_close
 
 
 @pytest.mark.parametrize(("rank", "shape"), [(1, (4, 3)), (1, (4, 3, 5)), (2, (2, 3, 4, 5)), (3, (2, 3, 2, 4, 3))])

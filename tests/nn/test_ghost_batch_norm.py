@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 import normwise
-from backends import BACKENDS, each_backend_and_dtype, using
-from norm_cases import randomize, run
-from tolerances import assert_close
+from support.backends import BACKENDS, each_backend_and_dtype, using
+from support.norm_cases import randomize, run
+from support.tolerances import assert_close
 
 SHAPES = {"1d": (12, 3), "1d steps": (12, 3, 5), "2d": (12, 3, 4, 2), "3d": (12, 3, 2, 3, 2)}
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 
 import normwise
-from backends import BACKENDS, using
-from norm_cases import randomize, run
-from tolerances import assert_close
+from support.backends import BACKENDS, using
+from support.norm_cases import randomize, run
+from support.tolerances import assert_close
 
 ACTS = {None: lambda z: z, "relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu, "gelu": F.gelu}
 Make = Callable[..., nn.Module]

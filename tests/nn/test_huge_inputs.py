@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import normwise
-from backends import without_kernels
-from norm_cases import CASES, Case
 from normwise.backends.cpu import library
 from normwise.backends.cpu.library import ISA_LEVELS
+from support.backends import without_kernels
+from support.norm_cases import CASES, Case
 
 EXTRA = [
     Case("BatchNorm1d", (64,), (300, 64)),

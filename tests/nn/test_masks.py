@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import normwise
-from norm_cases import randomize
-from tolerances import assert_close
+from support.norm_cases import randomize
+from support.tolerances import assert_close
 
 CHANNELS, STEPS = 6, 5
 

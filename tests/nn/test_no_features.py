@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import normwise
-from backends import using
+from support.backends import using
 
 EMPTY = [
     ("BatchNorm1d", (0,), {}, (3, 0)),

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import normwise
-from norm_cases import randomize
-from tolerances import assert_close
+from support.norm_cases import randomize
+from support.tolerances import assert_close
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra normwise[onnx] and onnxruntime are not installed")
 

@@ -20,8 +20,8 @@ import normwise
 from benchmarks.held import beside_saved
 from normwise.backends.cpu import library
 from normwise.ops.rnn.presets import PRESETS
-from recurrent_cases import CELLS, LAYERS
-from tolerances import assert_close
+from support.recurrent_cases import CELLS, LAYERS
+from support.tolerances import assert_close
 
 T, B, INPUT, HIDDEN = 5, 3, 4, 6
 VARIANTS = [

@@ -9,9 +9,9 @@ import torch
 
 import normwise
 from normwise.backends.reference.sequences import reverse
-from recurrences import BATCH, run_batch
-from recurrent_cases import LAYERS, away_from_start
-from tolerances import assert_close
+from support.recurrences import BATCH, run_batch
+from support.recurrent_cases import LAYERS, away_from_start
+from support.tolerances import assert_close
 
 T, B, INPUT, HIDDEN = 5, 4, 3, 6
 LENGTHS = [5, 2, 4, 3]

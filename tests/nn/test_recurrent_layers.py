@@ -8,9 +8,9 @@ from torch import nn
 
 import normwise
 from normwise.ops.rnn.presets import PRESETS
-from recurrences import EQUATIONS, run
-from recurrent_cases import CELLS, LAYERS, away_from_start
-from tolerances import assert_close
+from support.recurrences import EQUATIONS, run
+from support.recurrent_cases import CELLS, LAYERS, away_from_start
+from support.tolerances import assert_close
 
 T, B, INPUT, HIDDEN = 5, 3, 4, 6
 TORCH = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}

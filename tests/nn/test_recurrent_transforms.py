@@ -9,9 +9,9 @@ import pickle
 import pytest
 import torch
 
-from backends import using
-from recurrent_cases import LAYERS
-from tolerances import assert_close
+from support.backends import using
+from support.recurrent_cases import LAYERS
+from support.tolerances import assert_close
 
 T, B, INPUT, HIDDEN = 4, 3, 4, 6
 KINDS = [(cell, norm) for cell in LAYERS for norm in ("layer", "rms", "batch")]

@@ -13,8 +13,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import normwise
-from backends import BACKENDS, using
-from tolerances import assert_close
+from support.backends import BACKENDS, using
+from support.tolerances import assert_close
 
 BOTH = pytest.mark.parametrize("make", [normwise.BatchNorm1d, nn.BatchNorm1d], ids=["normwise", "torch.nn"])
 Make = Callable[..., nn.Module]

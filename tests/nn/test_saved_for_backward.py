@@ -15,10 +15,10 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import normwise
-from backends import without_kernels
-from norm_cases import CASES, Case, added, randomize
 from normwise.backends.cpu import library
-from tolerances import assert_close
+from support.backends import without_kernels
+from support.norm_cases import CASES, Case, added, randomize
+from support.tolerances import assert_close
 
 SIDE_BY_SIDE = [
     *CASES,

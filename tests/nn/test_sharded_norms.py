@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import normwise
-from derivatives import derivatives
-from norm_cases import randomize
-from on_ranks import on_ranks
-from tolerances import assert_close
+from support.derivatives import derivatives
+from support.norm_cases import randomize
+from support.on_ranks import on_ranks
+from support.tolerances import assert_close
 
 FEATURES = 12
 # By number of ranks; an empty shard is a shard.

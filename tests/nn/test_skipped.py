@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import normwise
-from norm_cases import Case, each_case
+from support.norm_cases import Case, each_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*left a batch out")
 

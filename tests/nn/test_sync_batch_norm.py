@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import normwise
-from backends import using
-from derivatives import derivatives
-from norm_cases import randomize
-from on_ranks import on_ranks
-from tolerances import assert_close
+from support.backends import using
+from support.derivatives import derivatives
+from support.norm_cases import randomize
+from support.on_ranks import on_ranks
+from support.tolerances import assert_close
 
 CHANNELS = 4
 # Samples on each rank, by number of ranks.

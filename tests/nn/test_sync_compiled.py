@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 import normwise
-from norm_cases import randomize
-from on_ranks import on_ranks
-from tolerances import assert_close
+from support.norm_cases import randomize
+from support.on_ranks import on_ranks
+from support.tolerances import assert_close
 
 
 def compiled() -> None:

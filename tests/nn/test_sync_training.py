@@ -18,9 +18,9 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 import normwise
-from norm_cases import randomize
-from on_ranks import on_ranks
-from tolerances import assert_close
+from support.norm_cases import randomize
+from support.on_ranks import on_ranks
+from support.tolerances import assert_close
 
 
 def count_exchanges() -> list[list[int]]:

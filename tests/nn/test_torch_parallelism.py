@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import normwise
-from on_ranks import on_ranks
-from tolerances import assert_close
+from support.on_ranks import on_ranks
+from support.tolerances import assert_close
 
 WORLD = 2
 

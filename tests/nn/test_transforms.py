@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import normwise
-from backends import using
-from norm_cases import Case, added, each_case, randomize
-from tolerances import assert_close
+from support.backends import using
+from support.norm_cases import Case, added, each_case, randomize
+from support.tolerances import assert_close
 
 MASKED = {
     "BatchNorm1d": (lambda: normwise.BatchNorm1d(4), (3, 4, 5)),

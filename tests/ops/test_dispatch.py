@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import normwise
-from backends import without_kernels
 from normwise.backends.aten.norms import RUNNING_SUM_LIMIT
 from normwise.backends.cpu import library
 from normwise.backends.protocol import NormConfig, NormRequest
 from normwise.ops.dispatch import BACKENDS, Resolved, forced, found, resolve
+from support.backends import without_kernels
 
 x = torch.randn(4, 6, 5)
 

@@ -40,8 +40,8 @@ import torch
 from torch import Tensor, nn
 
 import normwise
-from backends import using
-from norm_cases import run
+from support.backends import using
+from support.norm_cases import run
 
 F32 = torch.finfo(torch.float32).eps
 F16 = torch.finfo(torch.float16).eps

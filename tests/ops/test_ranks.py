@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from normwise.backends.reference import Moments, moments
 from normwise.ops import distributed as ranks
-from on_ranks import on_ranks
-from tolerances import assert_close
+from support.on_ranks import on_ranks
+from support.tolerances import assert_close
 
 
 def part(rank: int, layer: int) -> torch.Tensor:

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 import normwise
-from backends import using
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.reference import recurrence as reference
 from normwise.backends.reference.moments import Moments
 from normwise.ops.rnn import running_stats as recurrent_running
 from normwise.ops.rnn.presets import PRESETS, preset
-from recurrences import random_weights
-from recurrent_calls import recurrence
-from tolerances import assert_close
+from support.backends import using
+from support.recurrences import random_weights
+from support.recurrent_calls import recurrence
+from support.tolerances import assert_close
 
 T, B, INPUT, HIDDEN = 6, 5, 3, 4
 CASES = [

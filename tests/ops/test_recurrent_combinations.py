@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import recurrent_calls
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.reference import recurrence as reference
-from recurrences import random_weights
-from tolerances import assert_close
+from support import recurrent_calls
+from support.recurrences import random_weights
+from support.tolerances import assert_close
 
 GROUPS = {"lstm": [(), (1, 1, 1, 1), (2, 1, 1), (3, 1)], "gru": [(), (1, 1, 1), (2, 1), (1, 2)], "rnn": [(), (1,)]}
 

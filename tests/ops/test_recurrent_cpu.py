@@ -8,16 +8,16 @@ import pytest
 import torch
 
 import normwise
-import recurrent_calls
-from backends import ran, using
 from normwise.backends.cpu import library
 from normwise.backends.cpu import rnn as cpu_rnn
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.reference import recurrence as reference
 from normwise.ops.rnn.presets import PRESETS, preset
-from recurrences import random_weights
-from recurrent_calls import recurrence
-from tolerances import assert_close
+from support import recurrent_calls
+from support.backends import ran, using
+from support.recurrences import random_weights
+from support.recurrent_calls import recurrence
+from support.tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"no compiled library: {library.missing()}")
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 import normwise
-from backends import ran, using
 from normwise.backends.cpu import library
 from normwise.backends.protocol import LayerRequest
 from normwise.ops import dispatch
 from normwise.ops.rnn import packed, stack
-from recurrent_cases import LAYERS
-from tolerances import assert_close
+from support.backends import ran, using
+from support.recurrent_cases import LAYERS
+from support.tolerances import assert_close
 
 T, B, INPUT, HIDDEN = 6, 5, 3, 4
 LENGTHS = [3, 6, 0, 5, 1]

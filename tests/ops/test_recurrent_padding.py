@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from normwise.ops.rnn.presets import PRESETS
-from recurrent_cases import LAYERS, away_from_start
-from tolerances import assert_close
+from support.recurrent_cases import LAYERS, away_from_start
+from support.tolerances import assert_close
 
 T, INPUT, HIDDEN = 6, 3, 4
 LENGTHS = [3, 6, 0, 5, 1]

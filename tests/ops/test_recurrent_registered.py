@@ -15,8 +15,8 @@ import normwise
 from normwise.backends.cpu import library
 from normwise.backends.recurrence import Weights
 from normwise.ops.rnn.presets import preset
-from recurrences import random_weights
-from tolerances import assert_close
+from support.recurrences import random_weights
+from support.tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(library.missing() is not None, reason=f"no compiled library: {library.missing()}")
 

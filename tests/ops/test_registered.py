@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from normwise.backends import reference
-from tolerances import assert_close
+from support.tolerances import assert_close
 
 SETTINGS = {
     "batch": ((0, 2), (1, 3, 1), False, False, True),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import normwise
-from layer_samples import Sample, each_layer, each_norm, same, trained_once
+from support.layer_samples import Sample, each_layer, each_norm, same, trained_once
 
 
 class Model(nn.Module):

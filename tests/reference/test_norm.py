@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from normwise.backends import reference
-from tolerances import assert_close
+from support.tolerances import assert_close
 
 SETTINGS = pytest.mark.parametrize(
     ("dims", "weight_shape", "masked", "given", "center"),

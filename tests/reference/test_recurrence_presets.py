@@ -10,8 +10,8 @@ import torch
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.reference.recurrence import recurrence
 from normwise.ops.rnn.presets import PRESETS, preset
-from recurrences import BATCH, EQUATIONS, random_weights, run, run_batch
-from tolerances import assert_close
+from support.recurrences import BATCH, EQUATIONS, random_weights, run, run_batch
+from support.tolerances import assert_close
 
 T, B, INPUT, HIDDEN = 5, 4, 3, 6
 

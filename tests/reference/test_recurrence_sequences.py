@@ -9,8 +9,8 @@ from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.reference.recurrence import recurrence
 from normwise.backends.reference.sequences import reverse, reverse_reset, valid_steps
 from normwise.ops.rnn.presets import PRESETS
-from recurrences import random_weights
-from tolerances import assert_close
+from support.recurrences import random_weights
+from support.tolerances import assert_close
 
 T, B, INPUT, HIDDEN = 6, 4, 3, 4
 ALL = [(cell, name) for cell, presets in PRESETS.items() for name in presets]

@@ -8,8 +8,8 @@ import torch
 from normwise.backends.recurrence import Weights
 from normwise.backends.reference.recurrence import Step, recurrence
 from normwise.ops.rnn.presets import PRESETS
-from recurrences import random_weights
-from tolerances import assert_close
+from support.recurrences import random_weights
+from support.tolerances import assert_close
 
 T, B, INPUT, HIDDEN = 5, 3, 3, 4
 LENGTHS = torch.tensor([5, 2, 3])

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import normwise
-from norm_cases import each_case, randomize
-from surgery_models import IMAGES, assert_same_state, net, state
-from tolerances import assert_close
+from support.norm_cases import each_case, randomize
+from support.surgery_models import IMAGES, assert_same_state, net, state
+from support.tolerances import assert_close
 
 
 def ours(layer: nn.Module) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import normwise
-from surgery_models import assert_same_state, net, state
+from support.surgery_models import assert_same_state, net, state
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import normwise
-from norm_cases import randomize
 from normwise.surgery.fold import HasAxes
-from surgery_models import assert_same_state, net, randomized, state
-from tolerances import assert_close
+from support.norm_cases import randomize
+from support.surgery_models import assert_same_state, net, randomized, state
+from support.tolerances import assert_close
 
 NORMS = (nn.modules.batchnorm._BatchNorm, normwise.nn.frozen_batch_norm.FrozenBatchNorm)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import normwise
-from tolerances import assert_close
+from support.tolerances import assert_close
 
 KERAS = [np.array(values, dtype=np.float32) for values in ([2.0, -1.0], [1.0, 0.5], [3.0, -1.0], [3.999, 0.249])]
 X = torch.tensor([[5.0, -1.0], [3.0, 0.0]])

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normwise
-from norm_cases import randomize
-from surgery_models import assert_same_state, state
-from tolerances import assert_close
+from support.norm_cases import randomize
+from support.surgery_models import assert_same_state, state
+from support.tolerances import assert_close
 
 # Arguments of the new layers, by which a user's class calls something else.
 FOREIGN = {

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import normwise
-from surgery_models import IMAGES, assert_same_state, net, state
-from tolerances import assert_close
+from support.surgery_models import IMAGES, assert_same_state, net, state
+from support.tolerances import assert_close
 
 NORMS = ["stem.1", "shared", "blocks.0.norm", "blocks.1.norm", "head.1"]
 

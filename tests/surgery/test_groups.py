@@ -8,8 +8,8 @@ from torch import nn
 
 import normwise
 from normwise.surgery.groups import ENOUGH, FEWEST, MOST
-from surgery_models import IMAGES, assert_same_state, net, state
-from tolerances import assert_close
+from support.surgery_models import IMAGES, assert_same_state, net, state
+from support.tolerances import assert_close
 
 
 def rows(width: int) -> nn.Sequential:

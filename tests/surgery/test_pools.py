@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import normwise
-from recurrent_cases import LAYERS, away_from_start
-from surgery_models import assert_same_state, state
-from tolerances import assert_close
+from support.recurrent_cases import LAYERS, away_from_start
+from support.surgery_models import assert_same_state, state
+from support.tolerances import assert_close
 
 T, INPUT, HIDDEN = 6, 3, 4
 SIZES = (5, 2, 3)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import normwise
-from surgery_models import IMAGES, assert_same_state, net, state
-from tolerances import assert_close
+from support.surgery_models import IMAGES, assert_same_state, net, state
+from support.tolerances import assert_close
 
 
 def truth(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import normwise
-from on_ranks import on_ranks
-from tolerances import assert_close
+from support.on_ranks import on_ranks
+from support.tolerances import assert_close
 
 
 def rows() -> Tensor:

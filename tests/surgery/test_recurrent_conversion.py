@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import normwise
-from tolerances import assert_close
+from support.tolerances import assert_close
 
 PLAIN = [
     nn.LSTM(3, 4, num_layers=2, bidirectional=True, batch_first=True),

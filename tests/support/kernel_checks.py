@@ -6,8 +6,8 @@ from math import prod
 
 import torch
 
-import kernel_truth as truth
-from kernel_calls import (
+from support import kernel_truth as truth
+from support.kernel_calls import (
     channels_backward,
     channels_forward,
     groups_backward,
@@ -15,7 +15,7 @@ from kernel_calls import (
     rows_backward,
     rows_forward,
 )
-from tolerances import assert_close
+from support.tolerances import assert_close
 
 EPS, MOMENTUM = 1e-5, 0.3
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from on_ranks import SERVER
+from support.on_ranks import SERVER
 
 
 def in_children(function: Callable[[Any], Any], arguments: Sequence[Any], timeout: float = 60.0) -> list[Any]:

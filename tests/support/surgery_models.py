@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from norm_cases import randomize
+from support.norm_cases import randomize
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from norm_cases import added
+from support.norm_cases import added
 
 
 def derivatives(layer: nn.Module, tensors: dict[str, Tensor], more: dict[str, Any]) -> dict[str, Tensor]:

@@ -9,8 +9,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from instruction_sets import USABLE, on
-from kernel_truth import tensor
 from normwise.backends.aten import rnn as aten
 from normwise.backends.cpu import rnn as kernels
 from normwise.backends.protocol import LayerRequest, LayerResult, Layout
@@ -20,8 +18,10 @@ from normwise.backends.reference import rnn as reference_rnn
 from normwise.backends.reference.sequences import valid_steps
 from normwise.ops.rnn import packed
 from normwise.ops.rnn.presets import PRESETS, preset
-from recurrences import random_weights
-from tolerances import TABLE
+from support.instruction_sets import USABLE, on
+from support.kernel_truth import tensor
+from support.recurrences import random_weights
+from support.tolerances import TABLE
 
 CONFIGS: dict[str, Recurrence] = {f"{cell} unnormalized": Recurrence(cell, None) for cell in PRESETS} | {
     f"{cell} {name}": config

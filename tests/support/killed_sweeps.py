@@ -1,4 +1,4 @@
-"""Run as a program by test_killed.py: sweeps on one store, two at a time, killed at random moments.
+"""Run as a program by tests/lab/test_killed.py: sweeps on one store, two at a time, killed at random moments.
 
 It forks from a process that has loaded torch once, so that a kill costs milliseconds. Prints how many runs were
 stored at each kill; any assertion that fails ends it with a traceback.
