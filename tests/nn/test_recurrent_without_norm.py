@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence, pad_sequence
 
 import normwise
-from backends import using
-from tolerances import assert_close
+from support.backends import using
+from support.tolerances import assert_close
 
 T, B, INPUT, HIDDEN = 5, 3, 4, 6
 # torch says so itself, once in a process.
