@@ -13,7 +13,7 @@ from torch import nn
 
 import normwise
 from support.backends import BACKENDS, DTYPES, using
-from support.norm_cases import CASES, Case, each_case, randomize, run, with_bias_argument
+from support.norm_cases import CASES, Case, each_case, each_case_of_ours, randomize, run, with_bias_argument
 from support.tolerances import assert_close
 
 HALF = (torch.bfloat16, torch.float16)
@@ -143,7 +143,7 @@ def test_empty_batch(case: Case, backend: str, device: torch.device) -> None:
             torch.testing.assert_close(ours.get_buffer(name), buffer)
 
 
-@each_case
+@each_case_of_ours
 def test_same_state_both_ways(case: Case) -> None:
     ours, theirs = case.ours(), randomize(case.theirs())
     assert list(ours.state_dict()) == list(theirs.state_dict())
@@ -154,7 +154,7 @@ def test_same_state_both_ways(case: Case) -> None:
         torch.testing.assert_close(back.state_dict()[key], value, rtol=0, atol=0)
 
 
-@each_case
+@each_case_of_ours
 def test_copies_and_files(case: Case) -> None:
     layer = randomize(case.ours()).eval()
     x = torch.randn(case.shape)
@@ -169,7 +169,7 @@ def test_copies_and_files(case: Case) -> None:
         assert repr(copied) == repr(layer)
 
 
-@each_case
+@each_case_of_ours
 def test_is_a_kind_of_torch_s(case: Case) -> None:
     """Code that looks for norm layers by class (weight averaging, optimizer groups) finds ours."""
     assert isinstance(case.ours(), getattr(nn, case.name))

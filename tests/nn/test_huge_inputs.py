@@ -19,7 +19,7 @@ import normwise
 from normwise.backends.cpu import library
 from normwise.backends.cpu.library import ISA_LEVELS
 from support.backends import without_kernels
-from support.norm_cases import CASES, Case
+from support.norm_cases import CASES, ROUNDED_BEFORE_GAIN, Case
 
 EXTRA = [
     Case("BatchNorm1d", (64,), (300, 64)),
@@ -94,7 +94,7 @@ def check(layer: nn.Module, x: Tensor, **call: Any) -> None:
 @pytest.mark.parametrize("name", WAYS)
 def test_every_layer(name: str) -> None:
     with way(name):
-        for case in [*CASES, *EXTRA, *OURS_ALONE]:
+        for case in [*CASES, *ROUNDED_BEFORE_GAIN, *EXTRA, *OURS_ALONE]:
             shape = (4, 4, 6) if case.shape == (1, 4) else case.shape  # a batch of one row
             for dtype in (torch.float32, torch.bfloat16):
                 x = (torch.randn(shape) * 1e20).to(dtype)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import normwise
 from normwise.backends.cpu import library
 from support.backends import without_kernels
-from support.norm_cases import CASES, Case, added, randomize
+from support.norm_cases import CASES, ROUNDED_BEFORE_GAIN, Case, added, randomize
 from support.tolerances import assert_close
 
 SIDE_BY_SIDE = [
@@ -35,6 +35,7 @@ MORE = [
     Case("InstanceNorm1d", (4,), (3, 4, 6), {"act": "gelu", "affine": True}, count=6),
     Case("LayerNorm", (8,), (6, 8), {"act": "silu"}, count=8),
     Case("RMSNorm", (6,), (3, 6, 4), {"dim": 1}, count=6),
+    *ROUNDED_BEFORE_GAIN,
 ]
 each_pair = pytest.mark.parametrize("case", SIDE_BY_SIDE, ids=str)
 each = pytest.mark.parametrize("case", [*SIDE_BY_SIDE, *MORE], ids=str)

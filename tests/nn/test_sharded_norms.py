@@ -33,6 +33,8 @@ CASES: list[Case] = [
     ("RMSNorm", {"act": "silu", "dim": 1}, {"residual": True}),
     ("RMSNorm", {}, {"mask": "rows"}),
     ("RMSNorm", {}, {"mask": "elements"}),
+    ("LayerNorm", {"offset": 1.0}, {"mask": "rows"}),
+    ("RMSNorm", {"offset": 1.0, "cast": "input", "dim": 1}, {"residual": True}),
 ]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import normwise
 from support.backends import using
-from support.norm_cases import Case, added, each_case, randomize
+from support.norm_cases import Case, added, each_case_of_ours, randomize
 from support.tolerances import assert_close
 
 MASKED = {
@@ -20,6 +20,8 @@ MASKED = {
     "GroupNorm": (lambda: normwise.GroupNorm(2, 4), (3, 4, 5)),
     "LayerNorm dim": (lambda: normwise.LayerNorm(4, dim=1), (3, 4, 5)),
     "RMSNorm dim": (lambda: normwise.RMSNorm(4, dim=1), (3, 4, 5)),
+    "LayerNorm dim, offset": (lambda: normwise.LayerNorm(4, dim=1, offset=1.0), (3, 4, 5)),
+    "RMSNorm dim, offset, cast": (lambda: normwise.RMSNorm(4, dim=1, offset=-0.5, cast="input"), (3, 4, 5)),
     "LayerNorm two axes": (lambda: normwise.LayerNorm((4, 5)), (3, 4, 5)),
 }
 each_masked = pytest.mark.parametrize("name", MASKED)
@@ -30,7 +32,7 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-@each_case
+@each_case_of_ours
 @pytest.mark.parametrize("backend", ["chosen", "kernels", "no kernels", "reference"])
 def test_double_backward(case: Case, backend: str) -> None:
     layer = randomize(case.ours(dtype=torch.float64)).train(True)
@@ -51,7 +53,7 @@ def test_double_backward(case: Case, backend: str) -> None:
             assert torch.autograd.gradgradcheck(f, x)
 
 
-@each_case
+@each_case_of_ours
 def test_functional_call_and_grad(case: Case) -> None:
     layer = randomize(case.ours()).eval()
     x, upstream = torch.randn(case.shape), torch.randn(case.shape)
@@ -70,7 +72,7 @@ def test_functional_call_and_grad(case: Case) -> None:
     assert_close(tangent, (expected[-1].double() * upstream.double()).sum(), kind="grad", count=x.numel(), scale=10.0)
 
 
-@each_case
+@each_case_of_ours
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_vmap(case: Case, training: bool) -> None:
     """A batch of models' inputs at once; running averages cannot move inside vmap, in torch.nn neither."""
@@ -125,7 +127,7 @@ def compare_compiled(
         assert_close(compiled_layer.get_buffer(name).double(), buffer.double(), dtype=torch.float32, name=name)
 
 
-@each_case
+@each_case_of_ours
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_compile_fullgraph(case: Case, training: bool) -> None:
     layer, other = randomize(case.ours()).train(training), case.ours().train(training)
@@ -224,7 +226,7 @@ def test_export_is_one_node(name: str) -> None:
     assert_close(program.module()(x, mask=mask), layer(x, mask=mask), count=20)
 
 
-@each_case
+@each_case_of_ours
 def test_export(case: Case) -> None:
     layer = randomize(case.ours()).eval()
     x = torch.randn(case.shape)

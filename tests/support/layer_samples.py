@@ -54,6 +54,7 @@ NORMS = [
     _sample("LayerNorm", 4, shape=IMAGE, dim=1, act="silu"),
     _sample("RMSNorm", 4, shape=ROWS),
     _sample("RMSNorm", 4, shape=SERIES, dim=1, act="relu"),
+    _sample("RMSNorm", 4, shape=ROWS, cast="input"),
     _sample("GroupNorm", 2, 4, shape=IMAGE),
     _sample("GroupNorm", 2, 4, shape=SERIES, act="silu"),
     _sample("InstanceNorm1d", 4, shape=SERIES, track_running_stats=True),

@@ -48,6 +48,7 @@ class NormConfig(NamedTuple):
         center: False leaves the mean in and divides by the root of the mean square (RMSNorm).
         batch_statistics: statistics are those of x; otherwise the running ones are used.
         momentum: weight of this batch in the running statistics.
+        as_written: RMSNorm by the operations that models write out, one after the other, for their very bits.
     """
 
     op: str
@@ -59,6 +60,7 @@ class NormConfig(NamedTuple):
     center: bool = True
     batch_statistics: bool = True
     momentum: float | Tensor = 0.0
+    as_written: bool = False
 
 
 class NormRequest(NamedTuple):

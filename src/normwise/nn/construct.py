@@ -24,7 +24,7 @@ class Activated(NotScripted):
     torch.nn's namesakes have no activation, and what takes layers apart knows theirs: torch.nn.SyncBatchNorm.
     convert_sync_batchnorm, torch.nn.utils.fusion, the fast path of nn.TransformerEncoderLayer and those that freeze or
     fuse layers elsewhere read the tensors and `eps` of whatever is an instance of them, and would leave the activation
-    out. They find no `eps` where there is one.
+    out. They find no `eps` where there is one; nor where the weight is not the gain, but what an `offset` is added to.
     """
 
     act: str | None = None
@@ -32,13 +32,20 @@ class Activated(NotScripted):
 
     @property
     def eps(self) -> Any:
-        """What is added to the variance. RuntimeError where the layer has an activation."""
+        """What is added to the variance. RuntimeError where the layer has an activation or an offset."""
         if self.act is not None:
             raise RuntimeError(
                 f"{type(self).__name__} with act={self.act!r} gives its eps to nobody who may leave the activation out "
                 "(torch.nn.SyncBatchNorm.convert_sync_batchnorm, fuse_conv_bn_eval and others would): use "
                 "normwise.convert, fold or freeze, or take the activation out first (layer.act = None) and put a "
                 "module of torch.nn behind the layer. The number is in vars(layer)['eps']"
+            )
+        if offset_of(self):
+            raise RuntimeError(
+                f"{type(self).__name__} with offset={offset_of(self)} gives its eps to nobody who may take the weight "
+                "for the gain (torch.nn.TransformerEncoderLayer in evaluation and others would): use normwise.convert "
+                "or fold, or put offset + weight into the weight of a layer without an offset. The number is in "
+                "vars(layer)['eps']"
             )
         return self.__dict__["eps"]
 
@@ -48,12 +55,26 @@ class Activated(NotScripted):
 
     def __dir__(self) -> list[str]:
         """Without the eps that is not given away: torch.jit.trace and inspect.getmembers look at all there is."""
-        return [name for name in super().__dir__() if name != "eps" or self.act is None]
+        return [name for name in super().__dir__() if name != "eps" or (self.act is None and not offset_of(self))]
 
 
 def eps_of(layer: nn.Module) -> Any:
     """The `eps` of any layer, for those who mind its activation; None where it has none."""
     return vars(layer)["eps"] if isinstance(layer, Activated) else getattr(layer, "eps", None)
+
+
+def offset_of(layer: nn.Module) -> float:
+    """What the layer adds to its weight for its gain: 0 but for our LayerNorm and RMSNorm with an `offset`."""
+    is_ours = isinstance(layer, Activated) and isinstance(layer, (nn.LayerNorm, nn.RMSNorm))
+    return float(getattr(layer, "offset", 0.0)) if is_ours else 0.0
+
+
+def gain_of(layer: nn.Module) -> Tensor | None:
+    """The layer's gain, which its weight is but for an offset; None where it has none."""
+    weight: Tensor | None = getattr(layer, "weight", None)
+    offset = offset_of(layer)
+    # In float64, where a sum keeps all digits of a weight of any other dtype that matter beside the offset.
+    return weight if weight is None or not offset else weight.double() + offset
 
 
 def affine_without_bias(layer: nn.Module, drop: bool) -> None:
@@ -64,7 +85,7 @@ def affine_without_bias(layer: nn.Module, drop: bool) -> None:
 
 def reset_affine(layer: nn.Module) -> None:
     """Gain 1 and bias 0, where the layer has them: the layer then only standardizes."""
-    for name, value in (("weight", 1.0), ("bias", 0.0)):
+    for name, value in (("weight", 1.0 - offset_of(layer)), ("bias", 0.0)):
         parameter = getattr(layer, name, None)
         if parameter is not None:
             nn.init.constant_(parameter, value)

@@ -13,6 +13,8 @@ from normwise.backends.activations import activation
 from normwise.nn.construct import Activated, affine, reset_affine
 from normwise.ops import inputs, symbolic
 from normwise.ops.distributed import StatsGroup
+from normwise.ops.norm import gain
+from normwise.ops.norm.gain import Cast
 from normwise.ops.norm.layer_norm import layer_norm, rms_norm
 
 
@@ -37,11 +39,17 @@ class LayerNorm(Activated, nn.LayerNorm):
         process_group: the features are spread over the ranks of this torch.distributed group (tensor parallelism), not
             necessarily evenly, and `normalized_shape` is the shape of this rank's shard. Statistics are those of the
             whole rows: two numbers a row are exchanged forward, two backward. See `Several ranks` in the documentation.
+        offset: gamma is offset + weight: 1.0 for layers whose weight starts at 0 (LayerNorm1P, Gemma's RMSNorm). The
+            weight starts as 1 - offset.
+        cast: "output" rounds to a half precision input's dtype once, behind gamma and beta; "input" before them, as
+            Llama's and T5's RMSNorm. See `normwise.functional.layer_norm`.
 
     Source: Ba, Kiros & Hinton 2016.
     """
 
     _stats_group: StatsGroup | None = None
+    offset: float = 0.0
+    cast: Cast = "output"
 
     def __init__(
         self,
@@ -55,12 +63,17 @@ class LayerNorm(Activated, nn.LayerNorm):
         dim: int | Sequence[int] | None = None,
         act: str | None = None,
         process_group: Any = None,
+        offset: float = 0.0,
+        cast: Cast = "output",
     ) -> None:
         inputs.positive_eps(eps)
         shape = _shape(normalized_shape)
         self_dim = _dim(dim, shape)
         if act is not None:
             activation(act)
+        gain.check(offset, cast)
+        # Before torch's constructor, which calls reset_parameters.
+        self.offset, self.cast = offset, cast
         super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
         self.dim = self_dim
         self.act = act
@@ -68,7 +81,7 @@ class LayerNorm(Activated, nn.LayerNorm):
             self._stats_group = StatsGroup(process_group)
 
     def reset_parameters(self) -> None:
-        """Gain 1, bias 0."""
+        """Gain 1 (a weight of 1 - offset), bias 0."""
         reset_affine(self)
 
     def forward(
@@ -97,6 +110,8 @@ class LayerNorm(Activated, nn.LayerNorm):
             act=self.act,
             add=add,
             process_group=self._stats_group,
+            offset=self.offset,
+            cast=self.cast,
         )
 
     @property
@@ -105,7 +120,7 @@ class LayerNorm(Activated, nn.LayerNorm):
         return None if self._stats_group is None else self._stats_group.process_group
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _extra_repr(self.dim, self.act, self._stats_group)
+        return super().extra_repr() + _extra_repr(self)
 
 
 class RMSNorm(Activated, nn.RMSNorm):
@@ -116,10 +131,15 @@ class RMSNorm(Activated, nn.RMSNorm):
     A drop-in for `torch.nn.RMSNorm`: same arguments, state_dict and results; `eps` None stands for the machine
     epsilon. `dim`, `act`, `mask`, `lengths`, `add` and `process_group` (one number a row) as in `LayerNorm`.
 
+    `offset` and `cast`, as there, make it the RMSNorm of a model of transformers, in half precision to the bit:
+    cast="input" that of Llama, Mistral, Qwen and T5, offset=1.0 that of Gemma. See `normwise.functional.rms_norm`.
+
     Source: Zhang & Sennrich 2019.
     """
 
     _stats_group: StatsGroup | None = None
+    offset: float = 0.0
+    cast: Cast = "output"
 
     def __init__(
         self,
@@ -132,6 +152,8 @@ class RMSNorm(Activated, nn.RMSNorm):
         dim: int | Sequence[int] | None = None,
         act: str | None = None,
         process_group: Any = None,
+        offset: float = 0.0,
+        cast: Cast = "output",
     ) -> None:
         if eps is not None:
             inputs.positive_eps(eps)
@@ -139,11 +161,18 @@ class RMSNorm(Activated, nn.RMSNorm):
         self_dim = _dim(dim, shape)
         if act is not None:
             activation(act)
+        gain.check(offset, cast)
+        # Before torch's constructor, which calls reset_parameters.
+        self.offset, self.cast = offset, cast
         super().__init__(shape, eps, elementwise_affine, device, dtype)
         self.dim = self_dim
         self.act = act
         if process_group is not None:
             self._stats_group = StatsGroup(process_group)
+
+    def reset_parameters(self) -> None:
+        """Gain 1 (a weight of 1 - offset)."""
+        reset_affine(self)
 
     def forward(
         self,
@@ -169,6 +198,8 @@ class RMSNorm(Activated, nn.RMSNorm):
             act=self.act,
             add=add,
             process_group=self._stats_group,
+            offset=self.offset,
+            cast=self.cast,
         )
 
     @property
@@ -177,7 +208,7 @@ class RMSNorm(Activated, nn.RMSNorm):
         return None if self._stats_group is None else self._stats_group.process_group
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _extra_repr(self.dim, self.act, self._stats_group)
+        return super().extra_repr() + _extra_repr(self)
 
 
 def _shape(normalized_shape: int | Sequence[int]) -> list[int]:
@@ -200,6 +231,12 @@ def _dim(dim: int | Sequence[int] | None, shape: list[int]) -> int | tuple[int, 
     return dim
 
 
-def _extra_repr(dim: int | tuple[int, ...] | None, act: str | None, peers: StatsGroup | None) -> str:
-    said = {"dim": dim, "act": act, "process_group": peers}
+def _extra_repr(layer: LayerNorm | RMSNorm) -> str:
+    said = {
+        "dim": layer.dim,
+        "act": layer.act,
+        "process_group": layer._stats_group,
+        "offset": layer.offset or None,
+        "cast": None if layer.cast == "output" else layer.cast,
+    }
     return "".join(f", {name}={value!r}" for name, value in said.items() if value is not None)

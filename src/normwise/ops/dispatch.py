@@ -69,6 +69,11 @@ class _Forced:
 
 _forced = _Forced()
 _KERNEL = Resolved(CPU, "the C++ kernel")
+_SMALL_LAYER_NORM = Resolved(ATEN, "ATen's LayerNorm is faster on few numbers")
+_SMALL_TORCH_LAYER = Resolved(ATEN, "torch's own kernel is faster where there is no norm and little to multiply")
+# A kernel adds up in another order, by which 2 to 7 of a million bfloat16 results are the other neighbour (of float32
+# results a third would be, and nobody counts on these). It takes a fifth of the time: whoever wants that forces it.
+_AS_WRITTEN = Resolved(ATEN, "the operations of the models that its options are from, for the same bits")
 
 # Multiplications in a GRU or RNN up to which one call of torch's own multi-layer kernel takes less time than what
 # Python does around ours: at 2^12 an RNN by ours takes 1.3 of its time without a gradient and 0.9 with one, a GRU at
@@ -82,11 +87,13 @@ FEW_PRODUCTS = 1 << 13
 FEW_ELEMENTS, SHORT_ROW = 1 << 12, 1 << 11
 
 
-def _is_small_layer_norm(request: NormRequest, known_readable: bool) -> bool:
-    """LayerNorm of few float32 numbers, with a gradient and nothing beyond torch.nn's, whose values ATen keeps the
-    digits of."""
+def _other_for_norm(request: NormRequest, known_readable: bool) -> Resolved | None:
+    """ATen for a norm `as_written` of half precision, and for LayerNorm of few float32 numbers, with a gradient and
+    nothing beyond torch.nn's, whose values ATen keeps the digits of."""
     config, x, residual, weight, bias, mask, *_ = request
-    return (
+    if config.as_written and x.dtype in (torch.bfloat16, torch.float16):
+        return _AS_WRITTEN if ATEN.norm.supports(request) is None else None
+    is_small_layer_norm = (
         torch.is_grad_enabled()
         and known_readable
         and config.family == "features"
@@ -105,29 +112,27 @@ def _is_small_layer_norm(request: NormRequest, known_readable: bool) -> bool:
         and not is_traced_or_transformed()
         and library.rows_near_zero(x, cols, config.eps, MEAN_TO_DEVIATION_LIMIT)
     )
+    return _SMALL_LAYER_NORM if is_small_layer_norm else None
 
 
-def _is_small_torch_layer(request: RecurrenceRequest, known_readable: bool) -> bool:
-    """No norm, few products; of any size a cell, and while compiling, since torch.compile leaves torch.nn's layers as
-    they are."""
+def _other_for_recurrence(request: RecurrenceRequest, known_readable: bool) -> Resolved | None:
+    """torch's own layer where there is no norm and few products; of any size a cell, and while compiling, since
+    torch.compile leaves torch.nn's layers as they are."""
     if not request.config.is_torch_layer or is_transforming() or aten_rnn.supports_stack(request) is not None:
-        return False
+        return None
     if request.is_cell or _is_compiling():
-        return True
+        return _SMALL_TORCH_LAYER
     if request.config.cell == "lstm":
-        return False
+        return None
     rows = request.x.numel() // max(request.x.shape[-1], 1)
     fewest = min([w.weight_ih.numel() + w.weight_hh.numel() for w in request.weights])
-    return rows * fewest < FEW_PRODUCTS
+    return _SMALL_TORCH_LAYER if rows * fewest < FEW_PRODUCTS else None
 
 
-# Where another backend is faster than the C++ kernels, although these could run the call: by the operation.
-FASTER: dict[str, tuple[Callable[[Any, bool], bool], Resolved]] = {
-    "norm": (_is_small_layer_norm, Resolved(ATEN, "ATen's LayerNorm is faster on few numbers")),
-    "recurrence": (
-        _is_small_torch_layer,
-        Resolved(ATEN, "torch's own kernel is faster where there is no norm and little to multiply"),
-    ),
+# Which backend is taken instead of the C++ kernels, although these could run the call: by the operation.
+RATHER: dict[str, Callable[[Any, bool], Resolved | None]] = {
+    "norm": _other_for_norm,
+    "recurrence": _other_for_recurrence,
 }
 
 
@@ -164,8 +169,8 @@ def resolve(request: Any, operation: str = "norm", known_readable: bool = False)
     """
     if _forced.name is not None:
         return _resolve_forced(request, operation)
-    is_faster, other = FASTER[operation]
-    if is_faster(request, known_readable):
+    other = RATHER[operation](request, known_readable)
+    if other is not None:
         return other
     reason = _kernel_obstacle(request, operation, known_readable)
     if reason is None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from normwise.backends.activations import add_residual_and_activate, channels_laid_out_like
-from normwise.backends.protocol import NormConfig, NormFamily, NormRequest, NormResult
+from normwise.backends.protocol import NormConfig, NormFamily, NormRequest, NormResult, accumulation_dtype
 
 # ATen scales by x * a + b, where a = weight * rstd and b = bias - mean * a nearly cancel when the mean dwarfs the
 # deviation: its error is about 1e-7 times this ratio. Up to 32 that stays within a few float32 roundings.
@@ -34,7 +34,7 @@ def supports(request: NormRequest) -> str | None:
         return "ATen moves the running variance to NaN by the deviation of a single value"
     if weight is not None and weight.dtype != x.dtype:
         half = x.dtype in (torch.bfloat16, torch.float16)
-        if config.op == "rms_norm" or not half or weight.dtype != torch.float32:
+        if not half or weight.dtype != torch.float32:
             return f"ATen does not mix an input of {x.dtype} with a gain of {weight.dtype}"
     if config.op == "instance_norm" and x.numel() == 0:
         return "ATen's InstanceNorm fails on an empty input or turns its running averages into NaN"
@@ -125,12 +125,27 @@ def features(
     # ATen's kernels read gains, biases and averages as if they were contiguous.
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     if config.center:
+        if weight is not None and bias is not None:
+            bias = bias.to(weight.dtype)  # the two may differ from the input's dtype, but not from one another's
         y = torch.layer_norm(x, shape, weight, bias, config.eps, torch.backends.cudnn.enabled)
+    elif config.as_written or (weight is not None and weight.dtype != x.dtype):
+        y = rms_norm_as_written(x, len(shape), weight, config.eps)
     else:
         y = torch.rms_norm(x, shape, weight, config.eps)
     if mask is not None:
         y = y.masked_fill(~mask, 0)
     return NormResult(add_residual_and_activate(y, None, config.act, mask), x)
+
+
+def rms_norm_as_written(x: Tensor, axes: int, weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm of the last `axes` axes as the models of transformers write it: the same bits, forward and backward.
+
+    A mean square beyond its dtype gives NaN, where they make zeros of the input.
+    """
+    wide = x.to(accumulation_dtype(x.dtype))
+    mean_square = wide.pow(2).mean(tuple(range(-axes, 0)), keepdim=True)
+    y = wide * (torch.rsqrt(mean_square + eps) + mean_square * 0)
+    return (y if weight is None else y * weight).to(x.dtype)
 
 
 def groups(

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
-from normwise.backends.protocol import Moments, NormConfig, NormRequest, accumulation_dtype
+from normwise.backends.protocol import Moments, NormConfig, NormRequest, NormResult, accumulation_dtype
 from normwise.ops import distributed, inputs, ragged, symbolic
 from normwise.ops.distributed_norm import distributed_norm
+from normwise.ops.norm import gain
+from normwise.ops.norm.gain import Cast
 from normwise.ops.norm.run import run
 
 _FLOAT32_EPS, _FLOAT64_EPS = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
@@ -33,6 +35,8 @@ def layer_norm(
     act: str | None = None,
     add: Tensor | PackedSequence | None = None,
     process_group: Any = None,
+    offset: float = 0.0,
+    cast: Cast = "output",
 ) -> Any:
     r"""act(gamma * (x - mean) / sqrt(var + eps) + beta), statistics over the features of one sample.
 
@@ -53,12 +57,17 @@ def layer_norm(
         process_group: the features are spread over the ranks of this group, unevenly if need be, and `input`,
             `normalized_shape`, `weight` and `bias` are this rank's shard; mean and variance are those of whole rows.
             All ranks must call with the same rows.
+        offset: gamma is offset + weight, formed in float32 for a weight of half precision; without a weight gamma is 1.
+        cast: where values are rounded to the dtype of a half precision input. "output": once, behind all that is
+            computed in float32. "input": before gamma and beta, which are applied by torch's rules for dtypes, so that
+            a float32 weight gives a float32 result and offset + weight is formed in the weight's dtype.
 
     Returns:
         Like the input (or the pair); 0 at invalid positions, which neither enter the statistics nor receive a gradient.
 
     Raises:
-        ShapeError: shapes that do not fit. TypeError: dtypes that do not. ValueError: eps <= 0, lengths out of range.
+        ShapeError: shapes that do not fit. TypeError: dtypes that do not, an offset that is no number. ValueError: eps
+        <= 0, lengths out of range, an offset that is not finite, an unknown cast.
 
     Source: Ba, Kiros & Hinton 2016, eq. 3 and 4.
     """
@@ -76,9 +85,14 @@ def layer_norm(
             act=act,
             add=add,
             process_group=process_group,
+            offset=offset,
+            cast=cast,
         )
     config = NormConfig("layer_norm", "features", eps, act, len(normalized_shape))
-    return _feature_norm(config, input, normalized_shape, weight, bias, dim, mask, lengths, add, process_group)
+    if offset or cast != "output":
+        gain.check(offset, cast)
+        weight = gain.stored_around(weight, offset, cast)
+    return _feature_norm(config, input, normalized_shape, weight, bias, dim, mask, lengths, add, process_group, cast)
 
 
 def rms_norm(
@@ -93,11 +107,16 @@ def rms_norm(
     act: str | None = None,
     add: Tensor | PackedSequence | None = None,
     process_group: Any = None,
+    offset: float = 0.0,
+    cast: Cast = "output",
 ) -> Any:
     r"""act(gamma * x / sqrt(mean(x^2) + eps)), the mean square over the features of one sample.
 
     Arguments, result and errors are those of `layer_norm`, without a bias. `eps` None stands for the machine epsilon
     of the dtype that statistics are computed in (float32, or float64 for float64 inputs), as in torch.
+
+    With an `offset` or with cast="input", an input of half precision is computed by the same operations in the same
+    order as in the models of transformers that norm so, for the same bits in y and in all gradients.
 
     Source: Zhang & Sennrich 2019, eq. 4.
     """
@@ -114,12 +133,18 @@ def rms_norm(
             act=act,
             add=add,
             process_group=process_group,
+            offset=offset,
+            cast=cast,
         )
     if eps is None:
         dtype = inputs.tensor("rms_norm", input.data if isinstance(input, PackedSequence) else input).dtype
         eps = _FLOAT64_EPS if accumulation_dtype(dtype) is torch.float64 else _FLOAT32_EPS
     config = NormConfig("rms_norm", "features", eps, act, len(normalized_shape), center=False)
-    return _feature_norm(config, input, normalized_shape, weight, None, dim, mask, lengths, add, process_group)
+    if offset or cast != "output":
+        gain.check(offset, cast)
+        weight = gain.stored_around(weight, offset, cast)
+        config = config._replace(as_written=True)
+    return _feature_norm(config, input, normalized_shape, weight, None, dim, mask, lengths, add, process_group, cast)
 
 
 def _feature_norm(
@@ -133,6 +158,7 @@ def _feature_norm(
     lengths: Tensor | None,
     add: Any,
     process_group: Any,
+    cast: Cast,
 ) -> Any:
     """y, or with `add` the pair (y, x + add)."""
     shape = tuple(normalized_shape)
@@ -143,6 +169,7 @@ def _feature_norm(
         and add is None
         and config.act is None
         and process_group is None
+        and cast == "output"
     ) and inputs.rows_fit(x, shape, weight, bias, config.eps):
         return run(NormRequest(config, x, None, weight, bias), None, True).y
     if ragged.is_ragged(x):
@@ -150,7 +177,9 @@ def _feature_norm(
             raise ValueError(f"dim={dim} needs a padded tensor: rows of a ragged one have trailing features only")
 
         def rows(x: Tensor, residual: Tensor | None) -> Any:
-            return _feature_norm(config, x, normalized_shape, weight, bias, None, None, None, residual, process_group)
+            return _feature_norm(
+                config, x, normalized_shape, weight, bias, None, None, None, residual, process_group, cast
+            )
 
         return ragged.by_rows(rows, x, mask=mask, lengths=lengths, residual=add)
     inputs.floating(config.op, x)
@@ -169,16 +198,29 @@ def _feature_norm(
         readable = False
     if process_group is not None:
         formula = _over_ranks(process_group, config.op, x, dims or trailing, valid)
+    affine_last = cast == "input" and gain.follows_rounding(x, weight, bias)
     if dims is None:
-        result = run(NormRequest(config, x.contiguous(), add, weight, bias, valid), formula, readable)
+        result = _run(NormRequest(config, x.contiguous(), add, weight, bias, valid), formula, readable, affine_last)
         return result.y if add is None else (result.y, result.total)
     channels_last = not x.is_contiguous()
     x, add, valid = (None if t is None else t.movedim(dims, trailing) for t in (x, add, valid))
-    result = run(NormRequest(config, x.contiguous(), add, weight, bias, valid), formula, readable)
+    result = _run(NormRequest(config, x.contiguous(), add, weight, bias, valid), formula, readable, affine_last)
     outputs = tuple(t.movedim(trailing, dims) for t in ((result.y,) if add is None else (result.y, result.total)))
     if not channels_last:
         outputs = tuple(t.contiguous() for t in outputs)
     return outputs[0] if add is None else outputs
+
+
+def _run(
+    request: NormRequest, formula: Callable[..., Any] | None, known_readable: bool, affine_last: bool
+) -> NormResult:
+    """`run`; with `affine_last`, gain, bias and activation are applied to its rounded result."""
+    if not affine_last:
+        return run(request, formula, known_readable)
+    bare = request._replace(config=request.config._replace(act=None), weight=None, bias=None)
+    result = run(bare, formula, known_readable)
+    y = gain.apply(result.y, request.weight, request.bias, request.mask, request.config.act)
+    return result._replace(y=y)
 
 
 def _over_ranks(
