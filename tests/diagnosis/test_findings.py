@@ -80,6 +80,21 @@ def test_zero_gains_at_the_start_are_not_dead():
     assert "NW008" not in codes(diagnose(**given(model, batches())))
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_weight_decay_on_a_weight_beside_an_offset_is_left_alone(offset):
+    """It pulls the gain to 1, not to 0."""
+    model = mlp(normwise.LayerNorm(8, bias=False, offset=offset))
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
+    found = codes(diagnose(**given(model, batches()), optimizer=optimizer))
+    assert ("NW011" in found) is (offset == 0)
+
+
+def test_gains_are_what_the_layer_multiplies_by():
+    norm = normwise.LayerNorm(8, offset=1.0)
+    (record,) = (layer.norm for layer in diagnose(**given(mlp(norm), batches())).layers if layer.norm is not None)
+    assert (record.gain.mean, record.offset, record.dead_gains) == (1.0, 1.0, [])
+
+
 def test_padding_told_in_other_ways():
     """By a mask of either convention, by nothing but zeros, or in a batch that has none."""
 

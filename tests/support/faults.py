@@ -94,6 +94,15 @@ def nw008(faulty: bool) -> Arguments:
     return given(model, batches())
 
 
+def nw008_offset(faulty: bool) -> Arguments:
+    """A gain that is 1 + weight: a weight of 0 is none that is dead."""
+    norm = normwise.LayerNorm(8, offset=1.0)
+    with torch.no_grad():
+        norm.weight[2] = -1 + 1e-6 if faulty else 0.0
+        norm.weight[3:] = 0.5
+    return given(mlp(norm), batches())
+
+
 def nw009(faulty: bool) -> Arguments:
     """Rows that are constant up to rounding, far from zero."""
 
@@ -323,6 +332,7 @@ FAULTS: dict[str, Callable[[bool], Arguments]] = {
     "NW005": nw005,
     "NW006": nw006,
     "NW008": nw008,
+    "NW008 offset": nw008_offset,
     "NW009": nw009,
     "NW010": nw010,
     "NW011": nw011,

@@ -86,6 +86,41 @@ def test_each_layer_of_torch_becomes_its_namesake_and_back(case):
     assert_close(here(x), expected, count=case.count)
 
 
+@pytest.mark.parametrize(
+    ("layer", "to", "options"),
+    [
+        (normwise.RMSNorm(32, offset=1.0), "torch", {}),
+        (normwise.LayerNorm(32, dim=1, offset=1.0), "group", {}),
+        (normwise.LayerNorm(32, dim=1, offset=1.0), "batch", {"spatial": 2}),
+        (normwise.LayerNorm(32), "layer", {"offset": 1.0}),
+    ],
+    ids=str,
+)
+def test_a_weight_does_not_become_another_gain(layer, to, options):
+    """The same parameter, read without its offset, would be off by 1."""
+    model = nn.Sequential(layer)
+    with pytest.raises(ValueError, match=r"its gain is .*weight, but .* would be .*give the new layer the same"):
+        normwise.convert(model, to=to, **options)
+    bare = type(layer)(32, 1e-5, dim=1, elementwise_affine=False, offset=1.0)
+    assert isinstance(normwise.convert(nn.Sequential(bare), to="group").model[0], nn.GroupNorm)
+
+
+def test_offset_and_cast_go_on_where_the_new_layer_knows_them():
+    layer = randomize(normwise.RMSNorm(32, 1e-5, dim=1, offset=1.0, cast="input"))
+    new = normwise.convert(nn.Sequential(layer), to="layer", inplace=True).model[0]
+    assert (new.offset, new.cast) == (1.0, "input")
+    assert new.weight is layer.weight
+    x = torch.randn(2, 32, 3)
+    expected = nn.functional.layer_norm(x.mT, (32,), layer.weight + 1).mT
+    assert_close(new(x), expected, count=32)
+    expected = layer(x)
+    layer.weight.data += layer.offset  # as the refusal advises
+    layer.offset = 0.0
+    assert_close(layer(x), expected, count=32)
+    _, report = normwise.convert(nn.Sequential(normwise.LayerNorm(8, cast="input")), to="torch")
+    assert "cast='input' has no counterpart" in str(report)
+
+
 def test_gain_and_bias_go_on_and_a_group_norm_computes_its_formula():
     layer = randomize(nn.BatchNorm2d(12))
     new = normwise.convert(layer, to="group", num_groups=3).model

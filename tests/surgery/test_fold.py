@@ -116,7 +116,15 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize(
     "norm",
-    [nn.LayerNorm(6), normwise.LayerNorm(6), nn.LayerNorm(6, bias=False), nn.RMSNorm(6), normwise.RMSNorm(6)],
+    [
+        nn.LayerNorm(6),
+        normwise.LayerNorm(6),
+        nn.LayerNorm(6, bias=False),
+        nn.RMSNorm(6),
+        normwise.RMSNorm(6),
+        normwise.LayerNorm(6, offset=1.0),
+        normwise.RMSNorm(6, offset=-0.5, cast="input"),
+    ],
     ids=lambda norm: type(norm).__module__.split(".")[0] + "." + repr(norm),
 )
 def test_gain_and_bias_go_into_every_linear_layer_behind(norm):
@@ -127,6 +135,7 @@ def test_gain_and_bias_go_into_every_linear_layer_behind(norm):
     assert list(folded.also.parameters())
     assert [change.name for change in report.changed] == ["norm"]
     assert "something else" in report.skipped[0].reason
+    assert "offset" not in repr(folded)
 
 
 class Forward(nn.Module):

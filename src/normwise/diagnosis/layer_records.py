@@ -50,6 +50,7 @@ class Norm:
         padding: share of the positions that are padding and enter the statistics nevertheless.
         padding_shift: how far that moves a channel's mean, in its deviations: the median over the channels.
         eps, momentum: its settings.
+        offset: what is added to its weight for its gain.
         noise: what rounding of the input amounts to in the output, whose deviation is 1: the largest over those
             statistics whose variance is itself no more than rounding. 0 where there are none.
         needed_eps: an eps that would keep it below 1 %.
@@ -73,6 +74,7 @@ class Norm:
     padding: float | None
     padding_shift: float | None
     eps: float
+    offset: float
     momentum: float | None
     noise: float
     needed_eps: float

@@ -14,7 +14,7 @@ from normwise.diagnosis.layers import norm_kind
 from normwise.diagnosis.padding import Valid, counted
 from normwise.diagnosis.records import Norm, Running
 from normwise.measure.axes import by_axis
-from normwise.nn.construct import eps_of
+from normwise.nn.construct import eps_of, gain_of, offset_of
 
 # A gain this small beside the layer's median one passes nothing on.
 DEAD_GAIN = 1e-3
@@ -144,9 +144,10 @@ class NormWatch:
 
     def record(self, gain_gradient: float | None) -> Norm:
         module = self.module
-        gain, bias = (getattr(module, name, None) for name in ("weight", "bias"))
+        weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
+        gain = gain_of(module)
         feeding = set(self.fed_by)
-        affine = [p for p in (gain, bias) if isinstance(p, nn.Parameter)]
+        affine = [p for p in (weight, bias) if isinstance(p, nn.Parameter)]
         momentum = getattr(module, "momentum", None)
         return Norm(
             kind=self.kind,
@@ -161,6 +162,7 @@ class NormWatch:
             padding=max(self.padding) if self.padding else None,
             padding_shift=max(self.padding_shift) if self.padding_shift else None,
             eps=self.eps,
+            offset=offset_of(module),
             momentum=float(momentum) if isinstance(momentum, (int, float)) else None,
             noise=self.noise,
             needed_eps=self.needed_eps,

@@ -177,7 +177,8 @@ class Group:
 
     Attributes:
         weight_decay: its setting.
-        gains, biases: how many gains and biases of norm layers are in it, as parameters.
+        gains, biases: how many gains and biases of norm layers are in it, as parameters; without the weights that an
+            offset is added to, which a decay pulls to that gain and not to 0.
         examples: names of a few of these.
     """
 

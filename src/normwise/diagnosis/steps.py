@@ -17,6 +17,7 @@ from normwise.diagnosis.pace import Pace
 from normwise.measure import shift
 from normwise.measure.axes import by_axis
 from normwise.measure.gradients import loss_and_gradients, total_norm
+from normwise.nn.construct import offset_of
 
 # Internal covariate shift takes a forward and backward pass for each layer and step: evenly spread ones, and the first.
 SHIFT_LAYERS, SHIFT_STEPS = 8, 4
@@ -96,6 +97,8 @@ def groups(layers: Sequence[Named], optimizer: torch.optim.Optimizer) -> list[re
     for named in layers:
         if named.role == "norm":
             for name, parameter in named.module.named_parameters(recurse=False):
+                if name == "weight" and offset_of(named.module):
+                    continue
                 (biases if "bias" in name else gains)[id(parameter)] = f"{named.name}.{name}" if named.name else name
         elif named.role == "recurrent":
             for name, parameter in named.module.named_parameters(recurse=False):

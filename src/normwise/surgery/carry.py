@@ -10,9 +10,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from normwise.nn.construct import offset_of
 from normwise.surgery.freeze import is_frozen, keep_frozen
 from normwise.surgery.report import Refusal
-from normwise.surgery.select import known_base
+from normwise.surgery.select import kind_of, known_base
 
 # Constructor arguments that no attribute of the same name holds.
 _SPECIAL = ("self", "device", "dtype", "bias")
@@ -78,9 +79,17 @@ def carry_tensors(old: nn.Module, new: nn.Module, *, statistics: bool = True, bu
         The names of the buffers that were left behind.
 
     Raises:
-        Refusal: `old` has a parameter that `new` has no place for.
+        Refusal: `old` has a parameter that `new` has no place for, or a weight that would be another gain there.
     """
     left = []
+    before, after = offset_of(old), offset_of(new)
+    if before != after and getattr(old, "weight", None) is not None:
+        is_stored, would_be = (f"{offset} + weight" if offset else "its weight" for offset in (before, after))
+        raise Refusal(
+            f"its gain is {is_stored}, but that of the {kind_of(new)} would be {would_be}, and parameters stay the "
+            "same objects: give the new layer the same offset, or put the old one's into its weight first "
+            "(layer.weight.data += layer.offset; layer.offset = 0.0)"
+        )
     for name in _tensor_names(old):
         value = getattr(old, name)
         if value is None or name in but:

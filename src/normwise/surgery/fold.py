@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from normwise.nn.construct import eps_of
+from normwise.nn.construct import eps_of, gain_of, offset_of
 from normwise.surgery.convert import ACTIVATIONS
 from normwise.surgery.graph import CONVS, LINEAR, TRANSPOSED, Calls, ways_through
 from normwise.surgery.models import changeable, copied
@@ -197,8 +197,12 @@ def _gain_into_next(model: nn.Module, norm: Any, ways: list[Calls]) -> list[str]
     if any(layer.in_features != norm.normalized_shape[0] for layer in behind):
         raise Refusal("a linear layer behind it takes another number of features")
     shift = getattr(norm, "bias", None)
+    gain = gain_of(norm)
+    assert gain is not None
     for layer in behind:
-        _scale_input(layer, norm.weight.double(), None if shift is None else shift.double())
+        _scale_input(layer, gain.double(), None if shift is None else shift.double())
+    if offset_of(norm):
+        norm.offset = 0.0  # there is no weight left that it is added to
     norm.elementwise_affine = False
     norm.weight = None
     if hasattr(norm, "bias"):

@@ -29,6 +29,7 @@ def dead_gains(diagnosis: Diagnosis) -> Iterator[Match]:
     for layer, norm in norms(diagnosis):
         if norm.dead_gains and norm.gain is not None:
             evidence = {"dead": len(norm.dead_gains), "of": norm.gain.count, "channels": norm.dead_gains[:32]}
+            evidence |= {"weight": 1.0 - norm.offset}
             yield Match(layer.name, evidence)
 
 

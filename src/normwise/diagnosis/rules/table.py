@@ -89,7 +89,7 @@ RULES: tuple[Rule, ...] = (
         parameters.dead_gains,
         "{dead} of {of} gains are less than a thousandth of the median one: these channels put out their bias and "
         "nothing else.",
-        "{module}.weight.data[{channels}] = 1.0 wakes them; to let go of them, prune these "
+        "{module}.weight.data[{channels}] = {weight} wakes them; to let go of them, prune these "
         "channels. Keep gains out of the weight decay (NW011)",
         ("no-affine",),
     ),

@@ -89,7 +89,7 @@ def layer_norm(
             cast=cast,
         )
     config = NormConfig("layer_norm", "features", eps, act, len(normalized_shape))
-    if offset or cast != "output":
+    if isinstance(offset, Tensor) or offset or cast != "output":
         gain.check(offset, cast)
         weight = gain.stored_around(weight, offset, cast)
     return _feature_norm(config, input, normalized_shape, weight, bias, dim, mask, lengths, add, process_group, cast)
@@ -140,7 +140,7 @@ def rms_norm(
         dtype = inputs.tensor("rms_norm", input.data if isinstance(input, PackedSequence) else input).dtype
         eps = _FLOAT64_EPS if accumulation_dtype(dtype) is torch.float64 else _FLOAT32_EPS
     config = NormConfig("rms_norm", "features", eps, act, len(normalized_shape), center=False)
-    if offset or cast != "output":
+    if isinstance(offset, Tensor) or offset or cast != "output":
         gain.check(offset, cast)
         weight = gain.stored_around(weight, offset, cast)
         config = config._replace(as_written=True)
