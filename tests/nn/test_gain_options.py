@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 import normwise
-from backends import ran, using
-from foreign_norms import GemmaRMSNorm, LayerNorm1P, LlamaRMSNorm, Olmo2RMSNorm, T5LayerNorm
-from norm_cases import randomize
-from tolerances import assert_close
+from support.backends import ran, using
+from support.foreign_norms import GemmaRMSNorm, LayerNorm1P, LlamaRMSNorm, Olmo2RMSNorm, T5LayerNorm
+from support.norm_cases import randomize
+from support.tolerances import assert_close
 
 HALF = [torch.bfloat16, torch.float16]
 each_half = pytest.mark.parametrize("half", HALF, ids=str)

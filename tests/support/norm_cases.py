@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_norms import LayerNorm1P
 from torch import Tensor, nn
 
 import normwise
+from support.foreign_norms import LayerNorm1P
 
 
 @dataclass(frozen=True)
