@@ -1,6 +1,6 @@
 """normwise: the normalization toolkit for PyTorch.
 
-Layers that replace their namesakes in torch.nn and stay right on every batch size, mask, length, rank and dtype.
+Drop-in replacements for torch.nn's norm layers that stay correct for any batch size, mask, length, world size or dtype.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ LAYERS = [normwise.RNN, normwise.GRU, normwise.LSTM]
         (X, {"reset": torch.zeros(B, T).bool()}, ValueError, r"reset must be of shape \(5, 3\), steps first.*\(3, 5\)"),
     ],
 )
-def test_calls(layer, norm, x, call, error, message):
+def test_a_bad_call_is_refused(layer, norm, x, call, error, message):
     with pytest.raises(error, match=message):
         layer(INPUT, HIDDEN, norm=norm)(x, **call)
 
@@ -128,7 +128,7 @@ def test_a_packed_sequence_states_its_own_lengths(norm):
         ),
     ],
 )
-def test_constructors(make, error, message):
+def test_bad_construction_is_refused(make, error, message):
     with pytest.raises(error, match=message):
         make()
 
@@ -157,7 +157,7 @@ def test_a_description_of_ones_own_brings_its_norm():
         ),
     ],
 )
-def test_steps(make, call, error, message):
+def test_a_bad_call_of_step_is_refused(make, call, error, message):
     with pytest.raises(error, match=message):
         make().step(*call)
 
@@ -186,7 +186,7 @@ def test_steps_with_a_wrong_index_or_reset():
         (lambda: normwise.RNNCell(4, 6, norm="batch"), (X[0, :1],), ValueError, r"need to know which step"),
     ],
 )
-def test_cells(make, call, error, message):
+def test_a_bad_call_of_a_cell_is_refused(make, call, error, message):
     with pytest.raises(error, match=message):
         make()(*call)
 

@@ -96,7 +96,7 @@ def test_padded_input_with_and_without_states(ours, theirs, options):
 
 @pytest.mark.parametrize("enforce_sorted", [True, False])
 @pytest.mark.parametrize(("ours", "theirs", "options"), ALL)
-def test_packed_input(ours, theirs, options, enforce_sorted):
+def test_packed_input_gives_what_torch_gives(ours, theirs, options, enforce_sorted):
     a, b = twins(ours, theirs, options)
     dtype = options.get("dtype", torch.float32)
     lengths = [5, 3, 3] if enforce_sorted else [3, 5, 1]
@@ -181,7 +181,7 @@ def test_a_reset_works_without_a_norm_too(ours, theirs):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("ours", "theirs"), CELLS)
-def test_cells(ours, theirs, bias):
+def test_cells_are_torch_s(ours, theirs, bias):
     torch.manual_seed(0)
     a = ours(INPUT, HIDDEN, bias, norm=None)
     torch.manual_seed(0)

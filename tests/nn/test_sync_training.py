@@ -134,61 +134,97 @@ def test_under_distributed_data_parallel(size: int, find_unused: bool, broadcast
         assert_close(states[0][name].double(), expected, kind="composed", count=100, name=name)
 
 
-def in_other_ways() -> None:
-    """Each use beside plain training, with its own check."""
+def own_and_all(rows: int = 4) -> tuple[Tensor, list[Tensor]]:
+    """This rank's batch, of `rows` samples or more, and those of all ranks."""
     rank = dist.get_rank()
     torch.manual_seed(rank)
-    parts = [torch.randn(n + rank, 4) for n in (3, 1)]
+    own = torch.randn(rows + 2 * rank, 4)
     everyone: list[Any] = [None, None]
-    dist.all_gather_object(everyone, torch.cat(parts))
+    dist.all_gather_object(everyone, own)
+    return own, everyone
+
+
+def packed_sequences() -> None:
+    rank = dist.get_rank()
+    own, everyone = own_and_all()
+    parts = list(own.split([3 + rank, 1 + rank]))
     layer, plain = normwise.SyncBatchNorm(4), nn.BatchNorm1d(4)
     packed = layer(pack_sequence(parts, enforce_sorted=False))
-    truth = plain(torch.cat(everyone))
-    rows = truth[: len(everyone[0])] if rank == 0 else truth[len(everyone[0]) :]
-    order = pack_sequence(list(rows.split([len(p) for p in parts])), enforce_sorted=False)
-    assert_close(packed.data, order.data, count=9)
-    assert_close(layer.running_var, plain.running_var, count=9)
+    truth = plain(torch.cat(everyone)).split([len(t) for t in everyone])[rank]
+    order = pack_sequence(list(truth.split([len(p) for p in parts])), enforce_sorted=False)
+    assert_close(packed.data, order.data, count=10)
+    assert_close(layer.running_var, plain.running_var, count=10)
 
-    f, world = normwise.functional, dist.group.WORLD
-    means, variances = torch.zeros(4), torch.ones(4)
-    assert_close(f.batch_norm(packed.data, means, variances, training=True, process_group=world), packed.data, count=9)
-    assert_close(means, torch.zeros(4), scale=1.0, count=9)
+
+def test_packed_sequences_have_the_statistics_of_all_ranks() -> None:
+    on_ranks(2, packed_sequences)
+
+
+def functionals() -> None:
+    rank, world = dist.get_rank(), dist.group.WORLD
+    own, everyone = own_and_all()
+    f, means, variances = normwise.functional, torch.zeros(4), torch.ones(4)
+    truth = nn.BatchNorm1d(4)
+    y = f.batch_norm(own, means, variances, training=True, process_group=world)
+    assert_close(y, truth(torch.cat(everyone)).split([len(t) for t in everyone])[rank], count=10)
+    assert_close(means, truth.running_mean, scale=1.0, count=10)
     halves = torch.cat([everyone[0], everyone[0]], 1).chunk(2, 1)[rank]
     assert_close(f.layer_norm(halves, (4,), process_group=world), f.layer_norm(everyone[0], (4,)), count=8)
     assert_close(f.rms_norm(halves, (4,), process_group=world), f.rms_norm(everyone[0], (4,)), count=8)
 
-    # A copy of the weights works; in evaluation and in a group of one it is BatchNorm, and nothing is sent.
+
+def test_functionals_take_a_process_group() -> None:
+    on_ranks(2, functionals)
+
+
+def without_an_exchange() -> None:
+    own, everyone = own_and_all()
+    layer, plain = normwise.SyncBatchNorm(4), nn.BatchNorm1d(4)
+    layer(own), plain(torch.cat(everyone))
     averaged = AveragedModel(nn.Sequential(layer))
     averaged.update_parameters(nn.Sequential(layer))
-    averaged(torch.cat(parts))
+    averaged(own)
     groups = [dist.new_group([r]) for r in range(2)]
-    alone = normwise.SyncBatchNorm(4, process_group=groups[rank])
+    group = groups[dist.get_rank()]
+    alone = normwise.SyncBatchNorm(4, process_group=group)
     with mock.patch.object(dist, "all_gather", side_effect=AssertionError("sent something")):
-        assert_close(layer.eval()(parts[0]), copy.deepcopy(plain).eval()(parts[0]), count=9)
-        assert_close(alone(parts[0]), nn.BatchNorm1d(4)(parts[0]), count=9)
-    assert copy.deepcopy(alone).process_group is groups[rank]
+        assert_close(layer.eval()(own), plain.eval()(own), count=9)
+        assert_close(alone(own), nn.BatchNorm1d(4)(own), count=9)
+    assert copy.deepcopy(alone).process_group is group
 
-    # Activation checkpointing runs the forward twice, exchange included, and moves the averages once.
+
+def test_evaluation_and_a_group_of_one_rank_send_nothing_and_copies_share_the_group() -> None:
+    on_ranks(2, without_an_exchange)
+
+
+def checkpointed() -> None:
     layer = normwise.SyncBatchNorm(4, momentum=None)
-    x = parts[0].clone().requires_grad_()
+    x = own_and_all()[0].requires_grad_()
     checkpoint(layer, x, use_reentrant=False).square().sum().backward()
     assert layer.num_batches_tracked == 1
 
-    # NaN on one rank: no rank's averages move, and every rank is told.
+
+def test_checkpointing_repeats_the_exchange_and_updates_running_statistics_once() -> None:
+    on_ranks(2, checkpointed)
+
+
+def not_finite_or_empty() -> None:
+    own, _ = own_and_all()
+    layer = normwise.SyncBatchNorm(4)
+    layer(own)
     before = layer.running_mean.clone()
     with pytest.warns(UserWarning, match="running averages"):
-        layer(parts[0] + (float("nan") if rank == 0 else 0.0))
+        layer(own + (float("nan") if dist.get_rank() == 0 else 0.0))
     assert torch.equal(layer.running_mean, before)
     assert layer.num_batches_skipped == 1
 
-    # Nobody has anything.
     empty = layer(torch.empty(0, 4, 3, requires_grad=True))
     empty.sum().backward()
     assert torch.equal(layer.running_mean, before)
 
 
-def test_in_other_ways() -> None:
-    on_ranks(2, in_other_ways)
+def test_nan_on_one_rank_or_no_sample_on_any_updates_no_rank() -> None:
+    on_ranks(2, not_finite_or_empty)
 
 
 def faults() -> dict[str, str]:
@@ -248,7 +284,7 @@ def test_a_missing_rank_is_an_error_on_the_others(how: str) -> None:
         assert seconds < 4.5
 
 
-def test_on_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_without_torch_distributed_is_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without torch.distributed it is BatchNorm; where ranks were started and not connected, that would be wrong."""
     x = torch.randn(6, 3, 4)
     layer, plain = normwise.SyncBatchNorm(3, bias=False, act="relu"), nn.BatchNorm1d(3)

@@ -91,8 +91,8 @@ def test_torch_where_it_does_the_job() -> None:
         ({"op": "batch_norm", "momentum": torch.tensor(0.1)}, "a number only"),
         ({"weight": torch.ones(5, dtype=torch.float64)}, "does not mix"),
         ({"op": "instance_norm", "tensor": x[:0]}, "empty input"),
-        ({"op": "batch_norm", "tensor": torch.empty(RUNNING_SUM_LIMIT + 1, 2)}, "loses digits"),
-        ({"tensor": x + 1e4}, "a mean dwarfs the deviation"),
+        ({"op": "batch_norm", "tensor": torch.empty(RUNNING_SUM_LIMIT + 1, 2)}, "loses precision"),
+        ({"tensor": x + 1e4}, "a mean is much larger than the deviation"),
     ],
 )
 @pytest.mark.usefixtures("no_library")
@@ -187,7 +187,7 @@ def small_layer_norm(**changed: object) -> str:
 @pytest.mark.parametrize(
     "changed",
     [
-        {"tensor": torch.randn(32, 128) + 100},  # 100 deviations from zero, where ATen loses digits
+        {"tensor": torch.randn(32, 128) + 100},  # 100 deviations from zero, where ATen loses precision
         {"tensor": torch.randn(32, 128).index_fill(0, torch.tensor([31]), torch.inf)},
         {"tensor": torch.full((32, 128), torch.nan)},
         {"tensor": torch.randn(32, 128) * 1e30},

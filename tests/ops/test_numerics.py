@@ -1,4 +1,4 @@
-"""Where torch loses digits, and what is left of the error here.
+"""Where torch loses precision, and the error that remains here.
 
 Errors against torch.nn's own layer in float64 on the same values, the largest of output, input gradient, parameter
 gradients and running averages (all but the output relative to the truth's largest element where that is above 1).

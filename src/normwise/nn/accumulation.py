@@ -52,7 +52,7 @@ def accumulated_backward(model: nn.Module, micro_batches: Iterable[Any], loss: L
 
     Raises:
         ValueError: no micro-batch; a training BatchNorm layer of torch.nn, or one whose statistics are not simply
-            those of its batch; a batch with one value a channel in total.
+            those of its batch; a batch with one value per channel in total.
         TypeError: `loss` returns no tensor.
         RuntimeError: the micro-batches run different layers, or a layer runs under activation checkpointing; a loss
             without a gradient.

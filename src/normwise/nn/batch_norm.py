@@ -176,7 +176,7 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
     (bool, True = valid; (N, L), or broadcastable to the input) or `lengths` (valid steps of each sample) keep padding
     out of the statistics, and `residual` is added before `act`.
 
-    Pitfall: with one value a channel in training there is no deviation, and with few the statistics are rough: at
+    Pitfall: with one value per channel in training there is no deviation, and with few the statistics are noisy: at
     small batches prefer LayerNorm or GroupNorm.
 
     Args:

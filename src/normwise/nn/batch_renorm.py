@@ -125,7 +125,7 @@ class BatchRenorm1d(_BatchRenorm):
     for 5000 batches and then grow, r_max to 3 by 40000 and d_max to 5 by 25000 (the paper's schedule; for a training
     of other length give a `LinearRamp` of your own). Steps are counted in `num_batches_tracked`.
 
-    One value a channel (batch 1) is allowed: it stands where d says, within d_max of the running mean. It has no
+    One value per channel (batch 1) is allowed: it stands where d says, within d_max of the running mean. It has no
     deviation, so the running variance stays, and no gradient reaches the input.
 
     Args:

@@ -17,7 +17,7 @@ class SyncBatchNorm(_BatchNorm):
     of the valid elements on all ranks, each counted once. So outputs, running averages and the gradients of the sum of
     all ranks' losses are those of `BatchNorm` over the concatenated batch, where ranks hold different numbers of
     samples, or none. (DistributedDataParallel takes the MEAN of the ranks' gradients: weight the losses accordingly.)
-    One exchange of 3 numbers a channel forward, one of 2 backward; the layer's first forward compares the number of
+    One exchange of 3 numbers per channel forward, one of 2 backward; the layer's first forward compares the number of
     channels as well.
 
     Takes (N, C) to (N, C, D, H, W), a PackedSequence or a jagged nested tensor, on any device that the group's backend
@@ -41,7 +41,7 @@ class SyncBatchNorm(_BatchNorm):
         RuntimeError, in training: this process was started as one of several ranks (WORLD_SIZE, as torchrun sets it)
             that are not connected; another rank died or stayed away for longer than the group's timeout.
         ValueError, on every rank: the ranks disagree in the number of channels, or (on the CPU) in the dtype; the
-            batches of all ranks together hold one value a channel.
+            batches of all ranks together hold one value per channel.
 
     Source: Ioffe & Szegedy 2015; Chan, Golub & LeVeque 1979 for the combined variance.
     """

@@ -6,7 +6,7 @@
 
 `with normwise.backend("reference"):` or the environment variable NORMWISE_BACKEND forces one for the whole process;
 a forced backend never falls back but raises `BackendError` with the reason. Where only a missing library keeps the C++
-kernels from a call, `KernelWarning` says so once; NORMWISE_KERNEL_WARNING=off silences it.
+kernels from a call, it warns once with `KernelWarning`; NORMWISE_KERNEL_WARNING=off silences that.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Every rank of a group sends its own moments (count, mean, variance) in one message, receives everybody's, and combines
 them by itself in the same order, so all ranks hold the same bits afterwards. The message is float64: counts stay exact,
-and a mean that dwarfs the deviation keeps its digits.
+and no precision is lost where the mean is much larger than the deviation.
 
 What holds for every function here: all ranks of the group must call it, in the same order, with the same shapes, also
 a rank without data. A rank that dies, or does not come within the group's timeout, is an error on the others.
@@ -104,7 +104,7 @@ class StatsGroup:
 
 
 def stats_group(process_group: Any) -> StatsGroup:
-    """A layer's `StatsGroup` as it is; otherwise that of a call, which compares its facts anew each time."""
+    """A layer's `StatsGroup` as it is; otherwise that of a call, which compares its facts each time."""
     return process_group if isinstance(process_group, StatsGroup) else StatsGroup(process_group)
 
 

@@ -1,4 +1,4 @@
-"""Changing a user's model: other norms in it, norms folded away, statistics taken anew or frozen."""
+"""Changing a user's model: other norms in it, norms folded away, statistics re-estimated or frozen."""
 
 from normwise.surgery.convert import convert
 from normwise.surgery.fold import fold

@@ -168,7 +168,7 @@ def _built(
     present = [t for t in tensors if t is not None]
     shapes = {tuple(t.shape) for t in present}
     if len(shapes) != 1:
-        raise ValueError(f"expected weights of one shape, one number a channel, but got {sorted(shapes)}")
+        raise ValueError(f"expected weights of one shape, one number per channel, but got {sorted(shapes)}")
     (shape,) = shapes
     gain, bias, mean, var = tensors
     affine = gain is not None or bias is not None

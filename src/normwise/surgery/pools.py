@@ -17,7 +17,7 @@ from normwise.surgery.select import INSTANCE
 
 
 class Pool(ABC):
-    """What one layer has met.
+    """What one layer has received.
 
     Attributes:
         parts: moments in float64 by name, empty ones to begin with; what ranks pool is this.
@@ -54,7 +54,7 @@ class Pool(ABC):
             return None
         if self.skipped:
             return f"no finite value in {self.skipped} batches: look for NaN in the data or in the weights before it"
-        return "the model's forward did not come by, or with fewer than two values a channel"
+        return "the model's forward did not come by, or with fewer than two values per channel"
 
     def pour(self, name: str, new: Moments) -> None:
         """Pool `new` with what there is."""
@@ -116,7 +116,7 @@ class _OfBatchNorm(_OfInputs):
 
     def values(self) -> str:
         low, high = (int(count) for count in torch.aminmax(self.parts[""].count))
-        return f"{low} values a channel" if low == high else f"{low} to {high} values a channel"
+        return f"{low} values per channel" if low == high else f"{low} to {high} values per channel"
 
 
 class _OfInstanceNorm(_OfInputs):

@@ -1,4 +1,4 @@
-"""recalibrate: the running statistics of a model's norms, taken anew from data."""
+"""recalibrate: re-estimates the running statistics of a model's norms from data."""
 
 from __future__ import annotations
 

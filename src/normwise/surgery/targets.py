@@ -147,7 +147,7 @@ def _batch_family(layer: nn.Module, family: str, met: Shapes, spatial: int | Non
         return _with_statistics(layer, cls, options)
     given = {"num_features": channels, "affine": _affine(layer), "track_running_stats": True}
     new = rebuild(layer, cls, **(given | options))
-    fresh = "running statistics start anew: train on, or normwise.recalibrate"
+    fresh = "running statistics are new: fine-tune, or normwise.recalibrate"
     return new, _summary(layer, new, carry_tensors(layer, new, statistics=False), fresh)
 
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from normwise.backends.activations import add_residual_and_activate, channels_laid_out_like
 from normwise.backends.protocol import NormConfig, NormFamily, NormRequest, NormResult, accumulation_dtype
 
-# ATen scales by x * a + b, where a = weight * rstd and b = bias - mean * a nearly cancel when the mean dwarfs the
-# deviation: its error is about 1e-7 times this ratio. Up to 32 that stays within a few float32 roundings.
+# ATen scales by x * a + b, where a = weight * rstd and b = bias - mean * a nearly cancel when the mean is much larger
+# than the deviation: its error is about 1e-7 times this ratio. Up to 32 that stays within a few float32 roundings.
 MEAN_TO_DEVIATION_LIMIT = 32.0
 
 # ATen's BatchNorm on rows of channels, (N, C) or channels-last, adds up each channel in one float32 variable per
@@ -56,11 +56,11 @@ def shortcoming(request: NormRequest, may_look: bool) -> str | None:
     if may_look and config.op == "rms_norm":
         return "ATen's RMSNorm is these operations too, but makes zeros of an input whose squares overflow"
     if may_look and _long_gain_sums(request):
-        return "ATen adds up the gradient of a gain over many elements in one float32 sum, which loses digits"
+        return "ATen adds up the gradient of a gain over many elements in one float32 sum, which loses precision"
     if config.family == "channels" and config.batch_statistics:
         rows_of_channels = x.dim() == 2 or not x.is_contiguous()
         if rows_of_channels and x.dtype != torch.float64 and x.numel() // x.shape[1] > RUNNING_SUM_LIMIT:
-            return "ATen adds up long columns of channels in one float32 sum, which loses digits"
+            return "ATen adds up long columns of channels in one float32 sum, which loses precision"
     if not may_look:
         return None
     with torch.no_grad():
@@ -77,7 +77,9 @@ def shortcoming(request: NormRequest, may_look: bool) -> str | None:
         mean, deviation = mean.float(), deviation.float()
         near = (mean.abs() <= MEAN_TO_DEVIATION_LIMIT * deviation) | (not config.center)
         fine = (near & (deviation <= LARGEST_DEVIATION) & (mean.abs() <= LARGEST_DEVIATION)).all()
-    return None if bool(fine) else "ATen loses digits where a mean dwarfs the deviation, or is not finite"
+    return (
+        None if bool(fine) else "ATen loses precision where a mean is much larger than the deviation, or is not finite"
+    )
 
 
 def _without_features(config: NormConfig, x: Tensor) -> bool:
@@ -88,7 +90,7 @@ def _without_features(config: NormConfig, x: Tensor) -> bool:
 
 
 def _long_gain_sums(request: NormRequest) -> bool:
-    """Whether the gradient of the gain is wanted, and a float32 sum over so many elements that it loses digits."""
+    """Whether the gradient of the gain is wanted, and a float32 sum over so many elements that it loses precision."""
     x, weight = request.x, request.weight
     if weight is None or not weight.requires_grad or not torch.is_grad_enabled() or x.dtype != torch.float32:
         return False

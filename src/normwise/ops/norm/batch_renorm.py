@@ -43,8 +43,8 @@ def batch_renorm_with_stats(
     were updated.
 
     r and d, see `reference.renorm_correction`, are taken before that update, and no gradient flows through them. All
-    else is as in `normwise.functional.batch_norm`, but that one value a channel is allowed: it standardizes to 0, so d
-    alone is left, which is where it stands to the running averages.
+    else is as in `normwise.functional.batch_norm`, except that one value per channel is allowed: it standardizes to 0,
+    and the output is gamma * d + beta.
 
     Raises:
         RuntimeError: a forward that activation checkpointing runs again: the averages that r and d came from have moved

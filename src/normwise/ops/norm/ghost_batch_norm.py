@@ -22,9 +22,9 @@ def ghost_batch_norm(request: NormRequest, virtual_batch_size: int) -> tuple[Ten
     whether the running statistics were updated.
 
     The last virtual batch is smaller where the batch size is no multiple, and joined to the one before where it would
-    hold a single value a channel. The running averages move by the moments of the whole batch, pooled exactly: they are
-    those of `batch_norm`. (Hoffer et al. move them once a virtual batch, whose variances leave out how far the virtual
-    batches lie apart.) A virtual batch without a valid element is all 0 and does not count.
+    hold a single value per channel. The running averages are updated by the moments of the whole batch, pooled exactly,
+    as in `batch_norm`. (Hoffer et al. update them once per virtual batch, which leaves out the variance between virtual
+    batches.) A virtual batch without a valid element is all 0 and does not count.
 
     Raises what `batch_norm` raises, for each virtual batch.
 

@@ -23,7 +23,7 @@ def over_ranks(process_group: Any, x: Tensor, valid: Tensor | None) -> Callable[
         process_group: a torch.distributed group, or a layer's `StatsGroup`.
 
     Raises, on every rank:
-        ValueError: the ranks disagree in the number of channels; in the call: one value a channel in all ranks'
+        ValueError: the ranks disagree in the number of channels; in the call: one value per channel in all ranks'
             batches together, or none that is valid.
     """
     group = distributed.stats_group(process_group).group("batch_norm", x.device, {"number of channels": x.shape[1]})

@@ -103,7 +103,7 @@ def resets(sequences: Sequences, reset: Tensor, bidirectional: bool) -> tuple[Te
     reset = reset[: layout.steps] if order is None else reset[: layout.steps].index_select(1, order)
     if layout.batch_sizes is None:
         after = torch.cat([reset[1:], torch.zeros_like(reset[:1])]) if bidirectional else None
-        # A copy, since the caller may fill a buffer of flags anew before the backward.
+        # A copy, since the caller may overwrite a buffer of flags before the backward.
         return (reset if order is not None else reset.clone()), after
     valid = torch.arange(layout.batch, device="cpu") < layout.batch_sizes[:, None]
     valid = valid.to(reset.device)
