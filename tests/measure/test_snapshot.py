@@ -45,7 +45,7 @@ def test_state_is_buffers_and_tensors_beside_them():
     model.threshold = torch.tensor(0.5)
     before = norm.running_mean.clone()
     with state_kept(model):
-        with pytest.warns(UserWarning, match="left a batch out"):
+        with pytest.warns(UserWarning, match="skipped an update"):
             norm(torch.full((2, 3), math.nan))
         norm(torch.randn(4, 3))
         model.threshold += 1

@@ -74,7 +74,7 @@ FAR_FROM_ZERO = [
     Weak("InstanceNorm2d", (16,), lambda: torch.randn(8, 16, 32, 32) + 1e4),
 ]
 OVERFLOWING = [
-    # Without running averages: a variance of 9e6 does not fit into theirs, which then leave the batch out.
+    # Without running averages: a variance of 9e6 does not fit into theirs, which then skip the update.
     Weak("BatchNorm2d", (16, 1e-5, 0.1, True, False), lambda: (torch.randn(8, 16, 32, 32) * 3e3).half(), 4.0),
     Weak("LayerNorm", (512,), lambda: (torch.randn(64, 512) * 3e3).half(), 4.0),
     Weak("RMSNorm", (512,), lambda: (torch.randn(64, 512) * 3e3).half(), 4.0),

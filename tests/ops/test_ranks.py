@@ -23,7 +23,7 @@ def pooled_moments() -> list[Moments]:
     own = [moments(part(dist.get_rank(), layer).double(), [0]) for layer in range(3)]
     if dist.get_rank() == 1:  # without data, anything may stand there
         own = [Moments(m.mean + float("nan"), m.var + float("inf"), m.count) for m in own]
-    return ranks.pooled(own)
+    return ranks.pool_moments(own)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -40,16 +40,16 @@ def test_pooled_moments_are_those_of_all_rows(size: int) -> None:
 
 def test_pooled_on_one_process() -> None:
     own = moments(torch.randn(5, 3), [0])
-    (alone,) = ranks.pooled([own])
+    (alone,) = ranks.pool_moments([own])
     assert alone.mean.dtype == torch.float64
     torch.testing.assert_close(alone.var.float(), own.var)
-    assert ranks.pooled([]) == []
+    assert ranks.pool_moments([]) == []
 
 
 def disagreeing_moments() -> str:
     layers = 2 + (dist.get_rank() == 2)
     with pytest.raises(ValueError, match="disagree") as caught:
-        ranks.pooled([moments(torch.randn(4, 3), [0])] * layers)
+        ranks.pool_moments([moments(torch.randn(4, 3), [0])] * layers)
     return str(caught.value)
 
 

@@ -159,6 +159,6 @@ def test_running_statistics_move_step_by_step(rows, start_step):
         row = min(start_step + t, rows - 1)
         expected_mean[row] = (1 - momentum) * expected_mean[row] + momentum * mean[t]
         expected_var[row] = (1 - momentum) * expected_var[row] + momentum * var[t] * n / (n - 1)
-    recurrent_running.move(table_mean, table_var, Moments(mean, var, count), momentum, start_step)
+    recurrent_running.update_tables(table_mean, table_var, Moments(mean, var, count), momentum, start_step)
     assert_close(table_mean, expected_mean, kind="composed")
     assert_close(table_var, expected_var, kind="composed")

@@ -177,11 +177,11 @@ def refusing(model: nn.Module, batch: Tensor) -> Tensor:
         (lambda x: x, {}, TypeError, r"but got Tensor: \[x\] is one batch"),
         (lambda x: 5, {}, TypeError, "such as a DataLoader"),
         (lambda x: [x], {"where": "none"}, ValueError, "means none"),
-        (lambda x: [x], {"forward": lambda model, batch: None}, ValueError, "did not come by"),
+        (lambda x: [x], {"forward": lambda model, batch: None}, ValueError, "did not call it"),
         (lambda x: [x], {"process_group": "all"}, TypeError, "process_group must be"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:.*left a batch out of its running averages")
+@pytest.mark.filterwarnings("ignore:.*skipped an update of its running averages")
 def test_after_an_error_the_model_is_as_it_was(batches, options, error, words):
     model = nn.Sequential(net(), normwise.BatchNorm1d(2))
     before = state(model)
@@ -196,7 +196,7 @@ def test_a_batch_that_is_not_finite_is_left_out():
     model = nn.BatchNorm1d(3)
     report = normwise.recalibrate(model, [x, x * torch.inf])
     assert_statistics(model, x)
-    assert "1 not finite" in report.changed[0].note
+    assert "skipped as not finite: 1" in report.changed[0].note
 
 
 def test_models_without_statistics_say_so():
@@ -216,8 +216,8 @@ def test_models_without_statistics_say_so():
     report = normwise.recalibrate(model, [torch.randn(4, 3)], forward=lambda m, x: m[0](x))
     reasons = {skip.name: skip.reason for skip in report.skipped}
     assert reasons.keys() == {"1", "2", "3"}
-    assert "did not come by" in reasons["1"]
-    assert "did not come by" in reasons["3"]
+    assert "did not call it" in reasons["1"]
+    assert "did not call it" in reasons["3"]
     assert reasons["2"] == "its statistics are fixed"
 
 

@@ -73,7 +73,7 @@ def run(spec: Spec, kept: Path | None = None) -> Result:
     try:
         with warnings.catch_warnings():
             # A net that diverges is a result, recorded with its step: its layers need not warn of it as well.
-            warnings.filterwarnings("ignore", r"\w+ left a batch out of its running averages", UserWarning)
+            warnings.filterwarnings("ignore", r"\w+ skipped an update of its running averages", UserWarning)
             _train(spec, load_task(spec.task).task, result, kept)
     except UndefinedError as error:
         return Result("undefined", str(error))

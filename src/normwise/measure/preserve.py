@@ -31,7 +31,7 @@ def preserved(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, 
         undo.callback(Values([*parameters, *model.buffers()]).restore)
         undo.callback(_all, [_gradient(p) for p in parameters])
         undo.callback(_all, [_attributes(module) for module in model.modules()])
-        _lend_buffers(model)
+        _swap_buffers_for_copies(model)
         if optimizer is not None:
             undo.callback(_optimizer(optimizer))
         undo.enter_context(run_eagerly())
@@ -39,8 +39,8 @@ def preserved(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, 
             yield
 
 
-def _lend_buffers(model: nn.Module) -> None:
-    """Copies in the places of all buffers, until `_attributes` puts the originals back.
+def _swap_buffers_for_copies(model: nn.Module) -> None:
+    """Replaces all buffers by copies, until `_attributes` puts the originals back.
 
     A forward pass in train mode writes running statistics; the originals may stand in a graph that the caller still
     holds, and writing to them, even the same values, would spoil it.
@@ -80,7 +80,7 @@ def _attributes(module: nn.Module) -> Callable[[], None]:
         own.update(kept)
         for name, content in contents.items():
             held: Any = kept[name]
-            if not _same_things(held, content):
+            if not _same_objects(held, content):
                 held.clear()
                 held.extend(content) if isinstance(held, list) else held.update(content)
         tensors.restore()
@@ -88,7 +88,7 @@ def _attributes(module: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _same_things(a: Any, b: Any) -> bool:
+def _same_objects(a: Any, b: Any) -> bool:
     """Whether two containers of one kind hold the very same objects."""
     if len(a) != len(b):
         return False

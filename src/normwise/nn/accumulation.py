@@ -61,24 +61,24 @@ def accumulated_backward(model: nn.Module, micro_batches: Iterable[Any], loss: L
     batches = list(micro_batches)
     if not batches:
         raise ValueError("got no micro-batch: accumulated_backward needs at least one (is the loader empty?)")
-    layers = _taking_part(model)
+    layers = _training_batch_norms(model)
     passes = _Passes(model, batches, loss)
     before = {b: b.detach().clone() for b in model.buffers()}
     try:
-        with _redirected(layers, passes):
-            while passes.pin_next():
+        with _forwards_replaced(layers, passes):
+            while passes.find_next_statistics():
                 passes.restore(before)
             for _ in passes.sites:
-                settled = passes.settle()
+                converged = passes.update_adjoints()
                 passes.restore(before)
-                if settled:
+                if converged:
                     break
             total = passes.backward()
     except BaseException:
         passes.restore(before)
         raise
     passes.restore({b: before[b] for layer in layers for b in layer.buffers()})
-    passes.learn()
+    passes.update_running_stats()
     return total
 
 
@@ -96,35 +96,37 @@ class _Site:
     leaves: tuple[Tensor, Tensor] | None = None
 
 
-class _Enough(Exception):  # not an error
-    """The forward has reached the layer whose statistics are looked for."""
+class _StopForward(Exception):  # not an error
+    """Raised at the first layer without pooled statistics, whose input is all that this pass is for."""
 
 
 class _Passes:
-    """Passes over all micro-batches, and what is known of the layers' statistics so far."""
+    """Passes over all micro-batches, and the layers' pooled statistics so far."""
 
     def __init__(self, model: nn.Module, batches: Sequence[Any], loss: Loss) -> None:
         self.batches, self.loss = batches, loss
         self.sites: list[_Site] = []
         self.devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
         self.seeds = [int(torch.randint(2**62, (), device="cpu")) for _ in batches]
-        self._at = 0
-        self._found: list[tuple[_BatchNorm, Moments]] = []
+        self._site_index = 0
+        self._own_moments: list[tuple[_BatchNorm, Moments]] = []
         self._shares: list[Tensor] = []
 
-    def pin_next(self) -> bool:
-        """Find the statistics of the first site that has none; False if all have."""
-        self._found = []
+    def find_next_statistics(self) -> bool:
+        """Pool the statistics of the first site that has none; False if all have."""
+        self._own_moments = []
         with torch.no_grad():
             for batch, seed in zip(self.batches, self.seeds, strict=True):
-                with suppress(_Enough):
+                with suppress(_StopForward):
                     self._run(batch, seed, None)
-        if not self._found:
+        if not self._own_moments:
             return False
-        layer = self._found[0][0]
-        if len(self._found) != len(self.batches) or any(found is not layer for found, _ in self._found):
-            raise RuntimeError(_DIFFERENT)
-        pooled = combined(Moments(*(torch.stack(column) for column in zip(*(m for _, m in self._found), strict=True))))
+        layer = self._own_moments[0][0]
+        if len(self._own_moments) != len(self.batches) or any(found is not layer for found, _ in self._own_moments):
+            raise RuntimeError(_DIFFERENT_LAYERS)
+        pooled = combined(
+            Moments(*(torch.stack(column) for column in zip(*(m for _, m in self._own_moments), strict=True)))
+        )
         if bool((pooled.count < 2).any()):
             raise ValueError(
                 "Expected more than 1 value per channel when training, got fewer in all micro-batches together: give "
@@ -133,8 +135,8 @@ class _Passes:
         self.sites.append(_Site(layer, pooled, (torch.zeros_like(pooled.mean), torch.zeros_like(pooled.var))))
         return True
 
-    def settle(self) -> bool:
-        """One pass for the adjoints; True if it has changed none beyond rounding."""
+    def update_adjoints(self) -> bool:
+        """One pass for the adjoints; True if it changed none beyond rounding."""
         new = [(torch.zeros_like(site.statistics.mean), torch.zeros_like(site.statistics.var)) for site in self.sites]
         for batch, seed in zip(self.batches, self.seeds, strict=True):
             leaves = self._free_statistics()
@@ -143,14 +145,14 @@ class _Passes:
             for adjoint, grad in zip((t for pair in new for t in pair), grads, strict=True):
                 if grad is not None:
                     adjoint += grad
-        settled = all(
+        converged = all(
             bool((now - old).norm() <= 4 * torch.finfo(now.dtype).eps * now.norm())
             for site, pair in zip(self.sites, new, strict=True)
             for old, now in zip(site.adjoints, pair, strict=True)
         )
         for site, pair in zip(self.sites, new, strict=True):
             site.adjoints = pair
-        return settled
+        return converged
 
     def backward(self) -> Tensor:
         """The pass that adds to `.grad`; the total loss."""
@@ -162,14 +164,14 @@ class _Passes:
         assert total is not None
         return total
 
-    def learn(self) -> None:
-        """Move every layer's running averages by the pooled statistics, once a call."""
+    def update_running_stats(self) -> None:
+        """Update every layer's running averages by the pooled statistics, once per call."""
         for site in self.sites:
             layer = site.layer
             if layer.running_mean is not None and layer.running_var is not None:
                 config = NormConfig("batch_norm", "channels", eps_of(layer), momentum=layer._momentum())
                 stats = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
-                updated = running_stats.move_by(config, *stats, site.statistics)
+                updated = running_stats.update_from_moments(config, *stats, site.statistics)
                 if updated is not True:
                     layer._count_skipped(updated)
 
@@ -180,7 +182,7 @@ class _Passes:
                 buffer.copy_(value)
 
     def _free_statistics(self) -> list[Tensor]:
-        """Fresh leaves for the gradient, two a site."""
+        """New leaves for the gradient, two per site."""
         for site in self.sites:
             site.leaves = (
                 site.statistics.mean.clone().requires_grad_(),
@@ -193,7 +195,7 @@ class _Passes:
         if not leaves:
             for site in self.sites:
                 site.leaves = None
-        self._at, self._shares = 0, []
+        self._site_index, self._shares = 0, []
         with torch.random.fork_rng(self.devices):
             torch.manual_seed(seed)
             value = self.loss(batch)
@@ -206,8 +208,8 @@ class _Passes:
                 "element 0 of tensors does not require grad and does not have a grad_fn: the loss of a micro-batch "
                 "does not depend on the model's parameters. Leave .detach() and torch.no_grad() out of loss"
             )
-        if leaves is not None and self._at != len(self.sites):
-            raise RuntimeError(_DIFFERENT)
+        if leaves is not None and self._site_index != len(self.sites):
+            raise RuntimeError(_DIFFERENT_LAYERS)
         return value
 
     def normalize(
@@ -219,7 +221,7 @@ class _Passes:
         lengths: Tensor | None = None,
         residual: Any = None,
     ) -> Any:
-        """Stands in for a layer's `forward`: by the statistics of all micro-batches."""
+        """A layer's `forward` by the statistics of all micro-batches."""
         ragged.rank_or_rows(input, layer.ranks, "BatchNorm1d")
         if ragged.is_ragged(input):
             rows = partial(self._by_site, layer, mask=None, lengths=None)
@@ -234,19 +236,19 @@ class _Passes:
             "batch_norm", x, None, None, weight, bias, 0.0, eps_of(layer), mask, lengths, act, residual
         )
         dims = (0, *range(2, x.dim()))
-        if running_stats.recomputing():
+        if running_stats.is_recomputing():
             raise RuntimeError(
                 "accumulated_backward needs one micro-batch's memory and does not go with activation checkpointing: "
                 "leave torch.utils.checkpoint out, or make the micro-batches smaller"
             )
-        if self._at == len(self.sites):
+        if self._site_index == len(self.sites):
             own = moments(x, dims, valid)
-            self._found.append((layer, Moments(*(m.expand_as(own.mean).reshape(-1) for m in own))))
-            raise _Enough
-        site = self.sites[self._at]
-        self._at += 1
+            self._own_moments.append((layer, Moments(*(m.expand_as(own.mean).reshape(-1) for m in own))))
+            raise _StopForward
+        site = self.sites[self._site_index]
+        self._site_index += 1
         if site.layer is not layer:
-            raise RuntimeError(_DIFFERENT)
+            raise RuntimeError(_DIFFERENT_LAYERS)
         pooled = site.statistics
         shape = (1, -1, *(1,) * (x.dim() - 2))
         if torch.is_grad_enabled():
@@ -273,7 +275,7 @@ def _share(
     return (by_mean * distance.sum(dims)).sum() + (by_var * distance.square().sum(dims)).sum()
 
 
-def _taking_part(model: nn.Module) -> list[_BatchNorm]:
+def _training_batch_norms(model: nn.Module) -> list[_BatchNorm]:
     found: list[_BatchNorm] = []
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.modules.batchnorm._BatchNorm) or not layer.training:
@@ -294,8 +296,8 @@ def _taking_part(model: nn.Module) -> list[_BatchNorm]:
 
 
 @contextmanager
-def _redirected(layers: Sequence[_BatchNorm], passes: _Passes) -> Iterator[None]:
-    """The layers ask `passes` for their output."""
+def _forwards_replaced(layers: Sequence[_BatchNorm], passes: _Passes) -> Iterator[None]:
+    """Inside, the layers' outputs are computed by `passes`."""
     for layer in layers:
         layer.forward = partial(passes.normalize, layer)  # type: ignore[method-assign]
     try:
@@ -305,7 +307,7 @@ def _redirected(layers: Sequence[_BatchNorm], passes: _Passes) -> Iterator[None]
             del layer.forward
 
 
-_DIFFERENT = (
-    "the micro-batches do not run the same BatchNorm layers in the same order, so there is no whole batch to speak of: "
-    "make the model's way through its layers independent of the data"
+_DIFFERENT_LAYERS = (
+    "the micro-batches do not run the same BatchNorm layers in the same order, so there is no whole batch: "
+    "make the order of the layers independent of the data"
 )

@@ -29,7 +29,7 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
     """
 
     ranks: tuple[int, ...]
-    _said_skipped = False
+    _warned_of_skipped = False
     _stats_group: StatsGroup | None = None  # the ranks that share statistics in training
 
     def __init__(
@@ -61,7 +61,7 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
                 f"virtual_batch_size must be at least 1, or None for the whole batch, but got {virtual_batch_size}"
             )
         self.virtual_batch_size = virtual_batch_size
-        self._place_skipped()
+        self._skipped_count()
 
     def reset_parameters(self) -> None:
         """Gain 1, bias 0, running mean 0 and variance 1."""
@@ -71,8 +71,8 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
     def reset_running_stats(self) -> None:
         """Running mean 0 and variance 1, no batch tracked or skipped."""
         super().reset_running_stats()
-        self._forget_skipped()
-        self._said_skipped = False
+        self._reset_skipped()
+        self._warned_of_skipped = False
 
     def forward(
         self,
@@ -119,30 +119,29 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
     def _count_skipped(self, updated: Updated) -> None:
         """Count a batch whose statistics were not finite."""
         if updated is False:
-            self._skip(1)
-            self._say_skipped()
+            self._add_skipped(1)
+            self._warn_of_skipped()
         elif not dispatch.is_transforming():  # a count of its own for each copy of the layer has no place
-            self._skip(~updated)
+            self._add_skipped(~updated)
 
-    def _say_skipped(self) -> None:
-        if self._said_skipped:
+    def _warn_of_skipped(self) -> None:
+        if self._warned_of_skipped:
             return
-        self._said_skipped = True
+        self._warned_of_skipped = True
         warnings.warn(
-            f"{type(self).__name__} left a batch out of its running averages: the mean or variance of a channel was "
-            "NaN or infinite, and evaluation would have been so ever after. Its output in training is not finite "
-            "either: look for the cause in the input (torch.isfinite(x).all()), an overflow of float16 (train in "
-            "bfloat16) or a learning rate that is too large. Further batches are only counted, in "
-            ".num_batches_skipped",
+            f"{type(self).__name__} skipped an update of its running averages: the batch mean or variance of a channel "
+            "was NaN or infinite. The output in training is not finite either: look for the cause in the input "
+            "(torch.isfinite(x).all()), an overflow of float16 (train in bfloat16) or a learning rate that is too "
+            "large. Further batches are only counted, in .num_batches_skipped",
             stacklevel=6,  # the call of the layer
         )
 
     def train(self: Layer, mode: bool = True) -> Layer:
-        """As in torch.nn. Says if batches were skipped where no warning could be given at once (on a GPU, compiled)."""
-        if not mode and self.training and not self._said_skipped:
+        """As in torch.nn. Warns of skipped batches where no warning could be given earlier (on a GPU, compiled)."""
+        if not mode and self.training and not self._warned_of_skipped:
             skipped = self._skipped
-            if skipped is not None and running_stats.may_read(skipped) and skipped.item() > 0:
-                self._say_skipped()
+            if skipped is not None and running_stats.can_read(skipped) and skipped.item() > 0:
+                self._warn_of_skipped()
         return super().train(mode)
 
     def _momentum(self) -> float | Tensor:
@@ -167,10 +166,10 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
 
     y = act(gamma * (x - E[x]) / sqrt(Var[x] + eps) + beta + residual), with mean and variance of each of the
     `num_features` channels over the batch (and its steps) in training, and their running averages in evaluation.
-    The running averages move by `momentum`: running = (1 - momentum) * running + momentum * batch. A batch with a
-    channel whose mean or variance is NaN or infinite is left out of them: it counts in `num_batches_skipped` (a tensor
-    that is no buffer) instead of `num_batches_tracked`, and the first one is warned of. A forward that activation
-    checkpointing runs again inside the backward does not move them a second time.
+    The running averages are updated by `momentum`: running = (1 - momentum) * running + momentum * batch. A batch in
+    which the mean or variance of a channel is NaN or infinite skips the update: it counts in `num_batches_skipped` (a
+    tensor that is no buffer) instead of `num_batches_tracked`, and the first one raises a warning. A forward that
+    activation checkpointing repeats inside the backward does not update them a second time.
 
     A drop-in for `torch.nn.BatchNorm1d`: same arguments, state_dict and results. Beyond it, in the call: `mask`
     (bool, True = valid; (N, L), or broadcastable to the input) or `lengths` (valid steps of each sample) keep padding
@@ -188,7 +187,7 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
         bias: learn beta.
         act: "relu", "leaky_relu", "silu", "gelu" or None.
         virtual_batch_size: ghost batch norm: in training each run of this many samples has its own statistics; the
-            last one is smaller where the batch is no multiple (joined to the one before if it would hold one value a
+            last one is smaller where the batch is no multiple (joined to the one before if it would hold one value per
             channel). Running averages are still those of the whole batch.
 
     Source: Ioffe & Szegedy 2015; Hoffer, Hubara & Soudry 2017 for virtual batches.

@@ -62,7 +62,7 @@ class _InstanceNorm(Activated, nn.modules.instancenorm._InstanceNorm):
         if symbolic.is_traced(input, mask, lengths, residual):
             return symbolic.call_layer(self, input, mask=mask, lengths=lengths, residual=residual)
         if not (self.affine or self.track_running_stats):
-            self._say_channels(input)
+            self._warn_of_channels(input)
         weight, bias = affine(self)
         return instance_norm_of(
             input,
@@ -84,7 +84,7 @@ class _InstanceNorm(Activated, nn.modules.instancenorm._InstanceNorm):
     def extra_repr(self) -> str:
         return str(super().extra_repr()) + ("" if self.act is None else f", act={self.act!r}")
 
-    def _say_channels(self, input: Any) -> None:
+    def _warn_of_channels(self, input: Any) -> None:
         """A wrong number of channels does no harm here, but is hardly meant."""
         if not isinstance(input, Tensor) or input.is_nested or input.dim() < self.batched_rank - 1:
             return

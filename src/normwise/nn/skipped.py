@@ -1,4 +1,4 @@
-"""The count of the batches that a layer left out of its running averages."""
+"""The count of batches for which a layer skipped the update of its running averages."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from normwise.ops._torch_internals import is_fake
 
 
 class CountsSkipped(nn.Module):
-    """A layer with running averages that counts, beside its buffers, the batches that they left out.
+    """A layer that counts, outside its buffers, the batches whose update of the running averages it skipped.
 
-    The count is no buffer, so that the layer's buffers are those of torch.nn: to hold its own among code that pairs
-    them with torch's, and where they come from elsewhere (a state_dict assigned to a layer on meta, `to_empty`,
-    `functional_call`). It is a tensor, so that a GPU counts without being waited for, and stays where `running_mean`
-    is: it follows when the layer is used or moved.
+    The count is no buffer, so that the layer's buffers are those of torch.nn: for code that pairs them with torch's,
+    and where they come from elsewhere (a state_dict assigned to a layer on meta, `to_empty`, `functional_call`). It is
+    a tensor, so that a GPU counts without a wait, and stays on the device of `running_mean`: it follows when the layer
+    is used or moved.
     """
 
     running_mean: Tensor | None
@@ -25,11 +25,11 @@ class CountsSkipped(nn.Module):
 
     @property
     def num_batches_skipped(self) -> Tensor | None:
-        """How many batches were left out, a 0-d tensor; None without running averages, or where they are on meta."""
-        return self._place_skipped()
+        """How many batches were skipped, a 0-d tensor; None without running averages, or where they are on meta."""
+        return self._skipped_count()
 
-    def _place_skipped(self) -> Tensor | None:
-        """The count, beside `running_mean`. What only looks like a tensor (meta, fake) has none to keep."""
+    def _skipped_count(self) -> Tensor | None:
+        """The count, on the device of `running_mean`. A meta or fake tensor has none to keep."""
         mean, count = self.running_mean, self._skipped
         if mean is None or mean.is_meta:
             return None
@@ -41,17 +41,17 @@ class CountsSkipped(nn.Module):
             count = self._skipped = count.to(mean.device)
         return count
 
-    def _skip(self, batches: int | Tensor) -> None:
-        count = self._place_skipped()
+    def _add_skipped(self, batches: int | Tensor) -> None:
+        count = self._skipped_count()
         if count is not None:
             count.add_(batches)
 
-    def _forget_skipped(self) -> None:
+    def _reset_skipped(self) -> None:
         if self._skipped is not None:
             self._skipped.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`to`, `cuda`, `to_empty`: the count follows."""
         layer = super()._apply(fn, recurse)
-        self._place_skipped()
+        self._skipped_count()
         return layer

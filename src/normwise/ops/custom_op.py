@@ -226,11 +226,11 @@ _CALL = (
     "Tensor? lengths, Tensor? reset, bool reverse, str cell, str? norm, str norm_placement, int[] groups, "
     "str? cell_norm, float eps, bool reset_after, str update_gate, float update_offset, str nonlinearity"
 )
-_KEPT = len(cpu_rnn.SAVED)
+_NUM_SAVED = len(cpu_rnn.SAVED)
 
 # Outputs: output, h, c and what the kernel keeps for the backward, its float32 output last; empty where there is none.
 torch.library.define(
-    "normwise::recurrence", f"({_TENSORS}, {_CALL}, bool save) -> ({', '.join(['Tensor'] * (3 + _KEPT))})"
+    "normwise::recurrence", f"({_TENSORS}, {_CALL}, bool save) -> ({', '.join(['Tensor'] * (3 + _NUM_SAVED))})"
 )
 # `kept`: the forward's output and what followed c. Returns the gradients of all tensors, empty where there is none.
 torch.library.define(
@@ -304,7 +304,7 @@ def _run(*arguments: Any) -> tuple[Tensor, ...]:
     node = _node(tuple(called))
     output, h, c, _, saved = cpu_rnn.forward(node.request, save)
     every_row = len(x) * len(h0)
-    kept: list[Tensor | None] = [None] * _KEPT
+    kept: list[Tensor | None] = [None] * _NUM_SAVED
     if save:
         wide, *others = saved
         assert wide is not None
@@ -329,7 +329,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, (*described, save) = arguments[:DIFFERENTIABLE], arguments[DIFFERENTIABLE:]
     x, h0, c0, *_ = tensors
     rows, units = x.shape[0] * x.shape[1], h0.shape[1]
-    widths = _widths(described[3:], x.shape[2], units, x.dtype) if save else (0,) * _KEPT
+    widths = _widths(described[3:], x.shape[2], units, x.dtype) if save else (0,) * _NUM_SAVED
     saved = [x.new_empty((rows, width) if width else 0, dtype=torch.float32) for width in widths]
     output = x.new_empty(*x.shape[:2], units)
     return output, torch.empty_like(h0), x.new_empty(0) if c0 is None else torch.empty_like(c0), *saved

@@ -1,11 +1,11 @@
-"""Statistics that come from other ranks: one exchange of moments a call, and its gradient.
+"""Statistics that come from other ranks: one exchange of moments per call, and its gradient.
 
-Every rank of a group sends its own moments (count, mean, variance) in one message, receives everybody's, and combines
-them by itself in the same order, so all ranks hold the same bits afterwards. The message is float64: counts stay exact,
+Every rank of a group sends its own moments (count, mean, variance) in one message, receives those of all, and combines
+them in the same order, so all ranks hold the same bits afterwards. The message is float64: counts stay exact,
 and no precision is lost where the mean is much larger than the deviation.
 
 What holds for every function here: all ranks of the group must call it, in the same order, with the same shapes, also
-a rank without data. A rank that dies, or does not come within the group's timeout, is an error on the others.
+a rank without data. A rank that dies, or does not call within the group's timeout, is an error on the others.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from normwise.backends.reference import Moments, combined
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def pooled(moments: Sequence[Moments], process_group: Any = None) -> list[Moments]:
+def pool_moments(moments: Sequence[Moments], process_group: Any = None) -> list[Moments]:
     """The moments over all ranks of many layers, in one collective (and a small one first, to compare the shapes).
 
     Args:
         moments: of each layer, this rank's own. `count` may be any shape that broadcasts against `mean`, and 0 where
             this rank had no data (`mean` and `var` are then ignored). Variances are biased.
         process_group: whose ranks take part; None for all of them. Without torch.distributed, or with one rank, the
-            moments come back as they are, in float64.
+            moments are returned as they are, in float64.
 
     Returns:
-        One `Moments` a layer in float64, the same on every rank, in the shapes that were given.
+        One `Moments` per layer in float64, the same on every rank, in the shapes that were given.
 
     Raises:
         ValueError, on every rank: the ranks do not give the same number of layers or of channels.
@@ -46,13 +46,13 @@ def pooled(moments: Sequence[Moments], process_group: Any = None) -> list[Moment
         return wide
     flat = [t for m in wide for t in m]
     facts = {"layers": len(wide), "numbers": sum(t.numel() for t in flat)}
-    agree(group, "the moments to be pooled", flat[0].device, facts)
-    received = gathered(flat, group, torch.float64)
-    return [combined(_counted(*received[i : i + 3])) for i in range(0, len(received), 3)]
+    require_agreement(group, "the moments to be pooled", flat[0].device, facts)
+    received = gather(flat, group, torch.float64)
+    return [combined(_zero_where_empty(*received[i : i + 3])) for i in range(0, len(received), 3)]
 
 
-def _counted(mean: Tensor, var: Tensor, count: Tensor) -> Moments:
-    """What a rank without data sends may be anything, NaN included."""
+def _zero_where_empty(mean: Tensor, var: Tensor, count: Tensor) -> Moments:
+    """Zeros for what a rank without data sends, which may be anything, NaN included."""
     nothing = count == 0
     return Moments(mean.masked_fill(nothing, 0), var.masked_fill(nothing, 0), count)
 
@@ -67,7 +67,7 @@ class StatsGroup:
     def __init__(self, process_group: Any, *, default: bool = False) -> None:
         """`default`: None stands for all ranks, once there are any; otherwise for no exchange."""
         if process_group is not None:
-            group_of(process_group)  # says now what is wrong with it
+            group_of(process_group)  # raises now if it is no such group
         if dist.is_available():
             import normwise.ops.distributed_custom_op  # noqa: F401  before anything is compiled
         self.process_group = process_group
@@ -84,7 +84,7 @@ class StatsGroup:
         if group is not None and not torch.compiler.is_compiling():
             agreed = (group.group_name, *facts.items())
             if self._agreed != agreed:
-                agree(group, owner, device, facts)
+                require_agreement(group, owner, device, facts)
                 self._agreed = agreed
         return group
 
@@ -124,7 +124,7 @@ def group_of(process_group: Any, default: bool = False) -> dist.ProcessGroup | N
         if not default:
             return None
         if not dist.is_available() or not dist.is_initialized():
-            _started_alone()
+            _require_single_process()
             return None
         process_group = dist.group.WORLD
     elif process_group == -100:  # dist.GroupMember.NON_GROUP_MEMBER
@@ -153,8 +153,8 @@ _CURE = (
 )
 
 
-def _started_alone() -> None:
-    """One of several ranks that was never connected would normalize by itself, and nobody would notice."""
+def _require_single_process() -> None:
+    """RuntimeError in one of several ranks that are not connected: each would silently normalize by itself."""
     size = os.environ.get("WORLD_SIZE", "1")
     if size.isdecimal() and int(size) > 1:
         raise RuntimeError(
@@ -165,16 +165,16 @@ def _started_alone() -> None:
         )
 
 
-def agree(group: dist.ProcessGroup, owner: str, device: torch.device, facts: dict[str, int]) -> None:
+def require_agreement(group: dist.ProcessGroup, owner: str, device: torch.device, facts: dict[str, int]) -> None:
     """ValueError on every rank of the group unless all of them state the same facts (as many everywhere)."""
     mine = torch.tensor(list(facts.values()), dtype=torch.int64, device=device)
-    stated = _all_gather(mine, group).tolist()
-    for name, values in zip(facts, zip(*stated, strict=True), strict=True):
+    answers = _all_gather(mine, group).tolist()
+    for name, values in zip(facts, zip(*answers, strict=True), strict=True):
         if len(set(values)) > 1:
             raise ValueError(f"the ranks disagree on {owner}: {name} = {list(values)} on ranks 0 to {len(values) - 1}")
 
 
-def gathered(tensors: Sequence[Tensor], group: dist.ProcessGroup, dtype: torch.dtype) -> list[Tensor]:
+def gather(tensors: Sequence[Tensor], group: dist.ProcessGroup, dtype: torch.dtype) -> list[Tensor]:
     """Each tensor as (ranks, *shape), from all ranks, by one collective in float64; differentiable any number of times.
 
     Its gradient is one collective as well. `dtype` is that of the data behind the tensors, which must be the same on
@@ -185,13 +185,13 @@ def gathered(tensors: Sequence[Tensor], group: dist.ProcessGroup, dtype: torch.d
     header = [torch.tensor([length, _DTYPES.index(dtype)], dtype=torch.float64, device="cpu")] if compared else []
     received = _Gather.apply(torch.cat([*header, *(t.double().reshape(-1) for t in tensors)]), group)
     if compared:
-        _compare(received[:, :2].detach())
+        _require_equal_headers(received[:, :2].detach())
         received = received[:, 2:]
     parts = received.split([t.numel() for t in tensors], dim=1)
     return [p.unflatten(1, t.shape) if t.dim() else p.squeeze(1) for p, t in zip(parts, tensors, strict=True)]
 
 
-def _compare(headers: Tensor) -> None:
+def _require_equal_headers(headers: Tensor) -> None:
     if bool((headers == headers[0]).all()):
         return
     said = [f"{int(length)} numbers from {_DTYPES[int(code)]}" for length, code in headers.tolist()]
@@ -201,7 +201,7 @@ def _compare(headers: Tensor) -> None:
     )
 
 
-def summed(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+def sum_over_ranks(t: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum over all ranks, on each of them; differentiable any number of times."""
     return _Sum.apply(t, group)  # type: ignore[no-any-return]
 
@@ -216,7 +216,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return summed(grad, ctx.group)[dist.get_rank(ctx.group)], None
+        return sum_over_ranks(grad, ctx.group)[dist.get_rank(ctx.group)], None
 
 
 class _Sum(torch.autograd.Function):
@@ -226,25 +226,25 @@ class _Sum(torch.autograd.Function):
     def forward(ctx: Any, t: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         total = t.clone(memory_format=torch.contiguous_format)
-        with _answering(group):
+        with _explain_failure(group):
             dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return summed(grad, ctx.group), None
+        return sum_over_ranks(grad, ctx.group), None
 
 
 def _all_gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:
     received = t.new_empty(dist.get_world_size(group), t.numel())
-    with _answering(group):
+    with _explain_failure(group):
         dist.all_gather(list(received.unbind(0)), t.detach().contiguous(), group=group)
     return received
 
 
 @contextmanager
-def _answering(group: dist.ProcessGroup) -> Iterator[None]:
-    """What a failed collective means, before what the backend says about it."""
+def _explain_failure(group: dist.ProcessGroup) -> Iterator[None]:
+    """Puts what a failed collective means before the backend's own message."""
     try:
         yield
     except RuntimeError as error:

@@ -88,15 +88,15 @@ def _local(x: Tensor, mask: Tensor | None, settings: Settings) -> _Local:
     return _Local(wide, torch.zeros_like(count), torch.zeros_like(count), count)
 
 
-def _pooled(x: Tensor, local: _Local, settings: Settings) -> Moments:
+def _pool(x: Tensor, local: _Local, settings: Settings) -> Moments:
     """The moments of all ranks; differentiable where `local` is."""
     var = mean_square(local.centred, settings.dims, local.elements)
     count = local.elements.expand_as(var) if settings.count_each else local.elements
     if settings.center:
         mean = local.rough.double() + local.rest.double()
-        parts = Moments(*distributed.gathered([mean, var, count], settings.group, x.dtype))
+        parts = Moments(*distributed.gather([mean, var, count], settings.group, x.dtype))
     else:
-        var, count = distributed.gathered([var, count], settings.group, x.dtype)
+        var, count = distributed.gather([var, count], settings.group, x.dtype)
         parts = Moments(torch.zeros_like(count), var, count)
     return combined(parts)
 
@@ -106,7 +106,7 @@ def forward(
 ) -> tuple[Tensor, ...]:
     """(y, mean, var, count) and what the backward needs: (rough, offset, rstd), where the mean is rough + offset."""
     local = _local(x, mask, settings)
-    moments = _pooled(x, local, settings)
+    moments = _pool(x, local, settings)
     z = local.centred
     # What is left to subtract: small, so that it may be rounded.
     offset = (moments.mean - local.rough.double()).to(z.dtype)
@@ -149,7 +149,7 @@ def backward_of(
     if settings.center and _per_statistic(rstd, weight, bias):
         both = torch.stack([(dy * z).sum(dims, keepdim=True), dy.sum(dims, keepdim=True)])
         gain = 1.0 if weight is None else weight.to(z.dtype)
-        means = distributed.summed(both * gain, settings.group) / count.to(rstd.dtype).clamp(min=1)
+        means = distributed.sum_over_ranks(both * gain, settings.group) / count.to(rstd.dtype).clamp(min=1)
         dx = z.mul_(means[0] * -rstd).sub_(means[1] * rstd).addcmul_(dy, rstd * gain)
         dx = dx if mask is None else dx.masked_fill_(~mask, 0)
         dweight, dbias = (None if t is None else d.to(t.dtype) for d, t in zip(both, (weight, bias), strict=True))
@@ -157,7 +157,7 @@ def backward_of(
     g = dy if weight is None else dy * weight
     sums = [(g * z).sum(dims, keepdim=True), *([g.sum(dims, keepdim=True)] if settings.center else [])]
     # Also where this rank needs no input gradient: others may, and wait for this rank's part.
-    means = distributed.summed(torch.stack(sums), settings.group) / count.to(rstd.dtype).clamp(min=1)
+    means = distributed.sum_over_ranks(torch.stack(sums), settings.group) / count.to(rstd.dtype).clamp(min=1)
     dx = torch.addcmul(g, z, means[0], value=-1)
     dx = (dx.sub_(means[1]) if settings.center else dx).mul_(rstd)
     dx = dx if mask is None else dx.masked_fill_(~mask, 0)
@@ -186,18 +186,18 @@ class _DistributedNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> Any:
         x, weight, bias, mask, rough, offset, rstd, count = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_differentiable(dy, x, weight, bias, mask, ctx.settings), None, None
+            return *_differentiable_backward(dy, x, weight, bias, mask, ctx.settings), None, None
         return *backward_of(dy, x, weight, bias, mask, rough, offset, rstd, count, ctx.settings), None, None
 
 
-def _differentiable(
+def _differentiable_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, settings: Settings
 ) -> tuple[Tensor | None, ...]:
     """The same gradients with a graph: those of the forward in operations that autograd differentiates by itself."""
     leaves = [None if t is None else t if t.requires_grad else t.detach().requires_grad_() for t in (x, weight, bias)]
     x, weight, bias = leaves  # type: ignore[assignment]
     local = _local(x, mask, settings)
-    moments = _pooled(x, local, settings)
+    moments = _pool(x, local, settings)
     wide = local.centred.dtype
     # Both means are known to more digits than `wide` has, their difference need not be.
     own = local.rough.double() + local.rest.double()

@@ -1,4 +1,4 @@
-"""What the layers that keep running statistics meet in a pass over data, and what they keep of it."""
+"""The moments that layers with running statistics see in a pass over data, and how they are stored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Pool(ABC):
 
     Attributes:
         parts: moments in float64 by name, empty ones to begin with; what ranks pool is this.
-        batches, skipped: how many were met and, of them, not finite.
+        batches, skipped: how many came and, of them, were not finite.
     """
 
     def __init__(self, layer: Any, shapes: dict[str, tuple[torch.Size, torch.Size]]) -> None:
@@ -33,12 +33,12 @@ class Pool(ABC):
         self.batches = self.skipped = 0
 
     @abstractmethod
-    def listen(self) -> Callable[[], None]:
-        """Look on from now on; the result ends it."""
+    def observe(self) -> Callable[[], None]:
+        """Start collecting; the returned function ends it."""
 
     @abstractmethod
     def enough(self) -> bool:
-        """Whether something can be kept."""
+        """Whether there are enough values to store."""
 
     @abstractmethod
     def store(self) -> None:
@@ -46,25 +46,25 @@ class Pool(ABC):
 
     @abstractmethod
     def values(self) -> str:
-        """How much was met, in words."""
+        """How many values came, in words."""
 
     def why_not(self) -> str | None:
-        """Why there is nothing to be kept."""
+        """Why there is nothing to store."""
         if self.enough():
             return None
         if self.skipped:
             return f"no finite value in {self.skipped} batches: look for NaN in the data or in the weights before it"
-        return "the model's forward did not come by, or with fewer than two values per channel"
+        return "the model's forward did not call it, or with fewer than two values per channel"
 
-    def pour(self, name: str, new: Moments) -> None:
-        """Pool `new` with what there is."""
+    def add_moments(self, name: str, new: Moments) -> None:
+        """Pool `new` with the moments so far."""
         old = self.parts[name]
         new = Moments(*(t.double() for t in new))
         both = [torch.stack([t.to(n.device), n]) for t, n in zip(old, new, strict=True)]
         self.parts[name] = combined(Moments(*both))
 
     def __str__(self) -> str:
-        return self.values() + (f", {self.skipped} not finite batches left out" if self.skipped else "")
+        return self.values() + (f"; batches skipped as not finite: {self.skipped}" if self.skipped else "")
 
 
 class _OfInputs(Pool):
@@ -74,7 +74,7 @@ class _OfInputs(Pool):
     def add(self, x: Any, mask: Tensor | None, lengths: Tensor | None) -> None:
         """One call's input."""
 
-    def listen(self) -> Callable[[], None]:
+    def observe(self) -> Callable[[], None]:
         def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.add(args[0] if args else kwargs["input"], kwargs.get("mask"), kwargs.get("lengths"))
 
@@ -102,7 +102,7 @@ class _OfBatchNorm(_OfInputs):
             self.skipped += 1
             return
         self.batches += 1
-        self.pour("", Moments(*(t.reshape(-1).expand(x.shape[1]) for t in found)))
+        self.add_moments("", Moments(*(t.reshape(-1).expand(x.shape[1]) for t in found)))
 
     def enough(self) -> bool:
         return int(self.parts[""].count.min()) > 1
@@ -141,7 +141,7 @@ class _OfInstanceNorm(_OfInputs):
         for name, each, needed in (("mean", mean, 1), ("var", var, 2)):
             usable = (count >= needed) & finite
             one = Moments(torch.where(usable, each, 0), torch.zeros_like(each), usable)
-            self.pour(name, combined(Moments(*(t.double() for t in one))))
+            self.add_moments(name, combined(Moments(*(t.double() for t in one))))
 
     def enough(self) -> bool:
         return int(self.parts["var"].count.min()) > 0
@@ -162,7 +162,7 @@ class _OfRecurrent(Pool):
         tables = {name[len(prefix) :]: t for name, t in layer.named_buffers(recurse=False) if name.startswith(prefix)}
         super().__init__(layer, {name: (t.shape, t[:, :1].shape) for name, t in tables.items()})
 
-    def listen(self) -> Callable[[], None]:
+    def observe(self) -> Callable[[], None]:
         def end() -> None:
             self.layer.stats_observer = None
 
@@ -185,7 +185,7 @@ class _OfRecurrent(Pool):
             shared = combined(Moments(mean[own:], var[own:], count[own:]))
             for row, value in zip(table, shared, strict=True):
                 row[-1] = value
-        self.pour(name, Moments(*table))
+        self.add_moments(name, Moments(*table))
 
     def enough(self) -> bool:
         return all(bool((part.count > 1).any()) for part in self.parts.values())

@@ -202,7 +202,7 @@ class _Run:
             if one.name in met:
                 place.mean.fill_(met.index(one.name))
                 place.count.fill_(1)
-        agreed = distributed.pooled([_on(place, wanted[0].module) for place in places], self.process_group)
+        agreed = distributed.pool_moments([_on(place, wanted[0].module) for place in places], self.process_group)
         position = [float(place.mean) if place.count else float("inf") for place in agreed]
         return [wanted[n] for n in sorted(range(len(wanted)), key=position.__getitem__)]
 
@@ -211,7 +211,7 @@ class _Run:
         pools = {one.name: pool_of(one.module) for one in wanted}
         with ExitStack() as hooks:
             for pool in pools.values():
-                hooks.callback(pool.listen())
+                hooks.callback(pool.observe())
             for batch in batches:
                 self.forward(self.model, batch)
                 self.done += 1
@@ -222,7 +222,7 @@ class _Run:
         counts = torch.tensor([[pool.batches, pool.skipped] for pool in pools], dtype=torch.float64)
         mine = [part for pool in pools for part in pool.parts.values()]
         mine.append(Moments(counts, torch.zeros_like(counts), torch.ones_like(counts)))
-        *all_moments, sums = distributed.pooled([_on(m, wanted[0].module) for m in mine], self.process_group)
+        *all_moments, sums = distributed.pool_moments([_on(m, wanted[0].module) for m in mine], self.process_group)
         totals = (sums.mean * sums.count).round().long().tolist()
         found = iter(all_moments)
         for pool, one, total in zip(pools, wanted, totals, strict=True):

@@ -62,7 +62,7 @@ def _by_sample(parameter: Tensor, y: Tensor) -> Tensor:
     return parameter.expand(y.shape[0], *(-1,) * (y.dim() - 1))
 
 
-def _summed(t: Tensor, shape: torch.Size) -> Tensor:
+def _sum_to_shape(t: Tensor, shape: torch.Size) -> Tensor:
     """`t.sum_to_size(shape)`, over the samples last, for the reason that `_by_sample` gives."""
     if len(shape) < t.dim() or shape[0] != 1:
         return t.sum_to_size(shape)
@@ -108,8 +108,8 @@ def norm_backward(
     dx = dx * scale
     if mask is not None:
         dx = dx.masked_fill(~mask, 0)
-    dweight = None if weight is None else _summed(grad * z, weight.shape).to(weight.dtype)
-    dbias = None if bias is None else _summed(grad, bias.shape).to(bias.dtype)
+    dweight = None if weight is None else _sum_to_shape(grad * z, weight.shape).to(weight.dtype)
+    dbias = None if bias is None else _sum_to_shape(grad, bias.shape).to(bias.dtype)
     return dx.to(x.dtype), dweight, dbias
 
 

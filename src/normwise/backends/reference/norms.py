@@ -71,7 +71,7 @@ def backward(
     if config.act is not None:
         y = norm(form.x, form.dims, form.weight, form.bias, **options)[0].reshape(total.shape)
         after = None if config.family == "features" else residual
-        dy = _through(config.act, add_residual_and_activate(y, after, None, mask), dy)
+        dy = _activation_backward(config.act, add_residual_and_activate(y, after, None, mask), dy)
     dx, dweight, dbias = norm_backward(dy.reshape(form.x.shape), form.x, form.dims, form.weight, form.bias, **options)
     dx = dx.reshape(total.shape)
     if dtotal is not None:
@@ -92,7 +92,7 @@ def _as_autocast(config: NormConfig, x: Tensor) -> Tensor:
     return x
 
 
-def _through(act: str, z: Tensor, dy: Tensor) -> Tensor:
+def _activation_backward(act: str, z: Tensor, dy: Tensor) -> Tensor:
     """The gradient at `z` of act(z), differentiable in both arguments."""
     at = z if z.requires_grad else z.detach().requires_grad_()
     with torch.enable_grad():  # off where no gradient of this gradient is asked for

@@ -161,7 +161,7 @@ def batch_norm_with_stats(
             "torch.jit.trace cannot follow BatchNorm in training with virtual_batch_size=, which goes by the sizes of "
             "each batch: trace it in eval mode, or use torch.compile"
         )
-    if training and running_mean is not None and running_stats.recomputing():
+    if training and running_mean is not None and running_stats.is_recomputing():
         # What there is to learn, the first run has learnt; clones, because it must run as it ran then.
         running_mean, running_var, num_batches_tracked = running_mean.clone(), running_var.clone(), None  # type: ignore[union-attr]
     formula = None

@@ -69,7 +69,7 @@ def batch_renorm_with_stats(
             act=act,
         )
         return ragged.by_rows(rows, input, mask=mask, lengths=lengths, residual=residual)  # type: ignore[no-any-return]
-    if running_stats.recomputing():
+    if running_stats.is_recomputing():
         raise RuntimeError(
             "BatchRenorm was run again inside a backward (activation checkpointing), but the running averages that its "
             "correction is taken from have moved since its first run: leave this layer outside of the checkpoint"
@@ -79,7 +79,7 @@ def batch_renorm_with_stats(
         "batch_renorm", x, running_mean, running_var, weight, bias, momentum, eps, mask, lengths, act, residual
     )
     inputs.enough_values(x, valid, needed=1)
-    step = int(num_batches_tracked) if running_stats.may_read_cheaply(num_batches_tracked) else num_batches_tracked
+    step = int(num_batches_tracked) if running_stats.can_read_now(num_batches_tracked) else num_batches_tracked
     r_limit, d_limit = (limit(step) if callable(limit) else limit for limit in (r_max, d_max))
     r, d = _correction(_moments(x, valid), running_mean, running_var, r_limit, d_limit, eps)
     # With gain gamma * r and bias gamma * d + beta it is a batch norm, which all its kernels compute in one go.

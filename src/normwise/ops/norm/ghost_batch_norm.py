@@ -52,7 +52,7 @@ def ghost_batch_norm(request: NormRequest, virtual_batch_size: int) -> tuple[Ten
         return y, True
     parts = Moments(*(torch.cat(column) for column in zip(*(piece[1] for piece in pieces), strict=True)))
     stats = (request.running_mean, request.running_var, request.num_batches_tracked)
-    return y, running_stats.move_by(request.config, *stats, combined(parts))
+    return y, running_stats.update_from_moments(request.config, *stats, combined(parts))
 
 
 def _virtual_batches(request: NormRequest, x: Tensor, valid: Tensor | None, ghosts: int) -> tuple[Tensor, Moments]:

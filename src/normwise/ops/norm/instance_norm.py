@@ -177,7 +177,7 @@ def instance_norm_of(
         config = NormConfig("instance_norm", "groups", eps, act, groups=channels, momentum=momentum)
         if x.shape[0] == 0:
             running_mean = running_var = None
-        elif running_mean is not None and running_stats.recomputing():
+        elif running_mean is not None and running_stats.is_recomputing():
             # What there is to learn, the first run has learnt.
             running_mean, running_var = running_mean.clone(), running_var.clone()  # type: ignore[union-attr]
     else:

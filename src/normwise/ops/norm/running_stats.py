@@ -20,22 +20,22 @@ def update(request: NormRequest, result: NormResult) -> Updated:
     """Update the running statistics of a request by what its forward found, and count the batch."""
     stats = (request.running_mean, request.running_var, request.num_batches_tracked)
     if result.new_running is None:
-        return move_by(request.config, *stats, result.moments)  # type: ignore[arg-type]
-    return _count(stats[2], replace(stats[:2], result.new_running))  # type: ignore[arg-type]
+        return update_from_moments(request.config, *stats, result.moments)  # type: ignore[arg-type]
+    return _count(stats[2], store_if_finite(stats[:2], result.new_running))  # type: ignore[arg-type]
 
 
-def move_by(
+def update_from_moments(
     config: NormConfig,
     running_mean: Tensor,
     running_var: Tensor,
     num_batches_tracked: Tensor | None,
     moments: Moments,
 ) -> Updated:
-    """Move the running statistics of a norm by the moments of its batch, and count it."""
+    """Update the running statistics of a norm by the moments of its batch, and count the batch."""
     if config.family == "groups":
-        move_over_samples(running_mean, running_var, moments, config.momentum)
+        update_over_samples(running_mean, running_var, moments, config.momentum)
         return True
-    return _count(num_batches_tracked, move(running_mean, running_var, moments, config.momentum))
+    return _count(num_batches_tracked, update_averages(running_mean, running_var, moments, config.momentum))
 
 
 def _count(num_batches_tracked: Tensor | None, updated: Updated) -> Updated:
@@ -44,55 +44,57 @@ def _count(num_batches_tracked: Tensor | None, updated: Updated) -> Updated:
     return updated
 
 
-def recomputing() -> bool:
+def is_recomputing() -> bool:
     """Whether this is a forward inside a backward: activation checkpointing runs a layer a second time on one batch.
 
-    What such a forward learns has been learnt in the first one. (A forward that user code starts inside a backward
+    The first one has updated the running statistics. (A forward that user code starts inside a backward
     hook looks the same.) While compiling, checkpointing is the compiler's own and repeats no change of a buffer.
     """
     return not torch.compiler.is_compiling() and current_graph_task_id() != -1
 
 
-def may_read(counter: Tensor) -> bool:
-    """Whether the value of `counter` can be had, be it by waiting for its device."""
+def can_read(counter: Tensor) -> bool:
+    """Whether the value of `counter` can be read, even if that waits for its device."""
     if not values_visible(counter):
         return False
     return not (counter.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def may_read_cheaply(counter: Tensor) -> bool:
-    """Whether the value of `counter` can be had without waiting for a device."""
+def can_read_now(counter: Tensor) -> bool:
+    """Whether the value of `counter` can be read without waiting for a device."""
     return counter.is_cpu and values_visible(counter) and not jit_traces()  # another when a traced graph runs
 
 
-def move(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float | Tensor) -> Updated:
+def update_averages(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float | Tensor) -> Updated:
     """running <- running + momentum * (batch - running), in place, with the variance unbiased.
 
     A channel without a valid element keeps its averages, and one with a single element, which has no deviation, its
-    variance. If anything would become NaN or infinite, nothing moves.
+    variance. If anything would become NaN or infinite, nothing is updated.
 
     Args:
         running_mean, running_var: (C,).
-        moments: of one batch, with one element a channel once the kept axes are dropped.
+        moments: of one batch, with one element per channel once the kept axes are dropped.
         momentum: weight of the new batch.
 
     Returns:
-        Whether they moved.
+        Whether they were updated.
     """
     with torch.no_grad():
         count = moments.count.expand_as(moments.mean)
         new = [
             torch.where(
-                count.reshape(running.shape) >= needed, _towards(running, now.reshape(running.shape), momentum), running
+                count.reshape(running.shape) >= needed,
+                _interpolate(running, now.reshape(running.shape), momentum),
+                running,
             )
             for running, now, needed in ((running_mean, moments.mean, 1), (running_var, unbiased_var(moments), 2))
         ]
-        return replace((running_mean, running_var), (new[0], new[1]))
+        return store_if_finite((running_mean, running_var), (new[0], new[1]))
 
 
-def replace(averages: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Updated:
+def store_if_finite(averages: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Updated:
     """Store `new` in the running averages, both or, where anything in it is NaN or infinite, none of them."""
-    writable(*averages)
+    require_writable(*averages)
     with torch.no_grad():
         # In the averages' own dtype, in which a finite number may have become infinite.
         rows = torch.stack([now.to(old.dtype) for old, now in zip(averages, new, strict=True)])
@@ -108,23 +110,23 @@ def replace(averages: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Upda
         return finite
 
 
-def writable(*averages: Tensor) -> None:
-    """RuntimeError for a running average that cannot be written, before the other one moves."""
+def require_writable(*averages: Tensor) -> None:
+    """RuntimeError for a running average that cannot be written, before the other one is updated."""
     for t in averages:
         if t.numel() > 1 and 0 in t.stride():
             raise RuntimeError(
                 "unsupported operation: more than one element of the written-to tensor refers to a single memory "
-                f"location: a running average of shape {tuple(t.shape)} is expanded, but moves in place: clone() it"
+                f"location: a running average of shape {tuple(t.shape)} is expanded, but updated in place: clone() it"
             )
 
 
-def move_over_samples(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float | Tensor) -> None:
-    """`move` by the average over samples (axis 0) of each sample's own moments.
+def update_over_samples(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float | Tensor) -> None:
+    """`update_averages` by the average over samples (axis 0) of each sample's own moments.
 
     A sample without a valid element has no mean, and one with a single element no deviation: they are left out of
     the average, as are samples whose moments are NaN or infinite. Where no sample is left, the running average stays.
     """
-    writable(running_mean, running_var)
+    require_writable(running_mean, running_var)
     with torch.no_grad():
         var = unbiased_var(moments)
         finite = moments.mean.isfinite() & var.isfinite()
@@ -132,10 +134,10 @@ def move_over_samples(running_mean: Tensor, running_var: Tensor, moments: Moment
             usable = (moments.count >= needed) & finite
             samples = usable.sum(0).to(new.dtype).reshape(running.shape)
             average = torch.where(usable, new, 0).sum(0).reshape(running.shape) / samples.clamp(min=1)
-            running.copy_(torch.where(samples > 0, _towards(running, average, momentum), running))
+            running.copy_(torch.where(samples > 0, _interpolate(running, average, momentum), running))
 
 
-def _towards(running: Tensor, new: Tensor, momentum: float | Tensor) -> Tensor:
+def _interpolate(running: Tensor, new: Tensor, momentum: float | Tensor) -> Tensor:
     """The next running average in the wider dtype, so that one of half precision is rounded once, when stored."""
     wide = torch.promote_types(running.dtype, new.dtype)
     weight = momentum.to(wide) if isinstance(momentum, Tensor) else momentum

@@ -10,22 +10,22 @@ from torch import Tensor
 
 from normwise.backends.protocol import Moments, Running
 from normwise.ops._torch_internals import is_batchedtensor
-from normwise.ops.norm.running_stats import recomputing, unbiased_var
+from normwise.ops.norm.running_stats import is_recomputing, unbiased_var
 
-# Told, while `recalibrate` runs, the moments of each call: the end of the tables' names, the moments, the first step.
-# Then the layer takes batch statistics in evaluation too, and updates nothing.
+# Called with the moments of each call while `recalibrate` runs: the suffix of the tables' names, the moments, the first
+# step. The layer then takes batch statistics in evaluation too, and updates nothing.
 StatsObserver: TypeAlias = Callable[[str, Moments, int], None]
 
 
 class BatchStats(NamedTuple):
-    """What a batch norm inside a recurrence keeps, and what becomes of the moments of a call.
+    """The running statistics of a batch norm inside a recurrence, and how a call updates them.
 
     Attributes:
         tables: running mean and variance by site, for each layer and direction.
-        suffixes: the ends of their names.
+        suffixes: of their names.
         momentum: weight of the new batch.
         uses_batch: normalize by the batch's moments; otherwise by the tables.
-        observer: told the moments, which then update nothing.
+        observer: receives the moments, which then update nothing.
     """
 
     tables: tuple[Running, ...]
@@ -40,21 +40,23 @@ class BatchStats(NamedTuple):
         return next(len(mean) for table in self.tables for mean, _ in table.values())
 
     def update(self, statistics: list[dict[str, Moments]], start_step: int) -> None:
-        """By the moments of a call, for each layer and direction by site."""
+        """Update the tables by the moments of a call, by site for each layer and direction."""
         for table, suffix, used in zip(self.tables, self.suffixes, statistics, strict=True):
             for site, moments in used.items():
                 if self.observer is None:
-                    move(*table[site], moments, self.momentum, start_step)
+                    update_tables(*table[site], moments, self.momentum, start_step)
                 else:
                     self.observer(site + suffix, moments, start_step)
 
 
-def move(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float, start_step: int = 0) -> None:
+def update_tables(
+    running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float, start_step: int = 0
+) -> None:
     """Row min(start_step + t, rows - 1) <- (1 - momentum) * row + momentum * step t, in place, the variance unbiased.
 
-    Steps that share the last row move it one after the other. A step at which fewer than two samples were running has
-    no deviation and moves nothing, nor does a step whose moments are NaN or infinite, nor a forward that activation
-    checkpointing runs again.
+    Steps that share the last row update it one after the other. A step at which fewer than two samples were running has
+    no deviation and updates nothing, nor does a step whose moments are NaN or infinite, nor a forward that activation
+    checkpointing repeats.
 
     Args:
         running_mean, running_var: (rows, features).
@@ -63,9 +65,9 @@ def move(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: 
         start_step: the row of the first step.
 
     Raises:
-        RuntimeError: several samples of a torch.func.vmap would move one and the same table.
+        RuntimeError: several samples of a torch.func.vmap would update the same table.
     """
-    if recomputing():
+    if is_recomputing():
         return
     if is_batchedtensor(moments.mean) and not is_batchedtensor(running_mean):
         raise RuntimeError(
@@ -85,8 +87,8 @@ def move(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: 
                 mine = running[start_step : start_step + own]
                 mine.add_(momentum * counts[:own] * (new[:own] - mine))
             if own < steps:
-                # n moves in a row: (1-m)^n * old + sum over k of m * (1-m)^(moves after k) * step k.
-                moves = counts[own:]
-                after = moves.flip(0).cumsum(0).flip(0) - moves
-                share = momentum * moves * (1 - momentum) ** after
-                running[-1].mul_((1 - momentum) ** moves.sum()).add_((share * new[own:]).sum(0))
+                # n updates in a row: (1-m)^n * old + sum over k of m * (1-m)^(updates after k) * step k.
+                updates = counts[own:]
+                after = updates.flip(0).cumsum(0).flip(0) - updates
+                share = momentum * updates * (1 - momentum) ** after
+                running[-1].mul_((1 - momentum) ** updates.sum()).add_((share * new[own:]).sum(0))
