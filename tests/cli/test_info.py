@@ -8,7 +8,7 @@ import torch
 
 import normwise
 from normwise.backends.cpu import library
-from normwise.ops import dispatch as choose
+from normwise.ops import dispatch
 from support.backends import without_kernels
 
 
@@ -20,7 +20,7 @@ def test_json_tells_versions_devices_and_backends(normwise_command):
     assert facts["versions"]["torch"] == torch.__version__
     assert len(facts["devices"]) == 1 + torch.accelerator.device_count()
     assert facts["devices"][0]["threads"] == torch.get_num_threads()
-    assert {entry["backend"]: entry["reason"] for entry in facts["backends"]} == choose.found()
+    assert {entry["backend"]: entry["reason"] for entry in facts["backends"]} == dispatch.found()
     assert all(entry["found"] == (entry["reason"] is None) for entry in facts["backends"])
 
 
@@ -28,7 +28,7 @@ def test_text_says_for_every_backend_found_or_why_not(normwise_command):
     status, out, err = normwise_command("info")
     assert (status, err) == (0, "")
     assert torch.__version__ in out
-    for name, obstacle in choose.found().items():
+    for name, obstacle in dispatch.found().items():
         assert f"  {name:<10} {'found' if obstacle is None else f'not found: {obstacle}'}\n" in out
 
 

@@ -40,7 +40,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_list(normwise_command, folder):
+def test_list_prints_a_row_per_run(normwise_command, folder):
     status, out, err = normwise_command("runs", "list", "--out", str(folder))
     assert (status, err) == (0, "")
     first, *rows = out.splitlines()
@@ -61,7 +61,7 @@ def test_list_can_be_narrowed_and_read_by_programs(normwise_command, folder):
         assert [run["key"] for run in found] == keys
 
 
-def test_show(normwise_command, folder):
+def test_show_prints_settings_and_series(normwise_command, folder):
     out = normwise_command("runs", "show", "bb", "--out", str(folder)).out
     assert out.startswith("bb33\n")
     assert "one position a channel" in out

@@ -16,7 +16,9 @@ SHAPES = [(4, 6, 5, 7), (2, 3, 1023), (3, 5, 63), (1, 1, 7), (5, 17, 16), (64, 7
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", truth.DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_shapes(isa: str, dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool) -> None:
+def test_any_shape_matches_the_float64_formula(
+    isa: str, dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool
+) -> None:
     check_channels(shape, dtype, channels_last=channels_last)
 
 
@@ -25,7 +27,7 @@ def test_shapes(isa: str, dtype: torch.dtype, shape: tuple[int, ...], channels_l
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", [(4, 6, 37), (33, 19)], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_fused_forms(
+def test_mask_residual_and_activation_are_fused(
     isa: str, dtype: torch.dtype, act: str | None, masked: bool, shape: tuple[int, ...], channels_last: bool
 ) -> None:
     check_channels(shape, dtype, act=act, masked=masked, channels_last=channels_last)
@@ -35,7 +37,7 @@ def test_fused_forms(
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_residual_in_training(isa: str, residual: bool, masked: bool, channels_last: bool) -> None:
+def test_a_residual_is_fused_in_training(isa: str, residual: bool, masked: bool, channels_last: bool) -> None:
     check_channels(
         (3, 5, 4, 9), torch.float32, act="relu", masked=masked, residual=residual, channels_last=channels_last
     )
@@ -47,7 +49,7 @@ def test_residual_in_training(isa: str, residual: bool, masked: bool, channels_l
 @pytest.mark.parametrize("offset", [1, 3])
 @pytest.mark.parametrize("dtype", truth.DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_unaligned_storage(isa: str, dtype: torch.dtype, offset: int, channels_last: bool) -> None:
+def test_storage_may_be_unaligned(isa: str, dtype: torch.dtype, offset: int, channels_last: bool) -> None:
     check_channels((3, 20, 50), dtype, offset=offset, channels_last=channels_last)
 
 
@@ -55,12 +57,14 @@ def test_unaligned_storage(isa: str, dtype: torch.dtype, offset: int, channels_l
 @pytest.mark.parametrize("shape", [(3, 2, 9001), (5, 40, 321), (4099, 33)], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_threads(threads: int, shape: tuple[int, ...], channels_last: bool, masked: bool) -> None:
+def test_any_number_of_threads_matches_the_formula(
+    threads: int, shape: tuple[int, ...], channels_last: bool, masked: bool
+) -> None:
     check_channels(shape, torch.float32, threads=threads, channels_last=channels_last, masked=masked)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 500_000), (1_000_000, 4)], ids=str)
-def test_a_million_elements_around_1e4(isa: str, shape: tuple[int, ...]) -> None:
+def test_a_million_elements_around_1e4_lose_no_precision(isa: str, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape) + 1e4
     y, stats, _ = channels_forward(x, None, None, None, None, True, MOMENTUM, EPS)
     dims = [0, *range(2, len(shape))]

@@ -30,7 +30,7 @@ SIZES = st.integers(1, 70)
     dsum=st.booleans(),
     options=st.fixed_dictionaries(OPTIONS),
 )
-def test_rows(isa, rows, cols, dtype, center, dsum, options):
+def test_random_rows_match_the_formula(isa, rows, cols, dtype, center, dsum, options):
     check_rows(rows, cols, dtype, center=center, dsum=dsum, **options)
 
 
@@ -44,7 +44,7 @@ def test_rows(isa, rows, cols, dtype, center, dsum, options):
     channels_last=st.booleans(),
     options=st.fixed_dictionaries(OPTIONS),
 )
-def test_groups(isa, batch, groups, each, positions, dtype, channels_last, options):
+def test_random_groups_match_the_formula(isa, batch, groups, each, positions, dtype, channels_last, options):
     check_groups((batch, groups * each, positions), groups, dtype, channels_last=channels_last, **options)
 
 
@@ -56,5 +56,5 @@ def test_groups(isa, batch, groups, each, positions, dtype, channels_last, optio
     channels_last=st.booleans(),
     options=st.fixed_dictionaries(OPTIONS),
 )
-def test_channels(isa, shape, dtype, training, channels_last, options):
+def test_random_channels_match_the_formula(isa, shape, dtype, training, channels_last, options):
     check_channels(shape, dtype, training=training, channels_last=channels_last, **options)

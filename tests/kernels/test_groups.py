@@ -27,7 +27,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", truth.DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
 @each_layout
-def test_shapes(
+def test_any_shape_matches_the_float64_formula(
     isa: str, dtype: torch.dtype, shape: tuple[int, ...], groups: int, masked: bool, channels_last: bool
 ) -> None:
     check_groups(shape, groups, dtype, masked=masked, channels_last=channels_last)
@@ -38,7 +38,7 @@ def test_shapes(
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 @each_layout
-def test_fused_forms(
+def test_mask_residual_and_activation_are_fused(
     isa: str, dtype: torch.dtype, act: str | None, masked: bool, residual: bool, channels_last: bool
 ) -> None:
     check_groups((3, 6, 37), 2, dtype, act=act, masked=masked, residual=residual, channels_last=channels_last)
@@ -47,7 +47,7 @@ def test_fused_forms(
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 @pytest.mark.parametrize(("batch", "groups"), [(5, 1), (5, 12), (1, 1), (1, 12)])
 @each_layout
-def test_threads(threads: int, batch: int, groups: int, channels_last: bool) -> None:
+def test_any_number_of_threads_matches_the_formula(threads: int, batch: int, groups: int, channels_last: bool) -> None:
     check_groups((batch, 12, 3001), groups, torch.float32, threads=threads, masked=True, channels_last=channels_last)
 
 
@@ -70,14 +70,14 @@ def test_one_result_for_any_number_of_threads(shape: tuple[int, ...], masked: bo
 
 @pytest.mark.parametrize("offset", [1, 3])
 @each_layout
-def test_unaligned_storage(isa: str, offset: int, channels_last: bool) -> None:
+def test_storage_may_be_unaligned(isa: str, offset: int, channels_last: bool) -> None:
     check_groups((2, 6, 50), 3, torch.float32, offset=offset, channels_last=channels_last)
     check_groups((2, 6, 50), 6, torch.bfloat16, offset=offset, affine=False, channels_last=channels_last)
 
 
 @pytest.mark.parametrize("shape", [(0, 6, 5), (2, 6, 0)], ids=str)
 @each_layout
-def test_empty(isa: str, shape: tuple[int, ...], channels_last: bool) -> None:
+def test_empty_input_gives_zero_gradients(isa: str, shape: tuple[int, ...], channels_last: bool) -> None:
     x, weight = truth.tensor(*shape, dtype=torch.float32, channels_last=channels_last), torch.ones(6)
     y, stats = groups_forward(x, 2, weight, None, EPS)
     dx, dweight, *_ = groups_backward(x, x, stats, 2, weight, None)

@@ -14,15 +14,15 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cols", [1024, 1023])
-def test_rows(isa: str, dtype: torch.dtype, cols: int) -> None:
+def test_rows_past_the_caches_match_the_formula(isa: str, dtype: torch.dtype, cols: int) -> None:
     check_rows(2100, cols, dtype, threads=2, act="relu", residual=True, masked=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_channels(isa: str, dtype: torch.dtype, channels_last: bool) -> None:
+def test_channels_past_the_caches_match_the_formula(isa: str, dtype: torch.dtype, channels_last: bool) -> None:
     check_channels((8, 64, 64, 65), dtype, threads=2, channels_last=channels_last, masked=True)
 
 
-def test_groups(isa: str) -> None:
+def test_groups_past_the_caches_match_the_formula(isa: str) -> None:
     check_groups((8, 32, 64, 65), 4, truth.DTYPES[0], threads=2, residual=True, act="relu")

@@ -168,7 +168,7 @@ def test_memory_stays_flat(dtype: torch.dtype) -> None:
     assert resident() - before < 512  # pages of 4 KiB: what Python itself may take
 
 
-def test_what_is_refused() -> None:
+def test_bad_arguments_are_refused() -> None:
     sample = Sample(CONFIGS["lstm unnormalized"], (2, 3, 4, 5))
     given = sample.given
     short = given._replace(x=given.x[:1])

@@ -111,7 +111,7 @@ def test_gains_and_biases_may_be_float32() -> None:
         assert gradient is None or gradient.dtype == w.dtype
 
 
-def test_what_is_refused() -> None:
+def test_bad_arguments_are_refused() -> None:
     given = Sample(CONFIGS["lstm unnormalized"], (2, 3, 4, 5), BF16).given
     with pytest.raises(ValueError, match=r"weight_ih: expected \(20, 4\) of torch.float32 on the CPU, but got"):
         kernels.forward(given._replace(x=given.x.float()), False)

@@ -15,13 +15,13 @@ from support.tolerances import assert_close
 @pytest.mark.parametrize("cols", [1, 3, 7, 16, 63, 256, 1023, 5000])
 @pytest.mark.parametrize("dtype", truth.DTYPES)
 @pytest.mark.parametrize("center", [True, False])
-def test_awkward_widths(isa: str, dtype: torch.dtype, cols: int, center: bool) -> None:
+def test_any_width_matches_the_float64_formula(isa: str, dtype: torch.dtype, cols: int, center: bool) -> None:
     check_rows(7, cols, dtype, center=center)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 1023])
 @pytest.mark.parametrize("dtype", truth.DTYPES)
-def test_awkward_row_counts(isa: str, dtype: torch.dtype, rows: int) -> None:
+def test_any_number_of_rows_matches_the_formula(isa: str, dtype: torch.dtype, rows: int) -> None:
     check_rows(rows, 17, dtype)
 
 
@@ -29,7 +29,9 @@ def test_awkward_row_counts(isa: str, dtype: torch.dtype, rows: int) -> None:
 @pytest.mark.parametrize("dtype", truth.DTYPES)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
-def test_fused_forms(isa: str, dtype: torch.dtype, act: str | None, masked: bool, residual: bool) -> None:
+def test_mask_residual_and_activation_are_fused(
+    isa: str, dtype: torch.dtype, act: str | None, masked: bool, residual: bool
+) -> None:
     check_rows(37, 63, dtype, act=act, masked=masked, residual=residual, dsum=residual)
 
 
@@ -40,12 +42,12 @@ def test_no_gain_and_no_bias(isa: str, center: bool) -> None:
 
 @pytest.mark.parametrize("offset", [1, 2, 3])
 @pytest.mark.parametrize("dtype", truth.DTYPES)
-def test_unaligned_storage(isa: str, dtype: torch.dtype, offset: int) -> None:
+def test_storage_may_be_unaligned(isa: str, dtype: torch.dtype, offset: int) -> None:
     check_rows(5, 100, dtype, offset=offset)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
-def test_threads(threads: int) -> None:
+def test_any_number_of_threads_matches_the_formula(threads: int) -> None:
     check_rows(301, 129, torch.float32, threads=threads, masked=True)
 
 
@@ -60,7 +62,7 @@ def test_strided_input_and_expanded_gradient() -> None:
     assert_close(ds, torch.autograd.grad(z, s, dy.double())[0], kind="grad", count=20, scale=1.0)
 
 
-def test_a_mean_of_1e4_costs_no_digits(isa: str) -> None:
+def test_a_mean_of_1e4_loses_no_precision(isa: str) -> None:
     """float32 can hold a mean near 1e4 to 5e-4 only; the kernel keeps the rest of it apart."""
     x = torch.randn(16, 768) + 1e4
     out = rows_forward(x, 768, None, None, EPS)
@@ -72,7 +74,7 @@ def test_a_mean_of_1e4_costs_no_digits(isa: str) -> None:
     assert_close(ds, torch.autograd.grad(z, s, dy.double())[0], kind="grad", count=1)
 
 
-def test_long_sums_keep_their_digits(isa: str) -> None:
+def test_long_sums_lose_no_precision(isa: str) -> None:
     """Gain and bias gradients over 1e5 rows: a running float32 sum would lose three digits."""
     x, dy = torch.randn(100_000, 8), torch.rand(100_000, 8) + 1
     out = rows_forward(x, 8, torch.ones(8), torch.zeros(8), EPS)

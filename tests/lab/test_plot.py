@@ -88,7 +88,7 @@ def test_words_for_who_cannot_see_it():
 @pytest.mark.parametrize(
     ("value", "text"), [(0.0, "0"), (0.1234, "0.123"), (12345.0, "12,345"), (1e-7, "1e-7"), (2.5e8, "2.5e8")]
 )
-def test_numbers(value, text):
+def test_numbers_are_printed_short(value, text):
     assert number(value) == text
     assert number(0.25, percent=True) == "25%"
 

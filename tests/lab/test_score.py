@@ -131,7 +131,7 @@ def test_marks_stay_within_a_task_and_a_batch_size():
         ([-0.02, -0.03, -0.04], False),
     ],
 )
-def test_tie(differences, expected):
+def test_a_tie_is_an_interval_that_contains_0(differences, expected):
     assert tie(differences) is expected
 
 
@@ -141,7 +141,7 @@ def test_training_loss_of_a_short_run_is_its_last_step():
     assert training_loss(run) == 1
 
 
-def test_band():
+def test_a_band_is_the_mean_and_range_of_the_runs_by_bins():
     one, other = a_run(), a_run()
     one.series["x"] = Curve([0, 1, 2, 3], [0.0, 2.0, 4.0, 6.0])
     other.series["x"] = Curve([0, 1], [2.0, 4.0])  # ended early

@@ -28,7 +28,7 @@ def test_a_square_that_is_too_large_is_infinite():
     assert squared_norm(torch.tensor([1e200], dtype=torch.float64)) == math.inf
 
 
-def test_root_mean():
+def test_root_mean_of_squared_norms():
     assert root_mean([9.0, 16.0, 2.0]) == 3
 
 

@@ -132,7 +132,7 @@ def test_random_layers_draw_the_same_in_every_pass() -> None:
     assert not torch.equal(torch.get_rng_state(), state)
 
 
-def test_what_is_refused() -> None:
+def test_bad_arguments_are_refused() -> None:
     model = perceptron()
     before = copy.deepcopy(model.state_dict())
 

@@ -205,7 +205,7 @@ def test_inside_a_checkpoint_it_is_refused(reentrant: bool) -> None:
         y.backward(torch.randn_like(y))
 
 
-def test_compiled() -> None:
+def test_compiles_in_one_graph() -> None:
     torch._dynamo.reset()
     layer, other = normwise.BatchRenorm1d(4), normwise.BatchRenorm1d(4)
     for each in (layer, other):
@@ -218,7 +218,7 @@ def test_compiled() -> None:
             assert_close(got.double(), right.double(), kind="grad", dtype=torch.float32, count=6)
 
 
-def test_what_is_refused() -> None:
+def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="r_max must be at least 1"):
         normwise.BatchRenorm1d(4, r_max=0.5)
     with pytest.raises(ValueError, match="d_max must be at least 0"):

@@ -58,7 +58,7 @@ def test_each_virtual_batch_as_if_alone(name: str, virtual: int, cuts: list[int]
 
 
 @each_backend_and_dtype(torch.float32, torch.bfloat16, torch.float16)
-def test_dtypes(dtype: torch.dtype, backend: str) -> None:
+def test_other_dtypes_match_the_formula(dtype: torch.dtype, backend: str) -> None:
     ours, _ = pair("1d steps", 4, torch.float32)
     exact = copy.deepcopy(ours).double()
     x = torch.randn(14, 3, 5).add(2).to(dtype)
@@ -84,7 +84,7 @@ def test_a_single_value_joins_the_virtual_batch_before() -> None:
     assert_close(ours(x[:5]), plain(x[:5]))
 
 
-def test_padding() -> None:
+def test_padding_enters_no_virtual_batch() -> None:
     """Lengths of 0 in a whole virtual batch too: it is all 0 and counts for nothing."""
     lengths = torch.tensor([5, 2, 0, 0, 1, 4, 3])
     valid = torch.arange(5) < lengths[:, None]
@@ -130,7 +130,7 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradgradcheck(ours, x)
 
 
-def test_compiled() -> None:
+def test_compiles_in_one_graph() -> None:
     torch._dynamo.reset()
     ours, other = (pair("1d steps", 4, torch.float32)[0] for _ in range(2))
     other.load_state_dict(ours.state_dict())
@@ -142,7 +142,7 @@ def test_compiled() -> None:
             assert_close(got.double(), right.double(), kind="grad", dtype=torch.float32, count=50, scale=10.0)
 
 
-def test_what_is_refused() -> None:
+def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="virtual_batch_size must be at least 1"):
         normwise.BatchNorm1d(3, virtual_batch_size=0)
     layer = normwise.BatchNorm1d(3, virtual_batch_size=1)

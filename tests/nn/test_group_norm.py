@@ -122,7 +122,9 @@ def test_padding_stays_out_beside_a_residual(name: str) -> None:
 @pytest.mark.parametrize("act", [None, "silu"])
 @pytest.mark.parametrize("name", ["group", "instance"])
 @each_layout
-def test_derivatives(name: str, act: str | None, masked: bool, layout: torch.memory_format) -> None:
+def test_gradients_of_both_orders_pass_gradcheck(
+    name: str, act: str | None, masked: bool, layout: torch.memory_format
+) -> None:
     layer = pair(name, act=act)[0]
     x, r = (torch.randn(2, 4, 2, 3, dtype=torch.float64).to(memory_format=layout).requires_grad_() for _ in range(2))
     mask = torch.tensor([[True, False, True], [True, True, True]]).view(2, 1, 3) if masked else None
@@ -174,7 +176,9 @@ def test_layers_pickled_before_there_was_an_activation(name: str) -> None:
     ids=["group", "instance"],
 )
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-def test_ragged(kind: str, with_residual: bool, ours: Callable[[], nn.Module], theirs: nn.Module) -> None:
+def test_ragged_input_matches_each_sequence(
+    kind: str, with_residual: bool, ours: Callable[[], nn.Module], theirs: nn.Module
+) -> None:
     """The truth: each sequence alone."""
     layer = randomize(ours())
     theirs.load_state_dict(layer.state_dict())

@@ -40,7 +40,7 @@ def test_low_precision_layers(cell, norm, dtype):
 
 
 @pytest.mark.parametrize(("cell", "norm"), KINDS)
-def test_autocast(cell, norm):
+def test_autocast_gives_bfloat16_near_the_float32_result(cell, norm):
     layer = build(cell, norm, num_layers=2, bidirectional=True)
     x = torch.randn(T, 16, INPUT)  # of few samples, batch statistics would magnify the rounding of each
     exact, _ = layer(x)
@@ -157,10 +157,12 @@ def test_vmap_over_models(cell, norm):
 @pytest.mark.parametrize("norm", ["layer", "rms", "batch", None])
 @pytest.mark.parametrize("cell", LAYERS)
 @pytest.mark.parametrize(("steps", "batch", "hidden"), [(1, 2, 3), (1000, 2, 3), (3, 0, 3), (3, 2, 1)])
-def test_odd_sizes(cell, norm, steps, batch, hidden):
+def test_odd_sizes_match_the_reference(cell, norm, steps, batch, hidden):
     # Over many steps a recurrence may magnify float32's roundings, but hardly float64's.
     dtype = torch.float64 if steps > 100 else torch.float32
     options = {"num_stat_steps": steps} if norm == "batch" else {}
+    if norm == "rms" and hidden == 1:  # a sign, smoothed by eps: near 0 it magnifies rounding by up to 1 / sqrt(eps)
+        options["eps"] = 1e-3
     layer = LAYERS[cell](INPUT, hidden, norm=norm, dtype=dtype, **options)
     exact = copy.deepcopy(layer).double()
     x = torch.randn(steps, batch, INPUT, dtype=dtype, requires_grad=True)

@@ -83,7 +83,7 @@ def test_equal_to_the_concatenated_batch(size: int) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "offset"), [(torch.float32, 1e4), (torch.bfloat16, 0.0)], ids=str)
-def test_in_other_dtypes(dtype: torch.dtype, offset: float) -> None:
+def test_other_dtypes_match_float64(dtype: torch.dtype, offset: float) -> None:
     """Also where the mean dwarfs the deviation. What follows the norm would be rounded again."""
     plain = [case for case in CASES if "act" not in case[1] and "residual" not in case[2]]
     compare([2, 0, 3], plain, dtype, offset)

@@ -124,7 +124,7 @@ def test_backend_blocks_nest_and_survive_an_error() -> None:
     assert choice() != "reference"
 
 
-def test_unknown_backend() -> None:
+def test_an_unknown_backend_is_refused() -> None:
     with (
         pytest.raises(ValueError, match="unknown backend 'cuda': expected one of 'cpu', 'aten', 'reference'"),
         normwise.backend("cuda"),

@@ -188,7 +188,7 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], torch.Tensor, dict[str, Any], type
 
 
 @pytest.mark.parametrize("fault", BAD_CALLS)
-def test_bad_call(fault: str) -> None:
+def test_a_bad_call_raises_and_changes_nothing(fault: str) -> None:
     build, x, kwargs, error, message = BAD_CALLS[fault]
     layer = build()
     before = {name: t.clone() for name, t in layer.state_dict().items()}
@@ -229,7 +229,7 @@ BAD_LAYERS: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("fault", BAD_LAYERS)
-def test_bad_construction(fault: str) -> None:
+def test_bad_construction_raises(fault: str) -> None:
     build, message = BAD_LAYERS[fault]
     with pytest.raises(ValueError, match=message):
         build()

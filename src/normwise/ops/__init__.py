@@ -1,1 +1,1 @@
-"""Which computation runs and how gradients are wired: one file an op; `choose.py` alone decides."""
+"""Which backend runs and how gradients are wired: one file per op; `dispatch.py` alone decides."""

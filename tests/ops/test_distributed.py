@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from normwise.backends.reference import Moments, moments
-from normwise.ops import distributed as ranks
+from normwise.ops import distributed
 from support.on_ranks import on_ranks
 from support.tolerances import assert_close
 
@@ -23,7 +23,7 @@ def pooled_moments() -> list[Moments]:
     own = [moments(part(dist.get_rank(), layer).double(), [0]) for layer in range(3)]
     if dist.get_rank() == 1:  # without data, anything may stand there
         own = [Moments(m.mean + float("nan"), m.var + float("inf"), m.count) for m in own]
-    return ranks.pool_moments(own)
+    return distributed.pool_moments(own)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
@@ -38,18 +38,18 @@ def test_pooled_moments_are_those_of_all_rows(size: int) -> None:
             assert all(torch.equal(a, b) for a, b in zip(result[layer], results[0][layer], strict=True))
 
 
-def test_pooled_on_one_process() -> None:
+def test_one_process_gets_its_own_moments_back() -> None:
     own = moments(torch.randn(5, 3), [0])
-    (alone,) = ranks.pool_moments([own])
+    (alone,) = distributed.pool_moments([own])
     assert alone.mean.dtype == torch.float64
     torch.testing.assert_close(alone.var.float(), own.var)
-    assert ranks.pool_moments([]) == []
+    assert distributed.pool_moments([]) == []
 
 
 def disagreeing_moments() -> str:
     layers = 2 + (dist.get_rank() == 2)
     with pytest.raises(ValueError, match="disagree") as caught:
-        ranks.pool_moments([moments(torch.randn(4, 3), [0])] * layers)
+        distributed.pool_moments([moments(torch.randn(4, 3), [0])] * layers)
     return str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""The registered recurrence: torch's own opcheck, and compiled layers as one node that says what eager ones say."""
+"""The custom op `normwise::recurrence`: torch's opcheck, and compiled layers as one node, equal to eager ones."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_compiled_layer_is_one_node_a_direction(kind: str, options: dict[str, 
         assert torch.equal(compiled(x, **call)[0], twin(x, **call)[0])
 
 
-def test_inductor() -> None:
+def test_inductor_compiles_the_node() -> None:
     torch._dynamo.reset()
     layer = normwise.LSTM(INPUT, HIDDEN)
     compiled = torch.compile(layer, fullgraph=True)

@@ -1,4 +1,4 @@
-"""The registered op: torch's own opcheck, and its gradients of both orders against autograd of the reference."""
+"""The custom op `normwise::norm`: torch's opcheck, and gradients of both orders against autograd of the reference."""
 
 from __future__ import annotations
 
