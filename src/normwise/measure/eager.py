@@ -1,4 +1,4 @@
-"""Compiled code turned off for a while."""
+"""Running compiled models eagerly."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from normwise.ops._torch_internals import compiler_loaded
 
 @contextmanager
 def run_eagerly() -> Iterator[None]:
-    """Compiled parts of a model run as they are written, so that hooks see them."""
+    """Compiled parts of a model run eagerly inside, so that hooks see them."""
     if not compiler_loaded():
         yield
         return

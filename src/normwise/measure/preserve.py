@@ -16,7 +16,7 @@ from normwise.measure.snapshot import RandomState, Values
 
 @contextmanager
 def preserved(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, loader: Any = None) -> Iterator[None]:
-    """What is done inside leaves no trace in any of these, be it done, refused or interrupted.
+    """Restores all of these afterwards, also after an error or an interrupt.
 
     Kept are parameters (the optimizer's too) and buffers (the very tensors, with their values), gradients, modes and
     other attributes of every module (lists, dicts and sets among them one level deep), the optimizer's state and

@@ -60,10 +60,10 @@ def evenly_spread(layers: Sequence[Layer], most: int) -> list[Layer]:
 
 
 class Replay:
-    """A batch's loss, computed again from the random numbers and the state that were there when this was made.
+    """A batch's loss, recomputed from the random states and model state at construction.
 
-    So dropout draws the same masks, and norms that read their running statistics in training read the same ones: what
-    differs from one pass to another is what was done to the weights. A pass leaves random states and the model's state
+    So dropout draws the same masks, and norms that read their running statistics in training read the same ones: passes
+    differ only by changes of the weights. A pass leaves random states and the model's state
     (`snapshot.state_of`) as it found them.
 
     Args:
@@ -76,7 +76,7 @@ class Replay:
         self.random, self.state = RandomState(), Values(state_of(model))
 
     def forward(self) -> None:
-        """For hooks to see."""
+        """One forward pass, for hooks to observe."""
         with self._again(), torch.enable_grad():
             self.loss()
 
@@ -94,7 +94,7 @@ class Replay:
 
 
 class StepShift:
-    """What one step of the optimizer does to layers: made before the step, asked after it.
+    """What one optimizer step does to layers: constructed before the step, queried after it.
 
     Args:
         replay: of the batch that the step is taken on.
@@ -133,7 +133,7 @@ class StepShift:
     def of_gradients(self) -> dict[str, tuple[float, float]]:
         """`gradient_change` of each layer, by its name in `weights`; a layer whose gradient was 0 has none.
 
-        From the last layer to the first, ever more of the model is set back to before the step.
+        From the last layer to the first, more and more parameters are reset to their values before the step.
         """
         found: dict[str, tuple[float, float]] = {}
         updated = Values(self.parameters.values())
@@ -157,7 +157,7 @@ class StepShift:
         return {layer: found[layer] for layer in self.weights if layer in found}
 
     def _inputs(self) -> dict[str, Tensor]:
-        """What each layer gets first, (features, values)."""
+        """Each layer's first input of a pass, (features, values)."""
         seen: dict[str, Tensor] = {}
 
         def hook_of(name: str) -> Callable[..., None]:

@@ -14,14 +14,14 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Values:
-    """The values that tensors have now."""
+    """The current values of tensors."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.kept = [(tensor, tensor.detach().clone()) for tensor in {id(t): t for t in tensors}.values()]
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put them back, into the same tensors."""
+        """Restore them, into the same tensors."""
         for tensor, value in self.kept:
             # Untouched tensors stay untouched: writing to one would spoil a graph that the caller still holds.
             if not same_bits(tensor, value):
@@ -38,7 +38,7 @@ def state_of(*modules: nn.Module) -> list[Tensor]:
 
 @contextmanager
 def state_kept(*modules: nn.Module) -> Iterator[None]:
-    """Running statistics and whatever else is in `state_of` have their values again afterwards."""
+    """Restores running statistics, and all else that `state_of` names, afterwards."""
     values = Values(state_of(*modules))
     try:
         yield
@@ -48,7 +48,7 @@ def state_kept(*modules: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def modes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Each of these modules is in train or eval mode again afterwards, as it was."""
+    """Restores the train or eval mode of each of these modules afterwards."""
     modes = [(module, module.training) for module in modules]
     try:
         yield
@@ -59,7 +59,7 @@ def modes_kept(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """What is drawn inside, somebody draws again afterwards."""
+    """Random states are restored afterwards: what is drawn inside is drawn again."""
     state = RandomState()
     try:
         yield
@@ -78,7 +78,7 @@ def dry_run(model: nn.Module, *, training: bool) -> Iterator[None]:
 class RandomState:
     """The present random states of torch, Python, NumPy where it is loaded, and of some generators.
 
-    Devices that nobody has used yet stay unused.
+    Devices that are not initialised stay so.
     """
 
     def __init__(self, generators: Iterable[torch.Generator] = ()) -> None:
@@ -89,7 +89,7 @@ class RandomState:
         self.generators = [(generator, generator.get_state()) for generator in generators]
 
     def restore(self) -> None:
-        """Put them back."""
+        """Restore them."""
         torch.set_rng_state(self.torch)
         random.setstate(self.python)
         if self.cuda is not None:

@@ -1,4 +1,4 @@
-"""Numbers at each time step of sequences, over batches of sequences of different lengths."""
+"""Quantities per time step, over batches of sequences of different lengths."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class _InstanceNorm(Activated, nn.modules.instancenorm._InstanceNorm):
         return str(super().extra_repr()) + ("" if self.act is None else f", act={self.act!r}")
 
     def _warn_of_channels(self, input: Any) -> None:
-        """A wrong number of channels does no harm here, but is hardly meant."""
+        """Warns of a wrong number of channels, which does no harm here but is hardly intended."""
         if not isinstance(input, Tensor) or input.is_nested or input.dim() < self.batched_rank - 1:
             return
         found = input.shape[1 - self.batched_rank]

@@ -123,13 +123,13 @@ def _fill(layer: nn.Module, name: str, value: float, where: slice = slice(None))
 
 
 def forget_bias_needs_bias(forget_bias: float | None, bias: bool) -> None:
-    """A forget bias that was asked for must have a place to start from."""
+    """ValueError for `forget_bias` in a layer without biases."""
     if forget_bias and not bias:
         raise ValueError(f"forget_bias={forget_bias} is what a bias starts from, but bias=False leaves it out")
 
 
 def no_projection(proj_size: int) -> None:
-    """A projection stands between an LSTM's cell and its hidden state; the others have no such place."""
+    """ValueError for `proj_size` in a layer other than an LSTM."""
     if proj_size:
         raise ValueError(
             f"proj_size argument is only supported for LSTM, not RNN or GRU, but got {proj_size}: use normwise.LSTM, "

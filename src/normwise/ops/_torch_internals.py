@@ -1,6 +1,6 @@
 """Every private name of torch that normwise uses, and what it is used for.
 
-tests/ops/test_torch_internals.py says for each what breaks if it goes.
+tests/ops/test_torch_internals.py tests for each what breaks without it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 # Inside torch.func's vmap, grad and the like: no value of a tensor may be looked at.
 transforms_active = torch._C._are_functorch_transforms_active
 
-# How many TorchDispatchModes (make_fx, FakeTensorMode, counters) look on: they see ATen's operations only.
+# How many TorchDispatchModes (make_fx, FakeTensorMode, counters) are active: they see ATen's operations only.
 dispatch_modes_active = torch._C._len_torch_dispatch_stack
 
 # torch.jit.trace records ATen's operations only.
@@ -63,7 +63,7 @@ _TENSORS = (Tensor, torch.nn.Parameter)
 def readable(*tensors: Tensor | None) -> bool:
     """Whether C may read each of these where its `data_ptr()` points: the one condition for a tensor to go to a kernel.
 
-    That is a dense tensor on the CPU which is nothing but a tensor, and has memory. None is none, and may go.
+    That is a dense tensor on the CPU of no subclass, with memory. None is skipped.
     """
     for t in tensors:
         if t is not None and (
@@ -90,7 +90,7 @@ def is_fake(t: Tensor) -> bool:
 
 
 def constant_while_compiling(function: F) -> F:
-    """`function`, which torch.compile calls once and then takes for a constant: it cannot look into it.
+    """`function`, whose result torch.compile takes for a constant instead of tracing it.
 
     What torch.compiler.assume_constant_result does; but calling that loads the compiler, which costs a second.
     """
@@ -104,7 +104,7 @@ def compiler_loaded() -> bool:
 
 
 def without_fake_tensors() -> AbstractContextManager[Any]:
-    """Inside, new tensors are real ones even while torch.compile or torch.export looks on with FakeTensors."""
+    """Inside, new tensors are real ones even while torch.compile or torch.export traces with FakeTensors."""
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     return unset_fake_temporarily()

@@ -70,7 +70,7 @@ class Settings(NamedTuple):
 
 
 class _Local(NamedTuple):
-    """This rank's centred elements, and what was subtracted from them: in two parts, to keep the digits of both."""
+    """This rank's centred elements, and what was subtracted from them: in two parts, for precision."""
 
     centred: Tensor
     rough: Tensor
@@ -167,7 +167,7 @@ def backward_of(
 
 
 def _per_statistic(rstd: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether gain and bias, too, are one number a statistic, as in BatchNorm: fewer passes over the input do then."""
+    """Whether gain and bias have one number per statistic, as in BatchNorm: this takes fewer passes over the input."""
     return all(p is None or p.shape == rstd.shape for p in parameters)
 
 

@@ -43,7 +43,7 @@ def by_rows(
     lengths: Tensor | None,
     residual: Ragged | None,
 ) -> Any:
-    """`op(rows, residual=rows)` in the wrapping of `x`, for `op` of (rows, features...) giving rows, or a tuple of rows
+    """`op(rows, residual=rows)` in the form of `x`, for `op` of (rows, features...) giving rows, or a tuple of rows
     and of what else there is.
 
     Raises:
@@ -71,7 +71,7 @@ def by_sequences(
     lengths: Tensor | None,
     residual: Ragged | None,
 ) -> Any:
-    """`op(padded, lengths=..., residual=padded)` of (N, C, L) in the wrapping of `x`, whose rows hold C channels.
+    """`op(padded, lengths=..., residual=padded)` of (N, C, L) in the form of `x`, whose rows hold C channels.
 
     Raises:
         as `by_rows`; ShapeError for rows of several axes.

@@ -1,7 +1,7 @@
 """Symbolic tracing by torch.fx: every layer, and every function of `normwise.functional`, is one node of the graph.
 
-torch.fx records what is done to Proxies in the place of tensors. A norm looks at shapes, dtypes and devices to find its
-way, and a Proxy has none. That is why torch.fx does not look inside torch.nn's layers, which it knows by the name of
+torch.fx records what is done to Proxies in the place of tensors. A norm branches on shapes, dtypes and devices, and
+a Proxy has none. That is why torch.fx does not look inside torch.nn's layers, which it knows by the name of
 their Python module alone; ours record themselves. It holds for any tracer, whatever it takes for a leaf.
 """
 

@@ -1,4 +1,4 @@
-"""What a layer's forward really is: its class's own, one that a user's class adds to, or one bound to the instance."""
+"""What a layer's forward is: its class's own, one that a user's class extends, or one bound to the instance."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def held(model: nn.Module) -> dict[int, str]:
 
 
 def reached(value: Any) -> Iterator[nn.Module]:
-    """The modules that a function goes to: its arguments and defaults, its closure, the global names that it reads."""
+    """The modules that a function can reach: its arguments, defaults and closure, and the global names that it reads."""
     seen: set[int] = set()
     left = [value]
     while left:

@@ -1,4 +1,4 @@
-"""Freezing normalization layers: statistics that no batch moves, through every `model.train()`."""
+"""Freezing normalization layers: statistics that stay fixed through every `model.train()`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from normwise.surgery.select import BATCH, INSTANCE, RECURRENT, Where, chosen, h
 
 
 class _StaysInEval:
-    """A frozen layer's own `train`: whatever the model is told, the layer stays in evaluation.
+    """A frozen layer's own `train`: the layer stays in evaluation.
 
     An attribute of the instance, which copies and pickles with the layer, and which a compiler sees as the constant
     `training=False`.
@@ -64,7 +64,7 @@ def freeze(model: nn.Module, *, affine: bool = True, where: Where = None) -> Rep
 
 
 def unfreeze(model: nn.Module, *, where: Where = None) -> Report:
-    """Undo `freeze`, in place: the layers take the model's mode, and what was learned before is learned again.
+    """Undo `freeze`, in place: the layers take the model's mode, and parameters that were trained before are again.
 
     Raises:
         ValueError: nothing is frozen, or `where` means nothing that is.

@@ -1,4 +1,4 @@
-"""The models that layers are exchanged in: what they must be, and their copies."""
+"""Checks and copies of models before their layers are replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far a pass over the data is: a bar, or a function that is told."""
+"""Progress of a pass over the data: a bar, or a callback."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Progress: TypeAlias = bool | Told
 
 
 def told(progress: Progress, verb: str) -> AbstractContextManager[Told]:
-    """A function of what is done and of the total, None if unknown, that shows it.
+    """A function that shows progress, of the number done and the total (None if unknown).
 
     Args:
         progress: False shows nothing, True a bar on stderr; or such a function.

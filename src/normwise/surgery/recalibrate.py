@@ -177,7 +177,7 @@ class _Run:
         return pools
 
     def layer_by_layer(self, wanted: list[Layer]) -> dict[str, Pool]:
-        """One pass a layer, in the order in which the model calls them; each is set before the next is looked at."""
+        """One pass per layer, in the order in which the model calls them; each is set before the next pass."""
         passes = len(wanted)
         found: dict[str, Pool] = {}
         for one in self.in_order(wanted):
@@ -188,7 +188,7 @@ class _Run:
         return found
 
     def in_order(self, wanted: list[Layer]) -> list[Layer]:
-        """As the first batch meets them, on all ranks the same; what it does not meet comes last."""
+        """In the order of calls in the first batch, the same on all ranks; layers that it does not call come last."""
         met: list[str] = []
         with ExitStack() as hooks:
             for one in wanted:
@@ -207,7 +207,7 @@ class _Run:
         return [wanted[n] for n in sorted(range(len(wanted)), key=position.__getitem__)]
 
     def over_all(self, wanted: list[Layer], batches: Iterator[Any]) -> dict[str, Pool]:
-        """The model on every batch; what these layers met."""
+        """Run the model on every batch; the pools of these layers."""
         pools = {one.name: pool_of(one.module) for one in wanted}
         with ExitStack() as hooks:
             for pool in pools.values():

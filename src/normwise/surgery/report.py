@@ -78,7 +78,7 @@ class Refusal(Exception):
 
 
 class AlreadyOne(Refusal):
-    """Nothing is to be done: the layer is what it was to become."""
+    """Nothing to do: the layer is already of the target class."""
 
     def __init__(self) -> None:
         super().__init__("is one already")

@@ -59,7 +59,7 @@ def known_base(layer: nn.Module) -> type[nn.Module]:
 
 
 def option(layer: nn.Module, name: str) -> Any:
-    """What `layer` was told by the argument `name`, None where its known base takes none of this name.
+    """The value of `layer`'s argument `name`, None where its known base has no such argument.
 
     What a user's class calls so by itself (its width `dim`, its module `act`) is something else.
     """

@@ -77,7 +77,7 @@ def missing() -> str | None:
 
 
 def turned_off() -> bool:
-    """Whether the kernels are not used because somebody said so, by NORMWISE_ISA=none or `use_isa("none")`."""
+    """Whether the kernels are turned off by NORMWISE_ISA=none or `use_isa("none")`."""
     return _switch.off is not None or os.environ.get("NORMWISE_ISA") == OFF
 
 

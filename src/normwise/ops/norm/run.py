@@ -1,4 +1,4 @@
-"""The one way of every norm from its checked arguments to a backend and back."""
+"""How every norm gets from validated arguments to a backend and back."""
 
 from __future__ import annotations
 

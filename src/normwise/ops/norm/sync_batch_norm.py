@@ -39,7 +39,7 @@ def over_ranks(process_group: Any, x: Tensor, valid: Tensor | None) -> Callable[
 
 
 def _enough_values(x: Tensor, valid: Tensor | None, count: Tensor) -> None:
-    """`count` is that of all ranks, so what is said here is said on each of them."""
+    """`count` is that of all ranks, so all of them raise alike."""
     # Two values of this rank's own are enough, without a look at what may still be on its way to a device.
     if count.numel() == 0 or not values_visible(count) or (valid is None and x.numel() > x.shape[1]):
         return

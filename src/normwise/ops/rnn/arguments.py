@@ -1,4 +1,4 @@
-"""What a call of a recurrent layer or cell was given: checked, with torch's words where torch has some."""
+"""Validates the arguments of a recurrent layer's or cell's call, with torch's messages where torch has some."""
 
 from __future__ import annotations
 

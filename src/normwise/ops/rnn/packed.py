@@ -83,7 +83,7 @@ def may_look(x: Tensor, lengths: Tensor | None) -> bool:
 
 
 def _flip(valid: Tensor, lengths: Tensor) -> Tensor:
-    """For each packed row the one that takes its place when each sequence is turned round."""
+    """For each packed row the one that replaces it when each sequence is reversed."""
     number = (valid.flatten().cumsum(0) - 1).view_as(valid)  # of each row among the packed ones
     step = torch.arange(len(valid), device="cpu")[:, None]
     return number.gather(0, (lengths - 1 - step).clamp(min=0))[valid]
@@ -124,7 +124,7 @@ def restore(state: Tensor, order: Tensor) -> Tensor:
 
 
 def output(rows: Tensor, sequences: Sequences, shape: Sequence[int], batch_first: bool) -> Tensor | PackedSequence:
-    """What the layers made of the rows, in the wrapping of the input, whose `shape` a tensor had."""
+    """The layers' output rows in the form of the input, whose `shape` a tensor had."""
     layout, given = sequences.layout, sequences.packed
     if given is not None:
         if layout.lengths is not None:

@@ -1,4 +1,4 @@
-"""The recurrences that people know by name."""
+"""The published recurrences, by name."""
 
 from __future__ import annotations
 
