@@ -55,7 +55,7 @@ def held(model: nn.Module) -> dict[int, str]:
 
 
 def reached(value: Any) -> Iterator[nn.Module]:
-    """The modules that a function can reach: its arguments, defaults and closure, and the global names that it reads."""
+    """The modules that a function can reach: arguments, defaults and closure, and the global names that it reads."""
     seen: set[int] = set()
     left = [value]
     while left:
