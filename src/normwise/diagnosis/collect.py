@@ -100,6 +100,8 @@ def collect(
             told_by=valid[0].told_by if valid else None,
         ),
         layers=layers,
+        streams=watch.streams.records(),
+        attention=watch.attention.records(),
         nonfinite=dataclasses.replace(watch.nonfinite, eval_outputs=evaluated.nonfinite),
         gap=found_gap,
         training=training,

@@ -47,24 +47,28 @@ class Gathered:
         self.kept = 0
 
     @torch.no_grad()
-    def add(self, values: Tensor) -> None:
+    def add(self, values: Tensor) -> float:
+        """Returns the largest |x| of these values, 0 for none; NaN where one is not finite."""
         x = values.detach().reshape(-1)
         if not x.is_floating_point():
             x = x.to(torch.float32)
         finite = torch.isfinite(x)
-        if not bool(finite.all()):
+        all_finite = bool(finite.all())
+        if not all_finite:
             self.nonfinite += int((~finite).sum())
             x = x[finite]
         if not x.numel():
-            return
+            return 0.0 if all_finite else math.nan
         low, high = torch.aminmax(x)
-        self.minimum, self.maximum = min(self.minimum, float(low)), max(self.maximum, float(high))
+        low, high = float(low), float(high)
+        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         var, mean = torch.var_mean(x if x.dtype == torch.float64 else x.float(), correction=0)
         self.moments.add(torch.tensor(x.numel()), mean.double().cpu(), var.double().cpu())
         if self.kept < PARTS:
             part = x[:: max(1, math.ceil(x.numel() / self.part))].double().cpu()
             self.parts.append(part)
             self.kept += len(part)
+        return max(abs(low), abs(high)) if all_finite else math.nan
 
     def distribution(self) -> Distribution:
         if not self.parts:
@@ -143,14 +147,14 @@ class Watched:
         self.dtype = ""
 
     @torch.no_grad()
-    def add(self, x: Tensor, layout: Layout, valid: Tensor | None = None) -> None:
-        """One call's `x`; what is not `valid`, a bool tensor like it, does not count."""
+    def add(self, x: Tensor, layout: Layout, valid: Tensor | None = None) -> float:
+        """One call's `x`; what is not `valid`, a bool tensor like it, does not count. Returns what `Gathered.add` does."""
         x = x.detach()
         if not self.shape:
             self.shape, self.dtype = list(x.shape), str(x.dtype).removeprefix("torch.")
-        self.all.add(x if valid is None else x[valid])
+        size = self.all.add(x if valid is None else x[valid])
         if not x.numel() or not x.is_floating_point():
-            return
+            return size
         if layout.feature is not None:
             rows = by_axis(x, layout.feature)
             self.features = self.features if self.features and self.features.mean.shape == (len(rows),) else Moments()
@@ -162,6 +166,7 @@ class Watched:
         if layout.time is not None and x.shape[layout.time] > 1:
             steps = _rows(valid, layout.time)
             self._add_time(by_axis(x, layout.time)[:LONGEST], None if steps is None else steps[:LONGEST])
+        return size
 
     def _add_time(self, rows: Tensor, valid: Tensor | None) -> None:
         if self.time is None or len(rows) > len(self.time.mean):

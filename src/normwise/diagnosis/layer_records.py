@@ -54,6 +54,8 @@ class Norm:
         noise: what rounding of the input amounts to in the output, whose deviation is 1: the largest over those
             statistics whose variance is itself no more than rounding. 0 where there are none.
         needed_eps: an eps that would keep it below 1 %.
+        largest: the largest number that it squares: |x| of an RMSNorm, else |x - mean|, where the mean is that of a
+            statistic of this very input. None for norms over the batch, which square nothing in eval mode.
         gain, bias: distributions over the channels.
         gain_gradient: norm of the gain's gradient.
         dead_gains: indices of channels whose gain is next to nothing beside the median's.
@@ -78,6 +80,7 @@ class Norm:
     momentum: float | None
     noise: float
     needed_eps: float
+    largest: float | None
     gain: Distribution | None
     bias: Distribution | None
     gain_gradient: float | None

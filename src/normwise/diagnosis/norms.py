@@ -40,6 +40,7 @@ class NormWatch:
         self.padding: list[float] = []
         self.padding_shift: list[float] = []
         self.noise = self.needed_eps = 0.0
+        self.largest: float | None = None
         self.fed_by: list[str | None] = []
         self.moves = self.inside_recurrence = self.used_batch = False
 
@@ -76,6 +77,8 @@ class NormWatch:
             self._look_for_padding(x, valid)
         if not lean:
             self._look_at_rounding(x)
+            if not given:
+                self._look_at_size(x)
 
     def _count(self, values: int, samples: int) -> None:
         part = getattr(self.module, "virtual_batch_size", None)
@@ -114,6 +117,19 @@ class NormWatch:
             if float(noise.max()) > self.noise:
                 self.noise = float(noise.max())
                 self.needed_eps = float((100 * rounding[only_rounding]).square().max())
+
+    def _look_at_size(self, x: Tensor) -> None:
+        """The largest number that is squared. Padding that a mask leaves out may be of any size: not asked then."""
+        rows = self._sharing(x) if self.kind in ("layer", "rms", "group", "instance") else None
+        if rows is None or not rows.numel():
+            return
+        low, high = torch.aminmax(rows, dim=1)
+        if self.kind != "rms":
+            mean = rows.mean(1, dtype=torch.promote_types(x.dtype, torch.float32))
+            low, high = low - mean, high - mean
+        size = float(torch.maximum(low.abs(), high.abs()).max())
+        if math.isfinite(size):
+            self.largest = max(self.largest or 0.0, size)
 
     def _sharing(self, x: Tensor) -> Tensor | None:
         """`x` with one row for each statistic; None where that is not plain from the layer."""
@@ -166,6 +182,7 @@ class NormWatch:
             momentum=float(momentum) if isinstance(momentum, (int, float)) else None,
             noise=self.noise,
             needed_eps=self.needed_eps,
+            largest=self.largest,
             gain=None if gain is None else distribution(gain),
             bias=None if bias is None else distribution(bias),
             gain_gradient=gain_gradient,

@@ -4,6 +4,8 @@
       .findings, .silenced   list[Finding]      what the rules say of the numbers, the gravest first
       .layers                list[Layer]        in the order of their first call; those never called come last
       .groups                list[FindingGroup] the findings again, one entry for each code
+      .streams               list[Stream]       what chains of blocks hand on: the residual stream of a transformer
+      .attention             list[Attention]    how large attention's logits are, and how many rows have collapsed
       .nonfinite             NonFinite          how much of outputs, losses and gradients is NaN or infinite
       .gap                   Gap | None         how far the outputs of train and eval mode are apart, and whose doing
       .training              Training | None    the steps that were watched, if there was an optimizer
@@ -36,6 +38,7 @@ from typing import Any, Literal
 
 from normwise.diagnosis.layer_records import Gate, Layer, Norm, Recurrence, Role, Running, Shift
 from normwise.diagnosis.plain import restored, strict
+from normwise.diagnosis.transformer_records import Attention, FirstNonFinite, Size, Stream, StreamPoint
 from normwise.diagnosis.values import (
     PERCENTILES,
     Activations,
@@ -52,11 +55,13 @@ __all__ = [
     "SEVERITIES",
     "VERSION",
     "Activations",
+    "Attention",
     "Data",
     "Diagnosis",
     "Distribution",
     "Finding",
     "FindingGroup",
+    "FirstNonFinite",
     "Gap",
     "Gate",
     "Gradient",
@@ -71,12 +76,15 @@ __all__ = [
     "Running",
     "Severity",
     "Shift",
+    "Size",
     "Spread",
+    "Stream",
+    "StreamPoint",
     "Training",
     "Units",
 ]
 
-VERSION = 2
+VERSION = 3
 
 Severity = Literal["error", "warning", "advice"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "advice")
@@ -137,6 +145,8 @@ class NonFinite:
         outputs, eval_outputs: values of the model's output in train and in eval mode.
         losses: batches on which the loss is.
         gradients: names of the parameters whose gradient has such a value.
+        first, first_gradient: where it is first met, on the way forward and on the way back of the first pass whose
+            output, loss or gradients have it; None where no layer has.
     """
 
     inputs: int = 0
@@ -144,6 +154,8 @@ class NonFinite:
     losses: int = 0
     gradients: list[str] = field(default_factory=list)
     eval_outputs: int = 0
+    first: FirstNonFinite | None = None
+    first_gradient: FirstNonFinite | None = None
 
 
 @dataclass(frozen=True)
@@ -232,6 +244,8 @@ class Diagnosis:
     trainable: int
     data: Data
     layers: list[Layer]
+    streams: list[Stream] = field(default_factory=list)
+    attention: list[Attention] = field(default_factory=list)
     nonfinite: NonFinite = field(default_factory=NonFinite)
     gap: Gap | None = None
     training: Training | None = None
@@ -251,6 +265,12 @@ class Diagnosis:
             if layer.name == name:
                 return layer
         raise KeyError(f"no layer {name!r}: the layers are {', '.join(repr(layer.name) for layer in self.layers)}")
+
+    @property
+    def places(self) -> list[str]:
+        """The names of all modules that a finding may be about: layers, blocks and what holds them, attention."""
+        blocks = [name for stream in self.streams for name in (stream.layer, *stream.blocks)]
+        return list(dict.fromkeys([*(x.name for x in self.layers), *blocks, *(a.layer for a in self.attention)]))
 
     @property
     def groups(self) -> list[FindingGroup]:

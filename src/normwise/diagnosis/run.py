@@ -74,13 +74,18 @@ def diagnose(
     silenced = own + (silence.from_pyproject(Path.cwd()) if use_pyproject else [])
     with told(progress, "diagnose") as tell:
         numbers = collect(model, batches, loss, optimizer, max_batches, forward, Pace(max_seconds, tell))
-    numbers.notes.extend(silence.without_effect(own, [layer.name for layer in numbers.layers]))
+    numbers.notes.extend(silence.without_effect(own, numbers.places))
     return judged(numbers, silenced)
 
 
 def judged(numbers: Diagnosis, silenced: Sequence[tuple[str, str]] = ()) -> Diagnosis:
     """The same diagnosis with the findings that the rules draw from its numbers."""
-    order = {layer.name: place for place, layer in enumerate(numbers.layers)}
+    order: dict[str, int] = {}
+    for place, layer in enumerate(numbers.layers):
+        # A module that holds layers stands where the first of them does.
+        parts = layer.name.split(".")
+        for length in range(1, len(parts) + 1):
+            order.setdefault(".".join(parts[:length]), place)
     findings = [finding for rule in RULES for finding in rule.findings(numbers)]
     findings.sort(key=lambda f: (SEVERITIES.index(f.severity), f.code, order.get(f.layer, -1)))
     shown: list[Finding] = [f for f in findings if not silence.is_silenced(f, silenced)]

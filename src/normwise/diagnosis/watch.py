@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 
+from normwise.diagnosis.attention import AttentionWatch
 from normwise.diagnosis.batches import Batch, Loss, scalar
 from normwise.diagnosis.cells import CellWatch
 from normwise.diagnosis.distributions import PART, SMALL_PART, Layout, Watched
@@ -20,6 +21,8 @@ from normwise.diagnosis.norms import NormWatch
 from normwise.diagnosis.padding import Valid, counted, is_mask, valid_positions
 from normwise.diagnosis.records import NonFinite
 from normwise.diagnosis.recurrent import RecurrentWatch
+from normwise.diagnosis.streams import StreamWatch
+from normwise.diagnosis.trail import Trail
 from normwise.measure.gradients import squared_norm
 from normwise.measure.saturation import Saturation, is_saturated, nonlinearity_of
 
@@ -49,6 +52,7 @@ class Seen:
         self.last_input: Tensor | None = None
         self.squares = 0.0  # of the gradients that arrive in the present pass
         self.arrived = False
+        self.spoilt_input = False  # NaN or infinity in the input of the present call
 
 
 class Produced(NamedTuple):
@@ -75,8 +79,15 @@ class Watch:
         self.valid: Valid | None = None
         self.next = 0
         self.nonfinite = NonFinite()
+        self.forward_trail, self.backward_trail = Trail(), Trail()
+        self.inside: list[str] = []  # the modules that are running, the innermost last
+        self.attention = AttentionWatch(lambda: self.inside[-1] if self.inside else "")
+        self.streams = StreamWatch(model, self._counts)
 
     def __enter__(self) -> Watch:
+        if not self.lean:
+            self._follow_modules()
+            self.handles += self.streams.handles()
         for seen in self.layers.values():
             before = functools.partial(self._before, seen)
             after = functools.partial(self._after, seen)
@@ -97,7 +108,8 @@ class Watch:
         self.begin(batch.samples, valid_positions(batch, self.model))
         self.recording = True
         try:
-            output = batch.call(self.model)
+            with self.attention:
+                output = batch.call(self.model)
         finally:
             self.recording = False
         value = scalar(loss, output, batch)
@@ -112,11 +124,16 @@ class Watch:
         # A mask that is added to scores may well be -inf.
         inputs = [t for name, t in batch.tensors(self.model).items() if not is_mask(name, t)]
         spoiled = [name for name, g in gradients.items() if not bool(torch.isfinite(g).all())]
+        outputs = count_nonfinite(output)
+        # Scores that are masked by -inf come to nothing: only what reaches the end counts.
+        counts = bool(outputs or spoiled or not math.isfinite(loss))
         self.nonfinite = NonFinite(
             before.inputs + count_nonfinite(inputs),
-            before.outputs + count_nonfinite(output),
+            before.outputs + outputs,
             before.losses + (not math.isfinite(loss)),
             list(dict.fromkeys([*before.gradients, *spoiled])),
+            first=before.first or (self.forward_trail.first if counts else None),
+            first_gradient=before.first_gradient or (self.backward_trail.first if spoiled else None),
         )
 
     def begin(self, samples: int, valid: Valid | None) -> None:
@@ -124,6 +141,9 @@ class Watch:
         self.samples, self.valid = samples, valid
         self.layouts.samples = samples
         self.produced.clear()
+        self.inside.clear()
+        self.forward_trail, self.backward_trail = Trail(), Trail()
+        self.streams.begin()
         for seen in self.layers.values():
             seen.calls, seen.squares, seen.arrived = 0, 0.0, False
 
@@ -162,6 +182,7 @@ class Watch:
             if seen.recurrent is not None:
                 seen.recurrent.look(gradients=not self.lean)
         self.produced.clear()
+        self.streams.end()
 
     def _before(self, seen: Seen, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._counts():
@@ -174,7 +195,8 @@ class Watch:
             return
         layout = self._layout(seen, x)
         if not x.is_nested and not self.lean:
-            seen.input.add(x, layout, counted(module, x, kwargs) if seen.norm is not None else None)
+            size = seen.input.add(x, layout, counted(module, x, kwargs) if seen.norm is not None else None)
+            seen.spoilt_input = not math.isfinite(size)
         if seen.nonlinearity is not None:
             seen.saturation.add(is_saturated(x.detach(), seen.nonlinearity), layout.feature)
         if seen.norm is not None:
@@ -192,13 +214,32 @@ class Watch:
             return
         if not y.is_nested:
             valid = counted(module, y, kwargs) if seen.norm is not None else None
-            seen.output.add(y, Layout() if self.lean else self._layout(seen, y), valid)
+            size = seen.output.add(y, Layout() if self.lean else self._layout(seen, y), valid)
+            self.forward_trail.add(seen.name, size, comes_in=seen.spoilt_input)
         if seen.norm is not None and seen.calls == 1:
             seen.first_output = y
         if y.requires_grad and y.grad_fn is not None:
             y.register_hook(functools.partial(self._arrived, seen, self._layout(seen, y)))
         if self._has_bias(seen):
             self.produced[y.untyped_storage().data_ptr()] = Produced(y, seen.name, y._version)
+
+    def _follow_modules(self) -> None:
+        """Keeps `inside` by hooks on every module but those inside a layer."""
+        parts = {id(part) for seen in self.layers.values() if seen.role != "other" for part in seen.module.modules()}
+        layers = {id(seen.module) for seen in self.layers.values()}
+        for name, module in self.model.named_modules():
+            if id(module) in layers or id(module) not in parts:
+                self.handles.append(module.register_forward_pre_hook(functools.partial(self._enter, name)))
+                self.handles.append(module.register_forward_hook(functools.partial(self._leave, name)))
+
+    def _enter(self, name: str, *_: Any) -> None:
+        if self.recording:
+            self.inside.append(name)
+
+    def _leave(self, name: str, *_: Any) -> None:
+        # A module that raised has not left, and whoever calls it may have gone on.
+        if self.recording and name in self.inside:
+            del self.inside[len(self.inside) - 1 - self.inside[::-1].index(name) :]
 
     def _square(self, gradient: Tensor) -> float:
         return squared_norm(gradient, fast=self.lean)
@@ -230,7 +271,9 @@ class Watch:
         if not self.backward or gradient is None:
             return
         seen.arrived = True
-        seen.squares += self._square(gradient)
+        square = self._square(gradient)
+        seen.squares += square
+        self.backward_trail.add(seen.name, math.sqrt(square) if square >= 0 else math.nan)
         if self._has_bias(seen) and layout.feature is not None:
             rows = gradient.movedim(layout.feature, 0).reshape(gradient.shape[layout.feature], -1).double()
             total, size = rows.sum(1), rows.abs().sum(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from normwise.diagnosis.records import Diagnosis, Layer, Recurrence
+from normwise.diagnosis.records import Diagnosis, Layer, Recurrence, Size
 from normwise.diagnosis.rules.rule import Match, some
 
 # Share of a sigmoid's or tanh's inputs, or of a gate's values, in the flat part; share of ReLUs that never open.
@@ -132,22 +132,29 @@ def _first_not_finite(diagnosis: Diagnosis) -> tuple[str, str]:
     called = [layer for layer in diagnosis.layers if layer.order is not None]
     if n.inputs:
         return "", f"{n.inputs} values of the batches themselves are"
-    for place, layer in enumerate(called if n.outputs or n.losses or n.gradients else []):
-        if layer.output is not None and layer.output.all.nonfinite:
-            if layer.input is None or not layer.input.all.nonfinite:
-                return layer.name, f"The first layer that has it is {layer.name!r}: it gets finite numbers"
-            before = f"since {called[place - 1].name!r}, called before it" if place else "before it is called"
-            return layer.name, f"The first layer that has it is {layer.name!r}, where it comes in: it arises {before}"
-    for place, layer in reversed(list(enumerate(called if n.gradients and not n.outputs and not n.losses else []))):
+    if (first := n.first) is not None:
+        sizes = _sizes(first.before, "the largest |x| of the outputs before")
+        if not first.comes_in:
+            return first.layer, f"The first layer that has it is {first.layer!r}: it gets finite numbers{sizes}"
+        before = f"since {first.before[-1].layer!r}, called before it" if first.before else "before it is called"
+        where = f"The first layer that has it is {first.layer!r}, where it comes in: it arises {before}{sizes}"
+        return first.layer, where
+    if (first := n.first_gradient) is not None:
+        behind = repr(first.before[-1].layer) if first.before else "the loss"
+        sizes = _sizes(first.before, "the norms of the gradients that arrived before")
+        where = f"On the way back the first layer that has it is {first.layer!r}: it arises between it and {behind}"
+        return first.layer, where + sizes
+    for layer in reversed(called if n.gradients and not n.outputs and not n.losses else []):
         g = layer.gradient
-        if g is not None and g.output is not None and not math.isfinite(g.output):
-            behind = (
-                f"between it and {called[place + 1].name!r}" if place + 1 < len(called) else "between it and the loss"
-            )
-            return layer.name, f"On the way back the first layer that has it is {layer.name!r}: it arises {behind}"
         if g is not None and not all(math.isfinite(size) for size in g.weights.values()):
             return layer.name, f"On the way back the first layer that has it is {layer.name!r}, at its weights"
     return "", "No layer has it: it arises behind them, in the model's own code or in the loss"
+
+
+def _sizes(before: Sequence[Size], what: str) -> str:
+    """How large things were in the layers before, as the end of a sentence."""
+    sizes = ", ".join(f"{s.layer or 'the model'} {s.size:.3g}" for s in before)
+    return f" ({what}: {sizes})" if before else ""
 
 
 def _with_gradients(diagnosis: Diagnosis) -> list[Layer]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from normwise.diagnosis.rules import circumstances, parameters, signals, statistics
+from normwise.diagnosis.rules import circumstances, parameters, signals, statistics, transformers
 from normwise.diagnosis.rules.rule import Rule
 
 RULES: tuple[Rule, ...] = (
@@ -189,6 +189,51 @@ RULES: tuple[Rule, ...] = (
         "torch.autograd.set_detect_anomaly(True) names the operation on the way back; keep log, sqrt and division away "
         "from 0, x.clamp(min=1e-6), and exp and half precision from overflow; masked scores take a large negative "
         "number, torch.finfo(x.dtype).min, instead of -inf",
+    ),
+    Rule(
+        "NW018",
+        "outlier features in the residual stream",
+        "advice",
+        transformers.outlier_features,
+        "Behind {blocks} of {of} blocks a few features tower above the others, most behind {worst!r}: |x| up to "
+        "{peak:.3g}, {ratio:.3g} times the root mean square of the median feature (kurtosis {kurtosis:.3g}; largest are "
+        "the features {channels}). It trains, but integers scaled to the largest leave next to nothing of the rest.",
+        "before quantizing activations move the scale into the weights behind each norm (SmoothQuant, Xiao et al. "
+        "2023): s = y.abs().amax((0, 1)).clamp(min=1e-5).sqrt() over outputs y of the norm, then norm.weight.data /= s, "
+        "also norm.bias.data /= s, and linear.weight.data *= s of each layer behind; or keep those inputs in 16 bits",
+    ),
+    Rule(
+        "NW019",
+        "a residual stream that grows exponentially with depth",
+        "warning",
+        transformers.growing_stream,
+        "Over {blocks} blocks the stream grows {growth:.3g}-fold, from a root mean square of {first:.3g} behind the "
+        "first to {last:.3g} behind the last, by a factor of {factor:.3g} from block to block in the later half; where "
+        "each branch sees a norm of it, it grows at most linearly. Here {norms}.",
+        "a norm at the start of each branch: x = x + branch(normwise.RMSNorm(features)(x)), built once in the block's "
+        "__init__; and a small start, branch.out.weight.data /= (2 * blocks) ** 0.5 (Radford et al. 2019)",
+    ),
+    Rule(
+        "NW020",
+        "attention logits so large that attention collapses",
+        "warning",
+        transformers.large_logits,
+        "The logits q . k * scale reach {largest:.3g}, and lie up to {spread:.3g} from the mean of their row; "
+        "{collapsed:.0%} of the rows give more than 99.75 % to one key, where softmax passes next to no gradient.",
+        "normalize queries and keys before they meet (qk-norm, Dehghani et al. 2023; Wortsman et al. 2023): in the "
+        "block's __init__ self.q_norm, self.k_norm = normwise.RMSNorm(head_dim), normwise.RMSNorm(head_dim), and q, k "
+        "= self.q_norm(q), self.k_norm(k) before scaled_dot_product_attention. nn.MultiheadAttention has no place for "
+        "it: write its projections out. Without it, a smaller learning rate and a longer warm-up",
+    ),
+    Rule(
+        "NW021",
+        "squares beyond float16 in a norm",
+        "advice",
+        transformers.squares_beyond_half,
+        "{what} reaches {largest:.4g} in its input, whose square, {square:.3g}, is beyond float16's 65504. torch and "
+        "normwise sum squares in float32 and are right; a runtime that computes this norm in float16 gets infinity.",
+        "keep this norm in float32 at the export: opset 17 or later, so that it stays one operator, and the runtime told "
+        "to run it in float32 (TensorRT: --precisionConstraints=obey --layerPrecisions=NAME:fp32); or run in bfloat16",
     ),
 )
 
