@@ -24,7 +24,7 @@ LINE = re.compile(rf"group = optimizer.*\}}\)|(?:\w+, \w+ = )?{CALL}|{ASSIGNMENT
 # Of these the cure is to build the model otherwise; what is printed besides is for recurrent layers.
 BUILT_OTHERWISE = {"NW005", "NW012", "NW012 dead", "NW013", "NW014", "NW014 recurrent", "NW015"}
 BUILT_OTHERWISE |= {"NW015 siamese", "NW015 shared", "NW015 lengths"}
-BUILT_OTHERWISE |= {name for name in FAULTS if name.startswith("NW017")}
+BUILT_OTHERWISE |= {name for name in FAULTS if name.startswith(("NW017", "NW018", "NW019", "NW020", "NW021"))}
 
 
 def lines(cure: str) -> list[str]:

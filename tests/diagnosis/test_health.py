@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,9 @@ from torch import Tensor, nn
 
 from normwise.diagnosis import diagnose
 from normwise.lab.tasks import TASKS, Batch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from transformer_nets import GPT, Encoder, ViT, sentences
 
 cross_entropy = nn.functional.cross_entropy
 
@@ -54,22 +59,6 @@ class Tagger(nn.Module):
         return self.linear(self.lstm(x)[0].mean(1))
 
 
-class Encoder(nn.Module):
-    """An nn.TransformerEncoder over padded tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(50, 16, padding_idx=0)
-        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
-        self.linear = nn.Linear(16, 4)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        padding = tokens == 0
-        y = self.encoder(self.embedding(tokens), src_key_padding_mask=padding)
-        return self.linear(y.masked_fill(padding[..., None], 0).sum(1) / (~padding).sum(1, keepdim=True))
-
-
 def images() -> Tensor:
     return torch.randn(32, 3, 12, 12)
 
@@ -84,10 +73,39 @@ def tokens() -> Tensor:
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
-@pytest.mark.parametrize(("make", "inputs"), [(resnet, images), (Tagger, sequences), (Encoder, tokens)])
+@pytest.mark.parametrize(
+    ("make", "inputs"),
+    [
+        (resnet, images),
+        (Tagger, sequences),
+        (Encoder, tokens),
+        (lambda: Encoder(norm_first=True), tokens),
+        (ViT, images),
+    ],
+    ids=["resnet", "lstm", "post-norm", "pre-norm", "vit"],
+)
 def test_real_models_raise_nothing(make, inputs, trained):
-    model = make()
-    data = [(x, torch.randint(4, (32,))) for x in (inputs() for _ in range(4))]
+    raises_nothing(make(), [(x, torch.randint(4, (32,))) for x in (inputs() for _ in range(4))], trained)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["fresh", "trained"])
+@pytest.mark.parametrize("make", [GPT, lambda: GPT(blocks=12, norm=nn.LayerNorm), lambda: GPT(qk_norm=True)])
+def test_language_models_raise_nothing(make: Callable[[], nn.Module], trained: bool):
+    raises_nothing(make(), sentences(count=4), trained)
+
+
+def test_what_grows_as_gpt_2_starts_raises_nothing():
+    """Embeddings of 0.02, which the first block outgrows at once."""
+    model = GPT(blocks=12, norm=nn.LayerNorm)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+    raises_nothing(model, sentences(count=4), trained=False)
+
+
+def raises_nothing(model: nn.Module, data: list, trained: bool) -> None:
     if trained:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
         for x, target in 5 * data:

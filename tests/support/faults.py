@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import normwise
+from transformer_faults import TRANSFORMER_FAULTS
 
 cross_entropy = nn.functional.cross_entropy
 Arguments = dict[str, Any]
@@ -353,4 +354,5 @@ FAULTS: dict[str, Callable[[bool], Arguments]] = {
     "NW017 gradient": nw017_gradient,
     "NW017 loss": nw017_loss,
     "NW017 scores": nw017_scores,
+    **TRANSFORMER_FAULTS,
 }

@@ -84,7 +84,9 @@ def may_be_norm(named: Named, given: Sequence[int], returned: Sequence[int]) -> 
 
     A name proposes and proves nothing: this is for saying that something was not looked at, not for judging it.
     """
-    if named.role != "other" or not given or list(given) != list(returned):
+    if named.role != "other" or isinstance(named.module, nn.Identity):
+        return False
+    if not given or list(given) != list(returned):
         return False
     words = f"{type(named.module).__name__} {named.name.rpartition('.')[2]}"
     return _NORM_NAME.search(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", words)) is not None

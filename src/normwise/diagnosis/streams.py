@@ -14,6 +14,8 @@ from normwise.measure.outliers import FeatureSizes
 
 # Fewer blocks in a row make no chain, over which something could be said to grow.
 FEWEST = 3
+# Features that are named: of this many times the median one's size.
+OUTLIER = 5.0
 
 
 class Block:
@@ -151,5 +153,6 @@ def _features(module: nn.Module) -> int | None:
 
 
 def _point(sizes: FeatureSizes) -> StreamPoint:
-    largest = torch.argsort(sizes.squares, descending=True)[:8].tolist()
-    return StreamPoint(sizes.typical, sizes.kurtosis, sizes.peak, sizes.median, largest)
+    largest = torch.argsort(sizes.squares, descending=True)[:8]
+    outliers = largest[sizes.squares[largest].sqrt() > OUTLIER * sizes.median].tolist()
+    return StreamPoint(sizes.typical, sizes.kurtosis, sizes.peak, sizes.median, outliers)

@@ -37,14 +37,15 @@ class StreamPoint:
         kurtosis: of the features' mean squares: 1 where all are of one size, the number of features where one has all.
         peak: the largest |x|.
         median: root mean square of the median feature.
-        largest: indices of the eight features of the largest mean squares, the largest first.
+        outliers: indices of the features of more than five times the median one's root mean square, the largest first, at
+            most eight.
     """
 
     size: float
     kurtosis: float
     peak: float
     median: float
-    largest: list[int]
+    outliers: list[int]
 
 
 @dataclass(frozen=True)

@@ -196,8 +196,8 @@ RULES: tuple[Rule, ...] = (
         "advice",
         transformers.outlier_features,
         "Behind {blocks} of {of} blocks a few features tower above the others, most behind {worst!r}: |x| up to "
-        "{peak:.3g}, {ratio:.3g} times the root mean square of the median feature (kurtosis {kurtosis:.3g}; largest are "
-        "the features {channels}). It trains, but integers scaled to the largest leave next to nothing of the rest.",
+        "{peak:.3g}, {ratio:.3g} times the root mean square of the median feature (kurtosis {kurtosis:.3g}), in "
+        "features {channels}. It trains, but integers scaled to the largest leave next to nothing of the rest.",
         "before quantizing activations move the scale into the weights behind each norm (SmoothQuant, Xiao et al. "
         "2023): s = y.abs().amax((0, 1)).clamp(min=1e-5).sqrt() over outputs y of the norm, then norm.weight.data /= s, "
         "also norm.bias.data /= s, and linear.weight.data *= s of each layer behind; or keep those inputs in 16 bits",

@@ -51,7 +51,7 @@ def outlier_features(diagnosis: Diagnosis) -> Iterator[Match]:
                     "peak": worst.peak,
                     "ratio": worst.peak / worst.median,
                     "kurtosis": worst.kurtosis,
-                    "channels": worst.largest[:4],
+                    "channels": worst.outliers,
                 },
             )
 
