@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from torch import nn
 import normwise
 from normwise.diagnosis.page import page, write_page
 from support.browser import PHONE
+
+sys.path.insert(0, str(Path(__file__).parent))
+from faults import FAULTS
 
 
 class Tagger(nn.Module):
@@ -75,6 +79,25 @@ def test_a_bar_of_the_overview_is_a_link(written, open_page, found):
     bars.last.focus()
     shown.keyboard.press("Enter")
     assert shown.locator("article h3.name").inner_text() == "norm"
+
+
+def test_a_finding_of_a_block_leads_to_its_first_layer_and_streams_and_attention_are_drawn(open_page, tmp_path):
+    torch.manual_seed(0)
+    found = normwise.diagnose(**FAULTS["NW018"](True), use_pyproject=False)
+    (finding,) = [f for f in found.findings if f.code == "NW018"]
+    write_page(found, tmp_path / "transformer.html")
+    shown = open_page(tmp_path / "transformer.html")
+    shown.locator(".finding", has_text="NW018").first.get_by_role("link").click()
+    assert finding.layer == "blocks.0"
+    assert shown.locator("article h3.name").inner_text() == "blocks.0.norm1"
+    assert "NW018" in shown.locator("article .finding").first.inner_text()
+    for title, count in (("Residual stream", 4), ("Outlier features", 4), ("Attention logits", 4)):
+        bars = shown.locator("#charts figure", has=shown.get_by_role("heading", name=title)).locator("a")
+        assert bars.count() == count
+    shown.locator("#charts figure", has_text="Residual stream").locator("a").last.focus()
+    shown.keyboard.press("Enter")
+    assert shown.locator("article h3.name").inner_text() == "blocks.3.norm1"
+    assert "NW018" not in shown.locator("article").inner_text()
 
 
 def test_markup_in_a_name_stays_text(written, open_page):

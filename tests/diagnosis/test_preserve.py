@@ -19,13 +19,15 @@ cross_entropy = nn.functional.cross_entropy
 
 
 class Net(nn.Module):
-    """All that could be left changed: running statistics, a counter, lists, a tensor that is no buffer, dropout."""
+    """All that could be left changed: running statistics, a counter, lists, a tensor that is no buffer, dropout; with
+    blocks and attention, which are watched in ways of their own."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.utils.parametrizations.spectral_norm(nn.Conv1d(5, 8, 3, padding=1))
         self.norm = normwise.BatchNorm1d(8)
         self.lstm = normwise.LSTM(8, 6, norm="batch", num_stat_steps=4, batch_first=True)
+        self.blocks = nn.Sequential(*(nn.TransformerEncoderLayer(6, 2, 12, batch_first=True) for _ in range(3)))
         self.dropout = nn.Dropout(0.3)
         self.linear = nn.Linear(6, 3)
         self.embedding = nn.Embedding(4, 6, max_norm=0.5)
@@ -37,7 +39,9 @@ class Net(nn.Module):
         self.passes += 1
         self.seen.append(len(x))
         y = self.norm(self.conv(x.transpose(1, 2))).transpose(1, 2)
-        y = self.dropout(self.lstm(y)[0].mean(1)) + self.embedding(torch.tensor([1]))
+        y = self.blocks(self.lstm(y)[0])
+        y = nn.functional.scaled_dot_product_attention(y, y, y, dropout_p=0.1).mean(1)
+        y = self.dropout(y) + self.embedding(torch.tensor([1]))
         y = self.linear(y)
         self.average += y.detach().mean(0)
         self.last = y.detach()
@@ -106,6 +110,7 @@ def check(world: tuple[Net, torch.optim.Optimizer, Any, torch.Generator], **argu
         with pytest.warns(UserWarning, match="longer than num_stat_steps"):
             return diagnose(net, loader, **options)
     finally:
+        assert torch._C._len_torch_function_stack() == 0
         after = everything(net, optimizer, generator)
         # Rewritten by Net's own forward and set back: their versions have moved on.
         before, after = ({k: v for k, v in state.items() if k[0] != "version"} for state in (before, after))
@@ -115,6 +120,8 @@ def check(world: tuple[Net, torch.optim.Optimizer, Any, torch.Generator], **argu
 
 def test_nothing_changes(world):
     found = check(world)
+    assert [attention.layer for attention in found.attention] == [*(f"blocks.{n}.self_attn" for n in range(3)), ""]
+    assert [stream.blocks for stream in found.streams] == [["blocks.0", "blocks.1", "blocks.2"]]
     assert len(found.training.losses) == 3
     assert found.layer("norm").calls == 1
 

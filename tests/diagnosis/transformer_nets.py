@@ -12,7 +12,9 @@ from torch.nn import functional as F
 class SelfAttention(nn.Module):
     """Heads by scaled_dot_product_attention, or by a softmax that is written out."""
 
-    def __init__(self, width: int, heads: int, *, causal: bool, qk_norm: bool = False, written_out: bool = False) -> None:
+    def __init__(
+        self, width: int, heads: int, *, causal: bool, qk_norm: bool = False, written_out: bool = False
+    ) -> None:
         super().__init__()
         self.heads, self.causal, self.written_out = heads, causal, written_out
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)

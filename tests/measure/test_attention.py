@@ -13,7 +13,9 @@ from normwise.measure.attention import COLLAPSED, AttentionLogits
 from tolerances import assert_close
 
 
-def expected(q: Tensor, k: Tensor, seen: Tensor, added: Tensor | float = 0.0, scale: float | None = None) -> list[float]:
+def expected(
+    q: Tensor, k: Tensor, seen: Tensor, added: Tensor | float = 0.0, scale: float | None = None
+) -> list[float]:
     """(largest, spread, share of collapsed rows), row by row."""
     logits = (q.double() @ k.double().mT) * (q.shape[-1] ** -0.5 if scale is None else scale)
     weights = torch.softmax((logits + added).masked_fill(~seen, -math.inf), -1)

@@ -1,8 +1,8 @@
 """What is seen of attention: calls of torch's own, wherever in a model's code they stand.
 
-A function mode sees every call of `scaled_dot_product_attention` and of `multi_head_attention_forward`, which is all that
-nn.MultiheadAttention does while a mode looks on (its fast path is not taken then). Attention that is written out, with
-a softmax of its own, is not seen, and nothing is said of it.
+A function mode sees every call of `scaled_dot_product_attention` and of `multi_head_attention_forward`, which is how
+nn.MultiheadAttention computes while a mode looks on (its fast path is not taken then). Attention that is written out,
+with a softmax of its own, is not seen, and nothing is said of it.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class AttentionWatch(TorchFunctionMode):
             return
         with torch.no_grad():
             if in_proj_weight is not None:
-                q_proj_weight, k_proj_weight, _v = in_proj_weight.chunk(3)
-            q_bias, k_bias, _v = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+                q_proj_weight, k_proj_weight = in_proj_weight.chunk(3)[:2]
+            q_bias, k_bias = (None, None) if in_proj_bias is None else in_proj_bias.chunk(3)[:2]
             if q_proj_weight is None or k_proj_weight is None:
                 return
             q = _heads(F.linear(query, q_proj_weight, q_bias), num_heads)
@@ -107,11 +107,14 @@ class AttentionWatch(TorchFunctionMode):
 def _heads(x: Tensor, heads: int) -> Tensor:
     """(L, N, E) or (L, E) as (N, heads, L, E / heads)."""
     x = x if x.dim() == 3 else x[:, None]
-    return x.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+    length, samples, features = x.shape
+    return x.reshape(length, samples, heads, features // heads).permute(1, 2, 0, 3)
 
 
 def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, samples: int) -> Tensor | None:
-    """Both of nn.MultiheadAttention's masks, in which True hides, as numbers to be added, (N or 1, heads or 1, L, S)."""
+    """Both of nn.MultiheadAttention's masks, in which True hides, as numbers to be added: (N or 1, heads or 1, L, S)
+    where there is one of the queries, else (N, 1, 1, S).
+    """
     if attn_mask is not None:
         attn_mask = _added(attn_mask)
         attn_mask = attn_mask.unflatten(0, (samples, -1)) if attn_mask.dim() == 3 else attn_mask[None, None]
@@ -123,7 +126,9 @@ def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, samples: in
 
 
 def _added(mask: Tensor) -> Tensor:
-    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(mask, -torch.inf)
 
 
 def _readable(*tensors: Tensor | None) -> bool:

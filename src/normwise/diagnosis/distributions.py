@@ -59,8 +59,7 @@ class Gathered:
             x = x[finite]
         if not x.numel():
             return 0.0 if all_finite else math.nan
-        low, high = torch.aminmax(x)
-        low, high = float(low), float(high)
+        low, high = map(float, torch.aminmax(x))
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         var, mean = torch.var_mean(x if x.dtype == torch.float64 else x.float(), correction=0)
         self.moments.add(torch.tensor(x.numel()), mean.double().cpu(), var.double().cpu())
@@ -148,7 +147,7 @@ class Watched:
 
     @torch.no_grad()
     def add(self, x: Tensor, layout: Layout, valid: Tensor | None = None) -> float:
-        """One call's `x`; what is not `valid`, a bool tensor like it, does not count. Returns what `Gathered.add` does."""
+        """One call's `x`; what is not `valid`, a bool tensor like it, does not count. Returns what `Gathered` does."""
         x = x.detach()
         if not self.shape:
             self.shape, self.dtype = list(x.shape), str(x.dtype).removeprefix("torch.")

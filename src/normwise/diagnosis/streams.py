@@ -122,7 +122,7 @@ def _chains(model: nn.Module) -> Iterator[tuple[str, list[tuple[str, nn.Module]]
 
 
 def _longest(blocks: Iterable[Block]) -> list[Block]:
-    """The longest run of blocks that follow upon each other, in the order of their calls and of one number of features."""
+    """The longest run of blocks that follow upon each other and are called in that order, of one number of features."""
     best: list[Block] = []
     run: list[Block] = []
     for block in blocks:
@@ -142,14 +142,14 @@ def _is_stream(x: Tensor | None) -> bool:
 
 def _features(module: nn.Module) -> int | None:
     """How many features a layer takes on the last axis; None for layers to which that axis is something else."""
+    shape: Any = None
     if isinstance(module, nn.Linear):
-        return module.in_features
-    if isinstance(module, nn.MultiheadAttention):
-        return module.embed_dim
-    if norm_kind(module) in ("layer", "rms"):
+        shape = (module.in_features,)
+    elif isinstance(module, nn.MultiheadAttention):
+        shape = (module.embed_dim,)
+    elif norm_kind(module) in ("layer", "rms"):
         shape = getattr(module, "normalized_shape", None)
-        return shape[-1] if shape is not None and len(shape) else None
-    return None
+    return int(shape[-1]) if shape else None
 
 
 def _point(sizes: FeatureSizes) -> StreamPoint:

@@ -37,8 +37,8 @@ class StreamPoint:
         kurtosis: of the features' mean squares: 1 where all are of one size, the number of features where one has all.
         peak: the largest |x|.
         median: root mean square of the median feature.
-        outliers: indices of the features of more than five times the median one's root mean square, the largest first, at
-            most eight.
+        outliers: indices of the features of more than five times the median one's root mean square, the largest first,
+            eight at most.
     """
 
     size: float

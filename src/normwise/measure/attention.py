@@ -1,7 +1,7 @@
 """How large attention's logits are, and how many of its rows have collapsed onto one key.
 
-The logits of a row are q . k * scale over the keys that its query sees. Softmax takes only their differences, so a row's
-mean is taken off before they are called large: a bias of the keys adds the same number to all of a row.
+The logits of a row are q . k * scale over the keys that its query sees. Softmax goes by their differences alone, so a
+row's mean is taken off before they are called large: a bias of the keys adds the same number to all of a row.
 """
 
 from __future__ import annotations

@@ -22,6 +22,9 @@ const make = (tag, attributes = {}, ...inside) => {
   element.append(...inside.filter((part) => part !== null));
   return element;
 };
+// The layer of that name; a block, or a module that calls attention, is shown by its first layer.
+const shownBy = (name) => data.layers.find((layer) => layer.name === name)
+  || data.layers.find((layer) => name && layer.name.startsWith(name + "."));
 const target = (layer) => "#layer=" + encodeURIComponent(layer.name);
 const figure = (title, caption, ...inside) =>
   make("figure", {}, make("h3", {}, title), make("figcaption", {}, caption), ...inside);
@@ -58,7 +61,7 @@ const bars = (title, caption, layers, value, log = false) => {
         width: Math.max(step * 0.8, 1), height: Math.max(HEIGHT - BOTTOM - y, 1) }, make("title", {}, label)));
   });
   return figure(title, caption, drawing(title, ...axes(s), ...drawn,
-    make("text", { x: LEFT, y: HEIGHT - 4 }, "first layer"), make("text", { x: WIDTH - RIGHT, y: HEIGHT - 4, "text-anchor": "end" }, "last")));
+    make("text", { x: LEFT, y: HEIGHT - 4 }, "first"), make("text", { x: WIDTH - RIGHT, y: HEIGHT - 4, "text-anchor": "end" }, "last")));
 };
 
 // Lines over steps: series of [name, values].
@@ -126,7 +129,7 @@ const recurrence = (r) => [
 
 const details = (layer) => {
   const shape = (a) => (a ? `(${a.shape.join(", ")}) ${a.dtype}` : null);
-  const found = data.findings.filter((f) => f.layer === layer.name);
+  const found = data.findings.filter((f) => shownBy(f.layer) === layer);
   const g = layer.gradient, n = layer.norm;
   const charts = [
     histogram("Input", layer.input && layer.input.all), histogram("Output", layer.output && layer.output.all),
@@ -166,12 +169,22 @@ const show = (layer, move) => {
 };
 const wanted = () => {
   const name = location.hash.startsWith("#layer=") ? decodeURIComponent(location.hash.slice(7)) : null;
-  return data.layers.find((layer) => layer.name === name);
+  return shownBy(name);
 };
 
-const troubled = new Set(data.findings.map((f) => f.layer));
+// Modules that are no layers, as `bars` wants them; a stream's points are behind its blocks.
+const named = (record) => ({ ...record, name: record.layer });
+const stream = (s) => {
+  const behind = s.blocks.map((name, i) => ({ name, ...s.points[i + 1] })), of = data.streams.length > 1 ? `, ${s.layer || "the model"}` : "";
+  return [
+    bars("Residual stream" + of, "root mean square of the median position behind each block", behind, (b) => b.size, true),
+    bars("Outlier features" + of, "kurtosis of the features' mean squares behind each block: 1 where all are of one size", behind, (b) => b.kurtosis, true),
+  ];
+};
+
+const troubled = new Set(data.findings.map((f) => shownBy(f.layer)));
 names.append(...data.layers.map((layer) => make("li", {}, make("a", { href: target(layer) },
-  make("span", {}, layer.name || "(the model itself)", troubled.has(layer.name) ? make("span", { class: "mark", title: "has findings" }, " !") : ""),
+  make("span", {}, layer.name || "(the model itself)", troubled.has(layer) ? make("span", { class: "mark", title: "has findings" }, " !") : ""),
   make("span", { class: "soft" }, layer.kind)))));
 const called = data.layers.filter((layer) => layer.order !== null);
 document.getElementById("charts").append(...[
@@ -179,7 +192,10 @@ document.getElementById("charts").append(...[
   bars("Who opens the train/eval gap", "how far the model's output moves, in its deviations, when this layer alone is in train mode", called, (l) => l.gap),
   bars("Saturated units", "share of each nonlinearity's inputs in its flat part", called, (l) => l.units && l.units.saturated),
   bars("Size of the outputs", "standard deviation of each layer's output", called, (l) => l.output && l.output.all.std, true),
+  ...data.streams.flatMap(stream),
+  bars("Attention logits", "largest distance of a logit from the mean of its row, in each module that calls attention", data.attention.map(named), (a) => a.spread, true),
+  bars("Collapsed attention", "share of attention's rows that give one key more than 99.75 %", data.attention.map(named), (a) => a.collapsed),
 ].filter((chart) => chart));
 addEventListener("hashchange", () => { const layer = wanted(); if (layer) show(layer, true); });
-const first = wanted() || data.layers.find((layer) => troubled.has(layer.name)) || data.layers[0];
+const first = wanted() || data.layers.find((layer) => troubled.has(layer)) || data.layers[0];
 if (first) show(first, false);

@@ -199,8 +199,9 @@ RULES: tuple[Rule, ...] = (
         "{peak:.3g}, {ratio:.3g} times the root mean square of the median feature (kurtosis {kurtosis:.3g}), in "
         "features {channels}. It trains, but integers scaled to the largest leave next to nothing of the rest.",
         "before quantizing activations move the scale into the weights behind each norm (SmoothQuant, Xiao et al. "
-        "2023): s = y.abs().amax((0, 1)).clamp(min=1e-5).sqrt() over outputs y of the norm, then norm.weight.data /= s, "
-        "also norm.bias.data /= s, and linear.weight.data *= s of each layer behind; or keep those inputs in 16 bits",
+        "2023): s = y.abs().amax((0, 1)).clamp(min=1e-5).sqrt() over outputs y of the norm, then norm.weight.data /= "
+        "s, norm.bias.data /= s where it has one, and linear.weight.data *= s of each layer that takes y; or keep what "
+        "these layers take in 16 bits",
     ),
     Rule(
         "NW019",
@@ -232,8 +233,8 @@ RULES: tuple[Rule, ...] = (
         transformers.squares_beyond_half,
         "{what} reaches {largest:.4g} in its input, whose square, {square:.3g}, is beyond float16's 65504. torch and "
         "normwise sum squares in float32 and are right; a runtime that computes this norm in float16 gets infinity.",
-        "keep this norm in float32 at the export: opset 17 or later, so that it stays one operator, and the runtime told "
-        "to run it in float32 (TensorRT: --precisionConstraints=obey --layerPrecisions=NAME:fp32); or run in bfloat16",
+        "keep this norm in float32 at the export: opset 17 or later, so that it stays one operator, and the runtime "
+        "told to run it in float32 (TensorRT: --precisionConstraints=obey --layerPrecisions=NAME:fp32); or bfloat16",
     ),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from statistics import median
@@ -10,8 +11,8 @@ from normwise.diagnosis.records import Diagnosis, Stream
 from normwise.diagnosis.rules.rule import Match, some
 from normwise.diagnosis.rules.statistics import norms
 
-# Integers of eight bits that are scaled to the largest of all values leave those of a median feature 127 / 32 = 4 steps,
-# two bits of seven. Dettmers et al. (2022, LLM.int8()) find outliers 20 times the rest to spoil such models.
+# Integers of eight bits that are scaled to the largest of all values leave those of a median feature 127 / 32 = 4
+# steps, two bits of seven.
 OUTLIER = 32.0
 # Outliers that sit in a few features, and not in a few positions whose features are all large: 1 where all features are
 # of one size, 3 where their sizes are spread as a normal variable's are.
@@ -61,7 +62,7 @@ def growing_stream(diagnosis: Diagnosis) -> Iterator[Match]:
         sizes = [point.size for point in stream.points[1:]]
         if len(sizes) < FEWEST_BLOCKS or not all(size > 0 and math.isfinite(size) for size in sizes):
             continue
-        factors = [later / earlier for earlier, later in zip(sizes, sizes[1:], strict=False)]
+        factors = [later / earlier for earlier, later in itertools.pairwise(sizes)]
         factor, growth = median(factors[len(factors) // 2 :]), sizes[-1] / sizes[0]
         if growth > BEYOND_LINEAR * len(sizes) and factor > FACTOR:
             evidence = {"first": sizes[0], "last": sizes[-1], "growth": growth, "factor": factor, "blocks": len(sizes)}
