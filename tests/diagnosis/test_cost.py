@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +15,9 @@ from torch import Tensor, nn
 import normwise
 from normwise.diagnosis import DiagnosisError, diagnose
 from normwise.diagnosis.modes import reads_mode
+
+sys.path.insert(0, str(Path(__file__).parent))
+from transformer_nets import GPT, sentences
 
 cross_entropy = nn.functional.cross_entropy
 
@@ -77,6 +83,24 @@ def test_a_pass_for_each_layer_to_which_the_mode_makes_a_difference(inside, swit
     assert sum(layer.gap is not None for layer in found.layers) == switched
     assert told[-1] == (passes[0], passes[0])
     assert found.gap.elsewhere == 0.0
+
+
+def test_a_transformer_costs_no_pass_more_and_is_looked_at_in_train_mode_alone():
+    model = GPT()
+    passes = counted(model)
+    found = diagnose(model, sentences(count=3), loss=cross_entropy)
+    assert passes[0] == 2 * 3
+    assert [attention.calls for attention in found.attention] == [3] * 4
+
+
+def test_a_monitor_leaves_attention_and_blocks_alone():
+    """What a training step cannot spare: of a module that is no layer, no hook."""
+    model = GPT()
+    with normwise.Monitor(model, SimpleNamespace(add_scalar=print)):
+        assert not model.blocks[0]._forward_hooks
+        assert not model.blocks[0].attention._forward_hooks
+        assert model.blocks[0].norm1._forward_hooks
+    assert not model.blocks[0].norm1._forward_hooks
 
 
 def test_frozen_layers_are_not_woken():
