@@ -83,6 +83,22 @@ def test_chains_of_blocks(make, blocks):
     assert len(stream.points) == len(blocks) + 1
 
 
+def test_a_chain_inside_a_block_is_a_part_of_it():
+    """T5's blocks are lists of three layers each."""
+    found = found_in(Model(nn.Sequential(*(nn.Sequential(Branch(), Branch(), Branch()) for _ in range(4)))))
+    (stream,) = found.streams
+    assert stream.blocks == [f"blocks.{n}" for n in range(4)]
+    assert all(point.median > 0 for point in stream.points)
+
+
+def test_two_stacks_are_two_streams_in_the_order_of_their_calls():
+    second, first = (nn.Sequential(*(Branch() for _ in range(count))) for count in (3, 4))
+    model = Model(nn.ModuleDict({"second": second, "first": first}))
+    model.call = lambda both, x: both["second"](both["first"](x))
+    assert [(s.layer, len(s.blocks)) for s in found_in(model).streams] == [("blocks.first", 4), ("blocks.second", 3)]
+    assert all(point.median > 0 for stream in found_in(model).streams for point in stream.points)
+
+
 SIZES = [(16, 16), (16, 16), (16, 16), (16, 32), (32, 32), (32, 32), (32, 32), (32, 32)]
 
 

@@ -46,27 +46,28 @@ class StreamWatch:
         self.counts = counts
         self.chains = {name: [Block(*block) for block in blocks] for name, blocks in _chains(model)}
         self.next = 0
-        self.last: Tensor | None = None  # the output of the last block, which is mostly the next one's input
+        # The output of each chain's last block, which is mostly the next one's input.
+        self.last: dict[str, Tensor] = {}
 
     def handles(self) -> Iterator[Any]:
-        for blocks in self.chains.values():
+        for chain, blocks in self.chains.items():
             for block in blocks:
-                yield block.module.register_forward_pre_hook(self._before(block), with_kwargs=True)
-                yield block.module.register_forward_hook(self._after(block))
+                yield block.module.register_forward_pre_hook(self._before(chain, block), with_kwargs=True)
+                yield block.module.register_forward_hook(self._after(chain, block))
 
     def begin(self) -> None:
         """Before a pass."""
-        self.last = None
+        self.last.clear()
         for blocks in self.chains.values():
             for block in blocks:
                 block.calls, block.shape = 0, None
 
     def end(self) -> None:
         """After a pass: keeps no graph alive."""
-        self.last = None
+        self.last.clear()
 
     def records(self) -> list[Stream]:
-        """In the order of the first calls."""
+        """In the order of the first calls; a chain inside a block of another is a part of it."""
         runs = [(name, run) for name, blocks in self.chains.items() for run in [_longest(blocks)] if len(run) >= FEWEST]
         runs.sort(key=lambda pair: pair[1][0].place or 0)
         return [
@@ -77,9 +78,10 @@ class StreamWatch:
                 [_point(run[0].before), *(_point(block.after) for block in run)],
             )
             for name, run in runs
+            if not any(f"{name}.".startswith(f"{block.name}.") for _, other in runs for block in other)
         ]
 
-    def _before(self, block: Block) -> Callable[..., None]:
+    def _before(self, chain: str, block: Block) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.counts():
                 return
@@ -90,12 +92,12 @@ class StreamWatch:
                 block.place, self.next = self.next, self.next + 1
             if block.fits and x is not None:
                 block.shape = x.shape
-                if x is not self.last:
+                if x is not self.last.get(chain):
                     block.before.add(x)
 
         return hook
 
-    def _after(self, block: Block) -> Callable[..., None]:
+    def _after(self, chain: str, block: Block) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, result: Any) -> None:
             if not self.counts():
                 return
@@ -103,7 +105,7 @@ class StreamWatch:
             block.fits = block.fits and _is_stream(y) and y is not None and y.shape == block.shape
             if block.fits and y is not None:
                 block.after.add(y)
-                self.last = y
+                self.last[chain] = y
 
         return hook
 
