@@ -198,7 +198,7 @@ RULES: tuple[Rule, ...] = (
         "Behind {blocks} of {of} blocks a few features tower above the others, most behind {worst!r}: |x| up to "
         "{peak:.3g}, {ratio:.3g} times the root mean square of the median feature (kurtosis {kurtosis:.3g}), in "
         "features {channels}. It trains, but integers scaled to the largest leave next to nothing of the rest.",
-        "before quantizing activations move the scale into the weights behind each norm (SmoothQuant, Xiao et al. "
+        "before quantizing activations move the scale into the weights behind each norm (as SmoothQuant, Xiao et al. "
         "2023): s = y.abs().amax((0, 1)).clamp(min=1e-5).sqrt() over outputs y of the norm, then norm.weight.data /= "
         "s, norm.bias.data /= s where it has one, and linear.weight.data *= s of each layer that takes y; or keep what "
         "these layers take in 16 bits",

@@ -12,7 +12,7 @@ from normwise.diagnosis.rules.rule import Match, some
 from normwise.diagnosis.rules.statistics import norms
 
 # Integers of eight bits that are scaled to the largest of all values leave those of a median feature 127 / 32 = 4
-# steps, two bits of seven.
+# steps, two bits of seven. (all-MiniLM-L6-v2, a trained BERT, measured: 27, at a kurtosis of 7.)
 OUTLIER = 32.0
 # Outliers that sit in a few features, and not in a few positions whose features are all large: 1 where all features are
 # of one size, 3 where their sizes are spread as a normal variable's are.
@@ -21,12 +21,12 @@ KURTOSIS = 10.0
 # that see a norm of it add no more, whatever its size. Twice that is beyond it.
 BEYOND_LINEAR = 2.0
 # What the median of the later half of the blocks multiplies by where growth is exponential. Linear growth is below
-# from the fifth block on, and trained language models are at about 1.05.
+# from the fifth block on.
 FACTOR = 1.25
 FEWEST_BLOCKS = 5
-# Rows of attention that give everything to one key, where logits are so large that no learning rate brings it back:
-# 100 is where QK-Clip cuts (Kimi Team 2025, section 2.1). Sharp attention in good health needs log(400 keys), 13 for
-# a thousand keys, to collapse a row.
+# Share of the rows that give everything to one key, and how large logits are then: 100 is where QK-Clip cuts (Kimi Team
+# 2025, section 2.1). Sharp attention in good health needs log(400 keys) to collapse a row, 13 for a thousand keys.
+# (all-MiniLM-L6-v2, measured: 5 % of the rows of its first layer, logits of 64.)
 COLLAPSED, LARGE = 0.5, 100.0
 # Logits of this distance are rounded to steps of 4 where queries and keys are bfloat16: which key wins is chance.
 HUGE = 1000.0
