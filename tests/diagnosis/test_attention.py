@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from normwise.diagnosis import Diagnosis, diagnose
 from normwise.diagnosis.attention import AttentionWatch
 from normwise.measure.attention import COLLAPSED
-from tolerances import assert_close
+from support.tolerances import assert_close
 
 sys.path.insert(0, str(Path(__file__).parent))
-from transformer_nets import GPT, Encoder, MultiHead, sentences
+from support.transformer_nets import GPT, Encoder, MultiHead, sentences
 
 
 def watched(module: nn.Module, *args: object, **kwargs: object) -> tuple[object, AttentionWatch]:

@@ -17,7 +17,7 @@ from normwise.diagnosis import DiagnosisError, diagnose
 from normwise.diagnosis.modes import reads_mode
 
 sys.path.insert(0, str(Path(__file__).parent))
-from transformer_nets import GPT, sentences
+from support.transformer_nets import GPT, sentences
 
 cross_entropy = nn.functional.cross_entropy
 

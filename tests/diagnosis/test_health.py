@@ -14,7 +14,7 @@ from normwise.diagnosis import diagnose
 from normwise.lab.tasks import TASKS, Batch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from transformer_nets import GPT, Encoder, ViT, sentences
+from support.transformer_nets import GPT, Encoder, ViT, sentences
 
 cross_entropy = nn.functional.cross_entropy
 

@@ -16,7 +16,7 @@ from normwise.diagnosis.page import page, write_page
 from support.browser import PHONE
 
 sys.path.insert(0, str(Path(__file__).parent))
-from faults import FAULTS
+from support.faults import FAULTS
 
 
 class Tagger(nn.Module):

@@ -15,7 +15,7 @@ from normwise.diagnosis import Diagnosis, diagnose
 from normwise.measure.outliers import kurtosis
 
 sys.path.insert(0, str(Path(__file__).parent))
-from transformer_nets import GPT, ViT, sentences
+from support.transformer_nets import GPT, ViT, sentences
 
 
 class Branch(nn.Module):

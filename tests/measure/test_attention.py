@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normwise.measure import attention
 from normwise.measure.attention import COLLAPSED, AttentionLogits
-from tolerances import assert_close
+from support.tolerances import assert_close
 
 
 def expected(

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformer_faults import TRANSFORMER_FAULTS
 
 import normwise
+from support.transformer_faults import TRANSFORMER_FAULTS
 
 cross_entropy = nn.functional.cross_entropy
 Arguments = dict[str, Any]

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformer_nets import GPT, MultiHead, sentences
+
+from support.transformer_nets import GPT, MultiHead, sentences
 
 cross_entropy = nn.functional.cross_entropy
 Arguments = dict[str, Any]
