@@ -73,6 +73,23 @@ def test_bits_of_the_models(name: str, features: int, backend: str, half: torch.
                 assert torch.equal(a, b)
 
 
+@each_half
+@pytest.mark.parametrize("name", ["Llama", "Gemma"])
+def test_bits_of_an_input_that_lies_otherwise_in_memory(name: str, half: torch.dtype) -> None:
+    """A sum along another stride adds up in another order, and so do the models'."""
+    theirs, ours = carried(name, 640, half, half)
+    for x in draws(640, half):
+        for view in (
+            x.T.contiguous().T,
+            x.expand(2, -1, -1),
+            torch.cat([x, x], 1)[:, ::2],
+            x.view(8, 8, -1).mT.contiguous().mT,
+        ):
+            upstream = torch.randn(view.shape)
+            for a, b in zip(results(ours, view, upstream), results(theirs, view, upstream), strict=True):
+                assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("name", ["Llama", "Gemma"])
 def test_bits_on_whatever_device_there_is(name: str, device: torch.device) -> None:
     """A mean on a GPU multiplies by 1 / n, which is no division by n: it must be the same function."""

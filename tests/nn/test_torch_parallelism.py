@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -81,8 +82,9 @@ def sequence_parallel() -> None:
     x = torch.randn(2, 2 * WORLD, 8, generator=torch.Generator().manual_seed(2))
     mesh = init_device_mesh("cpu", (WORLD,))
     own = x.chunk(WORLD, dim=1)[dist.get_rank()].clone()
-    for name, act in (("LayerNorm", None), ("LayerNorm", "gelu"), ("RMSNorm", None)):
-        layer = getattr(normwise, name)(8, act=act)
+    carried: dict[str, Any] = {"offset": 1.0, "cast": "input"}
+    for name, options in (("LayerNorm", {}), ("LayerNorm", {"act": "gelu"}), ("RMSNorm", {}), ("RMSNorm", carried)):
+        layer = getattr(normwise, name)(8, **options)
         with torch.no_grad():
             for p in layer.parameters():
                 p.copy_(torch.rand(8, generator=torch.Generator().manual_seed(3)) + 0.5)

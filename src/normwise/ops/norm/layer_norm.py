@@ -89,7 +89,7 @@ def layer_norm(
             cast=cast,
         )
     config = NormConfig("layer_norm", "features", eps, act, len(normalized_shape))
-    if isinstance(offset, Tensor) or offset or cast != "output":
+    if offset or cast != "output":
         gain.check(offset, cast)
         weight = gain.stored_around(weight, offset, cast)
     return _feature_norm(config, input, normalized_shape, weight, bias, dim, mask, lengths, add, process_group, cast)
@@ -139,8 +139,9 @@ def rms_norm(
     if eps is None:
         dtype = inputs.tensor("rms_norm", input.data if isinstance(input, PackedSequence) else input).dtype
         eps = _FLOAT64_EPS if accumulation_dtype(dtype) is torch.float64 else _FLOAT32_EPS
-    config = NormConfig("rms_norm", "features", eps, act, len(normalized_shape), center=False)
-    if isinstance(offset, Tensor) or offset or cast != "output":
+    # By position: by keyword a named tuple takes half a microsecond more.
+    config = NormConfig("rms_norm", "features", eps, act, len(normalized_shape), 1, False)
+    if offset or cast != "output":
         gain.check(offset, cast)
         weight = gain.stored_around(weight, offset, cast)
         config = config._replace(as_written=True)
@@ -200,7 +201,8 @@ def _feature_norm(
         formula = _over_ranks(process_group, config.op, x, dims or trailing, valid)
     affine_last = cast == "input" and gain.follows_rounding(x, weight, bias)
     if dims is None:
-        result = _run(NormRequest(config, x.contiguous(), add, weight, bias, valid), formula, readable, affine_last)
+        x = x if config.as_written else x.contiguous()  # the bits of a sum depend on the stride that it runs along
+        result = _run(NormRequest(config, x, add, weight, bias, valid), formula, readable, affine_last)
         return result.y if add is None else (result.y, result.total)
     channels_last = not x.is_contiguous()
     x, add, valid = (None if t is None else t.movedim(dims, trailing) for t in (x, add, valid))
