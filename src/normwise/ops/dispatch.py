@@ -71,7 +71,7 @@ _forced = _Forced()
 _KERNEL = Resolved(CPU, "the C++ kernel")
 _SMALL_LAYER_NORM = Resolved(ATEN, "ATen's LayerNorm is faster on few numbers")
 _SMALL_TORCH_LAYER = Resolved(ATEN, "torch's own kernel is faster where there is no norm and little to multiply")
-# A kernel adds up in another order, by which 2 to 7 of a million bfloat16 results are the other neighbour (of float32
+# A kernel adds up in another order, by which 1 to 7 of a million bfloat16 results are the other neighbour (of float32
 # results a third would be, and nobody counts on these). It takes a fifth of the time: whoever wants that forces it.
 _AS_WRITTEN = Resolved(ATEN, "the operations of the models that its options are from, for the same bits")
 

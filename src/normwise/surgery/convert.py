@@ -69,12 +69,13 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
     "normwise" | the namesakes in normwise, recurrent layers included | torch.nn's layers
     "torch" | the namesakes in torch.nn, for deployment | normwise's layers
 
-    Carried over: gain and bias always (parameters stay the same objects, so with `inplace` an optimizer goes on);
-    running statistics where they mean the same, between the kinds of BatchNorm; arguments of the same name (eps,
-    momentum, ...); mode, device, dtype, requires_grad, hooks, parametrizations and `freeze`. A layer that stands in
-    several places still does. An activation (`act=`) that the new layer lacks follows it as a module, and so do the
-    modules that a class of the user's calls behind its base's forward (as timm's BatchNormAct2d its `drop` and `act`).
-    The random state is left alone. What changed, what did not carry over, what was skipped and why is in the report.
+    Carried over: gain and bias always (parameters stay the same objects, so with `inplace` an optimizer goes on, and a
+    weight beside an `offset` goes only where the offset is the same); running statistics where they mean the same,
+    between the kinds of BatchNorm; arguments of the same name (eps, momentum, ...); mode, device, dtype, requires_grad,
+    hooks, parametrizations and `freeze`. A layer that stands in several places still does. An activation (`act=`) that
+    the new layer lacks follows it as a module, and so do the modules that a class of the user's calls behind its base's
+    forward (as timm's BatchNormAct2d its `drop` and `act`). The random state is left alone. What changed, what did not
+    carry over, what was skipped and why is in the report.
 
     A group's values are its channels times the positions of the input, which only an `example` tells: without one the
     channels alone must be 16. With fewer in all there is one group. What would be a group of fewer than 4 values, or a

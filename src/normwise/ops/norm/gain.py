@@ -37,8 +37,8 @@ def check(offset: Any, cast: Any) -> None:
 def stored_around(weight: Tensor | None, offset: float, cast: Cast) -> Tensor | None:
     """The gain offset + weight; None without a weight.
 
-    Where all is rounded at the end, in float32 at least: 1 + weight has but 8 digits in bfloat16, those of the weight
-    itself reach further down.
+    Where all is rounded at the end, in float32 at least: in bfloat16 1 + weight has 8 bits, of which a small weight
+    would fill the last ones at most.
     """
     if weight is None or not offset or not weight.is_floating_point():
         return weight

@@ -89,7 +89,7 @@ def layer_norm(
             cast=cast,
         )
     config = NormConfig("layer_norm", "features", eps, act, len(normalized_shape))
-    if offset or cast != "output":
+    if cast != "output" or type(offset) is not float or offset:
         gain.check(offset, cast)
         weight = gain.stored_around(weight, offset, cast)
     return _feature_norm(config, input, normalized_shape, weight, bias, dim, mask, lengths, add, process_group, cast)
@@ -141,10 +141,10 @@ def rms_norm(
         eps = _FLOAT64_EPS if accumulation_dtype(dtype) is torch.float64 else _FLOAT32_EPS
     # By position: by keyword a named tuple takes half a microsecond more.
     config = NormConfig("rms_norm", "features", eps, act, len(normalized_shape), 1, False)
-    if offset or cast != "output":
+    if cast != "output" or type(offset) is not float or offset:
         gain.check(offset, cast)
         weight = gain.stored_around(weight, offset, cast)
-        config = config._replace(as_written=True)
+        config = config._replace(as_written=bool(offset) or cast == "input")
     return _feature_norm(config, input, normalized_shape, weight, None, dim, mask, lengths, add, process_group, cast)
 
 
@@ -170,9 +170,11 @@ def _feature_norm(
         and add is None
         and config.act is None
         and process_group is None
-        and cast == "output"
     ) and inputs.rows_fit(x, shape, weight, bias, config.eps):
-        return run(NormRequest(config, x, None, weight, bias), None, True).y
+        request = NormRequest(config, x, None, weight, bias)
+        if cast == "output":
+            return run(request, None, True).y
+        return _run(request, None, True, gain.follows_rounding(x, weight, bias)).y
     if ragged.is_ragged(x):
         if dim is not None:
             raise ValueError(f"dim={dim} needs a padded tensor: rows of a ragged one have trailing features only")
