@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 import normwise
+from normwise.ops.norm import gain
 from support.backends import ran, using
 from support.foreign_norms import GemmaRMSNorm, LayerNorm1P, LlamaRMSNorm, Olmo2RMSNorm, T5LayerNorm
 from support.norm_cases import randomize
@@ -262,6 +263,47 @@ def test_the_models_operations_are_chosen_for_half_precision_only(options: Any, 
             assert_close(layer(x.to(half)), F.rms_norm(x.to(half).double(), (64,)), count=64, kind="composed")
     with using("kernels"):
         layer.float()(x)
+
+
+@each_norm
+@pytest.mark.parametrize("backend", ["chosen", "kernels", "aten", "reference"])
+def test_derivatives_of_a_gain_behind_the_rounding(
+    make: Callable[..., nn.Module], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, where it makes no difference and is left to the norm itself unless it is told otherwise."""
+    monkeypatch.setattr(gain, "follows_rounding", lambda *_: True)
+    layer = randomize(make(offset=0.5, cast="input", act="silu", dtype=torch.float64))
+    x, r = (torch.randn(3, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = torch.tensor([[True, False], [True, True], [False, True]])
+
+    def f(x: Tensor, r: Tensor, weight: Tensor) -> Any:
+        return torch.func.functional_call(layer, {"weight": weight}, (x,), {"add": r, "mask": mask})
+
+    leaves = (x, r, layer.weight.detach().requires_grad_())
+    with using(backend):
+        assert torch.autograd.gradcheck(f, leaves)
+        assert torch.autograd.gradgradcheck(f, leaves)
+
+
+@each_half
+@pytest.mark.parametrize("options", [{"offset": 1.0}, {"cast": "input"}], ids=str)
+def test_vmap_of_half_precision(options: Any, half: torch.dtype) -> None:
+    layer = randomize(normwise.RMSNorm(64, 1e-6, **options, dtype=half))
+    x = draws(64, half)[0]
+    assert torch.equal(torch.vmap(layer)(x), layer(x))
+
+
+def test_a_kernel_rounds_few_results_to_the_neighbour() -> None:
+    """What forcing it costs: another order of the sum, and no more."""
+    x = torch.randn(1024, 2048).bfloat16()
+    layer = normwise.RMSNorm(2048, 1e-6, cast="input", dtype=torch.bfloat16)
+    with using("kernels"):
+        y = layer(x)
+    expected = layer(x)
+    other = y != expected
+    assert other.double().mean() < 1e-4
+    steps = y.view(torch.int16)[other].int() - expected.view(torch.int16)[other].int()
+    assert (steps.abs() == 1).all()
 
 
 def test_squares_that_overflow_are_not_made_zeros() -> None:
