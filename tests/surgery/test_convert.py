@@ -323,3 +323,11 @@ def test_weight_norm_on_a_recurrent_layer_survives():
     assert new(torch.randn(5, 2, 3))[0].isfinite().all()
     with pytest.raises(ValueError, match="remove_parametrizations"):
         normwise.convert(normwise.convert(lstm, to="normwise").model, to="torch")
+
+
+@pytest.mark.parametrize("to", ["layer", "group", "batch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_eps_that_an_rms_norm_left_to_its_dtype_becomes_a_number(to, dtype):
+    model = nn.Sequential(normwise.RMSNorm(16, dim=1, dtype=dtype))
+    new, _ = normwise.convert(model, to=to, example=torch.randn(2, 16, 4, 4, dtype=dtype))
+    assert new[0].eps == torch.finfo(dtype).eps

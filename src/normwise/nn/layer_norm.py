@@ -41,15 +41,16 @@ class LayerNorm(Activated, nn.LayerNorm):
             whole rows: two numbers a row are exchanged forward, two backward. See `Several ranks` in the documentation.
         offset: gamma is offset + weight: 1.0 for layers whose weight starts at 0 (LayerNorm1P, Gemma's RMSNorm). The
             weight starts as 1 - offset.
-        cast: "output" rounds to a half precision input's dtype once, behind gamma and beta; "input" before them, as
-            Llama's and T5's RMSNorm. See `normwise.functional.layer_norm`.
+        cast: "output" rounds to a half precision input's dtype once, behind gamma and beta, as Olmo 2's RMSNorm;
+            "input" before them, as Llama's and T5's. None is "output" by the quickest backend. See
+            `normwise.functional.layer_norm`.
 
     Source: Ba, Kiros & Hinton 2016.
     """
 
     _stats_group: StatsGroup | None = None
     offset: float = 0.0
-    cast: Cast = "output"
+    cast: Cast | None = None
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class LayerNorm(Activated, nn.LayerNorm):
         act: str | None = None,
         process_group: Any = None,
         offset: float = 0.0,
-        cast: Cast = "output",
+        cast: Cast | None = None,
     ) -> None:
         inputs.positive_eps(eps)
         shape = _shape(normalized_shape)
@@ -132,14 +133,15 @@ class RMSNorm(Activated, nn.RMSNorm):
     epsilon. `dim`, `act`, `mask`, `lengths`, `add` and `process_group` (one number a row) as in `LayerNorm`.
 
     `offset` and `cast`, as there, make it the RMSNorm of a model of transformers, in half precision to the bit:
-    cast="input" that of Llama, Mistral, Qwen and T5, offset=1.0 that of Gemma. See `normwise.functional.rms_norm`.
+    cast="input" that of Llama, Mistral, Qwen and T5, cast="output" that of Olmo 2, offset=1.0 that of Gemma. See
+    `normwise.functional.rms_norm`.
 
     Source: Zhang & Sennrich 2019.
     """
 
     _stats_group: StatsGroup | None = None
     offset: float = 0.0
-    cast: Cast = "output"
+    cast: Cast | None = None
 
     def __init__(
         self,
@@ -153,7 +155,7 @@ class RMSNorm(Activated, nn.RMSNorm):
         act: str | None = None,
         process_group: Any = None,
         offset: float = 0.0,
-        cast: Cast = "output",
+        cast: Cast | None = None,
     ) -> None:
         if eps is not None:
             inputs.positive_eps(eps)
@@ -237,6 +239,6 @@ def _extra_repr(layer: LayerNorm | RMSNorm) -> str:
         "act": layer.act,
         "process_group": layer._stats_group,
         "offset": layer.offset or None,
-        "cast": None if layer.cast == "output" else layer.cast,
+        "cast": layer.cast,
     }
     return "".join(f", {name}={value!r}" for name, value in said.items() if value is not None)

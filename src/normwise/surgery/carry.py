@@ -46,6 +46,10 @@ def rebuild(old: nn.Module, cls: type[nn.Module], names: Iterable[str] | None = 
         told = inspect.signature(known_base(old)).parameters
         names = [name for name in accepted if name in told and name not in _SPECIAL and _has(old, name)]
     arguments = {name: vars(old)[name] if name in vars(old) else getattr(old, name) for name in names}
+    if "eps" in arguments and arguments["eps"] is None and accepted["eps"].default is not None:
+        # An RMSNorm's, which stands for the machine epsilon of the dtype that it computes in.
+        kinds = [t.dtype for t in (*old.parameters(), *old.buffers()) if t.is_floating_point()]
+        arguments["eps"] = torch.finfo(torch.float64 if torch.float64 in kinds else torch.float32).eps
     if "bias" in accepted and "bias" not in given:
         bias = getattr(old, "bias", None)
         arguments["bias"] = bias if isinstance(bias, bool) else getattr(old, "weight", None) is None or bias is not None

@@ -27,14 +27,14 @@ def check(offset: Any, cast: Any) -> None:
         )
     if not -math.inf < offset < math.inf:
         raise ValueError(f"offset must be finite, but got {offset}: the gain is offset + weight")
-    if cast not in ("output", "input"):
+    if cast not in ("output", "input", None):
         raise ValueError(
-            f"unknown cast {cast!r}: expected 'output' (round once, behind gain and bias) or 'input' (round to the "
-            "input's dtype before gain and bias, as Llama does)"
+            f"unknown cast {cast!r}: expected 'output' (round once, behind gain and bias, as Olmo 2 does), 'input' "
+            "(round to the input's dtype before gain and bias, as Llama does) or None (round once, by the quickest backend)"
         )
 
 
-def stored_around(weight: Tensor | None, offset: float, cast: Cast) -> Tensor | None:
+def stored_around(weight: Tensor | None, offset: float, cast: Cast | None) -> Tensor | None:
     """The gain offset + weight; None without a weight.
 
     Where all is rounded at the end, in float32 at least: in bfloat16 1 + weight has 8 bits, of which a small weight
@@ -42,7 +42,7 @@ def stored_around(weight: Tensor | None, offset: float, cast: Cast) -> Tensor | 
     """
     if weight is None or not offset or not weight.is_floating_point():
         return weight
-    if cast == "output":
+    if cast != "input":
         weight = weight.to(accumulation_dtype(weight.dtype))
     return weight + offset
 

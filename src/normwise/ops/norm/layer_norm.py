@@ -36,7 +36,7 @@ def layer_norm(
     add: Tensor | PackedSequence | None = None,
     process_group: Any = None,
     offset: float = 0.0,
-    cast: Cast = "output",
+    cast: Cast | None = None,
 ) -> Any:
     r"""act(gamma * (x - mean) / sqrt(var + eps) + beta), statistics over the features of one sample.
 
@@ -58,9 +58,9 @@ def layer_norm(
             `normalized_shape`, `weight` and `bias` are this rank's shard; mean and variance are those of whole rows.
             All ranks must call with the same rows.
         offset: gamma is offset + weight, formed in float32 for a weight of half precision; without a weight gamma is 1.
-        cast: where values are rounded to the dtype of a half precision input. "output": once, behind all that is
-            computed in float32. "input": before gamma and beta, which are applied by torch's rules for dtypes, so that
-            a float32 weight gives a float32 result and offset + weight is formed in the weight's dtype.
+        cast: where values are rounded to the dtype of a half precision input. "output", as None: once, behind all
+            that is computed in float32. "input": before gamma and beta, which are applied by torch's rules for dtypes,
+            so that a float32 weight gives a float32 result and offset + weight is formed in the weight's dtype.
 
     Returns:
         Like the input (or the pair); 0 at invalid positions, which neither enter the statistics nor receive a gradient.
@@ -89,7 +89,7 @@ def layer_norm(
             cast=cast,
         )
     config = NormConfig("layer_norm", "features", eps, act, len(normalized_shape))
-    if cast != "output" or type(offset) is not float or offset:
+    if cast is not None or type(offset) is not float or offset:
         gain.check(offset, cast)
         weight = gain.stored_around(weight, offset, cast)
     return _feature_norm(config, input, normalized_shape, weight, bias, dim, mask, lengths, add, process_group, cast)
@@ -108,15 +108,16 @@ def rms_norm(
     add: Tensor | PackedSequence | None = None,
     process_group: Any = None,
     offset: float = 0.0,
-    cast: Cast = "output",
+    cast: Cast | None = None,
 ) -> Any:
     r"""act(gamma * x / sqrt(mean(x^2) + eps)), the mean square over the features of one sample.
 
     Arguments, result and errors are those of `layer_norm`, without a bias. `eps` None stands for the machine epsilon
     of the dtype that statistics are computed in (float32, or float64 for float64 inputs), as in torch.
 
-    With an `offset` or with cast="input", an input of half precision is computed by the same operations in the same
-    order as in the models of transformers that norm so, for the same bits in y and in all gradients.
+    With an `offset` or a `cast`, an input of half precision is computed by the same operations in the same order as in
+    the models of transformers that norm so, for the same bits in y and in all gradients. Without, the quickest backend
+    rounds at the end, after sums in an order of its own.
 
     Source: Zhang & Sennrich 2019, eq. 4.
     """
@@ -141,10 +142,10 @@ def rms_norm(
         eps = _FLOAT64_EPS if accumulation_dtype(dtype) is torch.float64 else _FLOAT32_EPS
     # By position: by keyword a named tuple takes half a microsecond more.
     config = NormConfig("rms_norm", "features", eps, act, len(normalized_shape), 1, False)
-    if cast != "output" or type(offset) is not float or offset:
+    if cast is not None or type(offset) is not float or offset:
         gain.check(offset, cast)
         weight = gain.stored_around(weight, offset, cast)
-        config = config._replace(as_written=bool(offset) or cast == "input")
+        config = config._replace(as_written=cast is not None or bool(offset))
     return _feature_norm(config, input, normalized_shape, weight, None, dim, mask, lengths, add, process_group, cast)
 
 
@@ -159,7 +160,7 @@ def _feature_norm(
     lengths: Tensor | None,
     add: Any,
     process_group: Any,
-    cast: Cast,
+    cast: Cast | None,
 ) -> Any:
     """y, or with `add` the pair (y, x + add)."""
     shape = tuple(normalized_shape)
@@ -172,7 +173,7 @@ def _feature_norm(
         and process_group is None
     ) and inputs.rows_fit(x, shape, weight, bias, config.eps):
         request = NormRequest(config, x, None, weight, bias)
-        if cast == "output":
+        if cast != "input":
             return run(request, None, True).y
         return _run(request, None, True, gain.follows_rounding(x, weight, bias)).y
     if ragged.is_ragged(x):
