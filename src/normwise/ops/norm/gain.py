@@ -30,7 +30,8 @@ def check(offset: Any, cast: Any) -> None:
     if cast not in ("output", "input", None):
         raise ValueError(
             f"unknown cast {cast!r}: expected 'output' (round once, behind gain and bias, as Olmo 2 does), 'input' "
-            "(round to the input's dtype before gain and bias, as Llama does) or None (round once, by the quickest backend)"
+            "(round to the input's dtype before gain and bias, as Llama does) or None (round once, by the quickest "
+            "backend)"
         )
 
 
