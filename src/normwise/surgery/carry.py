@@ -17,7 +17,7 @@ from normwise.surgery.select import kind_of, known_base
 
 # Constructor arguments that no attribute of the same name holds.
 _SPECIAL = ("self", "device", "dtype", "bias")
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
@@ -129,7 +129,7 @@ def carry_mode(old: nn.Module, new: nn.Module) -> str:
 def carry_hooks(old: nn.Module, new: nn.Module) -> None:
     """Give `new` the hooks of `old`."""
     new._is_full_backward_hook = old._is_full_backward_hook
-    for name in _HOOKS:
+    for name in HOOKS:
         hooks, own = getattr(old, name), getattr(new, name)
         bound = {key: hook for key, hook in hooks.items() if getattr(hook, "with_module", False)}
         if own or bound:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 import normwise.nn as ours
-from normwise.surgery import recurrents
+from normwise.surgery import norms, recurrents
 from normwise.surgery.carry import carry_hooks, carry_mode
 from normwise.surgery.forwards import BOUND, followers, held, is_bound, overrides_forward, own_modules
-from normwise.surgery.groups import inputs_met
+from normwise.surgery.groups import Met, inputs_met
 from normwise.surgery.models import changeable, copied
 from normwise.surgery.report import AlreadyOne, Change, Refusal, Report, Skip, Surgery
 from normwise.surgery.select import (
@@ -20,6 +21,7 @@ from normwise.surgery.select import (
     Layer,
     Where,
     chosen,
+    class_of,
     kind_of,
     known_base,
     layers,
@@ -28,7 +30,7 @@ from normwise.surgery.select import (
 from normwise.surgery.targets import TARGETS, Shapes
 
 Make: TypeAlias = Callable[[nn.Module, Shapes], tuple[nn.Module, str]]
-Target: TypeAlias = Literal["batch", "frozen", "group", "layer", "normwise", "renorm", "sync", "torch"]
+Target: TypeAlias = Literal["batch", "frozen", "group", "layer", "normwise", "original", "renorm", "sync", "torch"]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -68,6 +70,7 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
     "frozen" | FrozenBatchNorm1d/2d/3d: statistics, gain and bias are fixed | BatchNorm of all kinds
     "normwise" | the namesakes in normwise, recurrent layers included | torch.nn's layers
     "torch" | the namesakes in torch.nn, for deployment | normwise's layers
+    "original" | the very classes that `to="normwise"` took the place of, with the tensors of now | what it put there
 
     Carried over: gain and bias always (parameters stay the same objects, so with `inplace` an optimizer goes on, and a
     weight beside an `offset` goes only where the offset is the same); running statistics where they mean the same,
@@ -76,6 +79,12 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
     the new layer lacks follows it as a module, and so do the modules that a class of the user's calls behind its base's
     forward (as timm's BatchNormAct2d its `drop` and `act`). The random state is left alone. What changed, what did not
     carry over, what was skipped and why is in the report.
+
+    Norm layers of other classes (transformers' RMSNorms, timm's norms with activation, your own) are taken for what they
+    compute, not for what they are called: each is run beside the layer of normwise that computes the same, with random
+    gains, in training and evaluation, and the two must agree. With an `example` they must agree on the model's own
+    inputs too, in outputs and gradients. A class that is not in the catalogue needs the example. What has no counterpart
+    is left alone, and the report says why.
 
     A group's values are its channels times the positions of the input, which only an `example` tells: without one the
     channels alone must be 16. With fewer in all there is one group. What would be a group of fewer than 4 values, or a
@@ -112,7 +121,7 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
     _convertible(model, inplace)
     if not inplace:
         model = copied(model, "convert")
-    candidates = layers(model, kinds)
+    candidates = _candidates(model, kinds)
     if not candidates:
         wanted = "recurrent layer" if recurrent else "normalization layer"
         raise ValueError(
@@ -127,7 +136,7 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
     made: list[tuple[Layer, nn.Module]] = []
     done = False
     for one in candidates:
-        result = _replaced(one, make, met.get(id(one.module), ()), holders, subclasses) if meant(one) else _NOT_MEANT
+        result = _replaced(one, make, met.get(id(one.module), Met()), holders, subclasses) if meant(one) else _NOT_MEANT
         if isinstance(result, Refusal):
             done |= isinstance(result, AlreadyOne)
             report.skipped.append(Skip(one.name, one.kind, str(result)))
@@ -166,8 +175,10 @@ def _plan(to: str | None, recurrent: str | None, options: dict[str, Any]) -> tup
             RECURRENT,
             f"norms inside: {recurrent}",
         )
+    if to == "original":
+        return _original, (nn.Module,), "convert to original"
     if to not in TARGETS:
-        raise ValueError(f"unknown to={to!r}: expected one of {', '.join(map(repr, TARGETS))}")
+        raise ValueError(f"unknown to={to!r}: expected one of {', '.join(map(repr, (*TARGETS, 'original')))}")
     target = TARGETS[to]
     if to not in ("torch", "normwise"):
         return lambda old, met: target(old, met, **options), NORMS, f"convert to {to}"
@@ -179,71 +190,132 @@ def _plan(to: str | None, recurrent: str | None, options: dict[str, Any]) -> tup
     return namesake, (*NORMS, *RECURRENT), f"convert to {to}"
 
 
+def _candidates(model: nn.Module, kinds: tuple[type, ...]) -> list[Layer]:
+    """The layers of these kinds; where norms are among them, those of other classes that behave like one too."""
+    if kinds == (nn.Module,):
+        return [one for one in layers(model, kinds) if norms.original_of(one.module) is not None]
+    if nn.LayerNorm not in kinds:
+        return layers(model, kinds)
+    found = {id(one.module) for one in norms.norm_layers(model)}
+    return [one for one in layers(model, (nn.Module,)) if id(one.module) in found or isinstance(one.module, kinds)]
+
+
+def _original(new: nn.Module, met: Shapes) -> tuple[nn.Module, str]:
+    """The layer that `to="normwise"` replaced, in the place of what it put there."""
+    return norms.restored(new), ""
+
+
+class _Source(NamedTuple):
+    """What a new layer is made of: a layer of torch.nn or normwise, the old one or what computes the same.
+
+    behind: modules of the old layer's own that follow it; None where whatever else it does is to be left out.
+    """
+
+    norm: nn.Module
+    behind: list[nn.Module] | None
+    exchange: norms.Exchange | None = None
+
+
 def _replaced(
-    one: Layer, make: Make, met: Shapes, holders: dict[int, str], subclasses: bool
+    one: Layer, make: Make, met: Met, holders: dict[int, str], subclasses: bool
 ) -> tuple[nn.Module, str] | Refusal:
     """What comes in the place of a layer and what to say about it, or why nothing does."""
     try:
-        behind = _behind(one, holders, subclasses)
-        return _made(one, make, met, behind)
+        _exchangeable(one.module, holders)
+        return make(one.module, met.shapes) if make is _original else _made(one, make, met, _source(one, met, subclasses))
     except Refusal as why:
         return why
 
 
-def _behind(one: Layer, holders: dict[int, str], subclasses: bool) -> list[nn.Module] | None:
-    """The modules of its own that follow what the layer's base computes; None where `subclasses` says to leave out
-    whatever else it does.
-
-    Raises:
-        Refusal: another layer would not compute what this one does, or would not be called.
-    """
-    old, base = one.module, known_base(one.module)
+def _exchangeable(old: nn.Module, holders: dict[int, str]) -> None:
+    """Raises `Refusal` where another layer in the place of this one would not be called, or cannot be made yet."""
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in old.parameters()):
         raise Refusal("it is lazy and does not know its size yet: run one batch through the model first")
     if is_bound(old):
         raise Refusal(BOUND)
     if id(old) in holders:
         raise Refusal(f"the forward that is bound to {holders[id(old)]} holds it, and would go on calling it")
+
+
+def _source(one: Layer, met: Met, subclasses: bool) -> _Source:
+    """What the new layer is made of.
+
+    Raises:
+        Refusal: no layer of torch.nn or normwise computes what this one does.
+    """
+    old = one.module
+    if not isinstance(old, (*NORMS, *RECURRENT)):
+        return _equivalent(old, met)
+    base = known_base(old)
     if not overrides_forward(old, base):
-        return []
-    chain, own = followers(old), ", ".join(own_modules(old))
-    if chain is None and own:
+        return _Source(old, [])
+    chain = followers(old)
+    if chain is not None or (subclasses and not own_modules(old)):
+        return _Source(old, chain)
+    own = ", ".join(own_modules(old))
+    if own and not norms.proposed(old):
         raise Refusal(
             f"it has a forward and modules of its own ({own}), which would be lost: only modules that are called one "
             f"after the other on what {base.__name__} computes can follow the new layer"
         )
-    if chain is None and not subclasses:
-        raise Refusal(
-            f"it has a forward of its own, which need not be {base.__name__}'s: subclasses=True converts it as one"
-        )
-    return chain
-
-
-def _made(one: Layer, make: Make, met: Shapes, behind: list[nn.Module] | None) -> tuple[nn.Module, str]:
-    """What comes in the place of a layer, and what to say about it."""
-    old, base = one.module, known_base(one.module)
     try:
-        norm, note = make(old, met)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{one.name or 'the model'} ({one.kind}): {error}") from error
+        return _equivalent(old, met)
+    except Refusal as why:
+        cure = "" if own else f". subclasses=True converts it as a {base.__name__}"
+        raise Refusal(f"it has a forward of its own: {why}{cure}") from None
+
+
+def _equivalent(old: nn.Module, met: Met) -> _Source:
+    found = norms.exchange(old, met.calls)
+    return _Source(found.norm, found.following, found)
+
+
+def _made(one: Layer, make: Make, met: Met, source: _Source) -> tuple[nn.Module, str]:
+    """What comes in the place of a layer, and what to say about it."""
+    old, behind = one.module, source.behind
+    norm, note = _norm(one, make, met.shapes, source)
     notes = [note, carry_mode(old, norm)]
     following = list(behind or ())
-    act = option(old, "act")
+    act = option(source.norm, "act")
     if act is not None and option(norm, "act") is None:
         following.insert(0, ACTIVATIONS[act]().train(old.training))
         notes.append("its activation follows, so the names of its parameters begin with '0.'")
     if behind:
         notes.append(f"its own {', '.join(own_modules(old))} follow, so the names of its parameters begin with '0.'")
     elif behind is None:
-        notes.append(f"converted as a {base.__name__}: what its own forward does else is gone")
+        notes.append(f"converted as a {known_base(old).__name__}: what its own forward does else is gone")
     new = nn.Sequential(norm, *following) if following else norm
     new.training = old.training
     if not behind:
         notes.append(_carry_modules(old, new))
     carry_hooks(old, new)
+    if class_of(norm).__module__.startswith("normwise.") and not isinstance(old, RECURRENT):
+        _remember(new, old, source)
     if getattr(old, "_compiled_call_impl", None) is not None:
         notes.append("it was compiled by itself: call its compile() again")
     return new, "; ".join(filter(None, notes))
+
+
+def _norm(one: Layer, make: Make, met: Shapes, source: _Source) -> tuple[nn.Module, str]:
+    """The new layer without what follows it, and what to say about it."""
+    try:
+        norm, note = make(source.norm, met)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{one.name or 'the model'} ({one.kind}): {error}") from error
+    except AlreadyOne:
+        if source.exchange is None:
+            raise
+        norm, note = source.norm, ""
+    return norm, note if source.exchange is None else "; ".join(filter(None, [note, source.exchange.note]))
+
+
+def _remember(new: nn.Module, old: nn.Module, source: _Source) -> None:
+    """The way back, of what computes the same: see `to="original"`."""
+    norm = new[0] if isinstance(new, nn.Sequential) else new
+    names = {name: name for name in (*old._parameters, *old._buffers)} if source.exchange is None else source.exchange.names
+    same = source.exchange is not None or class_of(norm).__name__ == known_base(old).__name__
+    if same and not parametrize.is_parametrized(old) and all(hasattr(norm, mine) for mine in names.values()):
+        norms.remember(new, old, {theirs: mine for theirs, mine in names.items() if getattr(old, theirs) is not None})
 
 
 def _carry_modules(old: nn.Module, new: nn.Module) -> str:
@@ -264,7 +336,7 @@ def _described(new: nn.Module) -> str:
 
 def _convertible(model: nn.Module, inplace: bool) -> None:
     changeable("convert", model)
-    if inplace and isinstance(model, (*NORMS, *RECURRENT)):
+    if inplace and (isinstance(model, (*NORMS, *RECURRENT)) or norms.proposed(model)):
         raise ValueError(
             f"the model is itself a {type(model).__name__}, which cannot become another layer in place: use the "
             "returned one, without inplace=True"

@@ -5,19 +5,23 @@ Of n values a norm leaves n - 2 degrees of freedom: of one the bias, of two +1 a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from normwise.measure.snapshot import modes_kept
+from normwise.surgery.norms import Call, calls_of, is_own
 from normwise.surgery.report import Refusal
 
 # A mean of m values strays by 1/sqrt(m) deviations: a quarter of one at 16. Wu & He 2018, table 3, find groups of 16
 # channels as good as their 32 groups to within .3 % of ImageNet's error, at which they stop (section 4.1).
 ENOUGH, FEWEST, MOST = 16, 4, 32
+
+# Of a layer of somebody else's class, calls on which its successor is proved.
+_CALLS = 2
 
 
 def number_of_groups(
@@ -76,19 +80,30 @@ def _counted(groups: int) -> str:
     return "1 group" if groups == 1 else f"{groups} groups"
 
 
-def inputs_met(model: nn.Module, layers: Iterable[nn.Module], example: Any) -> dict[int, list[torch.Size]]:
-    """The shapes of what each of the layers is called with in one call of the model in evaluation, by the layer's id.
+class Met(NamedTuple):
+    """What a layer is called with in an example: the shapes of all calls, and the first calls themselves where the layer is
+    of a class of its own."""
+
+    shapes: Sequence[torch.Size] = ()
+    calls: Sequence[Call] = ()
+
+
+def inputs_met(model: nn.Module, layers: Iterable[nn.Module], example: Any) -> dict[int, Met]:
+    """What each of the layers is called with in one call of the model in evaluation, by the layer's id.
 
     Calls with a mask or lengths count as calls of one position, since the valid ones may be no more.
     """
-    met: dict[int, list[torch.Size]] = {}
+    met: dict[int, Met] = {}
 
     def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = met.setdefault(id(layer), Met([], []))
+        if not is_own(layer) and len(found.calls) < _CALLS:
+            found.calls.append(calls_of(args, kwargs))  # type: ignore[attr-defined]
         x = args[0] if args else kwargs.get("input")
         if isinstance(x, Tensor) and not x.is_nested and x.dim() > 1:
             ragged = any(kwargs.get(name) is not None for name in ("mask", "lengths"))
             shape = torch.Size([*x.shape[:2], *(1 for _ in x.shape[2:])]) if ragged else x.shape
-            met.setdefault(id(layer), []).append(shape)
+            found.shapes.append(shape)  # type: ignore[attr-defined]
 
     with ExitStack() as hooks, modes_kept(model.modules()), torch.no_grad():
         for layer in layers:

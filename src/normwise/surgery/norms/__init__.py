@@ -1,0 +1,26 @@
+"""Norm layers of any class: which modules are some, what they compute, and the layer of normwise that computes the same."""
+
+from normwise.surgery.norms.catalogue import Entry, entry_of
+from normwise.surgery.norms.exchange import Exchange, calls_of, exchange, original_of, remember, restored
+from normwise.surgery.norms.find import norm_layers
+from normwise.surgery.norms.gated import GatedRMSNorm
+from normwise.surgery.norms.proof import Call
+from normwise.surgery.norms.recognize import is_own, proposed, recognize, stands_for
+
+__all__ = [
+    "Call",
+    "Entry",
+    "Exchange",
+    "GatedRMSNorm",
+    "calls_of",
+    "entry_of",
+    "exchange",
+    "is_own",
+    "norm_layers",
+    "original_of",
+    "proposed",
+    "recognize",
+    "remember",
+    "restored",
+    "stands_for",
+]
