@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,19 +17,6 @@ from normwise.surgery.select import kind_of, known_base
 
 # Constructor arguments that no attribute of the same name holds.
 _SPECIAL = ("self", "device", "dtype", "bias")
-HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 
 
 def rebuild(old: nn.Module, cls: type[nn.Module], names: Iterable[str] | None = None, **given: Any) -> nn.Module:
@@ -119,23 +106,8 @@ def _tensor_names(layer: nn.Module) -> list[str]:
     return [*layer._parameters, *layer._buffers, *parametrized]
 
 
-def carry_mode(old: nn.Module, new: nn.Module) -> str:
+def carry_mode(old: nn.Module, new: nn.Module, names: Mapping[str, str]) -> str:
     """Give `new` the mode of `old`, through every `train()` if `freeze` froze it; returns what did not carry over, ""
-    if all did."""
+    if all did. `names`: what the tensors of `old` are called in `new`, if not the same."""
     new.train(old.training)
-    return keep_frozen(old, new) if is_frozen(old) else ""
-
-
-def carry_hooks(old: nn.Module, new: nn.Module) -> None:
-    """Give `new` the hooks of `old`."""
-    new._is_full_backward_hook = old._is_full_backward_hook
-    for name in HOOKS:
-        hooks, own = getattr(old, name), getattr(new, name)
-        bound = {key: hook for key, hook in hooks.items() if getattr(hook, "with_module", False)}
-        if own or bound:
-            # Such a hook knows its module by a weak reference.
-            rebound = {key: type(hook)(hook.hook, new) for key, hook in bound.items()}
-            own.update({**hooks, **rebound})
-        elif hooks:
-            # The very dictionary, so that the handles that users hold still remove their hooks.
-            setattr(new, name, hooks)
+    return keep_frozen(old, new, names) if is_frozen(old) else ""

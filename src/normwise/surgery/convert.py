@@ -10,9 +10,10 @@ from torch.nn.utils import parametrize
 
 import normwise.nn as ours
 from normwise.surgery import norms, recurrents
-from normwise.surgery.carry import carry_hooks, carry_mode
+from normwise.surgery.carry import carry_mode
 from normwise.surgery.forwards import BOUND, followers, held, is_bound, overrides_forward, own_modules
 from normwise.surgery.groups import Met, inputs_met
+from normwise.surgery.hooks import carry_hooks
 from normwise.surgery.models import changeable, copied
 from normwise.surgery.report import AlreadyOne, Change, Refusal, Report, Skip, Surgery
 from normwise.surgery.select import (
@@ -274,7 +275,8 @@ def _made(one: Layer, make: Make, met: Met, source: _Source) -> tuple[nn.Module,
     """What comes in the place of a layer, and what to say about it."""
     old, behind = one.module, source.behind
     norm, note = _norm(one, make, met.shapes, source)
-    notes = [note, carry_mode(old, norm)]
+    names = {} if source.exchange is None else source.exchange.names
+    notes = [note, carry_mode(old, norm, names)]
     following = list(behind or ())
     act = option(source.norm, "act")
     if act is not None and option(norm, "act") is None:

@@ -9,11 +9,13 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from normwise.nn.construct import eps_of, gain_of, offset_of
+from normwise.surgery import norms
 from normwise.surgery.convert import ACTIVATIONS
 from normwise.surgery.graph import CONVS, LINEAR, TRANSPOSED, Calls, ways_through
+from normwise.surgery.groups import inputs_met
 from normwise.surgery.models import changeable, copied
 from normwise.surgery.report import Change, Refusal, Report, Skip, Surgery
-from normwise.surgery.select import BATCH, Layer, Where, chosen, kind_of, known_base, layers, option
+from normwise.surgery.select import BATCH, INSTANCE, Layer, Where, chosen, kind_of, known_base, option
 
 _BY_FEATURES = (nn.LayerNorm, nn.RMSNorm)
 _LAYOUTS = {2: "rows (N, C)", 3: "shape (N, C, L)", 4: "shape (N, C, H, W)", 5: "shape (N, C, D, H, W)"}
@@ -87,8 +89,31 @@ def fold(model: nn.Module, example: Any = None, *, where: Where = None, inplace:
         )
     if not inplace:
         model = copied(model, "fold")
-    candidates = layers(model, (*BATCH, *_BY_FEATURES))
+    candidates = [one for one in norms.norm_layers(model) if not isinstance(one.module, (nn.GroupNorm, *INSTANCE))]
     meant = chosen(candidates, where)
+    report = Report("fold")
+    with norms.Stands(model) as stands:
+        met = {} if example is None else inputs_met(model, (one.module for one in candidates), example)
+        refused = {id(one): stands.take(one, met) for one in candidates if meant(one)}
+        _fold_all(model, candidates, refused, example, report, stands)
+    if not report.changed:
+        raise ValueError(
+            "fold found no norm that can be folded exactly: it takes BatchNorm beside a convolution or a linear layer, "
+            f"and LayerNorm before a linear layer, called one after the other and nowhere else.{report.reasons}"
+        )
+    return Surgery(model, report)
+
+
+def _fold_all(
+    model: nn.Module,
+    candidates: list[Layer],
+    refused: dict[int, Refusal | None],
+    example: Any,
+    report: Report,
+    stands: norms.Stands,
+) -> None:
+    """Fold the candidates, each by itself or by what stands for it; `refused` has those that are meant, and what is known
+    against them."""
     inside = any(one.module is not model for one in candidates)
     ways, note = ways_through(model) if inside else ([], "")
     if example is not None:
@@ -97,20 +122,15 @@ def fold(model: nn.Module, example: Any = None, *, where: Where = None, inplace:
             model(*arguments)  # what is wrong with them is better said by the model itself
             for way in ways[:1]:
                 ShapeProp(fx.GraphModule(model, way.graph)).propagate(*arguments)
-    report = Report("fold")
     for one in candidates:
-        result = _fold(model, one, ways) if meant(one) else Refusal("not meant by where=")
+        against = refused.get(id(one), Refusal("not meant by where="))
+        result = _fold(model, stands.of(one), ways) if against is None else against
         if isinstance(result, Refusal):
             report.skipped.append(Skip(one.name, one.kind, str(result)))
         else:
             into, *notes = result
+            stands.keep(one)
             report.changed.append(Change(one.name, one.kind, into, "; ".join(filter(None, [*notes, note]))))
-    if not report.changed:
-        raise ValueError(
-            "fold found no norm that can be folded exactly: it takes BatchNorm beside a convolution or a linear layer, "
-            f"and LayerNorm before a linear layer, called one after the other and nowhere else.{report.reasons}"
-        )
-    return Surgery(model, report)
 
 
 def _fold(model: nn.Module, one: Layer, ways: list[Calls]) -> list[str] | Refusal:

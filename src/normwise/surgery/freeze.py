@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm
+from normwise.surgery.norms.recognize import stands_for
 from normwise.surgery.report import Change, Report, Skip
 from normwise.surgery.select import BATCH, INSTANCE, RECURRENT, Where, chosen, has_norm, layers, require_module
 
@@ -45,8 +48,7 @@ def freeze(model: nn.Module, *, affine: bool = True, where: Where = None) -> Rep
         ValueError: there is no layer with running statistics, or `where` means none.
     """
     require_module("freeze", model)
-    candidates = layers(model, (*BATCH, *INSTANCE, *RECURRENT))
-    candidates = [one for one in candidates if not isinstance(one.module, RECURRENT) or has_norm(one.module)]
+    candidates = [one for one in layers(model, (nn.Module,)) if _may_be_frozen(one.module)]
     meant = chosen(candidates, where)
     report = Report("freeze")
     for one in candidates:
@@ -111,12 +113,16 @@ def freeze_layer(layer: nn.Module, affine: bool) -> str:
     return "statistics, gain and bias" if affine else "statistics; gain and bias learn on"
 
 
-def keep_frozen(old: nn.Module, new: nn.Module) -> str:
-    """Freeze `new`, which stands in the place of the frozen `old`, if it can be; returns what to report."""
+def keep_frozen(old: nn.Module, new: nn.Module, names: Mapping[str, str]) -> str:
+    """Freeze `new`, which stands in the place of the frozen `old`, if it can be; returns what to report.
+
+    Args:
+        names: what parameters of `old` are called in `new`, if not the same.
+    """
     reason = _why_not(new)
     if reason is not None:
         return f"no longer frozen: {reason}"
-    vars(new)["train"] = _StaysInEval(new, _memory(old).learned)
+    vars(new)["train"] = _StaysInEval(new, [names.get(name, name) for name in _memory(old).learned])
     new.train()
     return ""
 
@@ -127,8 +133,16 @@ def _memory(layer: nn.Module) -> _StaysInEval:
     return kept
 
 
+def _may_be_frozen(layer: nn.Module) -> bool:
+    """Whether one may think of a layer, of whatever class, as keeping running statistics."""
+    if isinstance(layer, RECURRENT):
+        return has_norm(layer)
+    return isinstance(stands_for(layer), (*BATCH, *INSTANCE))
+
+
 def _why_not(layer: nn.Module) -> str | None:
     """What keeps a layer from being frozen: there is nothing to freeze, or too much would be."""
+    norm = layer if isinstance(layer, RECURRENT) else stands_for(layer) or layer
     if "train" in vars(layer) and not is_frozen(layer):
         return "a train() is bound to this very instance, which freezing would replace: take it off first"
     if isinstance(layer, RECURRENT):
@@ -137,10 +151,10 @@ def _why_not(layer: nn.Module) -> str | None:
             return "its norms have no running statistics"
         if getattr(layer, "dropout", 0) or config.zoneout:
             return "kept in evaluation it would lose its dropout or zoneout too"
-    elif isinstance(layer, FrozenBatchNorm):
+    elif isinstance(norm, FrozenBatchNorm):
         return "its statistics are fixed as it is"
-    elif layer._buffers.get("running_mean") is None:
-        if isinstance(layer, BATCH):
+    elif norm._buffers.get("running_mean") is None:
+        if isinstance(norm, BATCH):
             return "track_running_stats=False: it takes each batch's own statistics in evaluation too"
         return "it has no running statistics"
     return None

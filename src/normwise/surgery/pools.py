@@ -20,12 +20,13 @@ class Pool(ABC):
     """What one layer has received.
 
     Attributes:
+        layer: whose running statistics are set. called: what the model calls, the same unless its class is another's.
         parts: moments in float64 by name, empty ones to begin with; what ranks pool is this.
         batches, skipped: how many came and, of them, were not finite.
     """
 
     def __init__(self, layer: Any, shapes: dict[str, tuple[torch.Size, torch.Size]]) -> None:
-        self.layer = layer
+        self.layer = self.called = layer
         self.parts = {
             name: Moments(*(torch.zeros(size, dtype=torch.float64) for size in (shape, shape, counts)))
             for name, (shape, counts) in shapes.items()
@@ -78,7 +79,7 @@ class _OfInputs(Pool):
         def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.add(args[0] if args else kwargs["input"], kwargs.get("mask"), kwargs.get("lengths"))
 
-        return self.layer.register_forward_pre_hook(look, with_kwargs=True).remove  # type: ignore[no-any-return]
+        return self.called.register_forward_pre_hook(look, with_kwargs=True).remove  # type: ignore[no-any-return]
 
 
 class _OfBatchNorm(_OfInputs):
@@ -204,8 +205,10 @@ class _OfRecurrent(Pool):
         return f"{some}, {int(count.max())} values at most"
 
 
-def pool_of(layer: nn.Module) -> Pool:
-    """An empty pool for a layer that keeps running statistics."""
+def pool_of(layer: nn.Module, called: nn.Module) -> Pool:
+    """An empty pool for a layer that keeps running statistics, and hears of its input where `called` is called."""
     if isinstance(layer, (recurrent_base.Recurrent, recurrent_cells._Cell)):
         return _OfRecurrent(layer)
-    return _OfInstanceNorm(layer) if isinstance(layer, INSTANCE) else _OfBatchNorm(layer)
+    pool = _OfInstanceNorm(layer) if isinstance(layer, INSTANCE) else _OfBatchNorm(layer)
+    pool.called = called
+    return pool

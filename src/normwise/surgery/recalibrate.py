@@ -17,6 +17,7 @@ from normwise.ops import distributed
 from normwise.surgery.batches import Forward, run
 from normwise.surgery.forwards import normalizes_its_input
 from normwise.surgery.freeze import is_frozen
+from normwise.surgery.norms.recognize import stands_for
 from normwise.surgery.pools import Pool, pool_of
 from normwise.surgery.progress import Progress, shown
 from normwise.surgery.report import Change, Report, Skip
@@ -100,7 +101,7 @@ def recalibrate(
             f"{type(batches).__name__}: [x] is one batch, x.split(32) several"
         )
     distributed.group_of(process_group, default=True)  # says now what is wrong with it
-    candidates = [one for one in layers(model, (*BATCH, *INSTANCE, *RECURRENT)) if _may_keep(one.module)]
+    candidates = [one for one in layers(model, (nn.Module,)) if _may_keep(one.module)]
     meant = chosen(candidates, where)
     report = Report("recalibrate")
     wanted = []
@@ -208,7 +209,7 @@ class _Run:
 
     def over_all(self, wanted: list[Layer], batches: Iterator[Any]) -> dict[str, Pool]:
         """Run the model on every batch; the pools of these layers."""
-        pools = {one.name: pool_of(one.module) for one in wanted}
+        pools = {one.name: pool_of(_norm(one.module), one.module) for one in wanted}
         with ExitStack() as hooks:
             for pool in pools.values():
                 hooks.callback(pool.observe())
@@ -249,17 +250,24 @@ def _may_keep(layer: nn.Module) -> bool:
     """Whether one may think of a layer as keeping running statistics."""
     if isinstance(layer, RECURRENT):
         return has_norm(layer) and layer.recurrence.norm == "batch"
-    return isinstance(layer, BATCH) or getattr(layer, "running_mean", None) is not None
+    norm = stands_for(layer)
+    return isinstance(norm, BATCH) or (isinstance(norm, INSTANCE) and norm.running_mean is not None)
+
+
+def _norm(layer: nn.Module) -> nn.Module:
+    """What computes what the layer does with its very statistics, which is the layer unless its class is another's."""
+    return layer if isinstance(layer, RECURRENT) else stands_for(layer) or layer
 
 
 def _why_not(layer: nn.Module) -> str | None:
-    if isinstance(layer, FrozenBatchNorm):
+    norm = _norm(layer)
+    if isinstance(norm, FrozenBatchNorm):
         return "its statistics are fixed"
     if is_frozen(layer):
         return "it is frozen: normwise.unfreeze first"
-    if not isinstance(layer, RECURRENT) and layer.running_mean is None:
+    if not isinstance(norm, RECURRENT) and norm.running_mean is None:
         return "track_running_stats=False: it keeps no statistics"
-    if not normalizes_its_input(layer):
+    if norm is layer and not normalizes_its_input(layer):
         return (
             f"it has a forward of its own, which may give {known_base(layer).__name__}'s something else than its input "
             "to normalize; one that is bound to the instance, as accelerate's hooks are, take off first"

@@ -6,12 +6,14 @@ from normwise.surgery.norms.find import norm_layers
 from normwise.surgery.norms.gated import GatedRMSNorm
 from normwise.surgery.norms.proof import Call
 from normwise.surgery.norms.recognize import is_own, proposed, recognize, stands_for
+from normwise.surgery.norms.stands import Stands
 
 __all__ = [
     "Call",
     "Entry",
     "Exchange",
     "GatedRMSNorm",
+    "Stands",
     "calls_of",
     "entry_of",
     "exchange",

@@ -7,7 +7,7 @@ without an example of its input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
 
@@ -224,15 +224,16 @@ ENTRIES: tuple[Entry, ...] = (
 
 def entry_of(layer: nn.Module) -> Entry | None:
     """What the catalogue says of the layer's class or of the first of its bases that it knows."""
-    return next((entry for name in _names(layer) for entry in ENTRIES if _fits(entry, name)), None)
+    return _entry(class_of(layer))
 
 
-def _names(layer: nn.Module) -> Iterator[str]:
-    for cls in class_of(layer).__mro__:
-        if cls.__module__.startswith(("torch.nn.", "normwise.")):
-            return
-        yield f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _fits(entry: Entry, name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in entry.match)
+@functools.cache
+def _entry(cls: type[nn.Module]) -> Entry | None:
+    for base in cls.__mro__:
+        if base.__module__.startswith(("torch.nn.", "normwise.")):
+            return None
+        name = f"{base.__module__}.{base.__qualname__}"
+        found = next((entry for entry in ENTRIES if any(fnmatchcase(name, p) for p in entry.match)), None)
+        if found is not None:
+            return found
+    return None

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normwise.surgery.carry import HOOKS
+from normwise.surgery.hooks import HOOKS
 from normwise.surgery.norms.forms import Form
 from normwise.surgery.norms.proof import Call, different, distance, result, twin
 from normwise.surgery.norms.recognize import Recognized, recognize
