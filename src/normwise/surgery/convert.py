@@ -81,11 +81,11 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
     forward (as timm's BatchNormAct2d its `drop` and `act`). The random state is left alone. What changed, what did not
     carry over, what was skipped and why is in the report.
 
-    Norm layers of other classes (transformers' RMSNorms, timm's norms with activation, your own) are taken for what they
-    compute, not for what they are called: each is run beside the layer of normwise that computes the same, with random
-    gains, in training and evaluation, and the two must agree. With an `example` they must agree on the model's own
-    inputs too, in outputs and gradients. A class that is not in the catalogue needs the example. What has no counterpart
-    is left alone, and the report says why.
+    Norm layers of other classes (transformers' RMSNorms, timm's norms with activation, your own) are taken for what
+    they compute, not for what they are called: each is run beside the layer of normwise that computes the same, with
+    random gains, in training and evaluation, and the two must agree. With an `example` they must agree on the model's
+    own inputs too, in outputs and gradients. A class that is not in the catalogue needs the example. What has no
+    counterpart is left alone, and the report says why.
 
     A group's values are its channels times the positions of the input, which only an `example` tells: without one the
     channels alone must be 16. With fewer in all there is one group. What would be a group of fewer than 4 values, or a
@@ -223,7 +223,9 @@ def _replaced(
     """What comes in the place of a layer and what to say about it, or why nothing does."""
     try:
         _exchangeable(one.module, holders)
-        return make(one.module, met.shapes) if make is _original else _made(one, make, met, _source(one, met, subclasses))
+        return (
+            make(one.module, met.shapes) if make is _original else _made(one, make, met, _source(one, met, subclasses))
+        )
     except Refusal as why:
         return why
 
@@ -314,7 +316,9 @@ def _norm(one: Layer, make: Make, met: Shapes, source: _Source) -> tuple[nn.Modu
 def _remember(new: nn.Module, old: nn.Module, source: _Source) -> None:
     """The way back, of what computes the same: see `to="original"`."""
     norm = new[0] if isinstance(new, nn.Sequential) else new
-    names = {name: name for name in (*old._parameters, *old._buffers)} if source.exchange is None else source.exchange.names
+    names = (
+        {name: name for name in (*old._parameters, *old._buffers)} if source.exchange is None else source.exchange.names
+    )
     same = source.exchange is not None or class_of(norm).__name__ == known_base(old).__name__
     if same and not parametrize.is_parametrized(old) and all(hasattr(norm, mine) for mine in names.values()):
         norms.remember(new, old, {theirs: mine for theirs, mine in names.items() if getattr(old, theirs) is not None})

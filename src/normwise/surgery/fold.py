@@ -112,8 +112,8 @@ def _fold_all(
     report: Report,
     stands: norms.Stands,
 ) -> None:
-    """Fold the candidates, each by itself or by what stands for it; `refused` has those that are meant, and what is known
-    against them."""
+    """Fold the candidates, each by itself or by what stands for it; `refused` has those that are meant, and what is
+    known against them."""
     inside = any(one.module is not model for one in candidates)
     ways, note = ways_through(model) if inside else ([], "")
     if example is not None:

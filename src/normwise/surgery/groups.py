@@ -81,8 +81,8 @@ def _counted(groups: int) -> str:
 
 
 class Met(NamedTuple):
-    """What a layer is called with in an example: the shapes of all calls, and the first calls themselves where the layer is
-    of a class of its own."""
+    """What a layer is called with in an example: the shapes of all calls, and the first calls themselves where the
+    layer is of a class of its own."""
 
     shapes: Sequence[torch.Size] = ()
     calls: Sequence[Call] = ()

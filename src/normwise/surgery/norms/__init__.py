@@ -1,4 +1,4 @@
-"""Norm layers of any class: which modules are some, what they compute, and the layer of normwise that computes the same."""
+"""Norm layers of any class: which modules are some, and the layer of normwise that computes the same."""
 
 from normwise.surgery.norms.catalogue import Entry, entry_of
 from normwise.surgery.norms.exchange import Exchange, calls_of, exchange, original_of, remember, restored

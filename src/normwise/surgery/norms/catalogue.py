@@ -1,8 +1,8 @@
 """The norm layers of other libraries: what each is known to compute, or why nothing of normwise computes it.
 
 An entry only proposes. What a layer computes is proved by running it (`proof.py`), since names are shared, versions
-move, and a forward may be bound to one instance; what an entry says keeps the search short, and lets a layer be exchanged
-without an example of its input.
+move, and a forward may be bound to one instance; what an entry says keeps the search short, and lets a layer be
+exchanged without an example of its input.
 """
 
 from __future__ import annotations
@@ -71,7 +71,14 @@ ENTRIES: tuple[Entry, ...] = (
         source="Nguyen & Salazar 2019; x-transformers",
     ),
     Entry(
-        ("*.AdaLayerNorm*", "*.*AdaLayerNorm*", "*.AdaGroupNorm*", "*.*AdaRmsNorm*", "*.SpatialNorm*", "*.*SpatialNorm"),
+        (
+            "*.AdaLayerNorm*",
+            "*.*AdaLayerNorm*",
+            "*.AdaGroupNorm*",
+            "*.*AdaRmsNorm*",
+            "*.SpatialNorm*",
+            "*.*SpatialNorm",
+        ),
         refused=_BY_CONDITION,
         source="diffusers models/normalization.py",
     ),
@@ -224,7 +231,7 @@ ENTRIES: tuple[Entry, ...] = (
 
 def entry_of(layer: nn.Module) -> Entry | None:
     """What the catalogue says of the layer's class or of the first of its bases that it knows."""
-    return _entry(class_of(layer))
+    return _entry(class_of(layer))  # type: ignore[arg-type]
 
 
 @functools.cache

@@ -14,14 +14,14 @@ from normwise.surgery.norms.proof import Call, different, distance, result, twin
 from normwise.surgery.norms.recognize import Recognized, recognize
 from normwise.surgery.report import Refusal
 
-# How far two layers may lie apart on a user's input, by the unit of rounding of the dtype: sums of many terms in another
-# order, and gradients that subtract.
+# How far two layers may lie apart on a user's input, by the unit of rounding of the dtype: sums of many terms in
+# another order, and gradients that subtract.
 _OUTPUTS, _GRADIENTS = 64, 2048
 
 
 class Exchange(NamedTuple):
-    """norm: what computes the same with the same tensors. following: the layer's own modules behind it. names: by the name
-    of each of the layer's tensors that of the norm's. note: for the report."""
+    """norm: what computes the same with the same tensors. following: the layer's own modules behind it. names: by the
+    name of each of the layer's tensors that of the norm's. note: for the report."""
 
     norm: nn.Module
     following: list[nn.Module]
@@ -43,13 +43,14 @@ def exchange(layer: nn.Module, calls: Sequence[Call] = ()) -> Exchange:
         calls: what it was called with in an example, on which the two are then proved to agree.
 
     Raises:
-        Refusal: there is none; its class is not in the catalogue and there is no example; or on the example they differ.
+        Refusal: there is none; its class is not in the catalogue and there is no example; or on the example they
+        differ.
     """
     one = recognize(layer)
     if not calls and one.entry is None:
         raise Refusal(
-            "its class is not in the catalogue of norm layers, though it behaves like one: pass example=, the argument of "
-            "a call of the model, on which its replacement is proved"
+            "its class is not in the catalogue of norm layers, though it behaves like one: pass example=, the argument "
+            "of a call of the model, on which its replacement is proved"
         )
     features = one.features or _met(one.form, calls)
     norm = one.form.build(layer, features)
@@ -82,7 +83,9 @@ def original_of(module: nn.Module) -> Original | None:
 
 def restored(new: nn.Module) -> nn.Module:
     """The layer whose place `new` took, with the tensors, mode and hooks that `new` has by now."""
-    old, names = vars(new)["_original"]
+    noted = original_of(new)
+    assert noted is not None
+    old, names = noted
     for theirs, mine in names.items():
         owner, _, name = mine.rpartition(".")
         tensor = getattr(new.get_submodule(owner), name)
@@ -105,16 +108,23 @@ def _names(form: Form) -> dict[str, str]:
         (form.bias, "bias"),
         (form.mean, "running_mean"),
         (form.var, "running_var"),
-        (form.count, "num_batches_tracked"),
+        (form.batches, "num_batches_tracked"),
     )
-    return {theirs: mine for theirs, mine in pairs if theirs is not None and not (mine[0] == "n" and form.family == "frozen")}
+    return {
+        theirs: mine
+        for theirs, mine in pairs
+        if theirs is not None and not (mine == "num_batches_tracked" and form.family == "frozen")
+    }
 
 
 def _met(form: Form, calls: Sequence[Call]) -> int:
     sizes = {call.args[0].shape[form.axis] for call in calls if call.args and isinstance(call.args[0], Tensor)}
     if len(sizes) != 1:
-        reason = f"it is called with {sorted(sizes)} features" if sizes else "it has no tensors that say how many features"
-        raise Refusal(f"{reason}, and a layer of normwise is made for one number: pass example=" if not sizes else reason)
+        raise Refusal(
+            f"it is called with {sorted(sizes)} features, and a layer of normwise is made for one number"
+            if sizes
+            else "it has no tensors that say how many features it normalizes: pass example="
+        )
     return sizes.pop()
 
 
@@ -151,12 +161,14 @@ def _proved(
                 raise Refusal(f"on the example it returns {a.output.dtype}, and its replacement {b.output.dtype}")
             apart = distance(b.output, a.output)
             pairs = [*zip(a.of_inputs, b.of_inputs, strict=True)]
-            pairs += [(a.of_parameters.get(theirs), b.of_parameters.get(prefix + mine)) for theirs, mine in names.items()]
+            pairs += [
+                (a.of_parameters.get(theirs), b.of_parameters.get(prefix + mine)) for theirs, mine in names.items()
+            ]
             gradient = max((distance(y, x) for x, y in pairs), default=0.0)
             if not apart <= _OUTPUTS * unit or not gradient <= _GRADIENTS * unit:
                 raise Refusal(
-                    f"on the example its replacement differs by {apart:.1g} of the largest output and {gradient:.1g} of "
-                    "the largest gradient"
+                    f"on the example its replacement differs by {apart:.1g} of the largest output and {gradient:.1g} "
+                    "of the largest gradient"
                 )
             exact &= different(a.output, b.output) == 0
             worst = max(worst, apart)

@@ -17,8 +17,8 @@ _NAMED_NORM = re.compile(r"norm(?!al(?![iy]))|(?<![a-z])(rms|ln|bn|gn|abn)(?![a-
 
 def norm_layers(model: nn.Module) -> list[Layer]:
     """The model's norm layers, each once, in the model's order: torch.nn's and normwise's, those of other classes that
-    behave like one, and those that the catalogue or their name calls one although they do not (of which `recognize` says
-    why)."""
+    behave like one, and those that the catalogue or their name calls one although they do not (of which `recognize`
+    says why)."""
     return [one for one in layers(model, (nn.Module,)) if _is_candidate(one.module)]
 
 

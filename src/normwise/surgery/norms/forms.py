@@ -27,9 +27,9 @@ _GATES = ("gate", "z")
 class Form(NamedTuple):
     """y = act((offset + gain) * normalized(x) + bias), and which tensors of the layer are gain, bias and statistics.
 
-    axis: that of the features, -1 or 1. spatial: the axes behind the channels, of a BatchNorm. gate: whether x * act(gate)
-    is normalized ("before") or the result multiplied ("after"). followers: modules of the layer's own that are called
-    one after the other on the result.
+    axis: that of the features, -1 or 1. spatial: the axes behind the channels, of a BatchNorm. batches: the count of
+    batches. gate: whether x * act(gate) is normalized ("before") or the result multiplied ("after"). followers: modules
+    of the layer's own that are called one after the other on the result.
     """
 
     family: Family
@@ -41,7 +41,7 @@ class Form(NamedTuple):
     bias: str | None = None
     mean: str | None = None
     var: str | None = None
-    count: str | None = None
+    batches: str | None = None
     momentum: float | None = None
     spatial: int = 2
     groups: int | None = None
@@ -60,8 +60,8 @@ class Form(NamedTuple):
         for name, source in names.items():
             if source is not None:
                 _share(new, name, getattr(layer, source), features)
-        if self.count is not None and "num_batches_tracked" in new._buffers:
-            new._buffers["num_batches_tracked"] = getattr(layer, self.count)
+        if self.batches is not None and "num_batches_tracked" in new._buffers:
+            new._buffers["num_batches_tracked"] = getattr(layer, self.batches)
         return new.train(layer.training)
 
     def _empty(self, features: int, where: dict[str, Any]) -> nn.Module:
@@ -98,11 +98,6 @@ class Form(NamedTuple):
             batch(features, self.eps, self.momentum, affine, self.mean is not None, act=self.act, **where),
             affine and not biased,
         )
-
-    @property
-    def axes(self) -> str:
-        """Which axes share statistics, in words."""
-        return {"rms": "features", "layer": "features", "group": "groups", "batch": "batch", "frozen": "none"}[self.family]
 
 
 def _without_bias(layer: nn.Module, drop: bool) -> nn.Module:
@@ -165,7 +160,7 @@ def forms(layer: nn.Module, shapes: Sequence[torch.Size], entry: Entry | None) -
                         axis=1,
                         mean=means[0] if means else None,
                         var=variances[0] if variances else None,
-                        count=counts[0] if counts else None,
+                        batches=counts[0] if counts else None,
                         momentum=momentum if isinstance(momentum, (int, float)) else None,
                         spatial=spatial,
                     )

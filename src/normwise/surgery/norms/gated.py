@@ -1,7 +1,8 @@
-"""GatedRMSNorm: root mean square normalization with a gate, or of the groups of a row, as state-space models have it."""
+"""GatedRMSNorm: root mean square normalization with a gate, or of groups of features, as in state-space models."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,19 @@ from torch.nn import functional as F
 import normwise.nn as ours
 from normwise.ops.norm.layer_norm import rms_norm
 
-_ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "sigmoid": torch.sigmoid, "gelu": F.gelu, "relu": F.relu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+    "silu": F.silu,
+    "swish": F.silu,
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
 
 
 class GatedRMSNorm(ours.RMSNorm):
@@ -59,7 +72,7 @@ class GatedRMSNorm(ours.RMSNorm):
             x = x * opened
         size = self.group_size or x.shape[-1]
         eps = self.__dict__["eps"]
-        z = rms_norm(x.unflatten(-1, (-1, size)), [size], None, eps).flatten(-2)
+        z: Tensor = rms_norm(x.unflatten(-1, (-1, size)), [size], None, eps).flatten(-2)
         if self.weight is None:
             y = z
         elif self.cast == "input":
@@ -73,4 +86,6 @@ class GatedRMSNorm(ours.RMSNorm):
 
     def extra_repr(self) -> str:
         said: dict[str, Any] = {"gate": self.gate, "gate_act": self.gate_act, "group_size": self.group_size}
-        return super().extra_repr() + "".join(f", {name}={value!r}" for name, value in said.items() if value is not None)
+        return super().extra_repr() + "".join(
+            f", {name}={value!r}" for name, value in said.items() if value is not None
+        )

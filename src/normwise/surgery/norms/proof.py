@@ -14,7 +14,7 @@ from normwise.surgery.norms.forms import own_tensors, takes_gate
 
 # Float32 rounds by 6e-8 a step; a biased variance differs from an unbiased one by 2e-5 in rows of 25,000 features.
 CLOSE, GRADIENTS_CLOSE = 2e-5, 2e-4
-# Of half precision, rounding before the gain changes a third of the results, another order of float32 sums one in 1,000.
+# In half precision rounding before the gain changes a third of the results, another order of float32 sums 1 in 1,000.
 FEW = 0.005
 # Root mean squares of rows or channels: large ones for the statistics, those around the usual eps for eps.
 _SIZES = (1.0, 3.0, 0.3, 0.03, 3e-3, 1e-3, 1e-4, 1e-6)
@@ -46,7 +46,7 @@ def twin(layer: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def randomize(layer: nn.Module, generator: torch.Generator) -> None:
-    """Gains and biases that are not 0 or 1, which hide what a layer does with them, and statistics that fit no batch."""
+    """Draw gains and biases, since 0 and 1 hide what a layer does with them, and statistics that fit no batch."""
     for name, tensor in own_tensors(layer).items():
         values = torch.rand(tensor.shape, generator=generator) + 0.5
         if "var" not in name:
@@ -55,8 +55,8 @@ def randomize(layer: nn.Module, generator: torch.Generator) -> None:
 
 
 def generated(layer: nn.Module, features: int, generator: torch.Generator) -> Iterator[tuple[Call, bool]]:
-    """Calls in float32 with the features on the last axis or on axis 1, and whether their gradients tell anything: where
-    rows next to eps drown the others they do not."""
+    """Calls in float32 with the features on the last axis or on axis 1, and whether their gradients tell anything:
+    where rows next to eps drown the others they do not."""
     a, b, c = [size for size in (3, 5, 4, 7) if size != features][:3]
     last = [(9, features), (a, b, features), (a, b, c, features)]
     for n, shape in enumerate([*last, (a, features, b), (a, features, b, c)]):

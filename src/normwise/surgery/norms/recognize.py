@@ -1,8 +1,8 @@
-"""Which modules are norm layers, whatever their class: the layer of normwise that computes the same, proved by running both.
+"""Which modules are norm layers, whatever their class, and what they compute, proved by running them.
 
 Names propose, behaviour proves. A module whose tensors fit one feature axis is copied, its gain and bias are drawn at
-random, and it runs beside every form (`forms.py`) that it may have; the one that agrees in outputs, gradients and running
-statistics, in training and in evaluation, is what it computes.
+random, and it runs beside every form (`forms.py`) that it may have; the one that agrees in outputs, gradients and
+running statistics, in training and in evaluation, is what it computes.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ Rounding: TypeAlias = Literal["as here", "in one dtype", "unknown"]
 class Recognized(NamedTuple):
     """A norm layer of a class that is neither torch.nn's nor normwise's.
 
-    form: what it computes. features: how many, None where the layer has no tensors that say it. entry: what the catalogue
-    has of its class. rounding: where half precision is rounded "as here", "in one dtype" only (not where input and gain are of
-    two), or nobody knows.
+    form: what it computes. features: how many, None where the layer has no tensors that say it. entry: what the
+    catalogue has of its class. rounding: where half precision is rounded "as here", "in one dtype" only (not where
+    input and gain are of two), or nobody knows.
     """
 
     form: Form
@@ -72,7 +72,7 @@ def is_own(layer: nn.Module) -> bool:
 def proposed(module: nn.Module) -> bool:
     """Whether a module may be a norm layer of somebody else's: by its tensors and parts, before anything is run."""
     cls = class_of(module)
-    if cls.__module__.startswith(("torch.", "normwise.")) and not is_bound(module) or is_own(module):
+    if (cls.__module__.startswith(("torch.", "normwise.")) and not is_bound(module)) or is_own(module):
         return False
     if any(True for child in module.children() for _ in child.parameters()):
         return False
@@ -109,8 +109,8 @@ def stands_for(module: nn.Module) -> nn.Module | None:
     """The norm of torch.nn or normwise that a module is, or the one that computes what it does with its tensors; None
     for what is no norm.
 
-    To look at; its input belongs into `module` itself. Where the class is derived from torch.nn's or normwise's and it is
-    not known what its forward does, the module itself.
+    To look at; its input belongs into `module` itself. Where the class is derived from torch.nn's or normwise's and it
+    is not known what its forward does, the module itself.
     """
     if is_own(module) or not proposed(module):
         return module if isinstance(module, NORMS) else None
@@ -256,11 +256,15 @@ def _same_gradients(a: Any, b: Any, form: Form) -> bool:
 
 def _same_state(one: nn.Module, other: nn.Module, form: Form) -> bool:
     norm: nn.Module = other[0] if form.followers else other  # type: ignore[index]
-    pairs = [(name, mine) for name, mine in ((form.mean, "running_mean"), (form.var, "running_var")) if name is not None]
+    pairs = [
+        (name, mine) for name, mine in ((form.mean, "running_mean"), (form.var, "running_var")) if name is not None
+    ]
     return all(same_output(getattr(norm, mine).reshape(-1), getattr(one, name).reshape(-1)) for name, mine in pairs)
 
 
-def _with_rounding(module: nn.Module, form: Form, features: int, calls: list[tuple[Call, bool]]) -> tuple[Form, Rounding]:
+def _with_rounding(
+    module: nn.Module, form: Form, features: int, calls: list[tuple[Call, bool]]
+) -> tuple[Form, Rounding]:
     """The form with the place where half precision is rounded, and where that is certain."""
     if form.family not in ("rms", "layer") or form.gain is None:
         return form, "as here"
@@ -273,7 +277,8 @@ def _with_rounding(module: nn.Module, form: Form, features: int, calls: list[tup
 
 
 def _same_bits(module: nn.Module, form: Form, features: int, calls: list[Call], dtype: torch.dtype) -> bool:
-    """Whether the layer, with tensors of this dtype, and the form give the same in half precision, but for a few bits."""
+    """Whether the layer, with tensors of this dtype, and the form give the same in half precision, but for a few
+    bits."""
     one, other_of = (twin(module).float().cpu().eval() for _ in range(2))
     for layer in (one, other_of):
         randomize(layer, torch.Generator().manual_seed(2))

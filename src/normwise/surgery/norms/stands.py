@@ -24,8 +24,8 @@ class Stands:
         self._taken: dict[int, tuple[Layer, Layer]] = {}
 
     def take(self, one: Layer, met: Mapping[int, Any]) -> Refusal | None:
-        """Put the norm of normwise that computes what the layer does in its places, its own modules behind it; returns why
-        that cannot be done. A layer of torch.nn or normwise stays.
+        """Put the norm of normwise that computes what the layer does in its places, its own modules behind it; returns
+        why that cannot be done. A layer of torch.nn or normwise stays.
 
         Args:
             met: what the layers were called with in an example, by id; see `inputs_met`.
