@@ -18,6 +18,7 @@ import normwise.nn as ours
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm
 from normwise.surgery.carry import carry_tensors, rebuild
 from normwise.surgery.groups import enough_channels, number_of_groups
+from normwise.surgery.norms.gated import GatedRMSNorm
 from normwise.surgery.report import AlreadyOne, Refusal
 from normwise.surgery.select import BATCH, INSTANCE, known_base, option
 
@@ -100,6 +101,8 @@ def to_torch(layer: nn.Module, met: Shapes, **options: Any) -> Made:
     if namesake is None:
         raise Refusal(f"torch.nn has no {name}")
     _whole(layer)
+    if isinstance(layer, GatedRMSNorm):
+        raise Refusal("torch.nn has no norm with a gate, or of groups of the features")
     if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and not _trailing(layer.dim):  # type: ignore[arg-type]
         raise Refusal(f"torch.nn's layer normalizes the last axes, not dim={layer.dim}")
     new = rebuild(layer, namesake, **options)

@@ -53,7 +53,8 @@ def exchange(layer: nn.Module, calls: Sequence[Call] = ()) -> Exchange:
             "of a call of the model, on which its replacement is proved"
         )
     features = one.features or _met(one.form, calls)
-    norm = one.form.build(layer, features)
+    form = one.form if one.form.family not in ("batch", "frozen") else _of_rank(one.form, calls)
+    norm = form.build(layer, features)
     following = [layer.get_submodule(name) for name in one.form.followers]
     names = _names(one.form)
     _carry_plain(layer, norm)
@@ -115,6 +116,13 @@ def _names(form: Form) -> dict[str, str]:
         for theirs, mine in pairs
         if theirs is not None and not (mine == "num_batches_tracked" and form.family == "frozen")
     }
+
+
+def _of_rank(form: Form, calls: Sequence[Call]) -> Form:
+    """The form of a BatchNorm that takes inputs of the ranks of these calls, if any."""
+    ranks = {call.args[0].dim() for call in calls if call.args and isinstance(call.args[0], Tensor)}
+    fitting = (form._replace(spatial=spatial) for spatial in (1, 2, 3))
+    return next((one for one in fitting if ranks and all(map(one.takes, ranks))), form)
 
 
 def _met(form: Form, calls: Sequence[Call]) -> int:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import re
-
 from torch import nn
 
 from normwise.surgery.norms.catalogue import entry_of
-from normwise.surgery.norms.recognize import is_own, proposed, recognize
+from normwise.surgery.norms.recognize import is_called_norm, is_own, proposed, recognize
 from normwise.surgery.report import Refusal
-from normwise.surgery.select import NORMS, Layer, class_of, layers
-
-# "LlamaRMSNorm", "MyLN", "ABN": but not "Normal".
-_NAMED_NORM = re.compile(r"norm(?!al(?![iy]))|(?<![a-z])(rms|ln|bn|gn|abn)(?![a-z])", re.IGNORECASE)
+from normwise.surgery.select import NORMS, Layer, layers
 
 
 def norm_layers(model: nn.Module) -> list[Layer]:
@@ -30,7 +25,7 @@ def _is_candidate(module: nn.Module) -> bool:
         return True
     if not proposed(module):
         return False
-    if _NAMED_NORM.search(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_of(module).__name__)):
+    if is_called_norm(module):
         return True
     try:
         recognize(module)

@@ -51,6 +51,12 @@ class Form(NamedTuple):
     act: str | None = None
     followers: tuple[str, ...] = ()
 
+    def takes(self, rank: int) -> bool:
+        """Whether what it builds takes inputs of so many axes, if the features are where they belong."""
+        if self.family not in ("batch", "frozen"):
+            return True
+        return rank == self.spatial + 2 or (self.spatial == 1 and rank == 2)
+
     def build(self, layer: nn.Module, features: int) -> nn.Module:
         """The layer of normwise that computes this with the very tensors of `layer`, in its mode."""
         tensors = [t for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point()]
@@ -153,17 +159,18 @@ def forms(layer: nn.Module, shapes: Sequence[torch.Size], entry: Entry | None) -
                 elif family == "group":
                     yield base._replace(axis=1, groups=int(layer.num_groups))  # type: ignore[arg-type]
                 else:
-                    spatial = max(len(shape) for shape in shapes) - 2
                     momentum = getattr(layer, "momentum", 0.1)
                     counts = [name for name, b in layer._buffers.items() if b is not None and not b.is_floating_point()]
-                    yield base._replace(
+                    batch = base._replace(
                         axis=1,
                         mean=means[0] if means else None,
                         var=variances[0] if variances else None,
                         batches=counts[0] if counts else None,
                         momentum=momentum if isinstance(momentum, (int, float)) else None,
-                        spatial=spatial,
                     )
+                    # A layer may take any rank, as F.batch_norm does: images are the likeliest.
+                    for spatial in sorted({max(len(shape) - 2, 1) for shape in shapes}, key=lambda n: n != 2):
+                        yield batch._replace(spatial=spatial)
 
 
 def _families(layer: nn.Module, statistics: bool, entry: Entry | None) -> tuple[Family, ...]:

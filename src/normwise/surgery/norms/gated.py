@@ -19,12 +19,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
 }
-    "silu": F.silu,
-    "swish": F.silu,
-    "sigmoid": torch.sigmoid,
-    "gelu": F.gelu,
-    "relu": F.relu,
-}
 
 
 class GatedRMSNorm(ours.RMSNorm):

@@ -36,9 +36,10 @@ class Result(NamedTuple):
 
 
 def twin(layer: nn.Module) -> nn.Module:
-    """A copy of the layer with its forward, without its hooks, whose tensors are its own and learn."""
+    """A copy of the layer with its forward, without its hooks, whose tensors are its own and learn, in any mode."""
     new = copy.deepcopy(layer)
     for module in new.modules():
+        vars(module).pop("train", None)  # of a layer that `freeze` keeps in evaluation
         for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
             getattr(module, name).clear()
     return new.requires_grad_(True)
@@ -59,7 +60,8 @@ def generated(layer: nn.Module, features: int, generator: torch.Generator) -> It
     where rows next to eps drown the others they do not."""
     a, b, c = [size for size in (3, 5, 4, 7) if size != features][:3]
     last = [(9, features), (a, b, features), (a, b, c, features)]
-    for n, shape in enumerate([*last, (a, features, b), (a, features, b, c)]):
+    volumes = [(a, features, 2, b, c)] if layer._buffers else []
+    for n, shape in enumerate([*last, (a, features, b), (a, features, b, c), *volumes]):
         axis = len(shape) - 1 if shape in last else 1
         # Of both signs in sum, should a forward ask.
         x = torch.randn(shape, generator=generator) + (-0.5 if n % 2 else 0.5)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
@@ -39,6 +40,8 @@ from normwise.surgery.select import NORMS, class_of, known_base
 _HALF = torch.bfloat16
 # What a norm without tensors of its own is tried with; then it says nothing about the number of its features.
 _ANY_SIZE = 12
+# "LlamaRMSNorm", "MyLN", "ABN": but not "Normal".
+_NAME = re.compile(r"norm(?!al(?![iy]))|(?<![a-z])(rms|ln|bn|gn|abn)(?![a-z])", re.IGNORECASE)
 # Tensors that a norm layer may have: gain, bias, two statistics, a counter.
 _MOST_TENSORS = 5
 
@@ -78,11 +81,15 @@ def proposed(module: nn.Module) -> bool:
         return False
     if parametrize.is_parametrized(module) or len(module._parameters) + len(module._buffers) > _MOST_TENSORS:
         return False
-    if entry_of(module) is not None:
-        return True
-    if not own_tensors(module):
-        return "norm" in cls.__name__.lower() and not list(module.children())
+    if entry_of(module) is not None or is_called_norm(module):
+        return bool(own_tensors(module)) or not list(module.children())
     return features_of(module) is not None and 1 <= _required(module) <= 2
+
+
+def is_called_norm(module: nn.Module) -> bool:
+    """Whether its class has the name of a norm layer."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_of(module).__name__)
+    return _NAME.search(words) is not None
 
 
 def recognize(module: nn.Module) -> Recognized:
@@ -228,6 +235,8 @@ def _agrees(probe: nn.Module, form: Form, features: int, calls: list[tuple[Call,
         for layer in (one, other_of, other):
             layer.train(training)
         for call, benign in calls:
+            if not form.takes(call.args[0].dim()):
+                continue
             with contextlib.suppress(Exception):
                 a, b = (result(layer, call, gradients=benign) for layer in (one, other))
                 if same_output(b.output, a.output) and _same_gradients(a, b, form) and _same_state(one, other, form):
