@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= normwise-out
 STAMP := $(VENV)/.installed
 
-.PHONY: compare test test-all-kernels test-without-kernels lint format bench docs clean
+.PHONY: compare test test-all-kernels test-without-kernels test-models lint format bench docs clean
 
 compare: $(STAMP)
 	$(BIN)/normwise compare --out $(OUT)
@@ -19,6 +19,14 @@ test-all-kernels: $(STAMP)
 # What must work without a compiler as well.
 test-without-kernels: $(STAMP)
 	NORMWISE_ISA=none $(BIN)/python -m pytest -n auto tests/nn tests/ops tests/surgery tests/diagnosis
+
+# Models of transformers, timm and diffusers, made from their configurations: nothing is downloaded but the libraries.
+test-models: $(VENV)/.models
+	$(BIN)/python -m pytest -n auto tests/models
+
+$(VENV)/.models: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,models]'
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
