@@ -47,7 +47,10 @@ MODELS = {
     "Cohere": Model("CohereModel", "CohereConfig", {**DECODER, "use_qk_norm": True}, norms=7, refused=4),
     "Nemotron": Model("NemotronModel", "NemotronConfig", DECODER),
     "Mamba": Model(
-        "MambaModel", "MambaConfig", {"vocab_size": 99, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}, norms=3
+        "MambaModel",
+        "MambaConfig",
+        {"vocab_size": 99, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2},
+        norms=3,
     ),
     "Mamba 2": Model(
         "Mamba2Model",

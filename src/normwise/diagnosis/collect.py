@@ -153,7 +153,9 @@ def record(seen: Seen, gaps: dict[str, float], shifts: dict[str, records.Shift])
         output=seen.output.activations() if seen.output.shape else None,
         units=None if seen.order is None else _units(seen),
         gradient=gradient,
-        norm=None if seen.norm is None else seen.norm.record(gradient.weights.get("weight") if gradient else None),
+        norm=None
+        if seen.norm is None
+        else seen.norm.record(gradient.weights.get(seen.norm.gain_name) if gradient else None),
         recurrence=[] if seen.recurrent is None else seen.recurrent.record(),
         shift=shifts.get(seen.name),
         gap=gaps.get(seen.name),

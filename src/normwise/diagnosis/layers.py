@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from normwise.diagnosis.errors import DiagnosisError
 from normwise.diagnosis.records import Role
 from normwise.nn.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm
+from normwise.surgery.norms import is_norm_name, stands_for
 
 # torch's classes and, since this library's layers are subclasses of them, this library's too.
 NORMS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -33,9 +33,6 @@ CELLS = (rnn.RNNCellBase,)
 NONLINEARITIES = tuple(
     getattr(activation, name) for name in activation.__all__ if name not in ("MultiheadAttention", "RReLU")
 )
-
-# "LlamaRMSNorm", "norm1", "RMS", "ln_f", "MyLN", "bn2": but not "normal", "ellipse" or "subnet".
-_NORM_NAME = re.compile(r"norm(?!al(?![iy]))|(?<![a-z])(rms|ln|bn|gn|abn)(?![a-z])", re.IGNORECASE)
 
 
 class Named(NamedTuple):
@@ -88,13 +85,21 @@ def may_be_norm(named: Named, given: Sequence[int], returned: Sequence[int]) -> 
         return False
     if not given or list(given) != list(returned):
         return False
-    words = f"{type(named.module).__name__} {named.name.rpartition('.')[2]}"
-    return _NORM_NAME.search(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", words)) is not None
+    return is_norm_name(f"{type(named.module).__name__} {named.name.rpartition('.')[2]}")
 
 
 def norm_kind(module: nn.Module) -> str | None:
-    """ "batch", "renorm", "instance", "layer", "rms", "group", "frozen", or None for what is no norm layer."""
-    return next((kind for kind, classes in NORMS.items() if isinstance(module, classes)), None)
+    """ "batch", "renorm", "instance", "layer", "rms", "group", "frozen", or None for what is no norm layer.
+
+    A layer of any class is what it computes: see `normwise.surgery.norms`.
+    """
+    norm = norm_of(module)
+    return next((kind for kind, classes in NORMS.items() if isinstance(norm, classes)), None)
+
+
+def norm_of(module: nn.Module) -> nn.Module:
+    """The norm of torch.nn or normwise that a layer is or stands for, with its tensors; the module itself if it is none."""
+    return stands_for(module) or module
 
 
 def is_ours(module: nn.Module) -> bool:
@@ -155,7 +160,7 @@ class Layouts:
             feature = (
                 1 if norm_kind(module) in ("batch", "renorm", "instance", "group", "frozen") and rank > 1 else rank - 1
             )
-            dim = getattr(module, "dim", None)
+            dim = getattr(norm_of(module), "dim", None)
             feature = dim % rank if isinstance(dim, int) else feature
         elif role == "conv":
             feature = max(0, rank - 1 - len(module.kernel_size))  # type: ignore[arg-type]

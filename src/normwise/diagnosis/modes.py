@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from normwise.diagnosis import records
 from normwise.diagnosis.batches import Batch, Loss, all_tensors, main_tensor, scalar
 from normwise.diagnosis.errors import DiagnosisError
-from normwise.diagnosis.layers import Named, layers_of, norm_kind
+from normwise.diagnosis.layers import Named, layers_of, norm_kind, norm_of
 from normwise.diagnosis.pace import Pace
 from normwise.diagnosis.rules.rule import some
 from normwise.measure.snapshot import modes_kept, state_kept
@@ -132,7 +132,9 @@ def matters(named: Named) -> bool:
     if is_frozen(module):
         return False
     kind = norm_kind(module)
-    if kind == "renorm" or (kind in ("batch", "instance") and getattr(module, "running_mean", None) is not None):
+    if kind == "renorm" or (
+        kind in ("batch", "instance") and getattr(norm_of(module), "running_mean", None) is not None
+    ):
         return True
     if named.role == "dropout" and bool(getattr(module, "p", 1.0)):
         return True

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.diagnosis.distributions import Moments, add_rows, distribution
-from normwise.diagnosis.layers import norm_kind
+from normwise.diagnosis.layers import norm_kind, norm_of
 from normwise.diagnosis.padding import Valid, counted
 from normwise.diagnosis.records import Norm, Running
 from normwise.measure.axes import by_axis
@@ -25,11 +25,13 @@ class NormWatch:
 
     def __init__(self, module: nn.Module, was_training: bool) -> None:
         self.module, self.was_training = module, was_training
+        # What says how it computes, where its class is neither torch.nn's nor normwise's.
+        self.norm = norm_of(module)
         self.kind = norm_kind(module) or ""
-        self.mean: Tensor | None = getattr(module, "running_mean", None)
-        self.var: Tensor | None = getattr(module, "running_var", None)
+        self.mean: Tensor | None = getattr(self.norm, "running_mean", None)
+        self.var: Tensor | None = getattr(self.norm, "running_var", None)
         self.before = None if self.mean is None or self.var is None else (self.mean.clone(), self.var.clone())
-        tracked = getattr(module, "num_batches_tracked", None)
+        tracked = getattr(self.norm, "num_batches_tracked", None)
         self.tracked = None if tracked is None else int(tracked)
         self.moments = Moments()
         self.values: int | None = None
@@ -140,13 +142,13 @@ class NormWatch:
         if self.kind == "instance":
             return x.flatten(0, 1).flatten(1) if x.dim() > 2 else None
         if self.kind == "group":
-            return x.reshape(x.shape[0] * self.module.num_groups, -1)  # type: ignore[arg-type,operator]
-        axes = len(self.module.normalized_shape)  # type: ignore[arg-type]
-        return x.flatten(-axes).flatten(0, -2) if getattr(self.module, "dim", None) is None and x.dim() > axes else None
+            return x.reshape(x.shape[0] * self.norm.num_groups, -1)  # type: ignore[arg-type,operator]
+        axes = len(self.norm.normalized_shape)  # type: ignore[arg-type]
+        return x.flatten(-axes).flatten(0, -2) if getattr(self.norm, "dim", None) is None and x.dim() > axes else None
 
     @property
     def eps(self) -> float:
-        eps = eps_of(self.module)
+        eps = eps_of(self.norm)
         return float(eps) if isinstance(eps, (int, float)) else 0.0
 
     def finish(self) -> None:
@@ -158,8 +160,14 @@ class NormWatch:
                 if now is not None
             )
 
+    @property
+    def gain_name(self) -> str:
+        """What the layer calls its gain."""
+        gain = getattr(self.norm, "weight", None)
+        return next((name for name, p in self.module.named_parameters(recurse=False) if p is gain), "weight")
+
     def record(self, gain_gradient: float | None) -> Norm:
-        module = self.module
+        module = self.norm
         weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
         gain = gain_of(module)
         feeding = set(self.fed_by)
@@ -167,7 +175,7 @@ class NormWatch:
         momentum = getattr(module, "momentum", None)
         return Norm(
             kind=self.kind,
-            synchronized="SyncBatchNorm" in (c.__name__ for c in type(module).__mro__),
+            synchronized="SyncBatchNorm" in (c.__name__ for c in type(self.module).__mro__),
             batch_statistics=self.used_batch,
             was_training=self.was_training,
             trainable=any(p.requires_grad for p in affine) if affine else None,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normwise.diagnosis import records
 from normwise.diagnosis.batches import Batch, Loss, scalar
 from normwise.diagnosis.errors import DiagnosisError, UserCodeError
-from normwise.diagnosis.layers import Layouts, Named, own_parameters, tensors_in
+from normwise.diagnosis.layers import Layouts, Named, norm_of, own_parameters, tensors_in
 from normwise.diagnosis.pace import Pace
 from normwise.measure import shift
 from normwise.measure.axes import by_axis
@@ -96,10 +96,13 @@ def groups(layers: Sequence[Named], optimizer: torch.optim.Optimizer) -> list[re
     biases: dict[int, str] = {}
     for named in layers:
         if named.role == "norm":
-            for name, parameter in named.module.named_parameters(recurse=False):
-                if name == "weight" and offset_of(named.module):
+            norm = norm_of(named.module)
+            own = {id(p): name for name, p in named.module.named_parameters(recurse=False)}
+            for kind, parameter in norm.named_parameters(recurse=False):
+                if kind == "weight" and offset_of(norm):
                     continue
-                (biases if "bias" in name else gains)[id(parameter)] = f"{named.name}.{name}" if named.name else name
+                name = own.get(id(parameter), kind)
+                (biases if "bias" in kind else gains)[id(parameter)] = f"{named.name}.{name}" if named.name else name
         elif named.role == "recurrent":
             for name, parameter in named.module.named_parameters(recurse=False):
                 if name.startswith("gain_"):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normwise.diagnosis.layers import norm_kind, role_of, tensors_in
+from normwise.diagnosis.layers import norm_kind, norm_of, role_of, tensors_in
 from normwise.diagnosis.transformer_records import Stream, StreamPoint
 from normwise.measure.outliers import FeatureSizes
 
@@ -150,7 +150,7 @@ def _features(module: nn.Module) -> int | None:
     elif isinstance(module, nn.MultiheadAttention):
         shape = (module.embed_dim,)
     elif norm_kind(module) in ("layer", "rms"):
-        shape = getattr(module, "normalized_shape", None)
+        shape = getattr(norm_of(module), "normalized_shape", None)
     return int(shape[-1]) if shape else None
 
 

@@ -5,7 +5,7 @@ from normwise.surgery.norms.exchange import Exchange, calls_of, exchange, origin
 from normwise.surgery.norms.find import norm_layers
 from normwise.surgery.norms.gated import GatedRMSNorm
 from normwise.surgery.norms.proof import Call
-from normwise.surgery.norms.recognize import is_own, proposed, recognize, stands_for
+from normwise.surgery.norms.recognize import is_norm_name, is_own, proposed, recognize, stands_for
 from normwise.surgery.norms.stands import Stands
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "calls_of",
     "entry_of",
     "exchange",
+    "is_norm_name",
     "is_own",
     "norm_layers",
     "original_of",

@@ -14,8 +14,9 @@ from normwise.surgery.norms.forms import own_tensors, takes_gate
 
 # Float32 rounds by 6e-8 a step; a biased variance differs from an unbiased one by 2e-5 in rows of 25,000 features.
 CLOSE, GRADIENTS_CLOSE = 2e-5, 2e-4
-# In half precision rounding before the gain changes a third of the results, another order of float32 sums 1 in 1,000.
-FEW = 0.005
+# In half precision rounding before the gain changes a third of the results, another order of float32 sums a few in a
+# million.
+FEW = 0.001
 # Root mean squares of rows or channels: large ones for the statistics, those around the usual eps for eps.
 _SIZES = (1.0, 3.0, 0.3, 0.03, 3e-3, 1e-3, 1e-4, 1e-6)
 

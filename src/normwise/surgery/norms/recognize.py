@@ -40,7 +40,7 @@ from normwise.surgery.select import NORMS, class_of, known_base
 _HALF = torch.bfloat16
 # What a norm without tensors of its own is tried with; then it says nothing about the number of its features.
 _ANY_SIZE = 12
-# "LlamaRMSNorm", "MyLN", "ABN": but not "Normal".
+# "LlamaRMSNorm", "norm1", "RMS", "ln_f", "MyLN", "bn2": but not "normal", "ellipse" or "subnet".
 _NAME = re.compile(r"norm(?!al(?![iy]))|(?<![a-z])(rms|ln|bn|gn|abn)(?![a-z])", re.IGNORECASE)
 # Tensors that a norm layer may have: gain, bias, two statistics, a counter.
 _MOST_TENSORS = 5
@@ -88,8 +88,12 @@ def proposed(module: nn.Module) -> bool:
 
 def is_called_norm(module: nn.Module) -> bool:
     """Whether its class has the name of a norm layer."""
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_of(module).__name__)
-    return _NAME.search(words) is not None
+    return is_norm_name(class_of(module).__name__)
+
+
+def is_norm_name(words: str) -> bool:
+    """Whether one of the words is that of a norm layer: "LlamaRMSNorm", "norm1", "ln_f", "MyLN"."""
+    return _NAME.search(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", words)) is not None
 
 
 def recognize(module: nn.Module) -> Recognized:
@@ -292,7 +296,10 @@ def _same_bits(module: nn.Module, form: Form, features: int, calls: list[Call], 
     for layer in (one, other_of):
         randomize(layer, torch.Generator().manual_seed(2))
         layer.to(dtype)
-    return all(_share(one, built(form, other_of, features), call) <= FEW for call in calls)
+    other = built(form, other_of, features)
+    sizes = [call.args[0].numel() for call in calls]
+    differing = sum(size * _share(one, other, call) for size, call in zip(sizes, calls, strict=True))
+    return differing <= FEW * sum(sizes)
 
 
 def _share(one: nn.Module, other: nn.Module, call: Call) -> float:
