@@ -147,8 +147,8 @@ def test_the_model_with_normwises_norms_computes_the_same(name):
         results.append([output.detach(), *(g for g in grads if g is not None)])
     largest = max(float(old.abs().max()) for old in results[0][1:])
     for old, now in zip(*results, strict=True):
-        # Several layers deep, in float32: each step rounds, and each gradient subtracts. What is left of one that is zero
-        # by construction (of a bias in front of a norm) is the rounding of the others.
+        # Several layers deep, in float32: each step rounds, and each gradient subtracts. What is left of one that is
+        # zero by construction (of a bias in front of a norm) is the rounding of the others.
         assert_close(now, old, kind="composed", scale=max(float(old.abs().max()), 1e-4 * largest), count=400)
 
 

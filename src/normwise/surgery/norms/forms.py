@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import normwise.nn as ours
+from normwise.ops.norm.gain import Cast
 from normwise.surgery.norms.catalogue import Entry
 from normwise.surgery.norms.gated import GatedRMSNorm
 
@@ -36,7 +37,7 @@ class Form(NamedTuple):
     eps: float
     axis: int = -1
     offset: float = 0.0
-    cast: Literal["output", "input"] = "output"
+    cast: Cast | None = None
     gain: str | None = None
     bias: str | None = None
     mean: str | None = None

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import normwise.nn as ours
+from normwise.ops.norm.gain import Cast
 from normwise.ops.norm.layer_norm import rms_norm
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -46,7 +47,7 @@ class GatedRMSNorm(ours.RMSNorm):
         gate_act: str = "silu",
         group_size: int | None = None,
         offset: float = 0.0,
-        cast: Literal["input", "output"] = "output",
+        cast: Cast | None = None,
     ) -> None:
         if gate not in ("before", "after", None):
             raise ValueError(f"gate must be 'before', 'after' or None, but got {gate!r}")
@@ -76,7 +77,7 @@ class GatedRMSNorm(ours.RMSNorm):
             y = (self.offset + self.weight.to(z.dtype)) * z
         if opened is not None and self.gate == "after":
             y = (y * opened).to(input.dtype)
-        return y.to(input.dtype) if self.cast == "output" else y
+        return y if self.cast == "input" else y.to(input.dtype)
 
     def extra_repr(self) -> str:
         said: dict[str, Any] = {"gate": self.gate, "gate_act": self.gate_act, "group_size": self.group_size}

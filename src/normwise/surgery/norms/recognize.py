@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from normwise.ops.norm.gain import Cast
 from normwise.surgery.forwards import is_bound
 from normwise.surgery.norms.catalogue import Entry, entry_of
 from normwise.surgery.norms.forms import Form, features_of, forms, own_tensors, takes_gate
@@ -279,9 +280,11 @@ def _with_rounding(
     module: nn.Module, form: Form, features: int, calls: list[tuple[Call, bool]]
 ) -> tuple[Form, Rounding]:
     """The form with the place where half precision is rounded, and where that is certain."""
-    if form.family not in ("rms", "layer") or form.gain is None:
+    if form.family not in ("rms", "layer"):
         return form, "as here"
-    candidates = [form._replace(cast=cast) for cast in ("output", "input")]
+    # Without a gain there is one place, behind all.
+    places: tuple[Cast, ...] = ("output", "input") if form.gain is not None else ("output",)
+    candidates = [form._replace(cast=cast) for cast in places]
     halves = [in_dtype(call, _HALF) for call, benign in calls if benign]
     alone = [one for one in candidates if _same_bits(module, one, features, halves, _HALF)]
     if len(alone) != 1:
@@ -299,7 +302,7 @@ def _same_bits(module: nn.Module, form: Form, features: int, calls: list[Call], 
     other = built(form, other_of, features)
     sizes = [call.args[0].numel() for call in calls]
     differing = sum(size * _share(one, other, call) for size, call in zip(sizes, calls, strict=True))
-    return differing <= FEW * sum(sizes)
+    return bool(differing <= FEW * sum(sizes))
 
 
 def _share(one: nn.Module, other: nn.Module, call: Call) -> float:
