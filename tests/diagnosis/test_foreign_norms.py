@@ -116,9 +116,9 @@ def test_gains_of_any_name_are_gains_to_weight_decay():
     model = Conv(layers.BatchNormAct(8))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1)
     found = diagnosed(model, 16, 3, 8, 8, optimizer=optimizer)
-    (group,) = found.groups
-    assert group.gains == ["body.1.gamma"]
-    assert group.biases == ["body.1.beta"]
+    (group,) = found.optimizer
+    assert (group.gains, group.biases) == (1, 1)
+    assert group.examples == ["body.1.gamma", "body.1.beta"]
 
 
 def test_what_only_has_the_name_of_a_norm_is_named_and_judged_by_nobody():
@@ -136,3 +136,27 @@ def test_the_model_is_afterwards_as_it_was():
     assert [type(m) for m in model.modules()] == kinds
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Scaled(Block):
+    """Its branch starts next to nothing, as LayerScale's does."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__(norm)
+        self.scale = layers.LayerScale(16)
+        with torch.no_grad():
+            self.scale.gamma.fill_(1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale(self.body(self.norm(x)))
+
+
+def test_a_branch_that_starts_small_is_no_end_of_an_exploding_gradient():
+    model = Net(written.LlamaRMSNorm)
+    model.blocks = nn.Sequential(
+        nn.Linear(16, 16),
+        *(Scaled(written.LlamaRMSNorm(16)) for _ in range(4)),
+        nn.Linear(16, 16),
+        *(Scaled(written.LlamaRMSNorm(16)) for _ in range(1)),
+    )
+    assert not [f.code for f in diagnosed(model, 8, 5, 16).findings]

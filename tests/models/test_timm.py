@@ -6,43 +6,20 @@ from collections import Counter
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import normwise
 from normwise.surgery import norms
+from support.real_models import TIMM as MODELS
+from support.real_models import timm_input as example
+from support.real_models import timm_model as build
 from support.tolerances import assert_close
 
 timm = pytest.importorskip("timm", reason="pip install 'normwise[models]'")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
 
-# The number of norms of each, by the class of timm or torch that they have.
-MODELS = {
-    "efficientnet_b0": {"BatchNormAct2d": 49},
-    "mobilenetv3_small_100": {"BatchNormAct2d": 34},
-    "regnetx_002": {"BatchNormAct2d": 44},
-    "resnet18": {"BatchNorm2d": 20},
-    "convnext_atto": {"LayerNorm2d": 17},
-    "vit_tiny_patch16_224": {"LayerNorm": 25},
-    "test_efficientnet_gn": {"GroupNormAct": 13},
-    "test_efficientnet_ln": {"LayerNormAct2d": 13},
-}
 FOLDED = ["efficientnet_b0", "mobilenetv3_small_100", "regnetx_002", "resnet18"]
 each_model = pytest.mark.parametrize("name", MODELS)
-
-
-def build(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    model = timm.create_model(name, pretrained=False, num_classes=7).eval()
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(getattr(module, "running_var", None), Tensor):
-                module.running_mean.normal_(0, 0.1)
-                module.running_var.uniform_(0.5, 2)
-    return model
-
-
-def example(name: str) -> Tensor:
-    return torch.randn(2, 3, 224, 224) if "vit" in name else torch.randn(2, 3, 64, 64)
 
 
 @each_model

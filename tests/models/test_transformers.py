@@ -2,125 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import normwise
 from normwise.surgery import norms
+from support.real_models import TRANSFORMERS as MODELS
+from support.real_models import last_hidden_state as output_of
+from support.real_models import transformer as build
+from support.real_models import transformer_input as example
 from support.tolerances import assert_close
 
-transformers = pytest.importorskip("transformers", reason="pip install 'normwise[models]'")
+pytest.importorskip("transformers", reason="pip install 'normwise[models]'")
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 
-SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-DECODER = {"vocab_size": 99, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, **SIZES}
-IMAGE = (2, 3, 64, 64)
-
-
-class Model(NamedTuple):
-    """A tiny model: its class, configuration, the shape of its input (two sizes: of tokens), how many norms it has, and of
-    which of them normwise has no counterpart."""
-
-    cls: str
-    config: str
-    options: dict[str, Any]
-    shape: tuple[int, ...] = (2, 9)
-    norms: int = 5
-    refused: int = 0
-
-
-MODELS = {
-    "BERT": Model("BertModel", "BertConfig", {"vocab_size": 99, **SIZES}),
-    "Llama": Model("LlamaModel", "LlamaConfig", DECODER),
-    "Gemma": Model("GemmaModel", "GemmaConfig", {**DECODER, "head_dim": 8}),
-    "Gemma 2": Model("Gemma2Model", "Gemma2Config", {**DECODER, "head_dim": 8}, norms=9),
-    "T5": Model(
-        "T5EncoderModel",
-        "T5Config",
-        {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4},
-    ),
-    "Qwen3": Model("Qwen3Model", "Qwen3Config", {**DECODER, "head_dim": 8}, norms=9),
-    "Olmo 2": Model("Olmo2Model", "Olmo2Config", DECODER, norms=9),
-    "Cohere": Model("CohereModel", "CohereConfig", {**DECODER, "use_qk_norm": True}, norms=7, refused=4),
-    "Nemotron": Model("NemotronModel", "NemotronConfig", DECODER),
-    "Mamba": Model(
-        "MambaModel",
-        "MambaConfig",
-        {"vocab_size": 99, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 2},
-        norms=3,
-    ),
-    "Mamba 2": Model(
-        "Mamba2Model",
-        "Mamba2Config",
-        {
-            "vocab_size": 99,
-            "hidden_size": 32,
-            "state_size": 8,
-            "num_hidden_layers": 2,
-            "num_heads": 8,
-            "head_dim": 8,
-            "n_groups": 2,
-            "chunk_size": 4,
-        },
-    ),
-    "ViT": Model("ViTModel", "ViTConfig", {**SIZES, "image_size": 64, "patch_size": 16}, IMAGE),
-    "ConvNeXt": Model(
-        "ConvNextModel", "ConvNextConfig", {"depths": [1] * 4, "hidden_sizes": [8, 16, 24, 32]}, IMAGE, norms=9
-    ),
-    "ConvNeXt 2": Model(
-        "ConvNextV2Model", "ConvNextV2Config", {"depths": [1] * 4, "hidden_sizes": [8, 16, 24, 32]}, IMAGE, 13, 4
-    ),
-    "ResNet": Model(
-        "ResNetModel", "ResNetConfig", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}, IMAGE, norms=8
-    ),
-    "Wav2Vec2": Model(
-        "Wav2Vec2Model",
-        "Wav2Vec2Config",
-        {
-            **SIZES,
-            "conv_dim": (16, 16),
-            "conv_stride": (5, 2),
-            "conv_kernel": (10, 3),
-            "num_feat_extract_layers": 2,
-            "num_conv_pos_embeddings": 16,
-            "num_conv_pos_embedding_groups": 4,
-        },
-        (2, 800, 1),
-        norms=7,
-    ),
-}
 # Where half precision comes out to the last bit: the norms that are written out in torch's operations.
 TO_THE_BIT = ["Llama", "Gemma", "Gemma 2", "T5", "Qwen3", "Olmo 2"]
 each_model = pytest.mark.parametrize("name", MODELS)
-
-
-def build(name: str) -> nn.Module:
-    """The model with random weights, gains that are not those it starts with, and statistics that fit no batch."""
-    torch.manual_seed(0)
-    one = MODELS[name]
-    model = getattr(transformers, one.cls)(getattr(transformers, one.config)(**one.options)).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 1:
-                p.add_(0.2 * torch.randn_like(p))
-        for key, b in model.named_buffers():
-            if "running_var" in key:
-                b.uniform_(0.5, 2)
-    return model
-
-
-def example(name: str) -> Tensor:
-    shape = MODELS[name].shape
-    if len(shape) == 2:
-        return torch.randint(1, 99, shape)
-    return torch.randn(shape[:2] if len(shape) == 3 else shape)
-
-
-def output_of(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x).last_hidden_state
 
 
 @each_model

@@ -116,6 +116,14 @@ def test_half_precision_keeps_its_bits(name, dtype):
         assert torch.equal(new(*args), model(*args))
 
 
+def test_what_is_proved_is_proved_with_other_gains_than_those_it_starts_with():
+    """Of w + 1 in bfloat16 there is nothing to be seen while w is 0."""
+    model = Around(written.LayerNorm1P(16)).to(torch.bfloat16)
+    assert not model.norm.weight.any()
+    _, report = normwise.convert(model, to="normwise", example=inputs("Nemotron", dtype=torch.bfloat16))
+    assert "to the last bit" not in report.changed[0].note
+
+
 def test_a_gain_in_float32_beside_a_half_precision_input_gives_what_it_gave():
     for name in ("Llama", "Olmo2", "Gemma"):
         model, new, _ = converted(name)
@@ -283,6 +291,10 @@ def test_torch_gets_what_torch_has_and_a_reason_for_the_rest():
     x = torch.randn(3, 7, 16)
     new, _ = normwise.convert(Around(written.Olmo2RMSNorm(16)), to="torch", example=x)
     assert type(new.norm) is nn.RMSNorm
+    half = Around(written.LlamaRMSNorm(16)).to(torch.bfloat16)
+    _, report = normwise.convert(half, to="torch", example=x.bfloat16())
+    assert "cast='input' has no counterpart" in report.changed[0].note
+    assert "to the last bit" not in report.changed[0].note  # which is said of what stands there, not of ours
     with pytest.raises(ValueError, match="offset"):
         normwise.convert(Around(written.GemmaRMSNorm(16)), to="torch", example=x)
     with pytest.raises(ValueError, match="gate"):

@@ -98,7 +98,8 @@ def norm_kind(module: nn.Module) -> str | None:
 
 
 def norm_of(module: nn.Module) -> nn.Module:
-    """The norm of torch.nn or normwise that a layer is or stands for, with its tensors; the module itself if it is none."""
+    """The norm of torch.nn or normwise that a layer is, or the one that computes the same with its tensors; any other
+    module itself."""
     return stands_for(module) or module
 
 

@@ -276,7 +276,7 @@ def _equivalent(old: nn.Module, met: Met) -> _Source:
 def _made(one: Layer, make: Make, met: Met, source: _Source) -> tuple[nn.Module, str]:
     """What comes in the place of a layer, and what to say about it."""
     old, behind = one.module, source.behind
-    norm, note = _norm(one, make, met.shapes, source)
+    norm, note = _norm(one, make, met, source)
     names = {} if source.exchange is None else source.exchange.names
     notes = [note, carry_mode(old, norm, names)]
     following = list(behind or ())
@@ -300,17 +300,24 @@ def _made(one: Layer, make: Make, met: Met, source: _Source) -> tuple[nn.Module,
     return new, "; ".join(filter(None, notes))
 
 
-def _norm(one: Layer, make: Make, met: Shapes, source: _Source) -> tuple[nn.Module, str]:
+def _norm(one: Layer, make: Make, met: Met, source: _Source) -> tuple[nn.Module, str]:
     """The new layer without what follows it, and what to say about it."""
+    exchange = source.exchange
     try:
-        norm, note = make(source.norm, met)
+        norm, note = make(source.norm, met.shapes)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{one.name or 'the model'} ({one.kind}): {error}") from error
     except AlreadyOne:
-        if source.exchange is None:
+        if exchange is None:
             raise
-        norm, note = source.norm, ""
-    return norm, note if source.exchange is None else "; ".join(filter(None, [note, source.exchange.note]))
+        return source.norm, exchange.note
+    if exchange is None:
+        return norm, note
+    if class_of(norm).__module__.startswith("torch."):  # which may round otherwise than ours
+        what = norms.proved(one.module, norm, exchange.following, exchange.names, met.calls)
+    else:
+        what = f"taken for a {kind_of(source.norm)}"
+    return norm, "; ".join(filter(None, [note, what]))
 
 
 def _remember(new: nn.Module, old: nn.Module, source: _Source) -> None:

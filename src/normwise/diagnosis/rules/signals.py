@@ -43,6 +43,9 @@ def gradient_by_depth(diagnosis: Diagnosis) -> Iterator[Match]:
         return
     # Without the last: its output is what the loss sees, and a head that starts small scales all before it alike.
     first, last = stack[0], stack[-2]
+    if _output(first) > _output(last):
+        # A branch that starts small (LayerScale) has a small gradient wherever it stands.
+        last = max(stack[-1 - max(1, len(stack) // 4) : -1], key=_output)
     evidence = _ratio(_output(first), _output(last), BY_DEPTH)
     if evidence is not None:
         yield Match(first.name, evidence | {"over": f"from {last.name!r} back to {first.name!r}", **_norms(diagnosis)})

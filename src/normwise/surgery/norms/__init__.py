@@ -1,7 +1,7 @@
 """Norm layers of any class: which modules are some, and the layer of normwise that computes the same."""
 
 from normwise.surgery.norms.catalogue import Entry, entry_of
-from normwise.surgery.norms.exchange import Exchange, calls_of, exchange, original_of, remember, restored
+from normwise.surgery.norms.exchange import Exchange, calls_of, exchange, original_of, proved, remember, restored
 from normwise.surgery.norms.find import norm_layers
 from normwise.surgery.norms.gated import GatedRMSNorm
 from normwise.surgery.norms.proof import Call
@@ -22,6 +22,7 @@ __all__ = [
     "norm_layers",
     "original_of",
     "proposed",
+    "proved",
     "recognize",
     "remember",
     "restored",

@@ -51,7 +51,7 @@ ENTRIES: tuple[Entry, ...] = (
         source="Singh & Krishnan 2020; timm layers/filter_response_norm.py",
     ),
     Entry(
-        ("timm.layers.grn.*", "*.GlobalResponseNorm*", "*.ConvNextV2GRN", "*.GRN"),
+        ("timm.layers.grn.*", "*.GlobalResponseNorm", "*.ConvNextV2GRN", "*.GRN"),
         refused="global response normalization divides a channel's norm by the mean over channels, and adds its input",
         source="Woo et al. 2023 (ConvNeXt V2)",
     ),

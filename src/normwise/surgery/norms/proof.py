@@ -65,24 +65,31 @@ def generated(layer: nn.Module, features: int, generator: torch.Generator) -> It
     for n, shape in enumerate([*last, (a, features, b), (a, features, b, c), *volumes]):
         axis = len(shape) - 1 if shape in last else 1
         # Of both signs in sum, should a forward ask.
-        x = torch.randn(shape, generator=generator) + (-0.5 if n % 2 else 0.5)
+        x = (torch.randn(shape, generator=generator) + (-0.5 if n % 2 else 0.5)).to(device_of(layer))
         rows = torch.Size(1 if at == axis else size for at, size in enumerate(shape))
         channels = torch.Size(size if at == axis else 1 for at, size in enumerate(shape))
         yield _call(layer, x, generator), True
-        yield _call(layer, x * _sizes(rows), generator), False
-        yield _call(layer, -x * _sizes(channels), generator), False
+        yield _call(layer, x * _sizes(rows).to(x.device), generator), False
+        yield _call(layer, -x * _sizes(channels).to(x.device), generator), False
 
 
 def _sizes(shape: torch.Size) -> Tensor:
-    return torch.tensor([s for s, _ in zip(itertools.cycle(_SIZES), range(shape.numel()), strict=False)]).view(shape)
+    return torch.tensor(list(itertools.islice(itertools.cycle(_SIZES), shape.numel()))).view(shape)
 
 
 def _call(layer: nn.Module, x: Tensor, generator: torch.Generator) -> Call:
-    gate = (torch.randn(x.shape, generator=generator),) if takes_gate(layer) else ()
+    gate = (torch.randn(x.shape, generator=generator).to(x.device),) if takes_gate(layer) else ()
     return Call((x, *gate), {})
 
 
+def device_of(layer: nn.Module) -> torch.device:
+    """Where the layer's tensors are; the CPU for a layer without any."""
+    return next((t.device for t in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
+
+
 def in_dtype(call: Call, dtype: torch.dtype) -> Call:
+    """The call with floating tensors of this dtype."""
+
     def cast(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 

@@ -183,7 +183,7 @@ def _search(module: nn.Module) -> Recognized:
 def _fitting(module: nn.Module, features: int | None, entry: Entry | None) -> Recognized:
     generator = torch.Generator().manual_seed(0)
     try:
-        probe = twin(module).float().cpu()
+        probe = twin(module).float()
         randomize(probe, generator)
     except Exception as error:
         raise Refusal(f"it cannot be copied to be looked at: {error}") from error
@@ -295,7 +295,7 @@ def _with_rounding(
 def _same_bits(module: nn.Module, form: Form, features: int, calls: list[Call], dtype: torch.dtype) -> bool:
     """Whether the layer, with tensors of this dtype, and the form give the same in half precision, but for a few
     bits."""
-    one, other_of = (twin(module).float().cpu().eval() for _ in range(2))
+    one, other_of = (twin(module).float().eval() for _ in range(2))
     for layer in (one, other_of):
         randomize(layer, torch.Generator().manual_seed(2))
         layer.to(dtype)
