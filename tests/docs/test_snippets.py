@@ -6,24 +6,15 @@ import contextlib
 import io
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
 from normwise.cli.app import app
 from normwise.cli.main import main
+from support.pages import PAGES, ROOT, blocks, each_of, name_of, needed_by, run_python_blocks
 
-ROOT = Path(__file__).parent.parent.parent
-PAGES = [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").rglob("*.md"))]
 GROUPS = {group.name for group in app.registered_groups}
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-
-
-def blocks(page: Path, *languages: str) -> list[tuple[int, str]]:
-    """(line of the first line, text) of every fenced block in one of the languages."""
-    text = page.read_text(encoding="utf-8")
-    fenced = re.finditer(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [(text.count("\n", 0, m.start(2)) + 1, m[2]) for m in fenced if m[1] in languages]
+each_page = each_of(PAGES)
 
 
 def output_of(arguments: list[str]) -> str:
@@ -36,11 +27,19 @@ def output_of(arguments: list[str]) -> str:
 
 @each_page
 def test_python_blocks_run(page):
-    """In one fresh namespace a page; a later block may use what an earlier one made."""
-    namespace = {"__name__": "__snippet__"}
-    for line, text in blocks(page, "python"):
-        # Blank lines in front make a traceback point at the page's own line.
-        exec(compile("\n" * (line - 1) + text, str(page), "exec"), namespace)
+    if libraries := needed_by(page):
+        pytest.skip(f"needs {', '.join(libraries)}: runs in tests/models/ (make test-models)")
+    run_python_blocks(page)
+
+
+@each_of([page for page in PAGES if needed_by(page)])
+def test_a_page_that_needs_libraries_is_about_them(page):
+    """A needless mark, or one with a slip of the pen, would leave a page's blocks out of this suite for nothing."""
+    (extra,) = re.findall(r"^models = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    code = "\n".join(text for _, text in blocks(page, "python"))
+    for library in needed_by(page):
+        assert library in re.findall(r"\w+", extra)
+        assert re.search(rf"^(import|from) {library}\b", code, re.MULTILINE), f"{name_of(page)} never imports {library}"
 
 
 @each_page
