@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
+
 from support.pages import PAGES, each_of, needed_by, run_python_blocks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
