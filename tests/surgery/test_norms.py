@@ -426,3 +426,21 @@ def test_what_the_catalogue_refuses_is_refused_by_name():
     new, report = normwise.convert(nn.Sequential(cls(16), nn.LayerNorm(16)), to="normwise")
     assert "EvoNorm" in report.skipped[0].reason
     assert type(new[1]) is normwise.LayerNorm
+
+
+def test_an_example_may_name_its_arguments():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.out = written.LlamaRMSNorm(16), nn.Linear(16, 2)
+
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return self.out(self.norm(x) * scale)
+
+    example = {"x": torch.randn(3, 16)}
+    new, _ = normwise.convert(Named(), to="normwise", example=example)
+    assert type(new.norm) is normwise.RMSNorm
+    plain = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)).eval()
+    folded, report = normwise.fold(plain, example={"input": torch.randn(3, 16)})
+    assert isinstance(folded[1], nn.Identity)
+    assert not report.changed[0].note

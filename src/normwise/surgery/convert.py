@@ -102,8 +102,8 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
             variant says.
         where: which layers: a pattern of names ("backbone.*"), a class, several of these, or a function of name and
             module; None means all.
-        example: the argument of one call, or a tuple of them: the model runs on it once, in evaluation, and sizes are
-            then known rather than assumed.
+        example: the argument of one call, a tuple of them, or a mapping of them by name (as tokenizers return): the
+            model runs on it once, in evaluation, and sizes are then known rather than assumed.
         subclasses: also convert layers whose class has a forward of its own, as if it had its base's.
         inplace: change `model` itself, and return it.
         options: arguments of the new layers.

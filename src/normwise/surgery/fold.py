@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from normwise.nn.construct import eps_of, gain_of, offset_of
 from normwise.surgery import norms
+from normwise.surgery.batches import call
 from normwise.surgery.convert import ACTIVATIONS
 from normwise.surgery.graph import CONVS, LINEAR, TRANSPOSED, Calls, ways_through
 from normwise.surgery.groups import inputs_met
@@ -69,7 +72,8 @@ def fold(model: nn.Module, example: Any = None, *, where: Where = None, inplace:
 
     Args:
         model: in evaluation; left as it is, unless `inplace`.
-        example: the argument of one call, or a tuple of them; the axes are then known rather than checked in each call.
+        example: the argument of one call, a tuple of them, or a mapping of them by name; the axes are then known rather
+            than checked in each call.
         where: which norms: a pattern of names, a class, several of these, or a function of name and module.
         inplace: change `model` itself, and return it.
 
@@ -117,9 +121,9 @@ def _fold_all(
     inside = any(one.module is not model for one in candidates)
     ways, note = ways_through(model) if inside else ([], "")
     if example is not None:
-        arguments = example if isinstance(example, tuple) else (example,)
         with torch.no_grad():
-            model(*arguments)  # what is wrong with them is better said by the model itself
+            call(model, example)  # what is wrong with it is better said by the model itself
+            arguments = _positional(model, example)
             for way in ways[:1]:
                 ShapeProp(fx.GraphModule(model, way.graph)).propagate(*arguments)
     for one in candidates:
@@ -131,6 +135,15 @@ def _fold_all(
             into, *notes = result
             stands.keep(one)
             report.changed.append(Change(one.name, one.kind, into, "; ".join(filter(None, [*notes, note]))))
+
+
+def _positional(model: nn.Module, example: Any) -> tuple[Any, ...]:
+    """The arguments of `call(model, example)` in their order."""
+    if isinstance(example, Mapping):
+        bound = inspect.signature(model.forward).bind(**example)
+        bound.apply_defaults()
+        return bound.args
+    return tuple(example) if type(example) in (tuple, list) else (example,)
 
 
 def _fold(model: nn.Module, one: Layer, ways: list[Calls]) -> list[str] | Refusal:

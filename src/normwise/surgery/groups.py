@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.measure.snapshot import modes_kept
+from normwise.surgery.batches import call
 from normwise.surgery.norms import Call, calls_of, is_own
 from normwise.surgery.report import Refusal
 
@@ -110,5 +111,5 @@ def inputs_met(model: nn.Module, layers: Iterable[nn.Module], example: Any) -> d
             hooks.callback(layer.register_forward_pre_hook(look, with_kwargs=True).remove)
         for module in model.modules():
             module.training = False
-        model(*example if isinstance(example, tuple) else (example,))
+        call(model, example)
     return met
