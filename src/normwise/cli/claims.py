@@ -44,7 +44,7 @@ def claims(
 
     Exact claims are computed. The others are decided by runs over several seeds, by rules that were written down
     before the first result. What is trained is kept in DIR/runs.sqlite and never trained twice, so it can be done in
-    parts: a stopped call goes on where it was. `normwise report` draws the runs.
+    parts: rerun a stopped command to resume it. `normwise report` draws the runs.
     """
     from normwise.lab.claim import as_json, judge
     from normwise.lab.claims import chosen

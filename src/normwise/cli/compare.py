@@ -68,7 +68,7 @@ def compare(
 ) -> None:
     """Train the same network with different norms, batch sizes and seeds on real data, and show which to use.
 
-    What is trained is kept in DIR/runs.sqlite: a run is never trained twice, and a stopped comparison goes on where
+    What is trained is kept in DIR/runs.sqlite: a run is never trained twice, and a stopped comparison resumes where
     it was. The curves are in DIR/report.html, one file that needs no network. With no arguments: mlp and cnn at
     their defaults, in under two minutes on two cores.
     """

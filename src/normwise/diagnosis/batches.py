@@ -119,7 +119,7 @@ def take(batches: Iterable[Any], limit: int, model: nn.Module, forward: Forward 
     if not taken:
         raise DiagnosisError(
             "batches is empty: give at least one pair (inputs, target). A generator that has already run out must be "
-            "made anew"
+            "made again"
         )
     return taken
 

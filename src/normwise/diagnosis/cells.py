@@ -17,7 +17,7 @@ from normwise.nn.recurrent_parameters import weights_of
 
 
 class CellWatch:
-    """A cell over the batches: step t is its t-th call of a pass; its gates are computed anew from what it is given."""
+    """A cell over the batches: step t is its t-th call of a pass; its gates are recomputed from its inputs."""
 
     def __init__(self, module: RNNCellBase) -> None:
         self.module = module

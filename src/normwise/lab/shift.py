@@ -34,7 +34,7 @@ class Shift:
         order = parameters_in_order(replay)
         found, modules = weights(model), dict(model.named_modules())
         layers = evenly_spread([name for name in order if name in found], LAYERS)
-        # Taken anew, not from `.grad`: G and G' must come from the same random numbers and running statistics.
+        # Computed again, not read from `.grad`: G and G' must come from the same random numbers and running statistics.
         _, gradients = replay.gradients({name: found[name] for name in layers})
         self.owners = {name: modules[name.rpartition(".")[0]] for name in layers}
         self.shift = StepShift(

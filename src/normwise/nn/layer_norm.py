@@ -38,7 +38,7 @@ class LayerNorm(Activated, nn.LayerNorm):
         act: "relu", "leaky_relu", "silu", "gelu" or None.
         process_group: the features are spread over the ranks of this torch.distributed group (tensor parallelism), not
             necessarily evenly, and `normalized_shape` is the shape of this rank's shard. Statistics are those of the
-            whole rows: two numbers a row are exchanged forward, two backward. See `Several ranks` in the documentation.
+            whole rows: two numbers per row are exchanged forward, two backward. See `Several ranks` in the documentation.
         offset: gamma is offset + weight: 1.0 for layers whose weight starts at 0 (LayerNorm1P, Gemma's RMSNorm). The
             weight starts as 1 - offset.
         cast: "output" rounds to a half precision input's dtype once, behind gamma and beta, as Olmo 2's RMSNorm;
@@ -130,7 +130,7 @@ class RMSNorm(Activated, nn.RMSNorm):
     y = act(gamma * x / sqrt(E[x^2] + eps)): LayerNorm that leaves the mean in and has no bias.
 
     A drop-in for `torch.nn.RMSNorm`: same arguments, state_dict and results; `eps` None stands for the machine
-    epsilon. `dim`, `act`, `mask`, `lengths`, `add` and `process_group` (one number a row) as in `LayerNorm`.
+    epsilon. `dim`, `act`, `mask`, `lengths`, `add` and `process_group` (one number per row) as in `LayerNorm`.
 
     `offset` and `cast`, as there, make it the RMSNorm of a model of transformers, in half precision to the bit:
     cast="input" that of Llama, Mistral, Qwen and T5, cast="output" that of Olmo 2, offset=1.0 that of Gemma. See

@@ -18,7 +18,7 @@ from normwise.ops.distributed_norm import Settings, backward_of, forward
 
 
 @torch.library.custom_op("normwise::distributed_norm", mutates_args=())
-def _pooled_norm(
+def _distributed_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -37,7 +37,7 @@ def _pooled_norm(
     return y, mean, var, count, rough, offset, rstd
 
 
-@_pooled_norm.register_fake
+@_distributed_norm.register_fake
 def _(
     x: Tensor,
     weight: Tensor | None,
@@ -66,8 +66,8 @@ def _(
     )
 
 
-@torch.library.custom_op("normwise::pooled_norm_backward", mutates_args=())
-def _pooled_norm_backward(
+@torch.library.custom_op("normwise::distributed_norm_backward", mutates_args=())
+def _distributed_norm_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -91,7 +91,7 @@ def _pooled_norm_backward(
     return dx, dweight, dbias
 
 
-@_pooled_norm_backward.register_fake
+@_distributed_norm_backward.register_fake
 def _(
     dy: Tensor,
     x: Tensor,
@@ -128,8 +128,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Any, ...]:
     x, weight, bias, *rest = ctx.saved_tensors
-    dx, dweight, dbias = _pooled_norm_backward(dy, x, weight, bias, *rest, *ctx.settings)
+    dx, dweight, dbias = _distributed_norm_backward(dy, x, weight, bias, *rest, *ctx.settings)
     return dx, None if weight is None else dweight, None if bias is None else dbias, *(None,) * 6
 
 
-_pooled_norm.register_autograd(_differentiate, setup_context=_save)
+_distributed_norm.register_autograd(_differentiate, setup_context=_save)

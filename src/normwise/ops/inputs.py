@@ -166,7 +166,7 @@ def momentum_range(momentum: float | None) -> None:
 
 
 def per_channel(name: str, value: Tensor | None, channels: int) -> None:
-    """A vector with one element a channel, or None."""
+    """A vector with one element per channel, or None."""
     if value is not None and tuple(value.shape) != (channels,):
         raise ShapeError(
             f"{name} should contain {channels} elements not {value.numel()}: the input has {channels} channels (axis "
@@ -182,7 +182,7 @@ def channel_vectors(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    """Running averages, both or neither, gain and bias: one element a channel each."""
+    """Running averages, both or neither, gain and bias: one element per channel each."""
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var go together: give both or neither")
     size = (channels,)

@@ -1,4 +1,4 @@
-"""Batch normalization: one mean and variance a channel, over the batch and all positions."""
+"""Batch normalization: one mean and variance per channel, over the batch and all positions."""
 
 from __future__ import annotations
 
