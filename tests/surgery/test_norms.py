@@ -355,6 +355,8 @@ def test_what_stands_for_a_layer_shares_its_tensors_and_is_made_once():
 def test_layers_of_torch_and_normwise_stand_for_themselves():
     for layer in (nn.LayerNorm(4), normwise.RMSNorm(4), nn.BatchNorm2d(4)):
         assert norms.stands_for(layer) is layer
+    noisy = layers.NoisyNorm(4)  # nobody knows what its forward does, so it is what it is derived from
+    assert norms.stands_for(noisy) is norms.stands_for(noisy) is noisy
     for layer in (nn.Linear(4, 4), nn.PReLU(4), nn.Embedding(4, 4), layers.LayerScale(4), layers.AffineNoNorm(4)):
         assert norms.stands_for(layer) is None
 
@@ -370,6 +372,29 @@ def test_a_class_is_looked_at_once(monkeypatch):
     once = len(called)
     norms.recognize(Counted(16))
     assert len(called) == once > 0
+
+
+def test_what_an_instance_was_told_is_minded_whatever_it_is():
+    class Told(nn.Module):
+        def __init__(self, function, eps: float = 1e-6) -> None:
+            super().__init__()
+            self.function, self.eps = function, eps
+            self.weight = nn.Parameter(torch.ones(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.function(nn.functional.rms_norm(x, (16,), self.weight, self.eps))
+
+    assert norms.recognize(Told(torch.clone)).form.family == "rms"
+    with pytest.raises(Refusal):
+        norms.recognize(Told(torch.square))
+    with pytest.raises(Refusal):
+        norms.recognize(Told(lambda x: x + 1))
+    layer = Told(torch.clone)
+    assert norms.stands_for(layer).eps == 1e-6
+    layer.eps = 1e-3
+    assert norms.stands_for(layer).eps == 1e-3
+    layer.function = torch.square
+    assert norms.stands_for(layer) is None
 
 
 def test_fold_takes_the_norms_of_other_classes():

@@ -34,8 +34,7 @@ RULES: tuple[Rule, ...] = (
         "error",
         statistics.nonfinite,
         "{what}; one such batch spoils the running averages for good.",
-        "find the batch: torch.isfinite(inputs).all(); then normwise.recalibrate(model, batches) to re-estimate "
-        "them",
+        "find the batch: torch.isfinite(inputs).all(); then normwise.recalibrate(model, batches) to re-estimate them",
     ),
     Rule(
         "NW004",

@@ -64,8 +64,11 @@ class Recognized(NamedTuple):
     rounding: Rounding
 
 
+# What every module keeps: its parts, its hooks, its mode.
+_BOOKKEEPING = {*vars(nn.Module()), "training", "_original", "_is_full_backward_hook"}
+
 _found: dict[tuple[Any, ...], Recognized | Refusal] = {}
-_standing: WeakKeyDictionary[nn.Module, tuple[tuple[int, ...], nn.Module | None]] = WeakKeyDictionary()
+_standing: WeakKeyDictionary[nn.Module, tuple[Any, nn.Module | None]] = WeakKeyDictionary()
 
 
 def is_own(layer: nn.Module) -> bool:
@@ -126,17 +129,16 @@ def stands_for(module: nn.Module) -> nn.Module | None:
     """
     if is_own(module) or not proposed(module):
         return module if isinstance(module, NORMS) else None
-    tensors = tuple(map(id, (*module._parameters.values(), *module._buffers.values())))
+    now = _key(module), *map(id, (*module._parameters.values(), *module._buffers.values()))
     known = _standing.get(module)
-    if known is not None and known[0] == tensors:
-        return known[1]
-    try:
-        one = recognize(module)
-        new: nn.Module | None = one.form.build(module, one.features or 1)
-    except Refusal:
-        new = module if isinstance(module, NORMS) else None
-    _standing[module] = tensors, None if new is module else new
-    return new
+    if known is None or known[0] != now:
+        try:
+            one = recognize(module)
+            known = now, one.form.build(module, one.features or 1)
+        except Refusal:
+            known = now, None
+        _standing[module] = known
+    return known[1] or (module if isinstance(module, NORMS) else None)
 
 
 def _required(module: nn.Module) -> int:
@@ -150,17 +152,19 @@ def _required(module: nn.Module) -> int:
 
 
 def _key(module: nn.Module) -> tuple[Any, ...] | None:
-    """What its behaviour may depend on, values of tensors aside; None where an instance is a world of its own."""
+    """What a module's behaviour may depend on, values of tensors aside; None where an instance is a world of its own."""
     if is_bound(module):
         return None
-    plain = tuple(
-        (name, repr(value))
-        for name, value in sorted(vars(module).items())
-        if name != "training" and isinstance(value, (int, float, str, tuple, list, type(None), torch.dtype))
-    )
-    tensors = tuple((name, tuple(t.shape), t.dtype, t.device) for name, t in own_tensors(module).items())
-    parts = tuple((name, type(child), child.extra_repr()) for name, child in module.named_children())
-    return class_of(module), plain, tensors, parts
+    own = {name: value for name, value in vars(module).items() if name not in _BOOKKEEPING}
+    plain = tuple((name, repr(value) if isinstance(value, (list, dict)) else value) for name, value in own.items())
+    tensors = tuple((name, t.shape, t.dtype, t.device) for name, t in own_tensors(module).items())
+    parts = tuple((name, _key(child)) for name, child in module.named_children())
+    key = class_of(module), plain, tensors, parts
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return None if any(part is None for _, part in parts) else key
 
 
 def _search(module: nn.Module) -> Recognized:
