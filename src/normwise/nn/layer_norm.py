@@ -38,7 +38,7 @@ class LayerNorm(Activated, nn.LayerNorm):
         act: "relu", "leaky_relu", "silu", "gelu" or None.
         process_group: the features are spread over the ranks of this torch.distributed group (tensor parallelism), not
             necessarily evenly, and `normalized_shape` is the shape of this rank's shard. Statistics are those of the
-            whole rows: two numbers per row are exchanged forward, two backward. See `Several ranks` in the documentation.
+            whole rows: two numbers per row are exchanged forward, two backward. See `Several ranks` in the docs.
         offset: gamma is offset + weight: 1.0 for layers whose weight starts at 0 (LayerNorm1P, Gemma's RMSNorm). The
             weight starts as 1 - offset.
         cast: "output" rounds to a half precision input's dtype once, behind gamma and beta, as Olmo 2's RMSNorm;

@@ -152,7 +152,7 @@ def _required(module: nn.Module) -> int:
 
 
 def _key(module: nn.Module) -> tuple[Any, ...] | None:
-    """What a module's behaviour may depend on, values of tensors aside; None where an instance is a world of its own."""
+    """What a module may go by, values of tensors aside; None where an instance is a world of its own."""
     if is_bound(module):
         return None
     own = {name: value for name, value in vars(module).items() if name not in _BOOKKEEPING}
