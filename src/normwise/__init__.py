@@ -38,20 +38,14 @@ from normwise.nn import (
 )
 from normwise.ops.dispatch import BackendError, KernelWarning, backend
 from normwise.ops.inputs import ShapeError
-from normwise.surgery import (
-    convert,
-    fold,
-    freeze,
-    from_flax,
-    from_keras,
-    from_keras_momentum,
-    frozen,
-    recalibrate,
-    unfreeze,
-)
 
 if TYPE_CHECKING:
     from normwise.diagnosis import Diagnosis, Monitor, diagnose, recommend
+    from normwise.surgery.convert import convert
+    from normwise.surgery.fold import fold
+    from normwise.surgery.foreign import from_flax, from_keras, from_keras_momentum
+    from normwise.surgery.freeze import freeze, frozen, unfreeze
+    from normwise.surgery.recalibrate import recalibrate
 
 __version__ = "0.1.0"
 
@@ -102,13 +96,28 @@ __all__ = [
     "unfreeze",
 ]
 
-# Loaded at first use: who builds and trains a model need not wait for what looks at one.
-_AT_FIRST_USE = ("Diagnosis", "Monitor", "diagnose", "recommend")
+# Loaded at first use: who builds and trains a model need not wait for what looks at one or changes it.
+_AT_FIRST_USE = {
+    "diagnosis": ("Diagnosis", "Monitor", "diagnose", "recommend"),
+    "surgery": (
+        "convert",
+        "fold",
+        "freeze",
+        "from_flax",
+        "from_keras",
+        "from_keras_momentum",
+        "frozen",
+        "recalibrate",
+        "unfreeze",
+    ),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _AT_FIRST_USE:
-        return getattr(importlib.import_module("normwise.diagnosis"), name)
+    for room, names in _AT_FIRST_USE.items():
+        if name == room or name in names:
+            found = importlib.import_module(f"normwise.{room}")
+            return found if name == room else getattr(found, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
