@@ -17,6 +17,7 @@ from normwise.backends.reference import combined, moments, norm
 from normwise.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 from normwise.nn.construct import eps_of
 from normwise.ops import inputs, ragged
+from normwise.ops.dispatch import values_visible
 from normwise.ops.norm import running_stats
 
 Loss = Callable[[Any], Tensor]
@@ -127,7 +128,7 @@ class _Passes:
         pooled = combined(
             Moments(*(torch.stack(column) for column in zip(*(m for _, m in self._own_moments), strict=True)))
         )
-        if bool((pooled.count < 2).any()):
+        if values_visible(pooled.count) and bool((pooled.count < 2).any()):
             raise ValueError(
                 "Expected more than 1 value per channel when training, got fewer in all micro-batches together: give "
                 "more micro-batches, or use a norm that needs no batch (LayerNorm, GroupNorm)"
@@ -145,11 +146,13 @@ class _Passes:
             for adjoint, grad in zip((t for pair in new for t in pair), grads, strict=True):
                 if grad is not None:
                     adjoint += grad
-        converged = all(
-            bool((now - old).norm() <= 4 * torch.finfo(now.dtype).eps * now.norm())
+        unchanged = [
+            (now - old).norm() <= 4 * torch.finfo(now.dtype).eps * now.norm()
             for site, pair in zip(self.sites, new, strict=True)
             for old, now in zip(site.adjoints, pair, strict=True)
-        )
+        ]
+        # Whether to go on is Python's to decide: a wait for a GPU, once a pass, for what saves a pass.
+        converged = bool(torch.stack(unchanged).all())
         for site, pair in zip(self.sites, new, strict=True):
             site.adjoints = pair
         return converged

@@ -150,9 +150,10 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
             return self.momentum
         if self.num_batches_tracked is None or self.running_mean is None:
             return 0.0
-        if torch.compiler.is_compiling() or dispatch.jit_traces():
-            # The count stays a tensor: its value is not known while compiling, and another when a traced graph runs.
-            return 1.0 / (self.num_batches_tracked + 1).to(self.running_mean.dtype)
+        if not running_stats.can_read_now(self.num_batches_tracked):
+            # The count stays a tensor: its value is not known while compiling, another when a traced graph runs, and
+            # on a GPU not yet there. (1.0, so that the sum is floating at once.)
+            return (self.num_batches_tracked + 1.0).to(self.running_mean.dtype).reciprocal()
         return 1.0 / (int(self.num_batches_tracked) + 1)
 
     def extra_repr(self) -> str:

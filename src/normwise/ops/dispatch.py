@@ -27,6 +27,7 @@ from normwise.backends.aten.backend import BACKEND as ATEN
 from normwise.backends.aten.norms import MEAN_TO_DEVIATION_LIMIT
 from normwise.backends.cpu import library
 from normwise.backends.cpu.backend import BACKEND as CPU
+from normwise.backends.devices import on_cpu
 from normwise.backends.protocol import Backend, NormRequest, RecurrenceRequest
 from normwise.backends.reference.backend import BACKEND as REFERENCE
 from normwise.ops._torch_internals import (
@@ -219,7 +220,7 @@ def _kernel_obstacle(request: Any, operation: str, known_readable: bool = False)
     """What keeps the C++ kernels from a request, or None."""
     if _is_compiling():
         # A recurrence becomes one node (custom_op.py); but ONNX, for one, knows no such node.
-        if operation == "norm" or request.x.device.type != "cpu" or torch.onnx.is_in_onnx_export():
+        if operation == "norm" or not on_cpu(request.x) or torch.onnx.is_in_onnx_export():
             return "while compiling, ATen's operations are left to the compiler"
         return CPU.recurrence.supports(request)
     if is_traced_or_transformed():
@@ -275,11 +276,17 @@ def jit_traces() -> bool:
     return not _is_compiling() and is_jit_tracing()
 
 
-def values_visible(*tensors: Tensor | None) -> bool:
-    """Whether the values of these tensors may decide what is done: not while compiling or transforming, nor on meta."""
+def have_values(*tensors: Tensor | None) -> bool:
+    """Whether these tensors have values that can be read, if need be by a wait for their device: not while compiling or
+    transforming, nor on meta."""
     if _is_compiling() or transforms_active():
         return False
     return not any(t is not None and (t.is_meta or is_fake(t)) for t in tensors)
+
+
+def values_visible(*tensors: Tensor | None) -> bool:
+    """Whether the values of these tensors may decide what is done: those of `have_values` that are on the CPU."""
+    return have_values(*tensors) and all(t is None or on_cpu(t) for t in tensors)
 
 
 def may_look_at_values(x: Tensor) -> bool:

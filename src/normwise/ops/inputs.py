@@ -453,5 +453,5 @@ def _from_lengths(x: Tensor, lengths: Any) -> Tensor:
         )
     n, steps = x.shape[0], x.shape[-1]
     counts = one_length_each(lengths, n, steps, f"an input of shape {tuple(x.shape)}")
-    valid = torch.arange(steps, device=x.device) < counts.to(x.device)[:, None]
+    valid = torch.arange(steps, device=x.device) < counts.to(x.device, non_blocking=True)[:, None]
     return valid.view(n, *(1,) * (x.dim() - 2), steps)

@@ -77,6 +77,7 @@ def by_sequences(
         as `by_rows`; ShapeError for rows of several axes.
     """
     sample, step, counts = _places(x)
+    longest = len(x.batch_sizes) if isinstance(x, PackedSequence) else int(counts.max()) if len(counts) else 0
 
     def rows(data: Tensor, residual: Tensor | None) -> Tensor:
         if data.dim() != 2:
@@ -84,8 +85,6 @@ def by_sequences(
                 f"expected rows of channels, (N, L, C) or (N, C, L) with L ragged, but got a {_kind(x)} with rows of "
                 f"shape {tuple(data.shape[1:])}"
             )
-        longest = int(counts.max()) if len(counts) else 0
-
         def padded(t: Tensor) -> Tensor:
             zeros = t.new_zeros(len(counts), longest, t.shape[1])
             return zeros.index_put((sample, step), t).transpose(1, 2)
@@ -99,10 +98,11 @@ def by_sequences(
 def _places(x: Ragged) -> tuple[Tensor, Tensor, Tensor]:
     """The sequence and step of each row, and the steps of each sequence; packed ones in their packed order."""
     if isinstance(x, PackedSequence):
-        batch_sizes = x.batch_sizes.to(x.data.device)
-        samples = int(x.batch_sizes[0])
-        step, sample = (torch.arange(samples, device=x.data.device) < batch_sizes[:, None]).nonzero(as_tuple=True)
-        return sample, step, torch.bincount(sample, minlength=samples)
+        # Found on the CPU, where batch_sizes are, and sent: to find it on a GPU is to wait for it.
+        valid = torch.arange(int(x.batch_sizes[0]), device="cpu") < x.batch_sizes[:, None]
+        step, sample = valid.nonzero(as_tuple=True)
+        places = (sample, step, valid.sum(0))
+        return tuple(t.to(x.data.device, non_blocking=True) for t in places)  # type: ignore[return-value]
     _rows(x)  # which refuses what is not jagged
     counts = _jagged(x).offsets().diff()
     steps = torch.arange(int(counts.max()) if len(counts) else 0, device=counts.device)

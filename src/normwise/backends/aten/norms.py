@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from normwise.backends.activations import add_residual_and_activate, channels_laid_out_like
+from normwise.backends.devices import on_cpu
 from normwise.backends.protocol import NormConfig, NormFamily, NormRequest, NormResult, accumulation_dtype
 
 # ATen scales by x * a + b, where a = weight * rstd and b = bias - mean * a nearly cancel when the mean is much larger
@@ -28,7 +29,7 @@ def supports(request: NormRequest) -> str | None:
     if mask is not None and not (features and all(mask.shape[d] == 1 for d in range(x.dim() - config.axes, x.dim()))):
         # A mask of whole rows of features is no obstacle: what comes of masked rows is put back to 0.
         return "ATen's kernels take no mask"
-    if isinstance(config.momentum, Tensor):
+    if isinstance(config.momentum, Tensor) and (on_cpu(x) or config.family != "channels"):
         return "ATen takes momentum as a number only"
     if running_mean is not None and config.batch_statistics and x.numel() == x.shape[1]:
         return "ATen moves the running variance to NaN by the deviation of a single value"
@@ -51,7 +52,7 @@ def shortcoming(request: NormRequest, may_look: bool) -> str | None:
     if running_mean is not None and config.batch_statistics and torch.jit.is_tracing():  # type: ignore[attr-defined]
         # A traced graph is optimized at its second run, and does not know that ATen's kernel writes on the averages.
         return "torch.jit loses what ATen's kernel does to running averages"
-    if type(x) not in (Tensor, torch.nn.Parameter) or x.device.type != "cpu" or x.numel() == 0:
+    if type(x) not in (Tensor, torch.nn.Parameter) or not on_cpu(x) or x.numel() == 0:
         return None  # another kind of tensor knows ATen's norms, and the formula may be more than it can do
     if may_look and config.op == "rms_norm":
         return "ATen's RMSNorm is these operations too, but makes zeros of an input whose squares overflow"
@@ -191,17 +192,23 @@ def channels(
     """BatchNorm."""
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     mean, var = (None if t is None else t.contiguous() for t in (running_mean, running_var))
-    new_running = None
+    new_running, momentum = None, config.momentum
     if config.batch_statistics and running_mean is not None and running_var is not None:
         # ATen moves copies: what it makes of a batch may not be finite, and it saves them for a backward that does not
         # read them in training, so that moving the averages again before the backward is no error.
         # In the wider dtype of averages and gain (BatchRenorm's): ATen takes no two.
         dtype = running_mean.dtype if weight is None else torch.promote_types(running_mean.dtype, weight.dtype)
-        mean, var = (average.detach().to(dtype, copy=True) for average in (running_mean, running_var))
-        new_running = mean, var
+        new_running = torch.stack([average.detach().to(dtype) for average in (running_mean, running_var)])
+        mean, var = new_running.unbind(0)
+        if isinstance(momentum, Tensor):  # ATen takes a number: 1 gives the batch's own mean and unbiased variance
+            batch = torch.zeros_like(new_running)
+            mean, var = batch.unbind(0)
     cudnn = torch.backends.cudnn.enabled
-    momentum = float(config.momentum)
-    y = torch.batch_norm(x, weight, bias, mean, var, config.batch_statistics, momentum, config.eps, cudnn)
+    number = 1.0 if isinstance(momentum, Tensor) else momentum
+    y = torch.batch_norm(x, weight, bias, mean, var, config.batch_statistics, number, config.eps, cudnn)
+    if new_running is not None and isinstance(momentum, Tensor):
+        with torch.no_grad():
+            new_running = torch.lerp(new_running, batch, momentum.to(new_running.dtype))
     y = add_residual_and_activate(y, residual, config.act, None)
     return NormResult(y, x, None, True if new_running is None else None, None, new_running)
 

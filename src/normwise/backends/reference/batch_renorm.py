@@ -34,8 +34,9 @@ def renorm_correction(
         sigma = torch.sqrt(var.to(wide) + eps)
         r = torch.sqrt(moments.var + eps) / sigma
         d = (moments.mean - mean.to(wide)) / sigma
-        r_most, d_most = (torch.as_tensor(most, dtype=wide, device=r.device) for most in (r_max, d_max))
-        return torch.clamp(r, 1 / r_most, r_most), torch.clamp(d, -d_most, d_most)
+        # Numbers stay numbers: on a GPU each would be copied there, with a wait.
+        r_most, d_most = (most.to(wide) if isinstance(most, Tensor) else most for most in (r_max, d_max))
+        return r.clamp(1 / r_most, r_most), d.clamp(-d_most, d_most)
 
 
 def batch_renorm(

@@ -77,8 +77,11 @@ def _virtual_batches(request: NormRequest, x: Tensor, valid: Tensor | None, ghos
     config = request.config._replace(momentum=1.0, act=None)
     result = run(NormRequest(config, inputs.dense(fold(x)), None, gain, shift, folded, mean, var))
     y = result.y.reshape(size, ghosts, channels, *positions).transpose(0, 1).reshape(x.shape)
-    finite = torch.as_tensor(result.stats_updated, device=x.device)
-    mean = torch.where(finite, mean, torch.nan).view(ghosts, channels)
+    if isinstance(result.stats_updated, Tensor):
+        mean = torch.where(result.stats_updated, mean, torch.nan)
+    elif not result.stats_updated:
+        mean = torch.full_like(mean, torch.nan)
+    mean = mean.view(ghosts, channels)
     biased = var.view(ghosts, channels) * ((counts - 1).clamp(min=0) / counts.clamp(min=1))
     return y, Moments(mean, biased, counts.expand(ghosts, channels))
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from normwise.backends import reference
+from normwise.backends.devices import on_cpu
 from normwise.backends.protocol import NormRequest, NormResult
 from normwise.ops import autograd, custom_op, dispatch
 from normwise.ops.dispatch import resolve
@@ -26,7 +27,8 @@ def run(request: NormRequest, formula: Callable[..., Any] | None = None, known_r
         family = backend.norm.kernels[request.config.family]
         if family.backward is not None and needs_grad:
             result = NormResult(*autograd.Norm.apply(family, request, *request[1:5]))
-        elif torch.compiler.is_compiling() and backend.name == "reference":
+        elif torch.compiler.is_compiling() and backend.name == "reference" and on_cpu(request.x):
+            # On a GPU the compiler fuses the formula's operations, and could do nothing with one node.
             result = reference.norms.run(custom_op.norm, *request, needs_grad)
         else:
             result = family.forward(*request, needs_grad)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from normwise.backends.devices import on_cpu
 from normwise.backends.protocol import Moments, NormConfig, NormRequest, NormResult
 from normwise.ops._torch_internals import current_graph_task_id
-from normwise.ops.dispatch import is_traced_or_transformed, jit_traces, values_visible
+from normwise.ops.dispatch import have_values, is_traced_or_transformed, jit_traces, values_visible
 
 # Whether running statistics were updated: a bool, or a 0-d bool tensor where a look at it would wait for a device or is
 # not possible (while compiling).
@@ -55,14 +57,14 @@ def is_recomputing() -> bool:
 
 def can_read(counter: Tensor) -> bool:
     """Whether the value of `counter` can be read, even if that waits for its device."""
-    if not values_visible(counter):
+    if not have_values(counter):
         return False
     return not (counter.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def can_read_now(counter: Tensor) -> bool:
     """Whether the value of `counter` can be read without waiting for a device."""
-    return counter.is_cpu and values_visible(counter) and not jit_traces()  # another when a traced graph runs
+    return values_visible(counter) and not jit_traces()  # another when a traced graph runs
 
 
 def update_averages(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float | Tensor) -> Updated:
@@ -80,34 +82,39 @@ def update_averages(running_mean: Tensor, running_var: Tensor, moments: Moments,
         Whether they were updated.
     """
     with torch.no_grad():
-        count = moments.count.expand_as(moments.mean)
-        new = [
-            torch.where(
-                count.reshape(running.shape) >= needed,
-                _interpolate(running, now.reshape(running.shape), momentum),
-                running,
-            )
-            for running, now, needed in ((running_mean, moments.mean, 1), (running_var, unbiased_var(moments), 2))
-        ]
-        return store_if_finite((running_mean, running_var), (new[0], new[1]))
+        # Mean and variance side by side, since on a GPU each operation is a launch.
+        old = torch.stack([running_mean, running_var])
+        count = moments.count.expand_as(moments.mean).reshape(running_mean.shape)
+        batch = torch.stack([moments.mean.reshape(count.shape), unbiased_var(moments).reshape(count.shape)])
+        needed = torch.arange(1, 3, device=count.device)[:, None]  # elements for a mean, and for a deviation
+        new = torch.where(count >= needed, _interpolate(old, batch, momentum), old)
+        return store_if_finite((running_mean, running_var), new)
 
 
-def store_if_finite(averages: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Updated:
-    """Store `new` in the running averages, both or, where anything in it is NaN or infinite, none of them."""
+def store_if_finite(averages: tuple[Tensor, Tensor], new: Tensor) -> Updated:
+    """Store `new`, (2, C), in the running averages, both or, where anything in it is NaN or infinite, none of them."""
     require_writable(*averages)
     with torch.no_grad():
-        # In the averages' own dtype, in which a finite number may have become infinite.
-        rows = torch.stack([now.to(old.dtype) for old, now in zip(averages, new, strict=True)])
-        finite = (rows * 0).sum() == 0  # 0 * NaN and 0 * inf are NaN
-        if finite.is_cpu and values_visible(finite) and not is_traced_or_transformed():
-            if not finite:
+        rows = new.to(averages[0].dtype)  # in the averages' own, in which a finite number may have become infinite
+        if values_visible(rows) and not is_traced_or_transformed():
+            if not (rows * 0).sum() == 0:  # 0 * NaN and 0 * inf are NaN
                 return False
             for old, now in zip(averages, rows, strict=True):
                 old.copy_(now)
             return True
+        finite = torch.linalg.vector_norm(rows, math.inf) < math.inf
         for old, now in zip(averages, rows, strict=True):
-            old.copy_(torch.where(finite, now, old))
+            if _is_eager(old):
+                torch.where(finite, now, old, out=old)
+            else:
+                old.copy_(torch.where(finite, now, old))
         return finite
+
+
+def _is_eager(t: Tensor) -> bool:
+    """Whether an operation may write its result to `t` itself, which saves a launch and which only torch's own tensors
+    in eager mode know how to do."""
+    return have_values(t) and type(t) in (Tensor, torch.nn.Parameter) and not is_traced_or_transformed()
 
 
 def require_writable(*averages: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from normwise.backends.protocol import Layout
 from normwise.backends.reference.sequences import valid_steps
 from normwise.ops.autograd import put_rows, take_rows
-from normwise.ops.dispatch import is_traced_or_transformed, values_visible
+from normwise.ops.dispatch import have_values, is_traced_or_transformed, values_visible
 
 
 class Sequences(NamedTuple):
@@ -39,7 +39,7 @@ def padded(x: Tensor, lengths: Tensor | None, batch_first: bool, bidirectional: 
     x = x.transpose(0, 1) if batch_first else x
     if lengths is None:
         return Sequences(x, Layout(x.shape[0], x.shape[1]))
-    return Sequences(x, Layout(x.shape[0], x.shape[1], lengths=lengths.to(x.device), visible=False))
+    return Sequences(x, Layout(x.shape[0], x.shape[1], lengths=lengths.to(x.device, non_blocking=True), visible=False))
 
 
 def pack(x: Tensor, lengths: Tensor, batch_first: bool, bidirectional: bool) -> Sequences:
@@ -53,9 +53,11 @@ def pack(x: Tensor, lengths: Tensor, batch_first: bool, bidirectional: bool) -> 
     ordered, order = lengths.sort(descending=True, stable=True)
     valid = valid_steps(longest, ordered)
     step = torch.arange(longest, device="cpu")[:, None]
-    source = (order * steps + step if batch_first else step * batch + order)[valid].to(x.device)
-    layout = Layout(longest, batch, valid.sum(1), _flip(valid, ordered).to(x.device) if bidirectional else None)
-    return Sequences(take_rows(x.flatten(0, 1), source), layout, order.to(x.device), source)
+    source = (order * steps + step if batch_first else step * batch + order)[valid].to(x.device, non_blocking=True)
+    flip = _flip(valid, ordered).to(x.device, non_blocking=True) if bidirectional else None
+    order = order.to(x.device, non_blocking=True)
+    layout = Layout(longest, batch, valid.sum(1), flip)
+    return Sequences(take_rows(x.flatten(0, 1), source), layout, order, source)
 
 
 def packed(given: PackedSequence, bidirectional: bool) -> Sequences:
@@ -71,13 +73,13 @@ def packed(given: PackedSequence, bidirectional: bool) -> Sequences:
     flip = None
     if bidirectional:
         valid = torch.arange(batch, device="cpu") < batch_sizes[:, None]
-        flip = _flip(valid, valid.sum(0)).to(x.device)
+        flip = _flip(valid, valid.sum(0)).to(x.device, non_blocking=True)
     return Sequences(x, Layout(steps, batch, batch_sizes, flip), given.sorted_indices, packed=given)
 
 
 def may_look(x: Tensor, lengths: Tensor | None) -> bool:
-    """Whether values may decide how the call goes, of tensors that are nothing but tensors."""
-    if not values_visible(x, lengths) or is_traced_or_transformed():
+    """Whether the values of `lengths` may decide how the call goes, of tensors that are nothing but tensors."""
+    if not have_values(x) or not values_visible(lengths) or is_traced_or_transformed():
         return False
     return type(x) in (Tensor, torch.nn.Parameter)
 
