@@ -1,4 +1,4 @@
-"""Where a tensor is, for code that must not wait for a device: the one predicate that tests replace by "as on a GPU"."""
+"""Where a tensor is, for code that must not wait for a device: what tests replace to say "as on a GPU"."""
 
 from __future__ import annotations
 

@@ -121,8 +121,10 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
         if updated is False:
             self._add_skipped(1)
             self._warn_of_skipped()
-        elif not dispatch.is_transforming():  # a count of its own for each copy of the layer has no place
-            self._add_skipped(~updated)
+        elif (
+            isinstance(updated, Tensor) and not dispatch.is_transforming()
+        ):  # a count of its own for each copy of the layer has no place
+            self._add_skipped_unless(updated)
 
     def _warn_of_skipped(self) -> None:
         if self._warned_of_skipped:
@@ -139,6 +141,7 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
     def train(self: Layer, mode: bool = True) -> Layer:
         """As in torch.nn. Warns of skipped batches where no warning could be given earlier (on a GPU, compiled)."""
         if not mode and self.training and not self._warned_of_skipped:
+            self._count_flags()
             skipped = self._skipped
             if skipped is not None and running_stats.can_read(skipped) and skipped.item() > 0:
                 self._warn_of_skipped()

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.autograd import forward_ad
 
+from normwise.backends.devices import on_cpu
+
 __all__ = [
     "any_autocast_enabled",
     "compiler_loaded",
@@ -25,6 +27,7 @@ __all__ = [
     "is_batchedtensor",
     "is_fake",
     "is_jit_tracing",
+    "is_plain_elsewhere",
     "readable",
     "transforms_active",
     "without_fake_tensors",
@@ -73,6 +76,11 @@ def readable(*tensors: Tensor | None) -> bool:
         ):
             return False
     return True
+
+
+def is_plain_elsewhere(t: Tensor) -> bool:
+    """A dense tensor of no subclass on another device than the CPU, whose memory that device's kernels may read."""
+    return type(t) in _TENSORS and not on_cpu(t) and t.layout is torch.strided and not t.is_neg() and not t.is_conj()
 
 
 def forward_ad_active() -> bool:

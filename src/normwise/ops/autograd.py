@@ -15,7 +15,7 @@ from normwise.backends.protocol import LayerKernel, LayerRequest, Layout, NormFa
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.reference import rnn as reference_rnn
 from normwise.backends.reference.norms import backward as differentiable_backward
-from normwise.ops._torch_internals import readable
+from normwise.ops._torch_internals import is_plain_elsewhere, readable
 from normwise.ops.dispatch import is_traced_or_transformed
 
 
@@ -38,7 +38,7 @@ def supports_grad_output(*tensors: Tensor | None) -> bool:
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not is_traced_or_transformed()
-        and readable(*tensors)
+        and (readable(*tensors) or all(t is None or is_plain_elsewhere(t) for t in tensors))
     )
 
 

@@ -182,7 +182,7 @@ def resolve(request: Any, operation: str = "norm", known_readable: bool = False)
         if reason is CPU.missing() and not library.turned_off():
             _warn_once(reason)
     aten = getattr(ATEN, operation)
-    obstacle = aten.supports(request)
+    obstacle = _aten_obstacle(request, operation)
     if obstacle is None:
         obstacle = aten.shortcoming(request, may_look_at_values(request.x))
     if obstacle is None:
@@ -192,8 +192,12 @@ def resolve(request: Any, operation: str = "norm", known_readable: bool = False)
 
 def _resolve_forced(request: Any, operation: str) -> Resolved:
     backend = BACKENDS[_forced.name]  # type: ignore[index]
-    supports = getattr(backend, operation).supports
-    obstacle = _kernel_obstacle(request, operation) if backend is CPU else supports(request)
+    if backend is CPU:
+        obstacle = _kernel_obstacle(request, operation)
+    elif backend is ATEN:
+        obstacle = _aten_obstacle(request, operation)
+    else:
+        obstacle = None
     if obstacle is not None:
         raise _cannot(_name(request), obstacle)
     return Resolved(backend, "forced")
@@ -227,6 +231,19 @@ def _kernel_obstacle(request: Any, operation: str, known_readable: bool = False)
         return "torch.func, forward-mode derivatives, dispatch modes and torch.jit.trace do not see a C++ kernel"
     supports: Callable[[Any], str | None] = getattr(CPU, operation).supports
     return (None if known_readable else unreadable(*request.tensors)) or supports(request)
+
+
+def _aten_obstacle(request: Any, operation: str) -> str | None:
+    """What keeps ATen from a request, or None."""
+    if operation == "norm" and is_masked_batch(request) and not _is_compiling() and is_traced_or_transformed():
+        return "what ATen's kernels make of a mask has a gradient of its own, which is none of ATen's operations"
+    supports: Callable[[Any], str | None] = getattr(ATEN, operation).supports
+    return supports(request)
+
+
+def is_masked_batch(request: NormRequest) -> bool:
+    """Whether statistics of channels or groups are taken of what a mask leaves."""
+    return request.mask is not None and request.config.family != "features" and request.config.batch_statistics
 
 
 def unreadable(*tensors: Tensor | None) -> str | None:

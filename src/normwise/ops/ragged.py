@@ -85,6 +85,7 @@ def by_sequences(
                 f"expected rows of channels, (N, L, C) or (N, C, L) with L ragged, but got a {_kind(x)} with rows of "
                 f"shape {tuple(data.shape[1:])}"
             )
+
         def padded(t: Tensor) -> Tensor:
             zeros = t.new_zeros(len(counts), longest, t.shape[1])
             return zeros.index_put((sample, step), t).transpose(1, 2)

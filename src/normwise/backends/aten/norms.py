@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from normwise.backends.activations import add_residual_and_activate, channels_laid_out_like
+from normwise.backends.aten import masked
 from normwise.backends.devices import on_cpu
 from normwise.backends.protocol import NormConfig, NormFamily, NormRequest, NormResult, accumulation_dtype
 
@@ -26,7 +27,10 @@ def supports(request: NormRequest) -> str | None:
     """What ATen's kernels cannot do."""
     config, x, _, weight, _, mask, running_mean, _, _ = request
     features = config.family == "features"
-    if mask is not None and not (features and all(mask.shape[d] == 1 for d in range(x.dim() - config.axes, x.dim()))):
+    if mask is not None and not features:
+        if on_cpu(x) or x.numel() == 0 or torch.compiler.is_compiling():
+            return "ATen's kernels take no mask"
+    elif mask is not None and not (features and all(mask.shape[d] == 1 for d in range(x.dim() - config.axes, x.dim()))):
         # A mask of whole rows of features is no obstacle: what comes of masked rows is put back to 0.
         return "ATen's kernels take no mask"
     if isinstance(config.momentum, Tensor) and (on_cpu(x) or config.family != "channels"):
@@ -122,8 +126,9 @@ def features(
     """LayerNorm and RMSNorm; a mask is of whole rows."""
     if residual is not None:
         x = x + residual
-    if mask is not None:
-        x = x.masked_fill(~mask, 0)
+    invalid = None if mask is None else ~mask
+    if invalid is not None:
+        x = x.masked_fill(invalid, 0)
     shape = x.shape[x.dim() - config.axes :]
     # ATen's kernels read gains, biases and averages as if they were contiguous.
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
@@ -135,8 +140,8 @@ def features(
         y = rms_norm_as_written(x, len(shape), weight, config.eps)
     else:
         y = torch.rms_norm(x, shape, weight, config.eps)
-    if mask is not None:
-        y = y.masked_fill(~mask, 0)
+    if invalid is not None:
+        y = y.masked_fill(invalid, 0)
     return NormResult(add_residual_and_activate(y, None, config.act, mask), x)
 
 
@@ -189,7 +194,7 @@ def channels(
     running_var: Tensor | None,
     *_: object,
 ) -> NormResult:
-    """BatchNorm."""
+    """BatchNorm; with a mask by given statistics only (see `masked`)."""
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     mean, var = (None if t is None else t.contiguous() for t in (running_mean, running_var))
     new_running, momentum = None, config.momentum
@@ -203,14 +208,24 @@ def channels(
         if isinstance(momentum, Tensor):  # ATen takes a number: 1 gives the batch's own mean and unbiased variance
             batch = torch.zeros_like(new_running)
             mean, var = batch.unbind(0)
+    invalid = None if mask is None else ~mask
+    if invalid is not None:
+        x = x.masked_fill(invalid, 0)
     cudnn = torch.backends.cudnn.enabled
     number = 1.0 if isinstance(momentum, Tensor) else momentum
     y = torch.batch_norm(x, weight, bias, mean, var, config.batch_statistics, number, config.eps, cudnn)
     if new_running is not None and isinstance(momentum, Tensor):
         with torch.no_grad():
             new_running = torch.lerp(new_running, batch, momentum.to(new_running.dtype))
-    y = add_residual_and_activate(y, residual, config.act, None)
+    if invalid is not None:
+        y = y.masked_fill(invalid, 0)
+    y = add_residual_and_activate(y, residual, config.act, mask)
     return NormResult(y, x, None, True if new_running is None else None, None, new_running)
 
 
-FAMILIES = {"features": NormFamily(features), "groups": NormFamily(groups), "channels": NormFamily(channels)}
+FAMILIES = {
+    "features": NormFamily(features),
+    "groups": NormFamily(groups),
+    "channels": NormFamily(channels),
+    "masked": masked.FAMILY,
+}

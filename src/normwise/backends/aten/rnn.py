@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from normwise.backends.devices import on_cpu
 from normwise.backends.protocol import (
     LayerKernel,
     LayerRequest,
@@ -34,7 +35,8 @@ Normalize = Callable[[Tensor, int], Tensor]
 
 def supports(request: RecurrenceRequest) -> str | None:
     """What neither torch's kernels nor the loop can do."""
-    if request.layout.lengths is not None and supports_stack(request) is not None:
+    of_batch = request.config.norm == "batch" and request.running is None
+    if request.layout.lengths is not None and (on_cpu(request.x) or of_batch) and supports_stack(request) is not None:
         return "the loop of torch's operations takes the steps of each sequence, and must know how many they are"
     return None
 
@@ -45,7 +47,7 @@ def supports_stack(request: RecurrenceRequest) -> str | None:
         return "torch's own layers have no norm inside, no zoneout, and one kind of GRU"
     if request.resets[0] is not None:
         return "torch's own layers take no reset"
-    if request.autocast is torch.float16 and request.config.cell == "lstm" and request.x.device.type == "cpu":
+    if request.autocast is torch.float16 and request.config.cell == "lstm" and on_cpu(request.x):
         return "torch's own LSTM fails under autocast to float16 on the CPU"
     if request.layout.batch_sizes is not None and request.layout.steps == 0:
         return "torch's own layers take no batch without a step"
@@ -127,13 +129,20 @@ def layer(request: LayerRequest, needs_grad: bool = False) -> LayerResult:
     dtype, wide = x.dtype, accumulation_dtype(x.dtype)
     small = Weights(*(None if w is None else w.to(wide) for w in weights))  # type: ignore[arg-type]
     steps = _Steps(layout, reverse)
-    x = steps.processing_order(x)
+    x, valid = steps.processing_order(x), None
+    if layout.lengths is not None:
+        # A GPU's, which is not waited for: each step runs on all samples, and those that have ended keep h and c.
+        valid = (torch.arange(layout.steps, device=x.device)[:, None] < layout.lengths)[..., None]
+        x = x.masked_fill(~valid, 0)  # what a NaN at padding came to would be a gradient of NaN, times 0 or not
 
     norms = _Norms(config, small, weights.weight_hh.shape[0] // config.gates, steps, running, start_step)
     inputs = norms.input_terms(F.linear(x, weights.weight_ih).to(wide))
     advance = _CELLS[config.cell](config, small, norms, weights, dtype)
     cleared = steps.with_reset(reset)
-    resets = None if reset is None else steps.split(steps.processing_order(reset))
+    if reset is not None:
+        reset = steps.processing_order(reset)
+        reset = reset if valid is None else reset & valid[..., 0]  # what has ended keeps its state
+    resets = None if reset is None else steps.split(reset)
     zoneouts = None if zoneout_mask is None else steps.split(steps.processing_order(zoneout_mask))
 
     h, c = h0.to(wide), None if c0 is None else c0.to(wide)
@@ -147,12 +156,15 @@ def layer(request: LayerRequest, needs_grad: bool = False) -> LayerResult:
         if resets is not None and t in cleared:
             h = h.masked_fill(resets[t][:, None], 0)
             c = None if c is None else c.masked_fill(resets[t][:, None], 0)
-        new_h, c = advance(input_term, h, c, t)
+        new_h, new_c = advance(input_term, h, c, t)
         if zoneouts is not None:
             new_h = torch.where(zoneouts[t], h, new_h)
         elif config.zoneout:
             new_h = torch.lerp(new_h, h, config.zoneout)
-        h = new_h
+        if valid is not None:
+            new_h = torch.where(valid[t], new_h, h)
+            new_c = None if c is None or new_c is None else torch.where(valid[t], new_c, c)
+        h, c = new_h, new_c
         outputs.append(h)
     output = steps.join(outputs) if outputs else inputs[:, : h.shape[1]]
     if ended:
@@ -160,6 +172,7 @@ def layer(request: LayerRequest, needs_grad: bool = False) -> LayerResult:
         h = torch.cat([s for s, _ in reversed(ended)])
         c = None if c is None else torch.cat([s for _, s in reversed(ended) if s is not None])
     output = steps.given_order(output.to(dtype))
+    output = output if valid is None else output.masked_fill(~valid, 0)
     return LayerResult(output, h.to(dtype), None if c is None else c.to(dtype), norms.statistics())
 
 
@@ -170,10 +183,15 @@ class _Steps:
         self.layout = layout
         self.sizes = None if layout.batch_sizes is None else layout.batch_sizes.tolist()
         self.flip = layout.flip if reverse else None
-        self.reverse = reverse and self.sizes is None
+        self.reverse = reverse and self.sizes is None and layout.lengths is None
+        self.turned = layout.lengths if reverse else None
 
     def processing_order(self, rows: Tensor) -> Tensor:
-        """Packed rows such that all sequences run forwards; dense ones stay where they are."""
+        """Packed or padded rows such that all sequences run forwards; dense ones stay where they are."""
+        if self.turned is not None:
+            step = torch.arange(len(rows), device=rows.device)[:, None]
+            source = torch.where(step < self.turned, self.turned - 1 - step, step)
+            return rows.gather(0, source.view(source.shape + (1,) * (rows.dim() - 2)).expand_as(rows))
         if self.flip is None:
             return rows
         # What `index_select` gives too, since flip is its own inverse; but the gradient of that adds row by row.
@@ -205,7 +223,7 @@ class _Steps:
     def with_reset(self, reset: Tensor | None) -> set[int] | range:
         """The steps that have any reset; all of them where looking would be slow or impossible."""
         every = range(self.layout.steps)
-        if reset is None or reset.device.type != "cpu" or not self.layout.visible:
+        if reset is None or not on_cpu(reset) or not self.layout.visible:
             return every
         if self.layout.batch_sizes is not None:
             rows = self.processing_order(reset).nonzero().flatten()

@@ -36,7 +36,7 @@ def renorm_correction(
         d = (moments.mean - mean.to(wide)) / sigma
         # Numbers stay numbers: on a GPU each would be copied there, with a wait.
         r_most, d_most = (most.to(wide) if isinstance(most, Tensor) else most for most in (r_max, d_max))
-        return r.clamp(1 / r_most, r_most), d.clamp(-d_most, d_most)
+        return r.clamp(1 / r_most, r_most), d.clamp(-d_most, d_most)  # type: ignore[arg-type]
 
 
 def batch_renorm(

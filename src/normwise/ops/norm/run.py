@@ -11,8 +11,8 @@ from normwise.backends import reference
 from normwise.backends.devices import on_cpu
 from normwise.backends.protocol import NormRequest, NormResult
 from normwise.ops import autograd, custom_op, dispatch
-from normwise.ops.dispatch import resolve
-from normwise.ops.norm import running_stats
+from normwise.ops.dispatch import is_masked_batch, resolve
+from normwise.ops.norm import masked, running_stats
 
 
 def run(request: NormRequest, formula: Callable[..., Any] | None = None, known_readable: bool = False) -> NormResult:
@@ -25,7 +25,9 @@ def run(request: NormRequest, formula: Callable[..., Any] | None = None, known_r
     if formula is None:
         backend, _ = resolve(request, "norm", known_readable)
         family = backend.norm.kernels[request.config.family]
-        if family.backward is not None and needs_grad:
+        if backend.name == "aten" and is_masked_batch(request):
+            result = masked.run(backend.norm.kernels["masked"], request, needs_grad)
+        elif family.backward is not None and needs_grad:
             result = NormResult(*autograd.Norm.apply(family, request, *request[1:5]))
         elif torch.compiler.is_compiling() and backend.name == "reference" and on_cpu(request.x):
             # On a GPU the compiler fuses the formula's operations, and could do nothing with one node.

@@ -8,7 +8,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from normwise.backends.devices import on_cpu
 from normwise.backends.protocol import Moments, NormConfig, NormRequest, NormResult
 from normwise.ops._torch_internals import current_graph_task_id
 from normwise.ops.dispatch import have_values, is_traced_or_transformed, jit_traces, values_visible
@@ -86,8 +85,9 @@ def update_averages(running_mean: Tensor, running_var: Tensor, moments: Moments,
         old = torch.stack([running_mean, running_var])
         count = moments.count.expand_as(moments.mean).reshape(running_mean.shape)
         batch = torch.stack([moments.mean.reshape(count.shape), unbiased_var(moments).reshape(count.shape)])
-        needed = torch.arange(1, 3, device=count.device)[:, None]  # elements for a mean, and for a deviation
-        new = torch.where(count >= needed, _interpolate(old, batch, momentum), old)
+        # More than half an element for a mean, and one and a half for a deviation: counts may be rounded.
+        needed = torch.arange(0.5, 2, device=count.device)[:, None]
+        new = torch.where(count > needed, _interpolate(old, batch, momentum), old)
         return store_if_finite((running_mean, running_var), new)
 
 
@@ -97,12 +97,12 @@ def store_if_finite(averages: tuple[Tensor, Tensor], new: Tensor) -> Updated:
     with torch.no_grad():
         rows = new.to(averages[0].dtype)  # in the averages' own, in which a finite number may have become infinite
         if values_visible(rows) and not is_traced_or_transformed():
-            if not (rows * 0).sum() == 0:  # 0 * NaN and 0 * inf are NaN
+            if (rows * 0).sum() != 0:  # 0 * NaN and 0 * inf are NaN
                 return False
             for old, now in zip(averages, rows, strict=True):
                 old.copy_(now)
             return True
-        finite = torch.linalg.vector_norm(rows, math.inf) < math.inf
+        finite: Tensor = torch.linalg.vector_norm(rows, math.inf) < math.inf
         for old, now in zip(averages, rows, strict=True):
             if _is_eager(old):
                 torch.where(finite, now, old, out=old)
@@ -115,6 +115,11 @@ def _is_eager(t: Tensor) -> bool:
     """Whether an operation may write its result to `t` itself, which saves a launch and which only torch's own tensors
     in eager mode know how to do."""
     return have_values(t) and type(t) in (Tensor, torch.nn.Parameter) and not is_traced_or_transformed()
+
+
+def can_keep(flag: Tensor) -> bool:
+    """Whether `flag` still holds its value when somebody looks at it later: not what a CUDA graph will write again."""
+    return _is_eager(flag) and not (flag.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def require_writable(*averages: Tensor) -> None:

@@ -1,0 +1,361 @@
+"""What calls cost on a GPU, counted without one: launches beside torch.nn's, and no wait for the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import normwise
+from support.launches import Launches, as_on_gpu, forward_and_backward
+from support.tolerances import assert_close
+
+N, C, L = 8, 16, 10
+
+
+def some_mask() -> Tensor:
+    mask = torch.rand(N, L) > 0.3
+    mask[:, :2] = True
+    return mask
+
+
+def layers_and_arguments() -> dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]]:
+    """Each usual call of a norm of (N, C, L)."""
+    lengths = torch.tensor([3, 10, 2, 4, 5, 6, 7, 8])
+    return {
+        "batch": (lambda: normwise.BatchNorm1d(C), dict),
+        "batch, evaluation": (lambda: normwise.BatchNorm1d(C).eval(), dict),
+        "batch, momentum None": (lambda: normwise.BatchNorm1d(C, momentum=None), dict),
+        "batch, act and residual": (
+            lambda: normwise.BatchNorm1d(C, act="relu"),
+            lambda: {"residual": torch.randn(N, C, L)},
+        ),
+        "batch, mask": (lambda: normwise.BatchNorm1d(C), lambda: {"mask": some_mask()}),
+        "batch, mask, evaluation": (lambda: normwise.BatchNorm1d(C).eval(), lambda: {"mask": some_mask()}),
+        "batch, lengths": (lambda: normwise.BatchNorm1d(C), lambda: {"lengths": lengths}),
+        "ghost batches": (lambda: normwise.BatchNorm1d(C, virtual_batch_size=4), dict),
+        "ghost batches, mask": (lambda: normwise.BatchNorm1d(C, virtual_batch_size=4), lambda: {"mask": some_mask()}),
+        "renorm": (lambda: normwise.BatchRenorm1d(C), dict),
+        "sync, one rank": (lambda: normwise.SyncBatchNorm(C), dict),
+        "layer": (lambda: normwise.LayerNorm(L), dict),
+        "layer, mask": (lambda: normwise.LayerNorm(L), lambda: {"mask": torch.rand(N, C) > 0.3}),
+        "rms": (lambda: normwise.RMSNorm(L), dict),
+        "group": (lambda: normwise.GroupNorm(4, C), dict),
+        "group, mask": (lambda: normwise.GroupNorm(4, C), lambda: {"mask": some_mask()}),
+        "instance": (lambda: normwise.InstanceNorm1d(C), dict),
+        "instance, mask": (lambda: normwise.InstanceNorm1d(C, affine=True), lambda: {"mask": some_mask()}),
+        "instance, averages": (lambda: normwise.InstanceNorm1d(C, track_running_stats=True), dict),
+        "instance, lengths, averages": (
+            lambda: normwise.InstanceNorm1d(C, track_running_stats=True),
+            lambda: {"lengths": lengths},
+        ),
+    }
+
+
+CALLS = layers_and_arguments()
+
+# Launches forward and backward, no more than these. docs/kernels.md has the table.
+LIMITS = {
+    "batch": (7, 1),
+    "batch, evaluation": (1, 1),
+    "batch, momentum None": (11, 1),
+    "batch, act and residual": (9, 3),
+    "batch, mask": (33, 14),
+    "batch, mask, evaluation": (4, 3),
+    "batch, lengths": (35, 14),
+}
+# Those of torch.nn with the same arguments are the limit of these.
+AS_TORCH = {
+    "batch, evaluation": lambda: nn.BatchNorm1d(C).eval(),
+    "layer": lambda: nn.LayerNorm(L),
+    "rms": lambda: nn.RMSNorm(L),
+    "group": lambda: nn.GroupNorm(4, C),
+    "instance": lambda: nn.InstanceNorm1d(C),
+    "instance, averages": lambda: nn.InstanceNorm1d(C, track_running_stats=True),
+}
+
+
+def counted(layer: nn.Module, **arguments: Any) -> tuple[Launches, Launches]:
+    x = torch.randn(N, C, L, requires_grad=True)
+    return forward_and_backward(lambda: layer(x, **arguments))
+
+
+@pytest.mark.parametrize("call", LIMITS)
+def test_a_call_takes_no_more_launches_than_its_limit(call: str) -> None:
+    make, arguments = CALLS[call]
+    forward, backward = counted(make(), **arguments())
+    assert (forward.count, backward.count) <= LIMITS[call], (forward.names, backward.names)
+    assert forward.count <= LIMITS[call][0], forward.names
+    assert backward.count <= LIMITS[call][1], backward.names
+
+
+@pytest.mark.parametrize("call", AS_TORCH)
+def test_a_norm_that_torch_has_takes_no_more_launches_than_torchs(call: str) -> None:
+    ours, torchs = counted(CALLS[call][0]()), counted(AS_TORCH[call]())
+    assert ours[0].count <= torchs[0].count, ours[0].names
+    assert ours[1].count <= torchs[1].count, ours[1].names
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_no_usual_call_waits_for_the_host(call: str) -> None:
+    make, arguments = CALLS[call]
+    forward, backward = counted(make(), **arguments())
+    assert forward.count > 0
+    assert forward.waits + backward.waits == {}
+
+
+def test_a_wait_is_seen() -> None:
+    """Otherwise the tests above would see nothing."""
+    for wait in (
+        lambda: torch.ones(2).sum().item(),
+        lambda: bool(torch.ones(2).all()),
+        lambda: torch.ones(3)[torch.ones(3) > 0],
+        lambda: torch.ones(3).nonzero(),
+    ):
+        with Launches() as found:
+            wait()
+        assert found.waits, wait
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_what_a_gpu_would_compute_is_what_the_cpu_does(call: str) -> None:
+    """The branches for a GPU by other operations: outputs, gradients and running averages agree."""
+    make, arguments = CALLS[call]
+    given, x, grad = arguments(), torch.randn(N, C, L), torch.randn(N, C, L)
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)
+        layer = make()
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.add_(torch.rand_like(p))
+        at = x.clone().requires_grad_()
+        for _ in range(2):  # the second one finds averages that have moved
+            y = layer(at, **given)
+        y.backward(grad)
+        grads = [p.grad for p in layer.parameters() if p.grad is not None]
+        assert at.grad is not None
+        return [y.detach(), at.grad, *grads, *layer.buffers()]
+
+    with normwise.backend("reference"):
+        expected = run()
+    with as_on_gpu():
+        found = run()
+    assert len(found) == len(expected)
+    for ours, truth in zip(found, expected, strict=True):
+        scale = float(truth.detach().abs().max()) + 1
+        assert_close(ours, truth, kind="composed", dtype=torch.float32, count=N * L, scale=scale)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_batch_that_is_not_finite_moves_nothing_and_is_counted(masked: bool, momentum: float | None) -> None:
+    layer = normwise.BatchNorm1d(C, momentum=momentum)
+    given = {"mask": torch.ones(N, L, dtype=torch.bool)} if masked else {}
+    bad = torch.randn(N, C, L)
+    bad[0, 3, 1] = float("inf")
+    with as_on_gpu():
+        layer(torch.randn(N, C, L), **given)
+        before = [b.clone() for b in layer.buffers()]
+        layer(bad, **given)
+        layer(bad * float("nan"), **given)
+        assert all(torch.equal(b, a) for b, a in zip(layer.buffers(), before, strict=True))
+        assert layer.num_batches_skipped == 2
+        for _ in range(200):  # more than are kept to be counted together
+            layer(bad, **given)
+        assert layer.num_batches_skipped == 202
+        with pytest.warns(UserWarning, match="skipped an update"):
+            layer.eval()
+
+
+def test_masked_values_far_from_zero_keep_their_digits() -> None:
+    x, mask = torch.randn(N, C, L) + 1e4, some_mask()
+    layer = normwise.BatchNorm1d(C)
+    with as_on_gpu():
+        y = layer(x, mask=mask)
+    exact = normwise.BatchNorm1d(C).double()(x.double(), mask=mask)
+    assert_close(y, exact.float(), kind="forward", count=N * L, scale=1.0)
+
+
+def test_padding_may_hold_anything_on_a_gpu() -> None:
+    mask = some_mask()
+    x = torch.randn(N, C, L).masked_fill(~mask[:, None], float("nan")).requires_grad_()
+    with as_on_gpu():
+        for layer in (normwise.BatchNorm1d(C), normwise.GroupNorm(4, C), normwise.BatchNorm1d(C).eval()):
+            x.grad = None
+            y = layer(x, mask=mask)
+            y.backward(torch.randn(N, C, L))
+            assert x.grad is not None
+            assert y.isfinite().all()
+            assert x.grad.isfinite().all()
+            assert not y[~mask[:, None].expand_as(y)].any()
+            assert not x.grad[~mask[:, None].expand_as(y)].any()
+
+
+@pytest.mark.parametrize("kind", [normwise.BatchNorm1d, lambda c: normwise.GroupNorm(4, c)])
+def test_second_derivatives_of_masked_norms_on_a_gpu(kind: Callable[[int], nn.Module]) -> None:
+    layer, mask = kind(4).double(), some_mask()
+    x = torch.randn(N, 4, L, dtype=torch.float64, requires_grad=True)
+    with as_on_gpu():
+        assert torch.autograd.gradgradcheck(lambda x: layer(x, mask=mask), x, nondet_tol=0.0)
+
+
+RECURRENT = [normwise.LSTM, normwise.GRU, normwise.RNN]
+
+
+def recurrence(cell: Any, norm: str | None, **options: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A layer in two directions, and what its call takes."""
+    reset = torch.rand(6, 3) > 0.7
+    given = {"lengths": torch.tensor([6, 2, 4]), "reset": reset}
+    return cell(4, 5, 2, norm=norm, bidirectional=True, **options), given
+
+
+@pytest.mark.parametrize("given", [("lengths",), ("reset",), ("lengths", "reset")])
+@pytest.mark.parametrize("norm", ["layer", "rms", "batch"])
+@pytest.mark.parametrize("cell", RECURRENT)
+def test_recurrent_layers_do_not_wait_for_what_a_gpu_holds(cell: Any, norm: str, given: tuple[str, ...]) -> None:
+    layer, arguments = recurrence(cell, norm)
+    arguments = {name: arguments[name] for name in given}
+    x = torch.randn(6, 3, 4, requires_grad=True)
+    forward, backward = forward_and_backward(lambda: layer(x, **arguments)[0])
+    assert forward.waits + backward.waits == {}
+
+
+@pytest.mark.parametrize("given", [("lengths",), ("reset",), ("lengths", "reset")])
+@pytest.mark.parametrize(("norm", "zoneout"), [("layer", 0.0), ("rms", 0.1), ("batch", 0.0)])
+@pytest.mark.parametrize("cell", RECURRENT)
+def test_what_a_gpu_would_compute_of_sequences_is_what_the_cpu_does(
+    cell: Any, norm: str, zoneout: float, given: tuple[str, ...]
+) -> None:
+    layer, arguments = recurrence(cell, norm, zoneout=zoneout)
+    arguments = {name: arguments[name] for name in given}
+    layer.eval()  # zoneout draws in training
+    x, grad = torch.randn(6, 3, 4), torch.randn(6, 3, 10)
+    if "lengths" in given:
+        x = x.masked_fill(torch.arange(6)[:, None, None] >= arguments["lengths"][:, None], float("nan"))
+
+    def run() -> list[Tensor]:
+        at = x.clone().requires_grad_()
+        layer.zero_grad()
+        y, state = layer(at, **arguments)
+        y.backward(grad)
+        finals = state if isinstance(state, tuple) else (state,)
+        return [y, *finals, at.grad, *[p.grad for p in layer.parameters()]]  # type: ignore[list-item]
+
+    with normwise.backend("reference"):
+        expected = run()
+    with as_on_gpu():
+        found = run()
+    for ours, truth in zip(found, expected, strict=True):
+        assert_close(ours, truth, kind="composed", count=18, scale=float(truth.detach().abs().max()) + 1)
+
+
+@pytest.mark.parametrize(("cell", "limit"), [(normwise.LSTM, 15), (normwise.GRU, 11), (normwise.RNN, 6)])
+def test_lengths_that_a_gpu_holds_cost_a_launch_for_each_state_and_step(cell: Any, limit: int) -> None:
+    """Beside the launches of a step without them: 12, 9 and 4."""
+    layer, lengths = cell(4, 5, norm="layer"), torch.tensor([6, 2, 4])
+
+    def launches_of(steps: int) -> int:
+        x = torch.randn(steps, 3, 4)
+        return forward_and_backward(lambda: layer(x, lengths=lengths.clamp(max=steps))[0])[0].count
+
+    assert launches_of(9) - launches_of(8) <= limit
+
+
+def usual_calls_on_meta() -> dict[str, Callable[[], Any]]:
+    """Calls with all their tensors on one device, as a CUDA graph would capture them."""
+
+    def norm(call: str) -> Callable[[], Any]:
+        make, arguments = CALLS[call]
+
+        def run() -> None:
+            layer = make().to("meta")
+            given = {name: value.to("meta") for name, value in arguments().items()}
+            x = torch.randn(N, C, L, device="meta", requires_grad=True)
+            with Launches() as found:
+                y = layer(x, **given)
+                y.backward(torch.ones_like(y))
+            assert found.count
+            assert found.copies == {}
+            assert found.waits == {}
+
+        return run
+
+    def recurrent(cell: Any, **options: Any) -> Callable[[], Any]:
+        def run() -> None:
+            layer = cell(4, 5, device="meta", **options)
+            x = torch.randn(6, 3, 4, device="meta", requires_grad=True)
+            given = {
+                "lengths": torch.empty(3, dtype=torch.int64, device="meta"),
+                "reset": torch.empty(6, 3, dtype=torch.bool, device="meta"),
+            }
+            for arguments in ({}, {"lengths": given["lengths"]}, {"reset": given["reset"]}, given):
+                with Launches() as found:
+                    y = layer(x, **arguments)[0]
+                    y.backward(torch.ones_like(y))
+                assert found.copies == {}
+                assert found.waits == {}
+
+        return run
+
+    return {
+        **{call: norm(call) for call in CALLS},
+        **{
+            f"{cell.__name__}, {norm}": recurrent(cell, norm=norm, bidirectional=True)
+            for cell in RECURRENT
+            for norm in ("layer", "batch")
+        },
+    }
+
+
+@pytest.mark.parametrize("call", usual_calls_on_meta())
+def test_a_usual_call_does_nothing_that_a_cuda_graph_forbids(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No value of a tensor is read, none is copied to or from the CPU, and no memory of the host is pinned."""
+
+    def pinned(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("pinned memory")
+
+    monkeypatch.setattr(Tensor, "pin_memory", pinned)
+    with as_on_gpu():
+        usual_calls_on_meta()[call]()
+
+
+def test_packed_sequences_are_placed_without_a_wait() -> None:
+    """Lengths that are on the CPU are worked on there, and the places sent."""
+    x, lengths = torch.randn(N, L, C, requires_grad=True), torch.tensor([10, 9, 8, 7, 5, 5, 4, 2])
+    packed = pack_padded_sequence(x, lengths, batch_first=True)
+    layer = normwise.InstanceNorm1d(C)
+    expected = layer(packed).data
+    with as_on_gpu():
+        assert_close(layer(packed).data, expected, kind="forward", count=L, scale=1.0)
+
+
+class Nodes:
+    """A backend of torch.compile that keeps the graphs it is given."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __call__(self, graph: Any, examples: Any) -> Any:
+        self.names += [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        return graph.forward
+
+
+@pytest.mark.parametrize("call", ["batch, mask", "instance, mask", "group, mask", "layer, mask", "batch", "rms"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_compiler_for_a_gpu_sees_operations_that_it_can_fuse(call: str, device: str) -> None:
+    """On the CPU a norm that ATen has no kernel for is one node. (meta stands for any other device.)"""
+    torch.compiler.reset()
+    make, arguments = CALLS[call]
+    layer, given = make().to(device), {name: value.to(device) for name, value in arguments().items()}
+    x, nodes = torch.randn(N, C, L, device=device, requires_grad=True), Nodes()
+    y = torch.compile(layer, backend=nodes, fullgraph=True)(x, **given)
+    y.backward(torch.ones_like(y))
+    opaque = [name for name in nodes.names if "normwise" in name]
+    one_node = device == "cpu" and "mask" in call and "layer" not in call
+    assert bool(opaque) == one_node, opaque
+    assert nodes.names
