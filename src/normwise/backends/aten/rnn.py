@@ -131,7 +131,7 @@ def layer(request: LayerRequest, needs_grad: bool = False) -> LayerResult:
     steps = _Steps(layout, reverse)
     x, valid = steps.processing_order(x), None
     if layout.lengths is not None:
-        # A GPU's, which is not waited for: each step runs on all samples, and those that have ended keep h and c.
+        # A GPU's, which is not waited for: each step runs on all samples, and the last ones are picked at the end.
         valid = (torch.arange(layout.steps, device=x.device)[:, None] < layout.lengths)[..., None]
         x = x.masked_fill(~valid, 0)  # what a NaN at padding came to would be a gradient of NaN, times 0 or not
 
@@ -147,7 +147,9 @@ def layer(request: LayerRequest, needs_grad: bool = False) -> LayerResult:
 
     h, c = h0.to(wide), None if c0 is None else c0.to(wide)
     ended: list[tuple[Tensor, Tensor | None]] = []  # states of sequences that have ended, the shortest first
-    outputs = []
+    outputs, cells = [], []
+    # All other states stay finite whatever padding does; this one keeps what it was at the end of a sequence.
+    unbounded = valid is not None and config.cell == "rnn" and config.nonlinearity == "relu"
     for t, input_term in enumerate(steps.split(inputs)):
         if len(input_term) < len(h):
             running_on = len(input_term)
@@ -161,12 +163,16 @@ def layer(request: LayerRequest, needs_grad: bool = False) -> LayerResult:
             new_h = torch.where(zoneouts[t], h, new_h)
         elif config.zoneout:
             new_h = torch.lerp(new_h, h, config.zoneout)
-        if valid is not None:
+        if valid is not None and unbounded:
             new_h = torch.where(valid[t], new_h, h)
-            new_c = None if c is None or new_c is None else torch.where(valid[t], new_c, c)
         h, c = new_h, new_c
         outputs.append(h)
+        if valid is not None and c is not None:
+            cells.append(c)
     output = steps.join(outputs) if outputs else inputs[:, : h.shape[1]]
+    if layout.lengths is not None and outputs and not unbounded:
+        h = _at_the_end(output, layout.lengths, h0)
+        c = None if c0 is None else _at_the_end(torch.stack(cells), layout.lengths, c0)
     if ended:
         ended.append((h, c))
         h = torch.cat([s for s, _ in reversed(ended)])
@@ -174,6 +180,12 @@ def layer(request: LayerRequest, needs_grad: bool = False) -> LayerResult:
     output = steps.given_order(output.to(dtype))
     output = output if valid is None else output.masked_fill(~valid, 0)
     return LayerResult(output, h.to(dtype), None if c is None else c.to(dtype), norms.statistics())
+
+
+def _at_the_end(states: Tensor, lengths: Tensor, first: Tensor) -> Tensor:
+    """The state of (T, B, H) after each sequence's last step; the `first` one of a sequence without a step."""
+    last = (lengths - 1).clamp(min=0)[:, None].expand_as(first)[None]
+    return torch.where((lengths > 0)[:, None], states.gather(0, last)[0], first.to(states.dtype))
 
 
 class _Steps:

@@ -46,11 +46,13 @@ def ghost_batch_norm(request: NormRequest, virtual_batch_size: int) -> tuple[Ten
         for rows, ghosts in ((slice(0, cut), whole), (slice(cut, None), 1))
         if x[rows].shape[0]
     ]
-    y = torch.cat([piece[0] for piece in pieces])
+    y = pieces[0][0] if len(pieces) == 1 else torch.cat([piece[0] for piece in pieces])
     y = add_residual_and_activate(y, request.residual, request.config.act, valid)
     if request.running_mean is None or request.running_var is None:
         return y, True
-    parts = Moments(*(torch.cat(column) for column in zip(*(piece[1] for piece in pieces), strict=True)))
+    parts = pieces[0][1]
+    if len(pieces) > 1:
+        parts = Moments(*(torch.cat(column) for column in zip(*(piece[1] for piece in pieces), strict=True)))
     stats = (request.running_mean, request.running_var, request.num_batches_tracked)
     return y, running_stats.update_from_moments(request.config, *stats, combined(parts))
 
