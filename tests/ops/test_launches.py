@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -180,6 +181,49 @@ def test_masked_values_far_from_zero_keep_their_digits() -> None:
         y = layer(x, mask=mask)
     exact = normwise.BatchNorm1d(C).double()(x.double(), mask=mask)
     assert_close(y, exact.float(), kind="forward", count=N * L, scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("call", ["batch, mask", "group, mask", "instance, mask", "batch, mask, evaluation"])
+def test_masked_norms_of_other_dtypes_on_a_gpu(call: str, dtype: torch.dtype) -> None:
+    """A layer of float32 under half precision, as autocast has it, and one of float64."""
+    make, arguments = CALLS[call]
+    layer, given = make(), arguments()
+    x = torch.randn(N, C, L).to(dtype).requires_grad_()
+    truth = x.detach().double().requires_grad_()
+    if dtype is torch.float64:
+        layer.double()
+    exact, grad = copy.deepcopy(layer).double(), torch.randn(N, C, L).to(dtype)
+    with normwise.backend("reference"):
+        exact(truth, **given).backward(grad.double())
+        expected = exact(truth, **given)
+    with as_on_gpu():
+        y = layer(x, **given)
+        y.backward(grad)
+    assert y.dtype == dtype
+    assert x.grad is not None
+    assert truth.grad is not None
+    assert_close(y, expected, kind="composed", count=N * L)
+    assert_close(x.grad, truth.grad, kind="composed", count=N * L)
+
+
+def test_what_a_gpu_does_where_the_cpu_raises() -> None:
+    layer, empty = normwise.BatchNorm1d(C), torch.zeros(N, L, dtype=torch.bool)
+    one = empty.clone()
+    one[2, 3] = True
+    before = [b.clone() for b in layer.buffers()]
+    with as_on_gpu(), torch.no_grad():
+        assert not layer(torch.randn(N, C, L), mask=empty).any()
+        assert torch.equal(layer.running_mean, before[0])
+        assert torch.equal(layer.running_var, before[1])
+        assert not layer(torch.randn(N, C, L), mask=one).any()  # the bias
+        assert not torch.equal(layer.running_mean, before[0])
+        assert torch.equal(layer.running_var, before[1])
+        longer = layer(torch.ones(N, C, L), lengths=torch.full((N,), L + 1))
+        assert longer.shape == (N, C, L)
+    for mask in (empty, one):
+        with pytest.raises(ValueError, match=r"no valid element|more than 1 value"):
+            layer(torch.randn(N, C, L), mask=mask)
 
 
 def test_padding_may_hold_anything_on_a_gpu() -> None:

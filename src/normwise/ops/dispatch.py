@@ -235,8 +235,10 @@ def _kernel_obstacle(request: Any, operation: str, known_readable: bool = False)
 
 def _aten_obstacle(request: Any, operation: str) -> str | None:
     """What keeps ATen from a request, or None."""
-    if operation == "norm" and is_masked_batch(request) and not _is_compiling() and is_traced_or_transformed():
-        return "what ATen's kernels make of a mask has a gradient of its own, which is none of ATen's operations"
+    if operation == "norm" and is_masked_batch(request) and not _is_compiling():
+        others = type(request.x) not in (Tensor, torch.nn.Parameter) or is_traced_or_transformed()
+        if others and not on_cpu(request.x):
+            return "what ATen's kernels make of a mask has a gradient of its own, which only plain tensors can follow"
     supports: Callable[[Any], str | None] = getattr(ATEN, operation).supports
     return supports(request)
 

@@ -359,7 +359,7 @@ BATCH_OF_ONE_CURE = (
 
 
 def enough_values(x: Tensor, valid: Tensor | None, needed: int) -> None:
-    """A channel needs one value for a mean and two for a deviation."""
+    """A channel needs one value for a mean and two for a deviation. What a mask leaves is counted on the CPU only."""
     if valid is None:
         if needed > 1:
             values = x.shape[0]
@@ -428,7 +428,7 @@ def one_length_each(lengths: Any, samples: int, steps: int, of: str) -> Tensor:
     Raises:
         TypeError: not integers.
         ShapeError: not one for each sample.
-        ValueError: outside [0, steps].
+        ValueError: outside [0, steps], on the CPU: elsewhere a look would wait for the device.
     """
     found = lengths_tensor(lengths)
     if tuple(found.shape) != (samples,):

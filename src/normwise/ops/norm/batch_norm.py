@@ -62,7 +62,7 @@ def batch_norm(
 
     Raises:
         ValueError: one value per channel in training, no valid element in a channel, eps <= 0, momentum outside
-            [0, 1], lengths out of range.
+            [0, 1], lengths out of range. (What only values show, of a mask or lengths, is checked on the CPU alone.)
         ShapeError: shapes that do not fit.
         TypeError: an input that is not floating, a mask that is not bool, lengths that are not integers.
 

@@ -102,6 +102,7 @@ def store_if_finite(averages: tuple[Tensor, Tensor], new: Tensor) -> Updated:
             for old, now in zip(averages, rows, strict=True):
                 old.copy_(now)
             return True
+        # The fewest launches that torch's operations come to: see docs/gpu-launches.md.
         finite: Tensor = torch.linalg.vector_norm(rows, math.inf) < math.inf
         for old, now in zip(averages, rows, strict=True):
             if _is_eager(old):
