@@ -6,13 +6,17 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import normwise
+from normwise.ops import distributed
 from support.launches import Launches, as_on_gpu, forward_and_backward
 from support.tolerances import assert_close
 
@@ -108,6 +112,22 @@ def test_no_usual_call_waits_for_the_host(call: str) -> None:
     forward, backward = counted(make(), **arguments())
     assert forward.count > 0
     assert forward.waits + backward.waits == {}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_batch_norm_over_ranks_waits_in_its_first_call_alone(masked: bool) -> None:
+    """Ranks that answer with anything, since no value may matter."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        layer = normwise.SyncBatchNorm(C)
+        given = {"mask": some_mask()} if masked else {}
+        x = torch.randn(N, C, L, requires_grad=True)
+        with as_on_gpu(), mock.patch.object(distributed, "require_agreement") as first:
+            forward, backward = forward_and_backward(lambda: layer(x, **given))
+        assert first.call_count == 1
+        assert forward.waits + backward.waits == {}
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_wait_is_seen() -> None:

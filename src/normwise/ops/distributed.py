@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from normwise.backends.devices import on_cpu
 from normwise.backends.reference import Moments, combined
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -181,7 +182,7 @@ def gather(tensors: Sequence[Tensor], group: dist.ProcessGroup, dtype: torch.dty
     all ranks. On the CPU it is compared, and so is the length; elsewhere a look at them would wait for the device.
     """
     length = sum(t.numel() for t in tensors)
-    compared = tensors[0].device.type == "cpu"
+    compared = on_cpu(tensors[0])
     header = [torch.tensor([length, _DTYPES.index(dtype)], dtype=torch.float64, device="cpu")] if compared else []
     received = _Gather.apply(torch.cat([*header, *(t.double().reshape(-1) for t in tensors)]), group)
     if compared:
