@@ -103,7 +103,7 @@ class NormResult(NamedTuple):
         stats_updated: whether the running statistics were updated; None: not yet, they are to be moved by `moments`,
             or replaced by `new_running`.
         moments: those of the batch, one element a channel (for "groups" one a sample and channel).
-        new_running: (2, C), the next running mean and variance.
+        new_running: the next running mean and variance, two tensors or one of (2, C).
     """
 
     y: Tensor
@@ -111,7 +111,7 @@ class NormResult(NamedTuple):
     stats: Tensor | None = None
     stats_updated: bool | Tensor | None = True
     moments: Moments | None = None
-    new_running: Tensor | None = None
+    new_running: Tensor | tuple[Tensor, Tensor] | None = None
 
 
 class NormGradients(NamedTuple):

@@ -197,15 +197,23 @@ def channels(
     """BatchNorm; with a mask by given statistics only (see `masked`)."""
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     mean, var = (None if t is None else t.contiguous() for t in (running_mean, running_var))
-    new_running, momentum = None, config.momentum
+    new_running: Tensor | tuple[Tensor, Tensor] | None = None
+    momentum = config.momentum
     if config.batch_statistics and running_mean is not None and running_var is not None:
         # ATen moves copies: what it makes of a batch may not be finite, and it saves them for a backward that does not
         # read them in training, so that moving the averages again before the backward is no error.
         # In the wider dtype of averages and gain (BatchRenorm's): ATen takes no two.
         dtype = running_mean.dtype if weight is None else torch.promote_types(running_mean.dtype, weight.dtype)
-        new_running = torch.stack([average.detach().to(dtype) for average in (running_mean, running_var)])
-        mean, var = new_running.unbind(0)
-        if isinstance(momentum, Tensor):  # ATen takes a number: 1 gives the batch's own mean and unbiased variance
+        averages = running_mean.detach(), running_var.detach()
+        if on_cpu(x):
+            mean, var = (average.to(dtype, copy=True) for average in averages)
+            new_running = mean, var
+        else:  # side by side, in fewer launches
+            new_running = torch.stack([average.to(dtype) for average in averages])
+            mean, var = new_running.unbind(0)
+        if isinstance(new_running, Tensor) and isinstance(
+            momentum, Tensor
+        ):  # ATen takes a number: 1 gives the batch's own mean and unbiased variance
             batch = torch.zeros_like(new_running)
             mean, var = batch.unbind(0)
     invalid = None if mask is None else ~mask
@@ -214,7 +222,7 @@ def channels(
     cudnn = torch.backends.cudnn.enabled
     number = 1.0 if isinstance(momentum, Tensor) else momentum
     y = torch.batch_norm(x, weight, bias, mean, var, config.batch_statistics, number, config.eps, cudnn)
-    if new_running is not None and isinstance(momentum, Tensor):
+    if isinstance(new_running, Tensor) and isinstance(momentum, Tensor):
         with torch.no_grad():
             new_running = torch.lerp(new_running, batch, momentum.to(new_running.dtype))
     if invalid is not None:

@@ -91,11 +91,16 @@ def update_averages(running_mean: Tensor, running_var: Tensor, moments: Moments,
         return store_if_finite((running_mean, running_var), new)
 
 
-def store_if_finite(averages: tuple[Tensor, Tensor], new: Tensor) -> Updated:
-    """Store `new`, (2, C), in the running averages, both or, where anything in it is NaN or infinite, none of them."""
+def store_if_finite(averages: tuple[Tensor, Tensor], new: Tensor | tuple[Tensor, Tensor]) -> Updated:
+    """Store `new`, two tensors or one of (2, C), in the running averages, both or, where anything in it is NaN or
+    infinite, none of them."""
     require_writable(*averages)
     with torch.no_grad():
-        rows = new.to(averages[0].dtype)  # in the averages' own, in which a finite number may have become infinite
+        # In the averages' own dtype, in which a finite number may have become infinite.
+        if isinstance(new, Tensor):
+            rows = new.to(averages[0].dtype)
+        else:
+            rows = torch.stack([now.to(old.dtype) for old, now in zip(averages, new, strict=True)])
         if values_visible(rows) and not is_traced_or_transformed():
             if (rows * 0).sum() != 0:  # 0 * NaN and 0 * inf are NaN
                 return False
