@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= normwise-out
 STAMP := $(VENV)/.installed
 
-.PHONY: compare test test-all-kernels test-without-kernels test-models lint format bench docs clean
+.PHONY: compare test test-all-kernels test-without-kernels test-models test-triton lint format bench docs clean
 
 compare: $(STAMP)
 	$(BIN)/normwise compare --out $(OUT)
@@ -23,6 +23,14 @@ test-without-kernels: $(STAMP)
 # Models of transformers, timm and diffusers, made from their configurations: nothing is downloaded but the libraries.
 test-models: $(VENV)/.models
 	$(BIN)/python -m pytest -n auto tests/models
+
+# The GPU kernels without a GPU: run by Triton's interpreter on the CPU, and compiled for three GPUs.
+test-triton: $(VENV)/.triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/triton
+
+$(VENV)/.triton: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,triton]'
+	touch $@
 
 $(VENV)/.models: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,models]'

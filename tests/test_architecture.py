@@ -27,7 +27,7 @@ SOURCE = ROOT / "src" / "normwise"
 PACKAGE = "normwise"
 
 FRONT = f"{PACKAGE}/__init__.py"
-BACKENDS = ("backends/reference", "backends/aten", "backends/cpu")
+BACKENDS = ("backends/reference", "backends/aten", "backends/cpu", "backends/triton")
 LEVEL = {
     "cli": 8,
     "lab": 7,
@@ -48,6 +48,7 @@ OUTSIDE = {
     "lab": {"numpy", "rich", "jinja2", "joblib", "distributed", "pyarrow"},
     "diagnosis": {"numpy", "rich", "jinja2"},
     "surgery": {"rich"},
+    "backends/triton": {"triton"},
 }
 
 
@@ -166,6 +167,8 @@ def test_imports_point_downwards():
         ("backends/reference/planted.py", "import_module('normwise.ops')", "normwise.ops"),
         ("backends/reference/planted.py", "importlib.import_module('normwise.ops')", "normwise.ops"),
         ("backends/planted.py", "from normwise.backends import reference", "normwise.backends.reference"),
+        ("backends/triton/planted.py", "from normwise.backends.cpu import library", "normwise.backends.cpu"),
+        ("backends/aten/planted.py", "import triton", "triton"),
         ("backends/cpu/planted.py", "from normwise.ops import dispatch", "normwise.ops"),
         ("__init__.py", "from normwise.lab import run", "normwise.lab"),
         ("functional.py", "from normwise.surgery import convert", "normwise.surgery"),
@@ -234,6 +237,6 @@ def test_what_is_imported_from_outside_is_declared():
     """Everything that OUTSIDE allows is in an extra."""
     needed = [requirement.partition(";") for requirement in requires(PACKAGE) or []]
     assert [name.split(">")[0] for name, _, condition in needed if not condition] == ["torch"]
-    ours = re.compile("extra == .(lab|cluster|parquet)")
+    ours = re.compile("extra == .(lab|cluster|parquet|triton)")
     used = {name.split(">")[0] for name, _, condition in needed if ours.search(condition)}
     assert set().union(*OUTSIDE.values()) == used - {"normwise[lab]"}

@@ -14,6 +14,7 @@ import normwise
 from normwise.backends.cpu import library
 from normwise.ops.dispatch import BACKENDS as PROVIDERS
 
+# "triton" is for where its interpreter runs, see tests/triton/.
 # "chosen": whatever is best here; "kernels": the C++ kernels; "no kernels": what is chosen without them.
 BACKENDS = ["chosen", "kernels", "no kernels", "aten", "reference"]
 # Which of the real backends may run, and one of which must, under each name; "chosen" is none.
@@ -22,6 +23,7 @@ _MAY_RUN = {
     "cpu": {"cpu"},
     "no kernels": {"aten", "reference"},
     "aten": {"aten"},
+    "triton": {"triton"},
     "reference": {"reference"},
 }
 
@@ -43,15 +45,15 @@ def each_backend_and_dtype(*dtypes: torch.dtype) -> pytest.MarkDecorator:
 
 @contextmanager
 def ran() -> Iterator[set[str]]:
-    """The backends that normwise computes by inside the block: "cpu", "aten", "reference".
+    """The backends that normwise computes by inside the block: "cpu", "triton", "aten", "reference".
 
-    Of a backward the C++ kernels alone count: their second derivative is the reference's.
+    Of a backward the kernels alone count: their second derivative is the reference's.
     """
     found: set[str] = set()
 
     def noted(backend: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if backend == "cpu" or torch._C._current_graph_task_id() == -1:
+            if backend in ("cpu", "triton") or torch._C._current_graph_task_id() == -1:
                 found.add(backend)
             return function(*args, **kwargs)
 

@@ -72,6 +72,7 @@ def as_text(facts: dict[str, Any]) -> str:
     if isa := facts["instruction_set"]:
         how = "in AMX tiles" if isa.endswith("amx") else "with operands rounded, at float32's speed"
         lines.append(f"  The cpu kernels use {isa}; recurrent layers in bfloat16 multiply {how}.")
+    lines.append("  The triton kernels were proven by Triton's interpreter; nothing was measured on a GPU yet.")
     forced = facts["forced"]
     lines += ["", f"Forced: {forced}" if forced else "Forced: none; each call takes the best that can run it."]
     return "\n".join(lines)

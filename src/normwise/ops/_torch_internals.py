@@ -29,6 +29,7 @@ __all__ = [
     "is_jit_tracing",
     "is_plain_elsewhere",
     "readable",
+    "readable_on_gpu",
     "transforms_active",
     "without_fake_tensors",
 ]
@@ -62,6 +63,12 @@ _is_ordinary = _ordinary.__eq__  # half the time of the bits
 _FOREIGN = ~_ordinary.raw_repr()
 _TENSORS = (Tensor, torch.nn.Parameter)
 
+# The same of a dense tensor on a GPU.
+_ordinary_on_gpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+for _key in ("AutogradCUDA", "AutocastCUDA", "ADInplaceOrView"):
+    _ordinary_on_gpu |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key))
+_FOREIGN_ON_GPU = ~_ordinary_on_gpu.raw_repr()
+
 
 def readable(*tensors: Tensor | None) -> bool:
     """Whether C may read each of these where its `data_ptr()` points: the one condition for a tensor to go to a kernel.
@@ -81,6 +88,19 @@ def readable(*tensors: Tensor | None) -> bool:
 def is_plain_elsewhere(t: Tensor) -> bool:
     """A dense tensor of no subclass on another device than the CPU, whose memory that device's kernels may read."""
     return type(t) in _TENSORS and not on_cpu(t) and t.layout is torch.strided and not t.is_neg() and not t.is_conj()
+
+
+def readable_on_gpu(*tensors: Tensor | None) -> bool:
+    """`readable` by a kernel on a GPU: a dense tensor there of no subclass, with memory. None is skipped."""
+    return all(
+        t is None
+        or (
+            type(t) in _TENSORS
+            and not _dispatch_keys(t).raw_repr() & _FOREIGN_ON_GPU
+            and (t.data_ptr() != 0 or t.numel() == 0)
+        )
+        for t in tensors
+    )
 
 
 def forward_ad_active() -> bool:

@@ -15,7 +15,7 @@ from normwise.backends.protocol import LayerKernel, LayerRequest, Layout, NormFa
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.reference import rnn as reference_rnn
 from normwise.backends.reference.norms import backward as differentiable_backward
-from normwise.ops._torch_internals import is_plain_elsewhere, readable
+from normwise.ops._torch_internals import is_plain_elsewhere, readable, readable_on_gpu
 from normwise.ops.dispatch import is_traced_or_transformed
 
 
@@ -30,15 +30,19 @@ def requires_grad(request: NormRequest) -> bool:
     )
 
 
-def supports_grad_output(*tensors: Tensor | None) -> bool:
+def supports_grad_output(*tensors: Tensor | None, on_gpu: bool = False) -> bool:
     """Whether a kernel's backward may take these: upstream gradients that nobody differentiates again, or in forward
     mode, and that are no batch of gradients (torch.func.vmap, is_grads_batched) nor another kind of tensor; and saved
-    tensors, in whose place a hook may have put anything."""
+    tensors, in whose place a hook may have put anything. `on_gpu`: where the forward was."""
     return (
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not is_traced_or_transformed()
-        and (readable(*tensors) or all(t is None or is_plain_elsewhere(t) for t in tensors))
+        and (
+            readable_on_gpu(*tensors)
+            if on_gpu
+            else readable(*tensors) or all(t is None or is_plain_elsewhere(t) for t in tensors)
+        )
     )
 
 
@@ -68,7 +72,7 @@ class Norm(torch.autograd.Function):
             added_after = None if config.family == "features" else residual
             ctx.save_for_backward(total, added_after, weight, bias, mask, stats)
         ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
-        ctx.family, ctx.config = family, config
+        ctx.family, ctx.config, ctx.on_gpu = family, config, x.is_cuda
         ctx.set_materialize_grads(False)
         # As an output only where it is one, x + residual: an input returned as it is would become a view of itself.
         return y, total if residual is not None and config.family == "features" else None, None, updated, moments
@@ -88,7 +92,7 @@ class Norm(torch.autograd.Function):
             bias = weight if like_weight else total.new_empty(shape, dtype=dtype)
         if dy is None:
             dy = torch.zeros_like(total)
-        compiled = supports_grad_output(dy, dtotal, *saved)
+        compiled = supports_grad_output(dy, dtotal, *saved, on_gpu=ctx.on_gpu)
         backward = ctx.family.backward if compiled else differentiable_backward
         grads = backward(config, total, residual, weight, bias, mask, stats, dy, dtotal)
         dresidual = None

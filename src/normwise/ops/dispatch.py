@@ -2,6 +2,7 @@
 
 - `cpu`: our C++ kernels.
 - `aten`: torch's own kernels, where they do the same job as well.
+- `triton`: our kernels for GPUs; by default only where the alternative is the reference.
 - `reference`: plain PyTorch operations; always works.
 
 `with normwise.backend("reference"):` or the environment variable NORMWISE_BACKEND forces one for the whole process;
@@ -30,6 +31,8 @@ from normwise.backends.cpu.backend import BACKEND as CPU
 from normwise.backends.devices import on_cpu
 from normwise.backends.protocol import Backend, NormRequest, RecurrenceRequest
 from normwise.backends.reference.backend import BACKEND as REFERENCE
+from normwise.backends.triton import runtime
+from normwise.backends.triton.backend import BACKEND as TRITON
 from normwise.ops._torch_internals import (
     constant_while_compiling,
     dispatch_modes_active,
@@ -37,10 +40,11 @@ from normwise.ops._torch_internals import (
     is_fake,
     is_jit_tracing,
     readable,
+    readable_on_gpu,
     transforms_active,
 )
 
-BACKENDS = {backend.name: backend for backend in (CPU, ATEN, REFERENCE)}
+BACKENDS = {backend.name: backend for backend in (CPU, TRITON, ATEN, REFERENCE)}
 
 constant_while_compiling(library.missing)
 _is_compiling = torch.compiler.is_compiling
@@ -70,6 +74,7 @@ class _Forced:
 
 _forced = _Forced()
 _KERNEL = Resolved(CPU, "the C++ kernel")
+_TRITON = Resolved(TRITON, "the Triton kernel, where ATen's would not do")
 _SMALL_LAYER_NORM = Resolved(ATEN, "ATen's LayerNorm is faster on few numbers")
 _SMALL_TORCH_LAYER = Resolved(ATEN, "torch's own kernel is faster where there is no norm and little to multiply")
 # A kernel adds up in another order, by which 1 to 7 of a million bfloat16 results are the other neighbour (of float32
@@ -187,17 +192,16 @@ def resolve(request: Any, operation: str = "norm", known_readable: bool = False)
         obstacle = aten.shortcoming(request, may_look_at_values(request.x))
     if obstacle is None:
         return Resolved(ATEN, "ATen's kernel does the same job")
+    if _triton_obstacle(request, operation) is None:
+        return _TRITON
     return Resolved(REFERENCE, obstacle)
 
 
 def _resolve_forced(request: Any, operation: str) -> Resolved:
     backend = BACKENDS[_forced.name]  # type: ignore[index]
-    if backend is CPU:
-        obstacle = _kernel_obstacle(request, operation)
-    elif backend is ATEN:
-        obstacle = _aten_obstacle(request, operation)
-    else:
-        obstacle = None
+    obstacles = {"cpu": _kernel_obstacle, "aten": _aten_obstacle, "triton": _triton_obstacle}
+    found = obstacles.get(backend.name)
+    obstacle = found(request, operation) if found else getattr(backend, operation).supports(request)
     if obstacle is not None:
         raise _cannot(_name(request), obstacle)
     return Resolved(backend, "forced")
@@ -246,6 +250,18 @@ def _aten_obstacle(request: Any, operation: str) -> str | None:
 def is_masked_batch(request: NormRequest) -> bool:
     """Whether statistics of channels or groups are taken of what a mask leaves."""
     return request.mask is not None and request.config.family != "features" and request.config.batch_statistics
+
+
+def _triton_obstacle(request: Any, operation: str) -> str | None:
+    """What keeps the Triton kernels from a request, or None."""
+    if _is_compiling():
+        return "while compiling, operations are left to the compiler"
+    if is_traced_or_transformed():
+        return "torch.func, forward-mode derivatives, dispatch modes and torch.jit.trace do not see a Triton kernel"
+    reason: str | None = runtime.obstacle(request.x) or getattr(TRITON, operation).supports(request)
+    if reason is None and not (readable_on_gpu if request.x.is_cuda else readable)(*request.tensors):
+        return "the Triton kernels take plain dense tensors on one device"
+    return reason
 
 
 def unreadable(*tensors: Tensor | None) -> str | None:

@@ -1,0 +1,1 @@
+"""The Triton code itself: the only modules that import Triton."""
