@@ -1,16 +1,20 @@
-"""Norms by the Triton kernels: what they take, and the kernels of each family."""
+"""Norms by the Triton kernels: what they take, and the kernels of each family, imported when the first tensor comes."""
 
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from normwise.backends.protocol import NormFamily, NormRequest
-from normwise.backends.triton import rows, runtime, settings, tiles
+from normwise.backends.protocol import NormFamily, NormGradients, NormRequest, NormResult
+from normwise.backends.triton import runtime
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# A row is held in registers whole: 16 elements a thread of the largest block of threads.
+LONGEST_ROW = 1 << 14
 
 
 def supports(request: NormRequest) -> str | None:
@@ -26,8 +30,8 @@ def supports(request: NormRequest) -> str | None:
         return f"the Triton kernels do not mix an input of {x.dtype} with a residual of {residual.dtype}"
     if config.family == "features":
         cols = prod(x.shape[x.dim() - config.axes :])
-        if cols > settings.LONGEST_ROW:
-            return f"the Triton kernels hold a row whole, and take up to {settings.LONGEST_ROW} elements, not {cols}"
+        if cols > LONGEST_ROW:
+            return f"the Triton kernels hold a row whole, and take up to {LONGEST_ROW} elements, not {cols}"
     if config.family != "channels" and x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype.itemsize < 4:
         return "under autocast this norm computes and returns float32, which the Triton kernels do not"
     if running_mean is not None and running_var is not None and config.family == "channels":
@@ -41,8 +45,38 @@ def supports(request: NormRequest) -> str | None:
     return None
 
 
+def _features_forward(*request: Any) -> NormResult:
+    from normwise.backends.triton import rows
+
+    return rows.forward(*request)
+
+
+def _features_backward(*saved: Any) -> NormGradients:
+    from normwise.backends.triton import rows
+
+    return rows.backward(*saved)
+
+
+def _groups_forward(*request: Any) -> NormResult:
+    from normwise.backends.triton import tiles
+
+    return tiles.groups_forward(*request)
+
+
+def _channels_forward(*request: Any) -> NormResult:
+    from normwise.backends.triton import tiles
+
+    return tiles.channels_forward(*request)
+
+
+def _tiles_backward(*saved: Any) -> NormGradients:
+    from normwise.backends.triton import tiles
+
+    return tiles.backward(*saved)
+
+
 FAMILIES = {
-    "features": NormFamily(rows.forward, rows.backward),
-    "groups": NormFamily(tiles.groups_forward, tiles.backward),
-    "channels": NormFamily(tiles.channels_forward, tiles.backward),
+    "features": NormFamily(_features_forward, _features_backward),
+    "groups": NormFamily(_groups_forward, _tiles_backward),
+    "channels": NormFamily(_channels_forward, _tiles_backward),
 }

@@ -1,7 +1,7 @@
 """Launch settings of the kernels, from shape and dtype alone: nothing is tuned while a program runs, so that sums are
 added up in the same order on every call and every machine.
 
-None of these numbers was measured yet: they keep a thread at 16 to 32 elements in 4-byte registers.
+None of these numbers was measured yet: they keep a thread at about 16 elements in 4-byte registers.
 """
 
 from __future__ import annotations
@@ -12,11 +12,8 @@ import torch
 
 from normwise.backends.triton.runtime import blocks, power_of_2
 
-# A row is held in registers whole.
-LONGEST_ROW = 1 << 14
-
 # Elements of a tile, by bytes of an element.
-ELEMENTS_OF_TILE = {8: 1024, 4: 2048, 2: 4096}
+ELEMENTS_OF_TILE = {8: 1024, 4: 2048, 2: 2048}
 
 # Programs that sum: about two for each multiprocessor of a large GPU.
 PROGRAMS = 264

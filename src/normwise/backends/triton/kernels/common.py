@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
+
+import triton
 
 
 @triton.jit
@@ -40,7 +41,8 @@ def in_dtype_of(pointer, value):
     """`value` in float64 rounded to what `pointer` points at; half precision by way of float32."""
     if pointer.dtype.element_ty == tl.float64:
         return value
-    return value.to(tl.float32).to(pointer.dtype.element_ty)
+    else:
+        return value.to(tl.float32).to(pointer.dtype.element_ty)
 
 
 @triton.jit

@@ -6,9 +6,9 @@ element (BY_ELEMENT). Pointers that are None stand for tensors that are not ther
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+import triton
 from normwise.backends.triton.kernels.common import activate, times_slope
 
 
@@ -17,9 +17,10 @@ def _valid(mask, row, at, inside, BY_ELEMENT: tl.constexpr):
     """Which elements of a block count."""
     if mask is None:
         return inside
-    if BY_ELEMENT:
+    elif BY_ELEMENT:
         return tl.load(mask + at, mask=inside, other=0) != 0
-    return inside & (tl.load(mask + row[:, None] + 0 * at, mask=inside, other=0) != 0)
+    else:
+        return inside & (tl.load(mask + row[:, None] + 0 * at, mask=inside, other=0) != 0)
 
 
 @triton.jit

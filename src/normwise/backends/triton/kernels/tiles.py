@@ -10,9 +10,9 @@ Pointers that are None stand for tensors that are not there.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+import triton
 from normwise.backends.triton.kernels.common import activate, in_dtype_of, times_slope
 
 
@@ -21,7 +21,8 @@ def _valid(mask, sample, c, p, inside, mn, mc, mp):
     """Which elements of a tile count."""
     if mask is None:
         return inside
-    return tl.load(mask + sample * mn + c[:, None] * mc + p[None, :] * mp, mask=inside, other=0) != 0
+    else:
+        return tl.load(mask + sample * mn + c[:, None] * mc + p[None, :] * mp, mask=inside, other=0) != 0
 
 
 @triton.jit

@@ -1,0 +1,159 @@
+"""Compiles every launch that the norms make on some inputs, for GPUs that need not be there, and prints what came of it
+as JSON. Run by test_compiles.py in a process of its own, in which Triton is not interpreted.
+
+What is compiled is what a GPU would be given: the launches are those of the real code, with Triton's specialization
+(an integer that is 1 is a constant; pointers and integers that 16 divides are known to be so).
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+import triton
+from normwise.backends.protocol import NormConfig, NormRequest
+from normwise.backends.triton.norms import FAMILIES
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float64: "*fp64",
+    torch.uint8: "*u8",
+    torch.int64: "*i64",
+}
+launches: dict[str, tuple[Any, ...]] = {}
+
+
+def record(kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: int = 4, **constants: Any) -> None:
+    """In place of a launch."""
+    signature: dict[str, str] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for n, name in enumerate(kernel.arg_names):
+        value = args[n] if n < len(args) else constants[name]
+        if n >= len(args) or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constexprs[(n,)] = "constexpr", value
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name], divisible = POINTERS[value.dtype], value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[name], divisible = "fp32", False
+        else:
+            signature[name], divisible = "i32" if value < 2**31 else "i64", value % 16 == 0
+        if divisible:
+            attributes[(n,)] = [["tt.divisibility", 16]]
+    launches[str((kernel.__name__, signature, constexprs, num_warps))] = (
+        kernel,
+        signature,
+        constexprs,
+        attributes,
+        num_warps,
+    )
+
+
+def make_launches() -> None:
+    layer = NormConfig("layer_norm", "features", 1e-5)
+    for cols, dtype in ((64, torch.bfloat16), (1000, torch.float32), (8192, torch.bfloat16), (1 << 14, torch.float32)):
+        x, w = torch.empty(48, cols, dtype=dtype), torch.empty(cols, dtype=dtype)
+        both("features", layer, x, None, w, w, None)
+        both("features", layer._replace(center=False), x, x, w, None, torch.ones(48, 1, dtype=torch.bool))
+    x, w = torch.empty(48, 100, dtype=torch.float64), torch.empty(100)
+    both("features", layer._replace(act="gelu"), x, x, w, w, torch.ones(48, 100, dtype=torch.bool))
+    both("features", layer._replace(act="silu"), x.half()[:, :1], None, w[:1], w[:1], None)
+    for shape, last, dtype in (
+        ((32, 64, 14, 14), False, torch.bfloat16),
+        ((32, 64, 14, 14), True, torch.float32),
+        ((256, 128), False, torch.float32),
+        ((1, 1, 7), False, torch.float64),
+    ):
+        x, w = torch.empty(shape, dtype=dtype), torch.empty(shape[1], dtype=dtype)
+        if last:
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        averages = torch.empty(shape[1]), torch.empty(shape[1]), torch.tensor(0)
+        mask = torch.ones(shape[0], 1, *shape[2:], dtype=torch.bool)
+        batch = NormConfig("batch_norm", "channels", 1e-5, momentum=0.1)
+        both("channels", batch, x, None, w, w, None, *averages)
+        both("channels", batch._replace(act="relu", momentum=torch.tensor(0.1)), x, x, w, w, mask, *averages)
+        both("channels", batch._replace(act="silu", batch_statistics=False), x, x, None, w, None, *averages)
+        by_group = NormConfig("group_norm", "groups", 1e-5, act="silu", groups=max(1, shape[1] // 8))
+        both("groups", by_group, x, None, w, w, None)
+        both("groups", by_group._replace(act="leaky_relu"), x, x, w, None, mask.expand(shape))
+
+
+def both(family: str, config: NormConfig, *tensors: Any) -> None:
+    """Forward and backward of one call."""
+    request = NormRequest(config, *tensors)
+    out = FAMILIES[family].forward(*request, True)
+    residual = None if family == "features" or config.act is None else request.residual
+    dtotal = out.total if family == "features" and request.residual is not None else None
+    after = (request.weight, request.bias, request.mask, out.stats, out.y, dtotal)
+    FAMILIES[family].backward(config, out.total, residual, *after)
+
+
+def compiled(launch: tuple[Any, ...], target: GPUTarget) -> dict[str, Any]:
+    kernel, signature, constexprs, attributes, num_warps = launch
+    if target.backend == "hip":
+        num_warps = max(1, num_warps // 2)  # of 64 threads
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    made = triton.compile(source, target=target, options={"num_warps": num_warps})
+    element = next((t for t in signature.values() if t.startswith("*") and t != "*u8"), "")
+    facts = {"kernel": kernel.__name__, "element": element, "warps": num_warps, "shared": made.metadata.shared}
+    if target.backend == "cuda":
+        registers, spilled = ptxas(made.asm["ptx"], target.arch)
+        return {**facts, "registers": registers, "spilled": spilled}
+    found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", made.asm["amdgcn"]))
+    return {**facts, "registers": int(found["vgpr_count"]), "spilled": int(found["vgpr_spill_count"])}
+
+
+def ptxas(ptx: str, arch: int) -> tuple[int, int]:
+    """(registers of a thread, bytes spilled) by the assembler that comes with Triton."""
+    assembler = get_ptxas(arch).path
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        target = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)[0]
+        command = [assembler, "-v", f"--gpu-name={target}", file, "-o", file.with_suffix(".cubin")]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return int(re.findall(r"Used (\d+) registers", told)[0]), int(re.findall(r"(\d+) bytes spill stores", told)[0])
+
+
+def work(names: list[str]) -> list[dict[str, Any]]:
+    """What comes of these launches for sm_90, and of the first of each kernel for the other GPUs."""
+    done: list[dict[str, Any]] = []
+    first = {launch[0].__name__: name for name, launch in reversed(launches.items())}
+    for name in names:
+        launch = launches[name]
+        for target in TARGETS if first[launch[0].__name__] == name else ["sm_90"]:
+            done.append({"target": target, **compiled(launch, TARGETS[target])})
+    return done
+
+
+def main() -> None:
+    JITFunction.run = record
+    make_launches()
+    workers = os.cpu_count() or 1
+    shares = [list(launches)[n::workers] for n in range(workers)]
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        print(json.dumps([fact for facts in pool.map(work, shares) for fact in facts]))
+
+
+if __name__ == "__main__":
+    main()
