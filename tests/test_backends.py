@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import nullcontext
 from unittest import mock
 
@@ -11,6 +12,8 @@ from torch import nn
 
 import normwise
 from normwise.backends.cpu import library
+from normwise.backends.cpu import norms as cpu
+from normwise.backends.triton import rows, tiles
 from support.backends import ran, using
 
 needs_kernels = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
@@ -39,6 +42,24 @@ def test_another_backend_than_the_named_one_is_an_error() -> None:
         for named in ("no kernels", "aten", "reference"):
             with pytest.raises(AssertionError, match=f"asked for {named!r}, but cpu ran"), using(named):
                 layer(x)
+
+
+def test_the_kernels_of_norms_take_the_same_arguments_on_every_backend() -> None:
+    """Those of the C++ library and of Triton; the others leave out by `*_` what they do not read."""
+    ours = {
+        cpu.features_forward: rows.forward,
+        cpu.features_backward: rows.backward,
+        cpu.groups_forward: tiles.groups_forward,
+        cpu.groups_backward: tiles.backward,
+        cpu.channels_forward: tiles.channels_forward,
+        cpu.channels_backward: tiles.backward,
+    }
+    for theirs, mine in ours.items():
+        names, others = (
+            [(name.lstrip("_"), p.annotation) for name, p in inspect.signature(f).parameters.items()]
+            for f in (theirs, mine)
+        )
+        assert names == others
 
 
 def test_a_block_in_which_nothing_is_computed_names_no_backend() -> None:

@@ -14,6 +14,7 @@ import normwise
 from normwise.backends.aten.norms import RUNNING_SUM_LIMIT
 from normwise.backends.cpu import library
 from normwise.backends.protocol import NormConfig, NormRequest
+from normwise.backends.triton import runtime
 from normwise.ops.dispatch import BACKENDS, Resolved, forced, found, resolve
 from support.backends import without_kernels
 
@@ -172,6 +173,46 @@ def test_small_inputs_far_from_zero_keep_their_digits(shift: float) -> None:
     torch.testing.assert_close(running[0], small.mean(0))
     # Stored in float32; at 1e4 a variance from float32 squares would be wrong in its first digits.
     torch.testing.assert_close(running[1].double(), small.double().var(0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("op", FAMILIES)
+def test_triton_is_for_gpus(op: str) -> None:
+    with (
+        normwise.backend("triton"),
+        pytest.raises(normwise.BackendError, match=f"'triton' was forced but cannot run {op}: .*on a GPU, not on cpu"),
+    ):
+        resolved(op)
+
+
+@pytest.mark.parametrize(
+    ("installed", "gpu", "interpreted", "reason"),
+    [
+        (False, True, False, "Triton is not installed"),
+        (False, True, True, "Triton is not installed"),
+        (True, False, False, "torch finds no GPU"),
+        (True, True, False, None),
+        (True, False, True, None),
+    ],
+)
+def test_what_triton_lacks_is_told(
+    monkeypatch: pytest.MonkeyPatch, installed: bool, gpu: bool, interpreted: bool, reason: str | None
+) -> None:
+    monkeypatch.setattr(runtime, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(runtime, "interpreted", lambda: interpreted)
+    told = runtime.missing.__wrapped__()
+    assert told is None if reason is None else reason in told
+
+
+def test_triton_is_not_imported_before_it_runs() -> None:
+    code = (
+        "import sys, torch, normwise; from normwise.ops import dispatch; dispatch.found()\n"
+        "layer, x = normwise.BatchNorm1d(3), torch.randn(4, 3, 5); layer(x, lengths=[1, 2, 3, 4]).sum().backward()\n"
+        "print('triton' in sys.modules)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
 
 
 def small_layer_norm(**changed: object) -> str:

@@ -58,6 +58,22 @@ def test_what_is_more_than_a_dense_tensor_on_the_cpu_is_not_readable() -> None:
         assert not internals.readable(foreign)
 
 
+def test_what_is_more_than_a_dense_tensor_on_a_gpu_is_not_readable_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what torch's dispatcher would know of a tensor there."""
+    key = torch._C.DispatchKey
+    x = torch.randn(3)
+    assert internals.readable_on_gpu(None)
+    assert not internals.readable_on_gpu(x)
+    known = torch._C.DispatchKeySet(key.CUDA) | torch._C.DispatchKeySet(key.AutogradCUDA)
+    known |= torch._C.DispatchKeySet(key.ADInplaceOrView)
+    monkeypatch.setattr(internals, "_dispatch_keys", lambda t: known)
+    assert internals.readable_on_gpu(x, torch.nn.Parameter(x))
+    for more in (key.Negative, key.Conjugate, key.SparseCUDA, key.Python, key.FuncTorchBatched):
+        foreign = known | torch._C.DispatchKeySet(more)
+        monkeypatch.setattr(internals, "_dispatch_keys", lambda t, foreign=foreign: foreign)
+        assert not internals.readable_on_gpu(x)
+
+
 def test_fake_tensors_are_told() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 

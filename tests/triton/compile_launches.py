@@ -141,8 +141,8 @@ def work(names: list[str]) -> list[dict[str, Any]]:
     first = {launch[0].__name__: name for name, launch in reversed(launches.items())}
     for name in names:
         launch = launches[name]
-        for target in TARGETS if first[launch[0].__name__] == name else ["sm_90"]:
-            done.append({"target": target, **compiled(launch, TARGETS[target])})
+        targets = list(TARGETS) if first[launch[0].__name__] == name else ["sm_90"]
+        done += [{"target": target, **compiled(launch, TARGETS[target])} for target in targets]
     return done
 
 

@@ -24,7 +24,7 @@ def mask_of(kind: str, shape: tuple[int, ...]) -> torch.Tensor | None:
     """ "positions": the same for all channels; "samples"; "elements"; "last axis"."""
     if not kind:
         return None
-    batch, channels, *spatial = shape
+    batch, _, *spatial = shape
     of = {
         "positions": (batch, 1, *spatial),
         "samples": (batch, *(1,) * (len(shape) - 1)),
@@ -200,7 +200,9 @@ def test_the_same_bits_twice() -> None:
 
 @pytest.mark.parametrize("by_sample", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("size", [(1, 1, 1), (4096, 64, 7), (1, 2048, 1_000_003), (32, 3, 224 * 224), (7, 70_000, 1)])
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1), (4096, 64, 7), (1, 2048, 1_000_003), (32, 3, 224 * 224), (7, 70_000, 1), (1, 70_000, 9999)]
+)
 def test_parts_cover_every_position_once_in_few_programs(
     size: tuple[int, int, int], channels_last: bool, by_sample: bool
 ) -> None:
@@ -208,6 +210,7 @@ def test_parts_cover_every_position_once_in_few_programs(
     for dtype in DTYPES:
         t = settings.of_tiles(*size, channels_last=channels_last, by_sample=by_sample, dtype=dtype)
         assert t.positions_per_part % t.block_positions == 0
+        assert -(-channels // t.block_channels) <= settings.MOST_BLOCKS
         assert (t.chunks - 1) * t.positions_per_part < positions <= t.chunks * t.positions_per_part
         assert t.parts == -(-samples // t.samples_per_part) * t.chunks
         assert t.block_channels * t.block_positions <= settings.ELEMENTS_OF_TILE[dtype.itemsize]
