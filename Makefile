@@ -26,7 +26,7 @@ test-models: $(VENV)/.models
 
 # The GPU kernels without a GPU: run by Triton's interpreter on the CPU, and compiled for three GPUs.
 test-triton: $(VENV)/.triton
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/triton
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/triton_kernels
 
 $(VENV)/.triton: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,triton]'

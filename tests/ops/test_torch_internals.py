@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -107,6 +108,7 @@ def test_a_constant_is_asked_for_while_compiling() -> None:
 
 def test_the_compiler_is_loaded_by_compiling() -> None:
     code = """
+import pytest
 import torch
 from normwise.ops._torch_internals import compiler_loaded
 assert not compiler_loaded()

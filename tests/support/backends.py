@@ -14,7 +14,7 @@ import normwise
 from normwise.backends.cpu import library
 from normwise.ops.dispatch import BACKENDS as PROVIDERS
 
-# "triton" is for where its interpreter runs, see tests/triton/.
+# "triton" is for where its interpreter runs, see tests/triton_kernels/.
 # "chosen": whatever is best here; "kernels": the C++ kernels; "no kernels": what is chosen without them.
 BACKENDS = ["chosen", "kernels", "no kernels", "aten", "reference"]
 # Which of the real backends may run, and one of which must, under each name; "chosen" is none.
