@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-import triton
 from normwise.backends.protocol import NormConfig, NormRequest
 from normwise.backends.triton.norms import FAMILIES
 

@@ -68,6 +68,7 @@ def of_tiles(
     samples: int, channels: int, positions: int, channels_last: bool, by_sample: bool, dtype: torch.dtype
 ) -> Tiles:
     """`by_sample`: statistics are of one sample, so that a part may not hold two."""
+    samples, channels, positions = max(samples, 1), max(channels, 1), max(positions, 1)
     elements = ELEMENTS_OF_TILE[dtype.itemsize]
     if channels_last:
         block_channels = min(power_of_2(channels), CHANNELS_OF_TILE)

@@ -329,9 +329,18 @@ def backward(
                     BLOCK=view.merging_block,
                 )
             if dweight is not None or dbias is not None:
-                parts = view.tiles.parts
-                sum_of_parts[(view.channels,)](
-                    dweights, dbiases, dweight, dbias, parts, view.channels, 1, parts, BLOCK_PARTS=128, BLOCK_COLUMNS=1
+                parts, columns = view.tiles.parts, min(runtime.power_of_2(view.channels), 16)
+                sum_of_parts[(runtime.blocks(view.channels, columns),)](
+                    dbiases,
+                    dweights,
+                    dbias,
+                    dweight,
+                    parts,
+                    view.channels,
+                    1,
+                    parts,
+                    BLOCK_PARTS=64,
+                    BLOCK_COLUMNS=columns,
                 )
         kernels.tiles_backward[view.tile_grid](
             *tensors,
