@@ -6,9 +6,9 @@ element (BY_ELEMENT). Pointers that are None stand for tensors that are not ther
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
-import triton
 from normwise.backends.triton.kernels.common import activate, times_slope
 
 

@@ -10,9 +10,9 @@ Pointers that are None stand for tensors that are not there.
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
-import triton
 from normwise.backends.triton.kernels.common import activate, in_dtype_of, times_slope
 
 
