@@ -48,11 +48,16 @@ def without_onednn() -> Iterator[None]:
 
 
 # What layers of torch's operations do in that dtype.
-EAGER = {torch.float32: reference_rnn.layer, torch.bfloat16: aten.layer}
+EAGER = {
+    torch.float64: reference_rnn.layer,
+    torch.float32: reference_rnn.layer,
+    torch.bfloat16: aten.layer,
+    torch.float16: aten.layer,
+}
 
 # How often the kernels may repeat an eager loop's error: roundings are luck, those of bfloat16 the less as our sums are
 # in float32. None of 220 nets exceeded it on any of three instruction sets (the largest shares: .32, in bfloat16 .73).
-TIMES = {torch.float32: 5.0, torch.bfloat16: 1.5}
+TIMES = {torch.float64: 5.0, torch.float32: 5.0, torch.bfloat16: 1.5, torch.float16: 1.5}
 
 # Over fewer units a norm may divide a rounding by next to no deviation.
 FEW_UNITS = 7

@@ -301,7 +301,7 @@ class _Readable(NamedTuple):
         flip = None
         if layout.batch_sizes is not None:
             _expect_falling(layout)
-            shape = (int(layout.batch_sizes.sum()),)
+            shape = (sum(layout.batch_sizes.tolist()),)
             flip = layout.flip if reverse else None
             if reverse and flip is None:
                 raise ValueError("flip: missing; packed rows run backwards by it")

@@ -1,0 +1,45 @@
+"""Calls of Triton's recurrent kernels: on the GPU, or by Triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from normwise.backends.protocol import LayerRequest, LayerResult, Layout
+from normwise.backends.recurrence import Weights
+from normwise.backends.triton import rnn
+from support.recurrent_samples import Sample
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RUNS = DEVICE == "cuda" or rnn.interpreted()
+ALL = [True] * (3 + len(Weights._fields))
+
+
+def moved(request: LayerRequest) -> LayerRequest:
+    """The request on the device that kernels run on."""
+    layout = request.layout
+    return request._replace(
+        x=_moved(request.x),
+        h0=_moved(request.h0),
+        c0=_moved(request.c0),
+        weights=Weights(*map(_moved, request.weights)),
+        reset=_moved(request.reset),
+        layout=Layout(layout.steps, layout.batch, layout.batch_sizes, _moved(layout.flip)),
+    )
+
+
+def _moved(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.to(DEVICE)
+
+
+def by_triton(sample: Sample) -> list[Tensor]:
+    """What `Sample.truth` lists, by the kernels."""
+    request = moved(sample.given)
+    found: LayerResult = rnn.forward(request, True)
+    again = rnn.forward(request, False)
+    for kept, not_kept in zip(found[:3], again[:3], strict=True):  # keeping values changes none
+        assert (kept is None and not_kept is None) or torch.equal(kept, not_kept)
+    upstream = [*map(_moved, sample.upstream_of_rows), None][:3]
+    gradients = rnn.backward(request, found.saved, upstream, ALL)
+    outputs = [t.cpu() for t in found[:3] if t is not None]
+    return sample.as_given(outputs, [None if t is None else t.cpu() for t in gradients])
