@@ -107,30 +107,28 @@ def missing() -> str | None:
 
 def forward(request: LayerRequest, needs_grad: bool) -> LayerResult:
     """All steps; keeps what `backward` needs if `needs_grad`: p, q, and h and c before each step."""
-    from normwise.backends.triton import rnn_kernels as kernels
+    from normwise.backends.triton.kernels import recurrent as kernels
 
     at = _Readable.of(request)
     config, x, units, batch, wide = request.config, at.x, at.units, request.layout.batch, at.wide
     steps = list(_steps(request.layout, request.reverse))
-    lstm, gru = config.cell == "lstm", config.cell == "gru"
     p = x @ at.weights.weight_ih.t()
     # Without a gradient only the states before this step and the next one.
     states = len(x) if needs_grad else 2 * batch
     q = torch.empty_like(p) if needs_grad else p.new_empty((states, p.shape[1]))
     h = x.new_empty((states, units))
-    c = x.new_empty((states, units), dtype=wide) if lstm else None
-    before = x.new_empty((2 * batch, units), dtype=wide) if gru else None
+    c = x.new_empty((states, units), dtype=wide) if config.cell == "lstm" else None
+    blended = x.new_empty((2 * batch, units), dtype=wide) if config.cell == "gru" else None
     output = x.new_empty((len(x), units))
     final_h, final_c = at.h0.clone(), None if at.c0 is None else at.c0.clone()
-    place = [step.row if needs_grad else n % 2 * batch for n, step in enumerate(steps)]
+    # Where what is kept of each step's states begins, and of the wide ones of a GRU.
+    place = [step.row if needs_grad else t % 2 * batch for t, step in enumerate(steps)] + [0]
     if steps:
-        first, n = place[0], steps[0].samples
-        starts = None if at.reset is None else at.reset[steps[0].row : steps[0].row + n, None]
-        for state, given in ((h, at.h0), (c, at.c0), (before, at.h0)):
-            if state is not None and given is not None:
-                state[first if state is not before else 0 :][:n].copy_(
-                    given[:n] if starts is None else given[:n].masked_fill(starts, 0)
-                )
+        at.start(steps[0], at.h0, h[place[0] :])
+        if c is not None and at.c0 is not None:
+            at.start(steps[0], at.c0, c[place[0] :])
+        if blended is not None:
+            at.start(steps[0], at.h0, blended)
     hidden = at.weights.weight_hh.t()
     parameters, settings, launch = at.parameters, _settings(config, units, wide), launch_of(units)
     with _on(x):
@@ -144,7 +142,7 @@ def forward(request: LayerRequest, needs_grad: bool) -> LayerResult:
                 p,
                 q,
                 h,
-                before,
+                blended,
                 c,
                 output,
                 final_h,
@@ -154,7 +152,7 @@ def forward(request: LayerRequest, needs_grad: bool) -> LayerResult:
                 step.row,
                 following.row,
                 state,
-                place[t + 1] if t + 1 < len(steps) else 0,
+                place[t + 1],
                 t % 2 * batch,
                 (t + 1) % 2 * batch,
                 following.samples,
@@ -174,22 +172,22 @@ def backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of x, h0, c0 and the weights from those of the output, h and c, of which None stands for zeros."""
-    from normwise.backends.triton import rnn_kernels as kernels
+    from normwise.backends.triton.kernels import recurrent as kernels
 
     at = _Readable.of(request)
     config, x, units, batch, wide, w = request.config, at.x, at.units, request.layout.batch, at.wide, at.weights
     p, q, h, c = _saved(config, at, saved)
     steps = list(_steps(request.layout, request.reverse))
-    doutput, dh, dc = grads
+    doutput, dh_given, dc_given = grads
     if doutput is not None:
         _expect("doutput", doutput, (*request.x.shape[:-1], units), request.x, DTYPES)
         doutput = _flipped(doutput, at.flip).reshape(-1, units).contiguous()
-    dh = _wide_copy("dh", dh, at.h0, wide)
-    dc = None if at.c0 is None else _wide_copy("dc", dc, at.c0, wide)
+    dh = _wide_copy("dh", dh_given, at.h0, wide)
+    dc = None if at.c0 is None else _wide_copy("dc", dc_given, at.c0, wide)
     product = x.new_empty((batch, units))
     direct = dh.new_empty((batch, units)) if config.cell == "gru" else None
     dq = torch.empty_like(p)
-    # Where the hidden term has neither a norm nor a gate of its own, or both share one norm, one gradient does for both.
+    # One gradient does for both terms unless one has a norm or, as the candidate of torch's GRU, a gate of its own.
     shared = w.gain_hh is None and w.gain_ih is None and not (config.cell == "gru" and config.reset_after)
     dp = dq if shared else torch.empty_like(p)
     sums = dh.new_zeros((batch, SUMS[config.gates], units))
@@ -239,7 +237,7 @@ def backward(
         of_weights["weight_ih"], of_weights["weight_hh"] = dp.t() @ x, dq.t() @ h
     named = zip(Weights._fields, request.weights, strict=True)
     found = [None if t is None or name not in of_weights else of_weights[name].to(t.dtype) for name, t in named]
-    return [dx, dh.to(request.h0.dtype), None if request.c0 is None else _as(dc, request.c0), *found]
+    return [dx, dh.to(at.h0.dtype), None if dc is None else dc.to(at.h0.dtype), *found]
 
 
 def _of_vectors(config: Recurrence, sums: Tensor) -> dict[str, Tensor]:
@@ -333,6 +331,14 @@ class _Readable(NamedTuple):
             accumulation_dtype(x.dtype),
         )
 
+    def start(self, step: _Step, state: Tensor, rows: Tensor) -> None:
+        """Write the initial `state` where the first step reads it."""
+        rows, state = rows[: step.samples], state[: step.samples]
+        if self.reset is None:
+            rows.copy_(state)
+        else:
+            rows.copy_(state.masked_fill(self.reset[step.row : step.row + step.samples, None], 0))
+
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
         """Biases and gains in the kernels' order."""
@@ -383,10 +389,6 @@ def _wide_copy(name: str, grad: Tensor | None, state: Tensor, wide: torch.dtype)
         return torch.zeros_like(state, dtype=wide)
     _expect(name, grad, tuple(state.shape), state, DTYPES)
     return torch.empty_like(state, dtype=wide).copy_(grad)
-
-
-def _as(grad: Tensor | None, given: Tensor) -> Tensor | None:
-    return None if grad is None else grad.to(given.dtype)
 
 
 def _on(x: Tensor) -> AbstractContextManager[Any]:

@@ -11,8 +11,9 @@ final states.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
+
+import triton
 
 # What changes from step to step, of which no value is worth a compilation.
 _OF_FORWARD = ("row", "next_row", "state_row", "next_state_row", "wide_row", "next_wide_row", "alive_next")
@@ -65,7 +66,9 @@ def _store_gates(ptr, offset, UNITS: tl.constexpr, cols, mask, v, GATES: tl.cons
 @triton.jit
 def _add_gates(ptr, offset, UNITS: tl.constexpr, cols, mask, v, GATES: tl.constexpr, WIDE: tl.constexpr):
     """ptr += v, in memory that no other program touches."""
-    _store_gates(ptr, offset, UNITS, cols, mask, _plus(_load_gates(ptr, offset, UNITS, cols, mask, GATES, WIDE), v), GATES)
+    _store_gates(
+        ptr, offset, UNITS, cols, mask, _plus(_load_gates(ptr, offset, UNITS, cols, mask, GATES, WIDE), v), GATES
+    )
 
 
 @triton.jit
@@ -91,13 +94,13 @@ def _mean_of_group(sums, UNITS: tl.constexpr, K: tl.constexpr, GROUPS: tl.conste
     COUNTS how many gates that has."""
     total = sums[K]
     own: tl.constexpr = (GROUPS >> (2 * K)) & 3
-    if K != 0 and (GROUPS & 3) == own:
+    if K != 0 and own == (GROUPS & 3):
         total += sums[0]
-    if K != 1 and ((GROUPS >> 2) & 3) == own:
+    if K != 1 and own == ((GROUPS >> 2) & 3):
         total += sums[1]
-    if K != 2 and ((GROUPS >> 4) & 3) == own:
+    if K != 2 and own == ((GROUPS >> 4) & 3):
         total += sums[2]
-    if K != 3 and ((GROUPS >> 6) & 3) == own:
+    if K != 3 and own == ((GROUPS >> 6) & 3):
         total += sums[3]
     return total / (((COUNTS >> (3 * K)) & 7) * UNITS)
 
