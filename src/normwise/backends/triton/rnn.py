@@ -130,7 +130,8 @@ def forward(request: LayerRequest, needs_grad: bool) -> LayerResult:
         if blended is not None:
             at.start(steps[0], at.h0, blended)
     hidden = at.weights.weight_hh.t()
-    parameters, settings, launch = at.parameters, _settings(config, units, wide), launch_of(units)
+    parameters, settings = at.parameters, _settings(config, units, wide)
+    reset = None if at.reset is None else at.reset.view(torch.uint8)
     with _on(x):
         for t, step in enumerate(steps):
             state, n = place[t], step.samples
@@ -147,7 +148,7 @@ def forward(request: LayerRequest, needs_grad: bool) -> LayerResult:
                 output,
                 final_h,
                 final_c,
-                at.reset,
+                reset,
                 *parameters,
                 step.row,
                 following.row,
@@ -156,9 +157,7 @@ def forward(request: LayerRequest, needs_grad: bool) -> LayerResult:
                 t % 2 * batch,
                 (t + 1) % 2 * batch,
                 following.samples,
-                units,
                 **settings,
-                num_warps=launch.warps,
             )
     saved = (p, q, h, c) if needs_grad else ()
     output = _flipped(output.view(*request.x.shape[:-1], units), at.flip)
@@ -191,8 +190,9 @@ def backward(
     shared = w.gain_hh is None and w.gain_ih is None and not (config.cell == "gru" and config.reset_after)
     dp = dq if shared else torch.empty_like(p)
     sums = dh.new_zeros((batch, SUMS[config.gates], units))
-    parameters, settings, launch = at.parameters, _settings(config, units, wide), launch_of(units)
+    parameters, settings = at.parameters, _settings(config, units, wide)
     following = _Step(0, 0)
+    reset = None if at.reset is None else at.reset.view(torch.uint8)
     with _on(x):
         for step in reversed(steps):
             n = step.samples
@@ -208,7 +208,7 @@ def backward(
                 product,
                 direct,
                 dc,
-                at.reset,
+                reset,
                 *parameters,
                 None if shared else dp,
                 dq,
@@ -216,9 +216,7 @@ def backward(
                 step.row,
                 following.row,
                 following.samples,
-                units,
                 **settings,
-                num_warps=launch.warps,
             )
             torch.mm(dq[step.row : step.row + n], w.weight_hh, out=product[:n])
             following = step
@@ -398,7 +396,7 @@ def _on(x: Tensor) -> AbstractContextManager[Any]:
 
 @cache
 def _settings(config: Recurrence, units: int, wide: torch.dtype) -> dict[str, Any]:
-    """The kernels' constants."""
+    """The kernels' constants and launch settings."""
     import triton.language as tl
 
     sizes = config.groups or (config.gates,)
@@ -416,7 +414,9 @@ def _settings(config: Recurrence, units: int, wide: torch.dtype) -> dict[str, An
         "PAPER_GATE": config.update_gate == "paper",
         "UPDATE_OFFSET": config.update_offset,
         "WIDE": tl.float64 if wide is torch.float64 else tl.float32,
+        "UNITS": units,
         "BLOCK": launch_of(units).block,
+        "num_warps": launch_of(units).warps,
     }
 
 

@@ -262,7 +262,7 @@ def step_forward(
     output,  # (rows, units)
     final_h,  # (batch, units)
     final_c,  # (batch, units), or None
-    reset,  # (rows,) bool, or None
+    reset,  # (rows,) bytes, or None
     bias_ih,
     bias_hh,
     gain_ih,
