@@ -127,7 +127,9 @@ class Sample:
         found = layer(given._replace(x=at["x"], h0=at["h0"], c0=at["c0"], weights=weights), True)
         outputs = [t for t in (found.output, found.h, found.c) if t is not None]
         leaves = [t for t in at.values() if t is not None]
-        grads = torch.autograd.grad(outputs, leaves, self.upstream_of_rows[: len(outputs)])
+        upstream = self.upstream_of_rows[: len(outputs)]
+        # Where no sequence has a step, a loop reads no weight.
+        grads = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True, materialize_grads=True)
         gradients = dict(zip([name for name, t in at.items() if t is not None], grads, strict=True))
         return self.as_given([t.detach() for t in outputs], [gradients.get(name) for name in at])
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
 import torch
 from torch import Tensor
 
@@ -13,6 +17,27 @@ from support.recurrent_samples import Sample
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = DEVICE == "cuda" or rnn.interpreted()
 ALL = [True] * (3 + len(Weights._fields))
+
+
+@contextmanager
+def language_prepared_once() -> Iterator[None]:
+    """Triton's interpreter replaces the functions of Triton's language at a launch, and again at each call of a
+    function by a kernel: that is most of its time. Inside, it is done once."""
+    if not rnn.interpreted():
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    from normwise.backends.triton.kernels import recurrent
+
+    scopes = [interpreter._patch_lang(function.fn) for function in (recurrent.step_forward, tl.sum)]
+    try:
+        with mock.patch.object(interpreter, "_patch_lang", lambda function: interpreter._LangPatchScope()):
+            yield
+    finally:
+        for scope in reversed(scopes):
+            scope.restore()
 
 
 def moved(request: LayerRequest) -> LayerRequest:

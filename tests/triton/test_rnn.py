@@ -24,7 +24,7 @@ from normwise.ops.rnn.presets import PRESETS, preset
 from support.recurrences import random_weights
 from support.recurrent_samples import CONFIGS as SAMPLED
 from support.recurrent_samples import FEW_UNITS, Sample
-from support.triton_recurrences import ALL, DEVICE, RUNS, by_triton, moved
+from support.triton_recurrences import ALL, DEVICE, RUNS, by_triton, language_prepared_once, moved
 
 CONFIGS = SAMPLED | {
     f"{cell} {name} rms": preset(cell, "rms", name)
@@ -50,22 +50,10 @@ def fresh_memory_of_nan(poisoned_memory: None) -> None:
 
 
 @pytest.fixture(autouse=True)
-def language_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Triton's interpreter replaces the functions of Triton's language at a launch, and again at each call of a
-    function by a kernel: that is most of its time."""
-    if not rnn.interpreted():
+def quick_interpreter() -> Iterator[None]:
+    """For every test here."""
+    with language_prepared_once():
         yield
-        return
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    from normwise.backends.triton.kernels import recurrent
-
-    scopes = [interpreter._patch_lang(function.fn) for function in (recurrent.step_forward, tl.sum)]
-    monkeypatch.setattr(interpreter, "_patch_lang", lambda function: interpreter._LangPatchScope())
-    yield
-    for scope in reversed(scopes):
-        scope.restore()
 
 
 # In float64, in which a norm over one unit or a few is as well defined as any other, and no slip is taken for rounding.
