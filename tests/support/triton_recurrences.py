@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -31,9 +32,12 @@ def language_prepared_once() -> Iterator[None]:
 
     from normwise.backends.triton.kernels import recurrent
 
+    def nothing(function: Any) -> Any:
+        return interpreter._LangPatchScope()
+
     scopes = [interpreter._patch_lang(function.fn) for function in (recurrent.step_forward, tl.sum)]
     try:
-        with mock.patch.object(interpreter, "_patch_lang", lambda function: interpreter._LangPatchScope()):
+        with mock.patch.object(interpreter, "_patch_lang", nothing):
             yield
     finally:
         for scope in reversed(scopes):
