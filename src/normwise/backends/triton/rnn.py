@@ -100,7 +100,8 @@ def interpreted() -> bool:
 @cache
 def missing() -> str | None:
     """Why there is no Triton, or None."""
-    if importlib.util.find_spec("triton") is None:
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:  # a folder of that name on the path, such as tests/triton, is no Triton
         return "Triton is not installed: pip install triton"
     return None
 
