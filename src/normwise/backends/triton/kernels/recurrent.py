@@ -14,242 +14,22 @@ from __future__ import annotations
 import triton.language as tl
 
 import triton
+from normwise.backends.triton.kernels.gates import (
+    add_gates,
+    gru_gates,
+    load_gates,
+    sigmoid,
+    standardize_backward,
+    standardize_cell,
+    store_gates,
+    tanh,
+    terms,
+    times,
+)
 
 # What changes from step to step, of which no value is worth a compilation.
 _OF_FORWARD = ("row", "next_row", "state_row", "next_state_row", "wide_row", "next_wide_row", "alive_next")
 _OF_BACKWARD = ("row", "next_row", "alive_next")
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _tanh(x):
-    """From exp, and by its series where 1 - exp(-2 |x|) would lose digits."""
-    size = tl.abs(x)
-    e = tl.exp(-2.0 * size)
-    far = (1.0 - e) / (1.0 + e)
-    far = tl.where(x < 0, -far, far)
-    if x.dtype != tl.float64:
-        s = x * x
-        series = x * (1.0 + s * (-0.33333333 + s * (0.13333333 + s * (-0.05396825 + s * 0.02186949))))
-        far = tl.where(size < 0.25, series, far)
-    return far
-
-
-@triton.jit
-def _load_gates(ptr, offset, UNITS: tl.constexpr, cols, mask, GATES: tl.constexpr, WIDE: tl.constexpr):
-    a = tl.load(ptr + offset + cols, mask, other=0).to(WIDE)
-    b = tl.zeros_like(a)
-    c = tl.zeros_like(a)
-    d = tl.zeros_like(a)
-    if GATES > 1:
-        b = tl.load(ptr + offset + UNITS + cols, mask, other=0).to(WIDE)
-        c = tl.load(ptr + offset + 2 * UNITS + cols, mask, other=0).to(WIDE)
-    if GATES > 3:
-        d = tl.load(ptr + offset + 3 * UNITS + cols, mask, other=0).to(WIDE)
-    return a, b, c, d
-
-
-@triton.jit
-def _store_gates(ptr, offset, UNITS: tl.constexpr, cols, mask, v, GATES: tl.constexpr):
-    tl.store(ptr + offset + cols, v[0].to(ptr.dtype.element_ty), mask)
-    if GATES > 1:
-        tl.store(ptr + offset + UNITS + cols, v[1].to(ptr.dtype.element_ty), mask)
-        tl.store(ptr + offset + 2 * UNITS + cols, v[2].to(ptr.dtype.element_ty), mask)
-    if GATES > 3:
-        tl.store(ptr + offset + 3 * UNITS + cols, v[3].to(ptr.dtype.element_ty), mask)
-
-
-@triton.jit
-def _add_gates(ptr, offset, UNITS: tl.constexpr, cols, mask, v, GATES: tl.constexpr, WIDE: tl.constexpr):
-    """ptr += v, in memory that no other program touches."""
-    _store_gates(
-        ptr, offset, UNITS, cols, mask, _plus(_load_gates(ptr, offset, UNITS, cols, mask, GATES, WIDE), v), GATES
-    )
-
-
-@triton.jit
-def _plus(a, b):
-    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
-
-
-@triton.jit
-def _times(a, b):
-    return a[0] * b[0], a[1] * b[1], a[2] * b[2], a[3] * b[3]
-
-
-@triton.jit
-def _with_bias(v, ptr, UNITS: tl.constexpr, cols, mask, GATES: tl.constexpr, WIDE: tl.constexpr):
-    if ptr is not None:
-        v = _plus(v, _load_gates(ptr, 0, UNITS, cols, mask, GATES, WIDE))
-    return v
-
-
-@triton.jit
-def _mean_of_group(sums, UNITS: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr, COUNTS: tl.constexpr):
-    """The mean over all gates that share gate K's statistics: two bits of GROUPS name each gate's group, three bits of
-    COUNTS how many gates that has."""
-    total = sums[K]
-    own: tl.constexpr = (GROUPS >> (2 * K)) & 3
-    if K != 0 and own == (GROUPS & 3):
-        total += sums[0]
-    if K != 1 and own == ((GROUPS >> 2) & 3):
-        total += sums[1]
-    if K != 2 and own == ((GROUPS >> 4) & 3):
-        total += sums[2]
-    if K != 3 and own == ((GROUPS >> 6) & 3):
-        total += sums[3]
-    return total / (((COUNTS >> (3 * K)) & 7) * UNITS)
-
-
-@triton.jit
-def _means(v, UNITS: tl.constexpr, GATES: tl.constexpr, GROUPS: tl.constexpr, COUNTS: tl.constexpr):
-    """For each gate the mean over its group, of vectors that are 0 beyond the last unit."""
-    first = tl.sum(v[0], 0)
-    if GATES == 1:
-        mean = first / UNITS
-        return mean, mean, mean, mean
-    last = first * 0
-    if GATES > 3:
-        last = tl.sum(v[3], 0)
-    sums = (first, tl.sum(v[1], 0), tl.sum(v[2], 0), last)
-    a = _mean_of_group(sums, UNITS, 0, GROUPS, COUNTS)
-    b = _mean_of_group(sums, UNITS, 1, GROUPS, COUNTS)
-    c = _mean_of_group(sums, UNITS, 2, GROUPS, COUNTS)
-    d = c
-    if GATES > 3:
-        d = _mean_of_group(sums, UNITS, 3, GROUPS, COUNTS)
-    return a, b, c, d
-
-
-@triton.jit
-def _standardize(
-    v,
-    UNITS: tl.constexpr,
-    mask,
-    EPS: tl.constexpr,
-    GATES: tl.constexpr,
-    GROUPS: tl.constexpr,
-    COUNTS: tl.constexpr,
-    CENTER: tl.constexpr,
-):
-    """(v - mean) / sqrt(var + eps) by groups of gates, and 1 / sqrt(var + eps)."""
-    a, b, c, d = v
-    if CENTER:
-        mean = _means(v, UNITS, GATES, GROUPS, COUNTS)
-        a = tl.where(mask, a - mean[0], 0)
-        b = tl.where(mask, b - mean[1], 0)
-        c = tl.where(mask, c - mean[2], 0)
-        d = tl.where(mask, d - mean[3], 0)
-    var = _means((a * a, b * b, c * c, d * d), UNITS, GATES, GROUPS, COUNTS)
-    ra = 1.0 / tl.sqrt(var[0] + EPS)
-    rb = 1.0 / tl.sqrt(var[1] + EPS)
-    rc = 1.0 / tl.sqrt(var[2] + EPS)
-    rd = 1.0 / tl.sqrt(var[3] + EPS)
-    return (a * ra, b * rb, c * rc, d * rd), (ra, rb, rc, rd)
-
-
-@triton.jit
-def _standardize_backward(
-    dy,
-    normed,
-    rstd,
-    UNITS: tl.constexpr,
-    mask,
-    GATES: tl.constexpr,
-    GROUPS: tl.constexpr,
-    COUNTS: tl.constexpr,
-    CENTER: tl.constexpr,
-):
-    """The gradient of v from that of its `normed` values."""
-    along = _means(_times(dy, normed), UNITS, GATES, GROUPS, COUNTS)
-    a = dy[0] - normed[0] * along[0]
-    b = dy[1] - normed[1] * along[1]
-    c = dy[2] - normed[2] * along[2]
-    d = dy[3] - normed[3] * along[3]
-    if CENTER:
-        mean = _means(dy, UNITS, GATES, GROUPS, COUNTS)
-        a = tl.where(mask, a - mean[0], 0)
-        b = tl.where(mask, b - mean[1], 0)
-        c = tl.where(mask, c - mean[2], 0)
-        d = tl.where(mask, d - mean[3], 0)
-    return a * rstd[0], b * rstd[1], c * rstd[2], d * rstd[3]
-
-
-@triton.jit
-def _terms(
-    p_ptr,
-    q_ptr,
-    p_offset,
-    q_offset,
-    bias_ih,
-    bias_hh,
-    gain_ih,
-    gain_hh,
-    gain_sum,
-    bias_inner,
-    UNITS: tl.constexpr,
-    cols,
-    mask,
-    EPS: tl.constexpr,
-    GATES: tl.constexpr,
-    GROUPS: tl.constexpr,
-    COUNTS: tl.constexpr,
-    CENTER: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """The input term, the hidden term, and for each of both what its norm made of it and its 1 / sqrt(var + eps). With
-    a norm over the sum the whole is the input term, the hidden term is 0, and its norm is that of both."""
-    p = _load_gates(p_ptr, p_offset, UNITS, cols, mask, GATES, WIDE)
-    q = _load_gates(q_ptr, q_offset, UNITS, cols, mask, GATES, WIDE)
-    one = tl.sum(p[0], 0) * 0 + 1
-    p_rstd = (one, one, one, one)
-    q_rstd = p_rstd
-    p_normed = p
-    q_normed = q
-    if gain_sum is not None:
-        summed = _with_bias(_plus(p, q), bias_inner, UNITS, cols, mask, GATES, WIDE)
-        p_normed, p_rstd = _standardize(summed, UNITS, mask, EPS, GATES, GROUPS, COUNTS, CENTER)
-        q_normed = p_normed
-        q_rstd = p_rstd
-        p = _times(p_normed, _load_gates(gain_sum, 0, UNITS, cols, mask, GATES, WIDE))
-        p = _with_bias(p, bias_hh, UNITS, cols, mask, GATES, WIDE)
-        nothing = tl.zeros_like(p[0])
-        q = (nothing, nothing, nothing, nothing)
-    else:
-        if gain_ih is not None:
-            p_normed, p_rstd = _standardize(p, UNITS, mask, EPS, GATES, GROUPS, COUNTS, CENTER)
-            p = _times(p_normed, _load_gates(gain_ih, 0, UNITS, cols, mask, GATES, WIDE))
-        if gain_hh is not None:
-            q_normed, q_rstd = _standardize(q, UNITS, mask, EPS, GATES, GROUPS, COUNTS, CENTER)
-            q = _times(q_normed, _load_gates(gain_hh, 0, UNITS, cols, mask, GATES, WIDE))
-        q = _with_bias(q, bias_hh, UNITS, cols, mask, GATES, WIDE)
-    p = _with_bias(p, bias_ih, UNITS, cols, mask, GATES, WIDE)
-    return p, q, p_normed, p_rstd, q_normed, q_rstd
-
-
-@triton.jit
-def _standardize_cell(c, UNITS: tl.constexpr, mask, EPS: tl.constexpr, CENTER: tl.constexpr):
-    """One vector, for which it is more than enough to have one gate."""
-    normed, rstd = _standardize((c, c, c, c), UNITS, mask, EPS, 1, 0, 1, CENTER)
-    return normed[0], rstd[0]
-
-
-@triton.jit
-def _gru_gates(p, q, UPDATE_OFFSET: tl.constexpr, RESET_AFTER: tl.constexpr):
-    """r, z and the candidate n, and what r multiplies."""
-    r = _sigmoid(p[0] + q[0])
-    z = _sigmoid(p[1] + q[1] + UPDATE_OFFSET)
-    if RESET_AFTER:
-        gated = q[2]
-        n = _tanh(p[2] + r * gated)
-    else:
-        gated = p[2] + q[2]
-        n = _tanh(r * gated)
-    return r, z, n, gated
 
 
 @triton.jit(do_not_specialize=_OF_FORWARD)
@@ -298,7 +78,7 @@ def step_forward(
     mask = cols < UNITS
     here = row + sample
     state = state_row + sample
-    p, q, _, _, _, _ = _terms(
+    p, q, _, _, _, _ = terms(
         p_ptr,
         q_ptr,
         here * GATES * UNITS,
@@ -322,24 +102,24 @@ def step_forward(
     c = tl.zeros_like(p[0])
     if CELL == "lstm":
         c = tl.load(c_ptr + state * UNITS + cols, mask, other=0).to(WIDE)
-        c = _sigmoid(p[1] + q[1]) * c + _sigmoid(p[0] + q[0]) * _tanh(p[2] + q[2])
+        c = sigmoid(p[1] + q[1]) * c + sigmoid(p[0] + q[0]) * tanh(p[2] + q[2])
         shown = c
         if gain_c is not None:
-            shown, _ = _standardize_cell(tl.where(mask, c, 0), UNITS, mask, EPS, CENTER)
+            shown, _ = standardize_cell(tl.where(mask, c, 0), UNITS, mask, EPS, CENTER)
             shown *= tl.load(gain_c + cols, mask, other=0).to(WIDE)
             if bias_c is not None:
                 shown += tl.load(bias_c + cols, mask, other=0).to(WIDE)
             if CELL_NORM == "state":
                 c = shown
-        h = _sigmoid(p[3] + q[3]) * _tanh(shown)
+        h = sigmoid(p[3] + q[3]) * tanh(shown)
     elif CELL == "gru":
-        _, z, n, _ = _gru_gates(p, q, UPDATE_OFFSET, RESET_AFTER)
+        _, z, n, _ = gru_gates(p, q, UPDATE_OFFSET, RESET_AFTER)
         if PAPER_GATE:
             z = 1.0 - z
         before = tl.load(wide_ptr + (wide_row + sample) * UNITS + cols, mask, other=0).to(WIDE)
         h = z * before + (1.0 - z) * n
     elif CELL == "rnn_tanh":
-        h = _tanh(p[0] + q[0])
+        h = tanh(p[0] + q[0])
     else:
         h = p[0] + q[0]
         h = tl.where(h > 0, h, h * 0)  # NaN stays
@@ -410,7 +190,7 @@ def step_backward(
     of_units = here * UNITS
     of_gates = here * GATES * UNITS
     of_state = sample * UNITS
-    p, q, p_normed, p_rstd, q_normed, q_rstd = _terms(
+    p, q, p_normed, p_rstd, q_normed, q_rstd = terms(
         p_ptr,
         q_ptr,
         of_gates,
@@ -446,21 +226,21 @@ def step_backward(
     sums_row = sums + sample * (3 * GATES + 3) * UNITS
     nothing = tl.zeros_like(dh)
     if CELL == "lstm":
-        i = _sigmoid(p[0] + q[0])
-        f = _sigmoid(p[1] + q[1])
-        g = _tanh(p[2] + q[2])
-        o = _sigmoid(p[3] + q[3])
+        i = sigmoid(p[0] + q[0])
+        f = sigmoid(p[1] + q[1])
+        g = tanh(p[2] + q[2])
+        o = sigmoid(p[3] + q[3])
         before = tl.load(c_ptr + of_units + cols, mask, other=0)
         c = f * before + i * g
         dc = tl.load(dc_ptr + of_state + cols, cols < tl.where(goes_on, passed_on, UNITS), other=0)
         shown = c
         if gain_c is not None:
-            normed, rstd = _standardize_cell(tl.where(mask, c, 0), UNITS, mask, EPS, CENTER)
+            normed, rstd = standardize_cell(tl.where(mask, c, 0), UNITS, mask, EPS, CENTER)
             gain = tl.load(gain_c + cols, mask, other=0).to(WIDE)
             shown = normed * gain
             if bias_c is not None:
                 shown += tl.load(bias_c + cols, mask, other=0).to(WIDE)
-        shown = _tanh(shown)
+        shown = tanh(shown)
         dshown = dh * o * (1.0 - shown * shown)
         if gain_c is not None:
             if CELL_NORM == "state":
@@ -472,7 +252,7 @@ def step_backward(
                 at += UNITS
                 tl.store(at, tl.load(at, mask, other=0) + dshown, mask)
             d = dshown * gain
-            d, _, _, _ = _standardize_backward(
+            d, _, _, _ = standardize_backward(
                 (d, d, d, d), (normed, normed, normed, normed), (rstd, rstd, rstd, rstd), UNITS, mask, 1, 0, 1, CENTER
             )
             dc += d
@@ -482,7 +262,7 @@ def step_backward(
         dp = (dc * g * i * (1.0 - i), dc * before * f * (1.0 - f), dc * i * (1.0 - g * g), dh * shown * o * (1.0 - o))
         dq = dp
     elif CELL == "gru":
-        r, z, n, gated = _gru_gates(p, q, UPDATE_OFFSET, RESET_AFTER)
+        r, z, n, gated = gru_gates(p, q, UPDATE_OFFSET, RESET_AFTER)
         before = tl.load(h_ptr + of_units + cols, mask, other=0).to(WIDE)
         dz = dh * (before - n) * z * (1.0 - z)
         keep = z
@@ -499,7 +279,7 @@ def step_backward(
             dp = (dr, dz, dn * r, nothing)
             dq = dp
     elif CELL == "rnn_tanh":
-        h = _tanh(p[0] + q[0])
+        h = tanh(p[0] + q[0])
         dp = (dh * (1.0 - h * h), nothing, nothing, nothing)
         dq = dp
     else:
@@ -507,26 +287,26 @@ def step_backward(
         dq = dp
 
     if bias_ih is not None or bias_hh is not None:
-        _add_gates(sums_row, 0, UNITS, cols, mask, dp, GATES, WIDE)
+        add_gates(sums_row, 0, UNITS, cols, mask, dp, GATES, WIDE)
         if CELL == "gru" and RESET_AFTER:
             at = sums_row + 3 * GATES * UNITS + cols
             tl.store(at, tl.load(at, mask, other=0) + dq[2], mask)
     if gain_sum is not None:
-        _add_gates(sums_row, GATES * UNITS, UNITS, cols, mask, _times(dp, p_normed), GATES, WIDE)
-        dp = _times(dp, _load_gates(gain_sum, 0, UNITS, cols, mask, GATES, WIDE))
-        dp = _standardize_backward(dp, p_normed, p_rstd, UNITS, mask, GATES, GROUPS, COUNTS, CENTER)
+        add_gates(sums_row, GATES * UNITS, UNITS, cols, mask, times(dp, p_normed), GATES, WIDE)
+        dp = times(dp, load_gates(gain_sum, 0, UNITS, cols, mask, GATES, WIDE))
+        dp = standardize_backward(dp, p_normed, p_rstd, UNITS, mask, GATES, GROUPS, COUNTS, CENTER)
         dq = dp
         if bias_inner is not None:
-            _add_gates(sums_row, 2 * GATES * UNITS, UNITS, cols, mask, dp, GATES, WIDE)
+            add_gates(sums_row, 2 * GATES * UNITS, UNITS, cols, mask, dp, GATES, WIDE)
     else:
         if gain_hh is not None:
-            _add_gates(sums_row, GATES * UNITS, UNITS, cols, mask, _times(dq, q_normed), GATES, WIDE)
-            dq = _times(dq, _load_gates(gain_hh, 0, UNITS, cols, mask, GATES, WIDE))
-            dq = _standardize_backward(dq, q_normed, q_rstd, UNITS, mask, GATES, GROUPS, COUNTS, CENTER)
+            add_gates(sums_row, GATES * UNITS, UNITS, cols, mask, times(dq, q_normed), GATES, WIDE)
+            dq = times(dq, load_gates(gain_hh, 0, UNITS, cols, mask, GATES, WIDE))
+            dq = standardize_backward(dq, q_normed, q_rstd, UNITS, mask, GATES, GROUPS, COUNTS, CENTER)
         if gain_ih is not None:
-            _add_gates(sums_row, 2 * GATES * UNITS, UNITS, cols, mask, _times(dp, p_normed), GATES, WIDE)
-            dp = _times(dp, _load_gates(gain_ih, 0, UNITS, cols, mask, GATES, WIDE))
-            dp = _standardize_backward(dp, p_normed, p_rstd, UNITS, mask, GATES, GROUPS, COUNTS, CENTER)
-    _store_gates(dq_ptr, of_gates, UNITS, cols, mask, dq, GATES)
+            add_gates(sums_row, 2 * GATES * UNITS, UNITS, cols, mask, times(dp, p_normed), GATES, WIDE)
+            dp = times(dp, load_gates(gain_ih, 0, UNITS, cols, mask, GATES, WIDE))
+            dp = standardize_backward(dp, p_normed, p_rstd, UNITS, mask, GATES, GROUPS, COUNTS, CENTER)
+    store_gates(dq_ptr, of_gates, UNITS, cols, mask, dq, GATES)
     if dp_ptr is not None:
-        _store_gates(dp_ptr, of_gates, UNITS, cols, mask, dp, GATES)
+        store_gates(dp_ptr, of_gates, UNITS, cols, mask, dp, GATES)
