@@ -71,7 +71,7 @@ def record(kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: int = 4,
 
 def make_launches() -> None:
     layer = NormConfig("layer_norm", "features", 1e-5)
-    for cols, dtype in ((64, torch.bfloat16), (1000, torch.float32), (8192, torch.bfloat16), (1 << 14, torch.float32)):
+    for cols, dtype in ((64, torch.bfloat16), (1000, torch.float32), (1 << 14, torch.float32)):
         x, w = torch.empty(48, cols, dtype=dtype), torch.empty(cols, dtype=dtype)
         both("features", layer, x, None, w, w, None)
         both("features", layer._replace(center=False), x, x, w, None, torch.ones(48, 1, dtype=torch.bool))
