@@ -12,11 +12,11 @@ from torch import Tensor
 
 from normwise.backends.protocol import LayerRequest, LayerResult, Layout
 from normwise.backends.recurrence import Weights
-from normwise.backends.triton import rnn
+from normwise.backends.triton import rnn, runtime
 from support.recurrent_samples import Sample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RUNS = DEVICE == "cuda" or rnn.interpreted()
+RUNS = DEVICE == "cuda" or runtime.interpreted()
 ALL = [True] * (3 + len(Weights._fields))
 
 
@@ -24,7 +24,7 @@ ALL = [True] * (3 + len(Weights._fields))
 def language_prepared_once() -> Iterator[None]:
     """Triton's interpreter replaces the functions of Triton's language at a launch, and again at each call of a
     function by a kernel: that is most of its time. Inside, it is done once."""
-    if not rnn.interpreted():
+    if not runtime.interpreted():
         yield
         return
     import triton.language as tl

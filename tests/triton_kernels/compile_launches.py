@@ -23,8 +23,11 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from normwise.backends.protocol import NormConfig, NormRequest
+from normwise.backends.protocol import LayerRequest, Layout, NormConfig, NormRequest
+from normwise.backends.recurrence import Recurrence, Weights
+from normwise.backends.triton import rnn
 from normwise.backends.triton.norms import FAMILIES
+from normwise.ops.rnn.presets import PRESETS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -98,6 +101,28 @@ def make_launches() -> None:
         both("groups", by_group._replace(act="leaky_relu"), x, x, w, None, mask.expand(shape))
 
 
+def make_recurrent_launches() -> None:
+    for units, dtype in ((5, torch.float64), (33, torch.float32), (256, torch.bfloat16), (1024, torch.float32)):
+        for presets in PRESETS.values():
+            recurrent(presets["ba2016"], units, dtype)
+        recurrent(PRESETS["lstm"]["icefall"], units, dtype)
+        recurrent(PRESETS["gru"]["dreamer"], units, dtype)
+    recurrent(PRESETS["lstm"]["tfa"], 2048, torch.float16)
+    recurrent(Recurrence("lstm", None), 128, torch.float16)
+    recurrent(Recurrence("rnn", None, nonlinearity="relu"), 128, torch.bfloat16)
+
+
+def recurrent(config: Recurrence, units: int, dtype: torch.dtype) -> None:
+    """Forward and backward of two steps of a layer."""
+    weights = Weights(**{name: torch.zeros(shape, dtype=dtype) for name, shape in config.shapes(3, units).items()})
+    h, x = torch.zeros(2, units, dtype=dtype), torch.zeros(2, 2, 3, dtype=dtype)
+    request = LayerRequest(
+        config, x, h, h if config.cell == "lstm" else None, weights, Layout(2, 2), False, torch.zeros(2, 2).bool()
+    )
+    found = rnn.forward(request, True)
+    rnn.backward(request, found.saved, (found.output, None, None), [True] * 14)
+
+
 def both(family: str, config: NormConfig, *tensors: Any) -> None:
     """Forward and backward of one call."""
     request = NormRequest(config, *tensors)
@@ -149,6 +174,7 @@ def work(names: list[str]) -> list[dict[str, Any]]:
 def main() -> None:
     JITFunction.run = record
     make_launches()
+    make_recurrent_launches()
     workers = os.cpu_count() or 1
     shares = [list(launches)[n::workers] for n in range(workers)]
     with multiprocessing.get_context("fork").Pool(workers) as pool:

@@ -139,7 +139,7 @@ class RecurrentLayer(torch.autograd.Function):
         layout = Layout(steps, batch, batch_sizes, flip)
         request = _layer_request(ctx.config, layout, ctx.reverse, reset, tensors)
         needs = ctx.needs_input_grad[6:]
-        if supports_grad_output(*grads):
+        if supports_grad_output(*grads, on_gpu=request.x.is_cuda):
             found = ctx.kernel.backward(request, saved, grads, needs)
         else:
             found = differentiable_layer_backward(request, grads, needs)

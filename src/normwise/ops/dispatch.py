@@ -75,6 +75,7 @@ class _Forced:
 _forced = _Forced()
 _KERNEL = Resolved(CPU, "the C++ kernel")
 _TRITON = Resolved(TRITON, "the Triton kernel, where ATen's would not do")
+_TRITON_RECURRENCE = Resolved(TRITON, "the Triton kernel, one launch and one product a step")
 _SMALL_LAYER_NORM = Resolved(ATEN, "ATen's LayerNorm is faster on few numbers")
 _SMALL_TORCH_LAYER = Resolved(ATEN, "torch's own kernel is faster where there is no norm and little to multiply")
 # A kernel adds up in another order, by which 1 to 7 of a million bfloat16 results are the other neighbour (of float32
@@ -186,6 +187,10 @@ def resolve(request: Any, operation: str = "norm", known_readable: bool = False)
             return Resolved(REFERENCE, "inside a torch.func transform")
         if reason is CPU.missing() and not library.turned_off():
             _warn_once(reason)
+    # An eager loop of ATen's launches a dozen kernels a step where ours launches one and a product.
+    is_loop = operation == "recurrence" and request.x.is_cuda and not request.config.is_torch_layer
+    if is_loop and _triton_obstacle(request, operation) is None:
+        return _TRITON_RECURRENCE
     aten = getattr(ATEN, operation)
     obstacle = _aten_obstacle(request, operation)
     if obstacle is None:

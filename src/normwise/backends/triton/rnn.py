@@ -10,10 +10,7 @@ Nothing here waits for the device, so that a call can be captured as a CUDA grap
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -30,6 +27,7 @@ from normwise.backends.protocol import (
     accumulation_dtype,
 )
 from normwise.backends.recurrence import Recurrence, Weights
+from normwise.backends.triton import runtime
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -80,9 +78,7 @@ def supports(request: RecurrenceRequest) -> str | None:
                 "the recurrent Triton kernels take x and matrices of one dtype, float32, bfloat16, float16 or float64, "
                 f"and gains and biases of that dtype or float32, not {', '.join(dtypes)}"
             )
-    if not x.is_cuda and not (interpreted() and x.device.type == "cpu"):
-        return f"the Triton kernels take tensors on a CUDA device, not on {x.device}"
-    return missing()
+    return runtime.obstacle(x)
 
 
 def _known_dtypes(dtype: torch.dtype, weights: Weights, autocast: bool) -> bool:
@@ -90,20 +86,6 @@ def _known_dtypes(dtype: torch.dtype, weights: Weights, autocast: bool) -> bool:
     if dtype not in DTYPES or any(w is not None and w.dtype not in vectors for w in weights[2:]):
         return False
     return autocast or weights.weight_ih.dtype == weights.weight_hh.dtype == dtype
-
-
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs kernels, on tensors of the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@cache
-def missing() -> str | None:
-    """Why there is no Triton, or None."""
-    spec = importlib.util.find_spec("triton")
-    if spec is None or spec.origin is None:  # a folder of that name on the path, such as tests/triton, is no Triton
-        return "Triton is not installed: pip install triton"
-    return None
 
 
 def forward(request: LayerRequest, needs_grad: bool) -> LayerResult:
@@ -133,7 +115,7 @@ def forward(request: LayerRequest, needs_grad: bool) -> LayerResult:
     hidden = at.weights.weight_hh.t()
     parameters, settings = at.parameters, _settings(config, units, wide)
     reset = None if at.reset is None else at.reset.view(torch.uint8)
-    with _on(x):
+    with runtime.on_device_of(x):
         for t, step in enumerate(steps):
             state, n = place[t], step.samples
             if not n:
@@ -194,7 +176,7 @@ def backward(
     parameters, settings = at.parameters, _settings(config, units, wide)
     following = _Step(0, 0)
     reset = None if at.reset is None else at.reset.view(torch.uint8)
-    with _on(x):
+    with runtime.on_device_of(x):
         for step in reversed(steps):
             n = step.samples
             if not n:
@@ -388,11 +370,6 @@ def _wide_copy(name: str, grad: Tensor | None, state: Tensor, wide: torch.dtype)
         return torch.zeros_like(state, dtype=wide)
     _expect(name, grad, tuple(state.shape), state, DTYPES)
     return torch.empty_like(state, dtype=wide).copy_(grad)
-
-
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 @cache

@@ -3,9 +3,8 @@ cell has not are zeros and cost nothing; and norms of them, whose groups of gate
 
 from __future__ import annotations
 
-import triton.language as tl
-
 import triton
+import triton.language as tl
 
 
 @triton.jit

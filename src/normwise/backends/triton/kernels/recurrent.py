@@ -11,9 +11,9 @@ final states.
 
 from __future__ import annotations
 
+import triton
 import triton.language as tl
 
-import triton
 from normwise.backends.triton.kernels.gates import (
     add_gates,
     gru_gates,
