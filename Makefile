@@ -29,11 +29,11 @@ test-triton: $(VENV)/.triton
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/triton_kernels
 
 $(VENV)/.triton: $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,triton]'
+	$(BIN)/python scripts/install_extra.py triton --quiet -c constraints.txt
 	touch $@
 
 $(VENV)/.models: $(STAMP)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,models]'
+	$(BIN)/python scripts/install_extra.py models --quiet -c constraints.txt
 	touch $@
 
 lint: $(STAMP)
