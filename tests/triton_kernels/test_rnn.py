@@ -244,7 +244,7 @@ def _request(config: Recurrence, dtype: torch.dtype = torch.float32, **changes: 
         (_request(Recurrence("lstm"), layout=Layout(4, 2, lengths=torch.tensor([4, 2]))), "must know how many"),
         (_request(Recurrence("lstm"), x=torch.zeros(4, 2, 3).to(torch.complex64)), "not torch.complex64"),
         (_request(Recurrence("lstm"), x=torch.zeros(4, 2, 3).double()), "not torch.float32, torch.float64"),
-        (_request(Recurrence("lstm"), x=torch.zeros(4, 2, 3, device="meta")), "on a CUDA device, not on meta"),
+        (_request(Recurrence("lstm"), x=torch.zeros(4, 2, 3, device="meta")), "tensors on a GPU, not on meta"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
