@@ -83,6 +83,32 @@ TRANSFORMERS = {
         (2, 800, 1),
         norms=7,
     ),
+    "DETR": Model(
+        "DetrModel",
+        "DetrConfig",
+        {
+            "backbone_config": {
+                "model_type": "resnet",
+                "embedding_size": 8,
+                "hidden_sizes": [8, 16],
+                "depths": [1, 1],
+                "out_features": ["stage2"],
+            },
+            "use_timm_backbone": False,
+            "use_pretrained_backbone": False,
+            "backbone": None,
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48,
+            "num_queries": 5,
+        },
+        IMAGE,
+        norms=19,
+    ),
 }
 # The number of norms of each, by the class of timm or torch that they have.
 TIMM = {

@@ -19,6 +19,8 @@ from normwise.surgery.select import class_of
 class Entry(NamedTuple):
     """What is known of classes of norm layers.
 
+    Of wrappers (PyG's and SpeechBrain's BatchNorm) there is nothing here: what they hold is a layer of its own.
+
     match: shell patterns of "module.Class". family, axis: which statistics, over which axis (-1 or 1). eps: where it
     stands in the code and in no attribute. refused: why it has no counterpart. note: what to say of it. source: where
     this was read.
@@ -93,7 +95,16 @@ ENTRIES: tuple[Entry, ...] = (
         source="TransformerEngine",
     ),
     Entry(
-        ("torch_geometric.nn.norm.*", "*.GraphNorm", "*.PairNorm", "*.DiffGroupNorm", "*.MeanSubtractionNorm"),
+        (
+            "torch_geometric.nn.norm.graph*",
+            "torch_geometric.nn.norm.instance_norm.*",
+            "torch_geometric.nn.norm.layer_norm.*",
+            "torch_geometric.nn.norm.msg_norm.*",
+            "*.GraphNorm",
+            "*.PairNorm",
+            "*.DiffGroupNorm",
+            "*.MeanSubtractionNorm",
+        ),
         refused="its statistics follow the graphs of a batch",
         source="PyG nn/norm",
     ),
