@@ -469,3 +469,16 @@ def test_an_example_may_name_its_arguments():
     folded, report = normwise.fold(plain, example={"input": torch.randn(3, 16)})
     assert isinstance(folded[1], nn.Identity)
     assert not report.changed[0].note
+
+
+def test_what_stands_there_already_is_left_alone_with_its_way_back():
+    x = inputs("Mamba-2")
+    new, _ = normwise.convert(Around(built("Mamba-2")), to="normwise", example=x)
+    same, report = normwise.convert(new, to="normwise", example=x)
+    assert report.skipped[0].reason == "is one already"
+    assert type(normwise.convert(same, to="original").model.norm) is layers.GatedBefore
+
+
+def test_where_nothing_was_exchanged_nothing_is_given_back():
+    with pytest.raises(ValueError, match="what it was before is kept in the layers"):
+        normwise.convert(nn.Sequential(nn.LayerNorm(4)), to="original")

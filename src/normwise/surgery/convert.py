@@ -123,6 +123,11 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
     if not inplace:
         model = copied(model, "convert")
     candidates = _candidates(model, kinds)
+    if not candidates and to == "original":
+        raise ValueError(
+            f"convert found no layer in the model ({type(model).__name__}) that convert(to='normwise') put in the "
+            "place of another: what it was before is kept in the layers that it returned, and not in a state_dict"
+        )
     if not candidates:
         wanted = "recurrent layer" if recurrent else "normalization layer"
         raise ValueError(

@@ -55,7 +55,7 @@ def kind_of(module: nn.Module) -> str:
 
 def known_base(layer: nn.Module) -> type[nn.Module]:
     """The class of torch.nn or of normwise that `layer` is of, or derived from."""
-    return next(cls for cls in class_of(layer).__mro__ if cls.__module__.startswith(("torch.nn.", "normwise.nn.")))
+    return next(cls for cls in class_of(layer).__mro__ if cls.__module__.startswith(("torch.nn.", "normwise.")))
 
 
 def option(layer: nn.Module, name: str) -> Any:

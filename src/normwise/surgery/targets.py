@@ -93,6 +93,8 @@ def to_normwise(layer: nn.Module, met: Shapes, **options: Any) -> Made:
 
 def to_torch(layer: nn.Module, met: Shapes, **options: Any) -> Made:
     """The namesake in torch.nn."""
+    if isinstance(layer, GatedRMSNorm):
+        raise Refusal("torch.nn has no norm with a gate, or of groups of the features")
     base = known_base(layer)
     if base.__module__.startswith("torch."):
         raise AlreadyOne()
@@ -101,8 +103,6 @@ def to_torch(layer: nn.Module, met: Shapes, **options: Any) -> Made:
     if namesake is None:
         raise Refusal(f"torch.nn has no {name}")
     _whole(layer)
-    if isinstance(layer, GatedRMSNorm):
-        raise Refusal("torch.nn has no norm with a gate, or of groups of the features")
     if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and not _trailing(layer.dim):  # type: ignore[arg-type]
         raise Refusal(f"torch.nn's layer normalizes the last axes, not dim={layer.dim}")
     new = rebuild(layer, namesake, **options)
