@@ -482,3 +482,13 @@ def test_what_stands_there_already_is_left_alone_with_its_way_back():
 def test_where_nothing_was_exchanged_nothing_is_given_back():
     with pytest.raises(ValueError, match="what it was before is kept in the layers"):
         normwise.convert(nn.Sequential(nn.LayerNorm(4)), to="original")
+
+
+@pytest.mark.parametrize("name", ["Gemma", "imagen", "ABN"])
+def test_the_way_back_takes_tensors_that_were_put_in_the_place_of_the_old_ones(name):
+    _, new, _ = converted(name)
+    new.load_state_dict({key: torch.full_like(t, 0.75) for key, t in new.state_dict().items()}, assign=True)
+    back = normwise.convert(new, to="original").model
+    for tensor in (*back.parameters(), *back.buffers()):
+        if tensor.is_floating_point():
+            assert (tensor == 0.75).all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from normwise.surgery.norms.catalogue import entry_of
-from normwise.surgery.norms.recognize import is_called_norm, is_own, proposed, recognize
+from normwise.surgery.norms.recognize import is_called_norm, proposed, recognize
 from normwise.surgery.report import Refusal
 from normwise.surgery.select import NORMS, Layer, layers
 
@@ -18,7 +18,7 @@ def norm_layers(model: nn.Module) -> list[Layer]:
 
 
 def _is_candidate(module: nn.Module) -> bool:
-    if isinstance(module, NORMS) or is_own(module):
+    if isinstance(module, NORMS):
         return True
     entry = entry_of(module)
     if entry is not None and (entry.refused or proposed(module)):
