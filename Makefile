@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= normwise-out
 STAMP := $(VENV)/.installed
 
-.PHONY: compare test test-all-kernels test-without-kernels test-models test-triton lint format bench docs clean
+.PHONY: compare test test-all-kernels test-without-kernels test-models test-triton triton-budgets lint format bench docs clean
 
 compare: $(STAMP)
 	$(BIN)/normwise compare --out $(OUT)
@@ -25,11 +25,22 @@ test-models: $(VENV)/.models
 	$(BIN)/python -m pytest -n auto tests/models
 
 # The GPU kernels without a GPU: run by Triton's interpreter on the CPU, and compiled for three GPUs.
-test-triton: $(VENV)/.triton
+test-triton: $(VENV)/.triton $(VENV)/.triton-3.6
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/triton_kernels
+
+# What the kernels take of a GPU, written anew: read the difference before you commit it.
+triton-budgets: $(VENV)/.triton $(VENV)/.triton-3.6
+	PYTHONPATH=$(VENV)/triton-3.6 $(BIN)/python tests/triton_kernels/compile_launches.py \
+		--budgets tests/triton_kernels/budgets.json >/dev/null
 
 $(VENV)/.triton: $(STAMP)
 	$(BIN)/python scripts/install_extra.py triton --quiet -c constraints.txt
+	touch $@
+
+# The Triton of torch 2.11, to compile with; its interpreter fails with the NumPy that the tests run with.
+$(VENV)/.triton-3.6: $(STAMP)
+	rm -rf $(VENV)/triton-3.6
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --target $(VENV)/triton-3.6 triton==3.6.0
 	touch $@
 
 $(VENV)/.models: $(STAMP)

@@ -1,12 +1,16 @@
 """Compiles every launch that the norms make on some inputs, for GPUs that need not be there, and prints what came of it
 as JSON. Run by test_compiles.py in a process of its own, in which Triton is not interpreted.
 
+    python tests/triton_kernels/compile_launches.py [--budgets FILE]
+
 What is compiled is what a GPU would be given: the launches are those of the real code, with Triton's specialization
-(an integer that is 1 is a constant; pointers and integers that 16 divides are known to be so).
+(an integer that is 1 is a constant; pointers and integers that 16 divides are known to be so). `--budgets` writes the
+most that each kernel took, as budgets.json holds it (`make triton-budgets`): read the difference before you commit it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -171,14 +175,46 @@ def work(names: list[str]) -> list[dict[str, Any]]:
     return done
 
 
+MEASURES = ("registers", "spilled", "shared")
+# Registers are given to a thread by so many.
+REGISTER_UNIT = 8
+
+
+def budgets(facts: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, int]]]:
+    """The most registers of a thread (rounded up to what one is given), spilled bytes of a thread and bytes of shared
+    memory of a block that each kernel took, for each target."""
+    found: dict[str, dict[str, dict[str, int]]] = {}
+    for fact in facts:
+        most = found.setdefault(fact["kernel"], {}).setdefault(fact["target"], dict.fromkeys(MEASURES, 0))
+        for name in MEASURES:
+            unit = REGISTER_UNIT if name == "registers" else 1
+            most[name] = max(most[name], -(-fact[name] // unit) * unit)
+    return {kernel: dict(sorted(found[kernel].items())) for kernel in sorted(found)}
+
+
+def written(found: dict[str, dict[str, dict[str, int]]]) -> str:
+    """Budgets as JSON with a line for each kernel and target."""
+    kernels = []
+    for kernel, targets in found.items():
+        lines = [f'    "{target}": {json.dumps(most)}' for target, most in targets.items()]
+        kernels.append(f'  "{kernel}": {{\n' + ",\n".join(lines) + "\n  }")
+    return "{\n" + ",\n".join(kernels) + "\n}\n"
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--budgets", type=Path)
+    options = parser.parse_args()
     JITFunction.run = record
     make_launches()
     make_recurrent_launches()
     workers = os.cpu_count() or 1
     shares = [list(launches)[n::workers] for n in range(workers)]
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        print(json.dumps([fact for facts in pool.map(work, shares) for fact in facts]))
+        facts = [fact for facts in pool.map(work, shares) for fact in facts]
+    if options.budgets is not None:
+        options.budgets.write_text(written(budgets(facts)))
+    print(json.dumps({"triton": triton.__version__, "facts": facts}))
 
 
 if __name__ == "__main__":
