@@ -1,5 +1,6 @@
 """python -m benchmarks [SUITE ...] [--json FILE] [--threads N ...]
 python -m benchmarks table FILE
+python -m benchmarks gpu [--json FILE] [--dry] ...; see python -m benchmarks gpu --help
 
 Measures each suite in processes of its own, one for each setting of the allocator. Times are taken twice: with malloc
 told to keep memory (so that the ratios are those of the kernels, not of the system handing out pages), and with the
@@ -43,6 +44,11 @@ EACH_COUNT = ("norms", "fused", "recurrent")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["gpu"]:
+        from benchmarks.gpu.command import main as on_gpu
+
+        return on_gpu(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -54,9 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.suites[:1] == ["table"] and len(options.suites) == 2:
+        from benchmarks.gpu import table as of_gpu
         from benchmarks.table import markdown
 
-        print(markdown(json.loads(Path(options.suites[1]).read_text())))
+        results = json.loads(Path(options.suites[1]).read_text())
+        print(of_gpu.markdown(results) if results.get("kind") == "gpu" else markdown(results))
         return 0
     wanted = options.suites or suites
     unknown = [suite for suite in wanted if suite not in suites]

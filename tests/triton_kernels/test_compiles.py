@@ -18,8 +18,8 @@ import pytest
 TRITON = "3.6.0"
 FOLDER = Path(sys.prefix) / "triton-3.6"
 SCRIPT = Path(__file__).parent / "compile_launches.py"
-# For each kernel and target, the most that a launch of it may take: registers of a thread, bytes that a thread spills to
-# memory, bytes of shared memory of a block. `make triton-budgets` writes it anew.
+# For each kernel and target, the most that a launch of it may take: registers of a thread, bytes that a thread spills
+# to memory, bytes of shared memory of a block. `make triton-budgets` writes it anew.
 BUDGETS = Path(__file__).parent / "budgets.json"
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 
