@@ -33,12 +33,10 @@ class Device:
             torch.cuda.synchronize()
 
     def times(self, ways: Mapping[str, Call], seconds: float, against: Mapping[str, str] | None = None) -> Times:
-        """Seconds of a call of each way, measured in turn, A B C A B C ...: median and 20th and 80th percentile, and the
-        same of the ratio in each round to the way that it is held `against`. Ends early, after three rounds, if it takes
-        longer than `seconds`."""
+        """Seconds of a call of each way, measured in turn, A B C A B C ...: median and 20th and 80th percentile, and
+        the same of the ratio in each round to the way that it is held `against`. Ends early, after three rounds, if it
+        takes longer than `seconds`."""
         if self.dry:
-            for call in ways.values():
-                call()
             return {name: {"median": None, "rounds": 0} for name in ways}
         repeats = {name: self._repeats(call) for name, call in ways.items()}
         rounds: list[dict[str, float]] = []
@@ -100,14 +98,13 @@ class Device:
         return graph.replay
 
     def launches(self, call: Call) -> int | None:
-        """How many kernels and copies a call starts on the device; None where that cannot be seen."""
+        """How many kernels and copies a call, which has run before, starts on the device; None where none is seen."""
         from torch.profiler import ProfilerActivity, profile
 
         kind = ProfilerActivity.CPU if self.dry else ProfilerActivity.CUDA
-        call()
-        self.wait()
         with profile(activities=[kind]) as seen:
-            call()
+            if not self.dry:
+                call()
             self.wait()
         started = [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         return len(started) or None

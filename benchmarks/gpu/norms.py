@@ -89,8 +89,8 @@ def measured(one: Timed, device: Device, seconds: float) -> dict[str, Any]:
         against = {name: BASELINE + name[len(name.removesuffix(REPLAYED)) :] for name in every}
         times = device.times(every, min(seconds, 2.0), {a: b for a, b in against.items() if a != b})
         counted = {name: device.launches(call) for name, call in eager.items() if name in every and name != "copy"}
-        return {"error": error, "ways": times, "refused": refused, "launches": counted, "dtype": one.dtype, "mode": one.mode,
-                "norm": one.case.name}  # fmt: skip
+        about = {"norm": one.case.name, "dtype": one.dtype, "mode": one.mode}
+        return {"error": error, "ways": times, "refused": refused, "launches": counted, **about}
 
 
 def run(device: Device, log: Log) -> None:

@@ -1,5 +1,5 @@
-"""The table of recurrent layers: each design of the kernels, eager and replayed from a CUDA graph, against cuDNN's layer
-without norm, the loop over steps, and a loop over a compiled cell."""
+"""The table of recurrent layers: each design of the kernels, eager and replayed from a CUDA graph, against cuDNN's
+layer without norm, the loop over steps, and a loop over a compiled cell."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def ways(built: Built, mode: str, device: Device) -> dict[str, Callable[[], Call
 
     found: dict[str, Callable[[], Call]] = {BASELINE: cudnn}
     for design in designs():
-        found[f"({design})"] = ours(design)
-        found[f"({design}), replayed"] = ours(design, replayed=True)
+        found[design] = ours(design)
+        found[f"{design}, replayed"] = ours(design, replayed=True)
     found["loop"] = lambda: built.call(mode, layer, "aten")  # type: ignore[no-any-return]
     if case.dtype in COMPILED_DTYPES:
         found["compiled cell"] = lambda: _compiled(built, mode, device)
@@ -89,21 +89,23 @@ def measured(one: Timed, device: Device, seconds: float) -> dict[str, Any]:
         for name, make in ways(built, one.mode, device).items():
             device.keep(name, make, calls, refused)
         times = device.times(calls, min(seconds, 3.0), {name: BASELINE for name in calls if name != BASELINE})
-        few = Built(one.case._replace(shape=(2, *one.case.shape[1:])), device.type, dtype)
         return {
             "ways": times,
             "refused": refused,
-            "launches": {name: _of_a_step(one, built, few, name, device) for name in calls if name.endswith(")")},
+            "launches": {name: _of_a_step(one, name, device, dtype) for name in calls if name in designs()},
             **one.case._asdict(),
             "mode": one.mode,
         }
 
 
-def _of_a_step(one: Timed, built: Built, few: Built, name: str, device: Device) -> float | None:
+def _of_a_step(one: Timed, name: str, device: Device, dtype: torch.dtype) -> float | None:
     """Launches of one step more, by the difference between a call of two steps and one of six."""
-    six = Built(one.case._replace(shape=(6, *one.case.shape[1:])), device.type, built.x.dtype)
-    counts = [device.launches(ways(some, one.mode, device)[name]()) for some in (few, six)]
-    return None if None in counts else (counts[1] - counts[0]) / 4  # type: ignore[operator]
+    counts = []
+    for steps in (2, 6):
+        some = Built(one.case._replace(shape=(steps, *one.case.shape[1:])), device.type, dtype)
+        counts.append(device.launches(ways(some, one.mode, device)[name]()))
+    few, more = counts
+    return None if few is None or more is None else (more - few) / 4
 
 
 def run(device: Device, log: Log) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 import normwise
 from benchmarks.gpu.norm_cases import error_of
 from normwise.backends.triton import rnn
+from normwise.ops.dispatch import BackendError
 
 Shape = tuple[int, int, int, int]  # T, B, I, H
 SHAPES: tuple[Shape, ...] = ((100, 32, 256, 256), (100, 64, 512, 512), (784, 32, 1, 128), (512, 128, 1024, 1024))
@@ -28,11 +31,20 @@ ALLOWED = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3, "tf32": 4e-3}
 
 def designs() -> dict[str, Callable[[], AbstractContextManager[object]]]:
     """For each design of the kernels, what makes `normwise.backend("triton")` take it alone, or refuse."""
-    forced = getattr(rnn, "forced_design", None)
-    names = getattr(rnn, "DESIGNS", ())
-    if forced is None or not names:
-        return {"a": nullcontext}
-    return {name: lambda name=name: forced(name) for name in names}
+    modules: dict[str, Any] | None = getattr(rnn, "DESIGNS", None)
+    if modules is None:
+        return {"stepwise": nullcontext}
+
+    def only(name: str) -> AbstractContextManager[object]:
+        def chosen(at: Any) -> tuple[Any, dict[str, str]]:
+            reason = modules[name].obstacle(at)
+            if reason is not None:
+                raise BackendError(reason)
+            return modules[name], {}
+
+        return mock.patch.object(rnn, "design_of", chosen)
+
+    return {name: partial(only, name) for name in modules}
 
 
 class Case(NamedTuple):
