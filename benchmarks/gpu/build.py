@@ -85,6 +85,7 @@ def run(device: object, log: Log) -> None:
     print(f"{done} of {len(every)} cases in {processes} processes, {took:.0f} s", flush=True)
     for said in told:
         print(f"  {said}", flush=True)
+    running = list((pool._processes or {}).values())
     pool.shutdown(wait=False, cancel_futures=True)
-    for process in list((pool._processes or {}).values()):
+    for process in running:  # which would finish what they have begun
         process.kill()

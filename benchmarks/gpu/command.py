@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ Results = dict[str, Any]
 
 # A phase is a file beside this one with a function `run(device, log)`; it ends after this share of the time, counted
 # from the start: what an earlier one leaves, the next one has.
-PHASES = {"build": 60 / 540, "device": 80 / 540, "correct": 190 / 540, "recurrent": 390 / 540, "norms": 1.0}
+PHASES = {"build": 100 / 540, "device": 115 / 540, "correct": 210 / 540, "recurrent": 380 / 540, "norms": 1.0}
 PROOF = "correct"
 TIMED = ("recurrent", "norms")
 # A phase stops by itself between two cases; so much later it hangs, and is killed.
@@ -82,7 +83,7 @@ def _missing() -> str | None:
 
     if not torch.cuda.is_available():
         return NO_GPU
-    if importlib.util.find_spec("triton") is None:
+    if find_spec("triton") is None:
         return "Triton is not installed here: pip install triton, in the version that this torch names as its own."
     return None
 

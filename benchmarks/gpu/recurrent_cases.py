@@ -182,7 +182,7 @@ def proofs() -> list[Case]:
         for cell in CELLS
         for units, ragged in ((33, True), (64, False), (128, True), (512, True))
     ]
-    found += [Case(cell, (4, *shape[1:]), dtype) for dtype in DTYPES for cell in CELLS for shape in SHAPES]
+    found += [Case(cell, (4, *shape[1:]), dtype) for dtype in DTYPES[:2] for cell in CELLS for shape in SHAPES]
     for cell in CELLS:
         presets = normwise_presets(cell)
         found += [Case(cell, (4, 3, 5, 48), "float32", variant=name, rms=rms) for name in presets for rms in (0, 1)]
