@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import correct, device, norm_cases, recurrent_cases
+from benchmarks.gpu import build, correct, device, norm_cases, recurrent_cases
 from benchmarks.gpu.clock import Device
 from benchmarks.gpu.command import PHASES
 from normwise.backends.protocol import NormFamily
@@ -29,6 +29,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.timeout(500)
 def test_a_dry_run_goes_through_every_phase_and_has_no_times(tmp_path: Path) -> None:
     file = tmp_path / "gpu.json"
     ran = run("gpu", "--dry", "--json", str(file))
@@ -100,11 +101,21 @@ def test_every_case_to_be_timed_can_be_built_and_is_what_torch_computes() -> Non
         assert norm_cases.error_of(theirs, built.truth(), 10 * norm_cases.ALLOWED[torch.float32]) <= 1, case.name
 
 
+# Of torch.compile's own look at a tensor.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("cell", recurrent_cases.CELLS)
 def test_compiled_cells_are_the_layers(cell: str) -> None:
     built = recurrent_cases.Built(recurrent_cases.Case(cell, (5, 3, 4, 6), "float32"), "cpu", torch.float32)
     loop = recurrent_cases.CompiledCell(built.layer, cell, "eager")
     assert built.error(built.step(loop), built.truth()) <= 1
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("phase", ["correct", "recurrent", "norms"])
+def test_a_case_of_each_phase_is_built_ahead(phase: str) -> None:
+    last = {"correct": 0, "recurrent": 2, "norms": 2}[phase]
+    assert build.make((phase, last), dry=True) == ""
+    assert (phase, last) in build.jobs(dry=False)
 
 
 def test_designs_are_refused_by_name_or_run() -> None:
