@@ -1,7 +1,7 @@
 """What a call would do on a GPU, counted without one: launches, waits for the host, copies between devices.
 
-A launch is an operation of ATen that computes. (ATen's fused norms are one each, as they are counted for torch.nn too;
-some of them are two kernels on a device.) `launches` runs on the CPU, with each of the predicates "is this tensor on
+A launch is an operation of ATen that computes, or a Triton kernel, which the interpreter runs. (ATen's fused norms are
+one each, as they are counted for torch.nn too; some of them are two kernels on a device.) `launches` runs on the CPU, with each of the predicates "is this tensor on
 the CPU?" answering no. `on_meta` runs on tensors of the device meta instead: those have no values, so that whatever
 needs one, or copies one to the CPU, fails.
 """
@@ -18,9 +18,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from normwise.backends import devices
+from normwise.backends.triton import runtime
 from normwise.ops import _torch_internals, dispatch
 
 # Operations that start nothing: views, memory without content, and what only reads sizes or dtypes.
@@ -45,6 +46,26 @@ class Launches(TorchDispatchMode):
         self.names: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
+        self._patches = ExitStack()
+
+    def __enter__(self) -> Launches:
+        if runtime.interpreted() and runtime.missing() is None:
+            from triton.runtime.interpreter import GridExecutor
+
+            run = GridExecutor.__call__
+
+            def launch(executor: Any, *args: Any, **kwargs: Any) -> Any:
+                self.names[f"triton {executor.fn.__name__}"] += 1
+                with _disable_current_modes():  # what the interpreter does with the tensors is not the call's
+                    return run(executor, *args, **kwargs)
+
+            self._patches.enter_context(mock.patch.object(GridExecutor, "__call__", launch))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._patches.close()
 
     @property
     def count(self) -> int:
@@ -75,10 +96,13 @@ def _waits(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Every tensor counts as one of a GPU, with values, and a counting mode as nobody who looks on."""
+    """Every tensor counts as one of a GPU, with values, and a counting mode as nobody who looks on. Where Triton's
+    interpreter is there, it counts as Triton on that GPU."""
+    plain = _torch_internals.readable
     replaced: dict[Callable[..., Any], Callable[..., Any]] = {
         devices.on_cpu: lambda t: False,
         _torch_internals.readable: lambda *tensors: all(t is None for t in tensors),
+        _torch_internals.readable_on_gpu: plain,
         _torch_internals.dispatch_modes_active: lambda: 0,
         dispatch.have_values: lambda *tensors: not torch.compiler.is_compiling() and not dispatch.transforms_active(),
     }

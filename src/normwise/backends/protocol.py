@@ -47,7 +47,8 @@ class NormConfig(NamedTuple):
         groups: see `family`.
         center: False leaves the mean in and divides by the root of the mean square (RMSNorm).
         batch_statistics: statistics are those of x; otherwise the running ones are used.
-        momentum: weight of this batch in the running statistics.
+        momentum: weight of this batch in the running statistics; None for that of a cumulative average, which is
+            1 / (num_batches_tracked + 1).
         as_written: RMSNorm by the operations that models write out, one after the other, for their very bits.
     """
 
@@ -59,8 +60,16 @@ class NormConfig(NamedTuple):
     groups: int = 1
     center: bool = True
     batch_statistics: bool = True
-    momentum: float | Tensor = 0.0
+    momentum: float | Tensor | None = 0.0
     as_written: bool = False
+
+
+def momentum_now(momentum: float | Tensor | None, num_batches_tracked: Tensor | None, dtype: torch.dtype) -> Any:
+    """A momentum as a number or tensor, that of a cumulative average too, without a look at the count."""
+    if momentum is not None:
+        return momentum
+    assert num_batches_tracked is not None
+    return (num_batches_tracked + 1.0).to(dtype).reciprocal()  # 1.0, so that the sum is floating at once
 
 
 class NormRequest(NamedTuple):
@@ -99,7 +108,7 @@ class NormResult(NamedTuple):
     Attributes:
         y: like x, 0 where invalid.
         total: what the statistics are of: x + residual for "features", else x, in the layout that was computed on.
-        stats: (2, n) float64: the mean and 1 / sqrt(var + eps) that were used, for the backward.
+        stats: the mean and 1 / sqrt(var + eps) that were used: (2, n) float64, for the backward; of ATen two vectors.
         stats_updated: whether the running statistics were updated; None: not yet, they are to be moved by `moments`,
             or replaced by `new_running`.
         moments: those of the batch, one element a channel (for "groups" one a sample and channel).
@@ -108,7 +117,7 @@ class NormResult(NamedTuple):
 
     y: Tensor
     total: Tensor
-    stats: Tensor | None = None
+    stats: Tensor | tuple[Tensor, Tensor] | None = None
     stats_updated: bool | Tensor | None = True
     moments: Moments | None = None
     new_running: Tensor | tuple[Tensor, Tensor] | None = None
@@ -133,6 +142,42 @@ class NormFamily(NamedTuple):
 
     forward: Callable[..., NormResult]
     backward: Callable[..., NormGradients] | None = None
+
+
+class RunningStatsRequest(NamedTuple):
+    """One update of the running averages of a BatchNorm by what a batch had, on a device.
+
+    running <- running + momentum * (batch - running), with the variance unbiased, and the batch counted. A channel
+    without an element keeps its averages, and one with a single element its variance. If anything would become NaN or
+    infinite, nothing changes.
+
+    Attributes:
+        running_mean, running_var: (C,) float, updated in place.
+        num_batches_tracked: 0-d int64, updated in place, or None.
+        momentum: see `NormConfig`.
+        mean, var, count: (C,) of the batch, the variance biased; the count of each channel, or one for all.
+        rstd, eps: where there is no `var`: 1 / sqrt(var + eps), which norms save for their backward.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor | None
+    momentum: float | Tensor | None
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    count: Tensor | int = 0  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
+    rstd: Tensor | None = None
+    eps: float = 0.0
+
+    @property
+    def x(self) -> Tensor:
+        """What says where the request is."""
+        return self.running_mean
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All that a backend reads."""
+        return tuple(t if isinstance(t, Tensor) else None for t in self)
 
 
 # For each normalized site, tables (rows, features) of running mean and variance; step t reads row min(t, rows - 1).
@@ -292,12 +337,17 @@ class Operation(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """A provider of norms and recurrences. `missing()`: why it cannot be used on this machine, or None."""
+    """A provider of norms and recurrences. `missing()`: why it cannot be used on this machine, or None.
+
+    running_stats: updates of running averages in one launch, "update"(RunningStatsRequest) -> 0-d bool tensor, whether
+    they took place; None where the norms do it or leave it to torch's operations.
+    """
 
     name: str
     missing: Callable[[], str | None]
     norm: Operation
     recurrence: Operation
+    running_stats: Operation | None = None
 
 
 def supports_all(request: Any) -> str | None:

@@ -147,16 +147,16 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
                 self._warn_of_skipped()
         return super().train(mode)
 
-    def _momentum(self) -> float | Tensor:
-        """The weight of the next batch: `momentum`, or that of a cumulative average."""
+    def _momentum(self) -> float | None:
+        """The weight of the next batch: `momentum`, or that of a cumulative average; None where ops have to take it
+        from the count, whose value is not known while compiling, another when a traced graph runs, and on a GPU not
+        yet there."""
         if self.momentum is not None:
             return self.momentum
         if self.num_batches_tracked is None or self.running_mean is None:
             return 0.0
         if not running_stats.can_read_now(self.num_batches_tracked):
-            # The count stays a tensor: its value is not known while compiling, another when a traced graph runs, and
-            # on a GPU not yet there. (1.0, so that the sum is floating at once.)
-            return (self.num_batches_tracked + 1.0).to(self.running_mean.dtype).reciprocal()
+            return None
         return 1.0 / (int(self.num_batches_tracked) + 1)
 
     def extra_repr(self) -> str:

@@ -2,7 +2,7 @@
 
 - `cpu`: our C++ kernels.
 - `aten`: torch's own kernels, where they do the same job as well.
-- `triton`: our kernels for GPUs; by default only where the alternative is the reference.
+- `triton`: our kernels for GPUs; by default only where the alternative is the reference or dozens of ATen's launches.
 - `reference`: plain PyTorch operations; always works.
 
 `with normwise.backend("reference"):` or the environment variable NORMWISE_BACKEND forces one for the whole process;
@@ -29,7 +29,7 @@ from normwise.backends.aten.norms import MEAN_TO_DEVIATION_LIMIT
 from normwise.backends.cpu import library
 from normwise.backends.cpu.backend import BACKEND as CPU
 from normwise.backends.devices import on_cpu
-from normwise.backends.protocol import Backend, NormRequest, RecurrenceRequest
+from normwise.backends.protocol import Backend, NormRequest, RecurrenceRequest, RunningStatsRequest
 from normwise.backends.reference.backend import BACKEND as REFERENCE
 from normwise.backends.triton import runtime
 from normwise.backends.triton.backend import BACKEND as TRITON
@@ -75,6 +75,7 @@ class _Forced:
 _forced = _Forced()
 _KERNEL = Resolved(CPU, "the C++ kernel")
 _TRITON = Resolved(TRITON, "the Triton kernel, where ATen's would not do")
+_TRITON_MASKED = Resolved(TRITON, "the Triton kernels, four launches, where with a mask ATen's operations are dozens")
 _TRITON_RECURRENCE = Resolved(TRITON, "the Triton kernel, one launch and one product a step")
 _SMALL_LAYER_NORM = Resolved(ATEN, "ATen's LayerNorm is faster on few numbers")
 _SMALL_TORCH_LAYER = Resolved(ATEN, "torch's own kernel is faster where there is no norm and little to multiply")
@@ -95,9 +96,12 @@ FEW_ELEMENTS, SHORT_ROW = 1 << 12, 1 << 11
 
 
 def _other_for_norm(request: NormRequest, known_readable: bool) -> Resolved | None:
-    """ATen for a norm `as_written` of half precision, and for LayerNorm of few float32 numbers, with a gradient and
-    nothing beyond torch.nn's, whose values ATen keeps the digits of."""
+    """Triton with a mask on a GPU, where ATen has a composition of dozens of operations. ATen for a norm `as_written`
+    of half precision, and for LayerNorm of few float32 numbers, with a gradient and nothing beyond torch.nn's, whose
+    values ATen keeps the digits of."""
     config, x, residual, weight, bias, mask, *_ = request
+    if mask is not None and not on_cpu(x) and is_masked_batch(request):
+        return _TRITON_MASKED if _triton_obstacle(request, "norm") is None else None
     if config.as_written and x.dtype in (torch.bfloat16, torch.float16):
         return _AS_WRITTEN if ATEN.norm.supports(request) is None else None
     is_small_layer_norm = (
@@ -123,9 +127,13 @@ def _other_for_norm(request: NormRequest, known_readable: bool) -> Resolved | No
 
 
 def _other_for_recurrence(request: RecurrenceRequest, known_readable: bool) -> Resolved | None:
-    """torch's own layer where there is no norm and few products; of any size a cell, and while compiling, since
-    torch.compile leaves torch.nn's layers as they are."""
-    if not request.config.is_torch_layer or is_transforming() or aten_rnn.supports_stack(request) is not None:
+    """Triton for a layer with a norm on a GPU, where an eager loop of ATen's launches a dozen kernels a step. torch's
+    own layer where there is no norm and few products; of any size a cell, and while compiling, since torch.compile
+    leaves torch.nn's layers as they are."""
+    if not request.config.is_torch_layer:
+        taken = not on_cpu(request.x) and _triton_obstacle(request, "recurrence") is None
+        return _TRITON_RECURRENCE if taken else None
+    if is_transforming() or aten_rnn.supports_stack(request) is not None:
         return None
     if request.is_cell or _is_compiling():
         return _SMALL_TORCH_LAYER
@@ -136,7 +144,7 @@ def _other_for_recurrence(request: RecurrenceRequest, known_readable: bool) -> R
     return _SMALL_TORCH_LAYER if rows * fewest < FEW_PRODUCTS else None
 
 
-# Which backend is taken instead of the C++ kernels, although these could run the call: by the operation.
+# Which backend is taken instead of the one that the order below comes to first: by the operation.
 RATHER: dict[str, Callable[[Any, bool], Resolved | None]] = {
     "norm": _other_for_norm,
     "recurrence": _other_for_recurrence,
@@ -187,10 +195,6 @@ def resolve(request: Any, operation: str = "norm", known_readable: bool = False)
             return Resolved(REFERENCE, "inside a torch.func transform")
         if reason is CPU.missing() and not library.turned_off():
             _warn_once(reason)
-    # An eager loop of ATen's launches a dozen kernels a step where ours launches one and a product.
-    is_loop = operation == "recurrence" and request.x.is_cuda and not request.config.is_torch_layer
-    if is_loop and _triton_obstacle(request, operation) is None:
-        return _TRITON_RECURRENCE
     aten = getattr(ATEN, operation)
     obstacle = _aten_obstacle(request, operation)
     if obstacle is None:
@@ -200,6 +204,18 @@ def resolve(request: Any, operation: str = "norm", known_readable: bool = False)
     if _triton_obstacle(request, operation) is None:
         return _TRITON
     return Resolved(REFERENCE, obstacle)
+
+
+def running_stats_kernel(request: RunningStatsRequest) -> Callable[[RunningStatsRequest], Tensor] | None:
+    """The kernel that updates running averages in one launch, or None: torch's operations do it then.
+
+    On a GPU alone, and not where another backend than its own is forced.
+    """
+    operation = TRITON.running_stats
+    assert operation is not None
+    if _forced.name not in (None, TRITON.name) or on_cpu(request.running_mean):
+        return None
+    return None if _triton_obstacle(request, "running_stats") is not None else operation.kernels["update"]
 
 
 def _resolve_forced(request: Any, operation: str) -> Resolved:
@@ -264,7 +280,7 @@ def _triton_obstacle(request: Any, operation: str) -> str | None:
     if is_traced_or_transformed():
         return "torch.func, forward-mode derivatives, dispatch modes and torch.jit.trace do not see a Triton kernel"
     reason: str | None = runtime.obstacle(request.x) or getattr(TRITON, operation).supports(request)
-    if reason is None and not (readable_on_gpu if request.x.is_cuda else readable)(*request.tensors):
+    if reason is None and not (readable if on_cpu(request.x) else readable_on_gpu)(*request.tensors):
         return "the Triton kernels take plain dense tensors on one device"
     return reason
 

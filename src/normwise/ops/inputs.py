@@ -287,7 +287,7 @@ def validate_channels(
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    momentum: float | Tensor,
+    momentum: float | Tensor | None,
     eps: float,
     mask: Tensor | None,
     lengths: Tensor | None,

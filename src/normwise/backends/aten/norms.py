@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from normwise.backends._torch_internals import batch_norm_with_stats
 from normwise.backends.activations import add_residual_and_activate, channels_laid_out_like
 from normwise.backends.aten import masked
 from normwise.backends.devices import on_cpu
-from normwise.backends.protocol import NormConfig, NormFamily, NormRequest, NormResult, accumulation_dtype
+from normwise.backends.protocol import NormConfig, NormFamily, NormRequest, NormResult, accumulation_dtype, momentum_now
 
 # ATen scales by x * a + b, where a = weight * rstd and b = bias - mean * a nearly cancel when the mean is much larger
 # than the deviation: its error is about 1e-7 times this ratio. Up to 32 that stays within a few float32 roundings.
@@ -33,7 +34,7 @@ def supports(request: NormRequest) -> str | None:
     elif mask is not None and not (features and all(mask.shape[d] == 1 for d in range(x.dim() - config.axes, x.dim()))):
         # A mask of whole rows of features is no obstacle: what comes of masked rows is put back to 0.
         return "ATen's kernels take no mask"
-    if isinstance(config.momentum, Tensor) and (on_cpu(x) or config.family != "channels"):
+    if _of_tensor(config.momentum) and (on_cpu(x) or config.family != "channels"):
         return "ATen takes momentum as a number only"
     if running_mean is not None and config.batch_statistics and x.numel() == x.shape[1]:
         return "ATen moves the running variance to NaN by the deviation of a single value"
@@ -85,6 +86,11 @@ def shortcoming(request: NormRequest, may_look: bool) -> str | None:
     return (
         None if bool(fine) else "ATen loses precision where a mean is much larger than the deviation, or is not finite"
     )
+
+
+def _of_tensor(momentum: float | Tensor | None) -> bool:
+    """Whether the weight of a batch is known on the device alone."""
+    return momentum is None or isinstance(momentum, Tensor)
 
 
 def _without_features(config: NormConfig, x: Tensor) -> bool:
@@ -171,6 +177,7 @@ def groups(
     cudnn = torch.backends.cudnn.enabled
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     if config.op == "instance_norm":
+        assert config.momentum is not None
         y = torch.instance_norm(
             x, weight, bias, running_mean, running_var, True, float(config.momentum), config.eps, cudnn
         )
@@ -192,12 +199,14 @@ def channels(
     mask: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    *_: object,
+    num_batches_tracked: Tensor | None,
+    _needs_grad: bool,
 ) -> NormResult:
     """BatchNorm; with a mask by given statistics only (see `masked`)."""
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     mean, var = (None if t is None else t.contiguous() for t in (running_mean, running_var))
     new_running: Tensor | tuple[Tensor, Tensor] | None = None
+    batch: Tensor | None = None
     momentum = config.momentum
     if config.batch_statistics and running_mean is not None and running_var is not None:
         # ATen moves copies: what it makes of a batch may not be finite, and it saves them for a backward that does not
@@ -211,29 +220,40 @@ def channels(
         else:  # side by side, in fewer launches
             new_running = torch.stack([average.to(dtype) for average in averages])
             mean, var = new_running.unbind(0)
-        if isinstance(new_running, Tensor) and isinstance(
-            momentum, Tensor
-        ):  # ATen takes a number: 1 gives the batch's own mean and unbiased variance
-            batch = torch.zeros_like(new_running)
-            mean, var = batch.unbind(0)
+            if _of_tensor(momentum):  # ATen takes a number: 1 gives the batch's own mean and unbiased variance
+                batch = torch.zeros_like(new_running)
+                mean, var = batch.unbind(0)
     invalid = None if mask is None else ~mask
     if invalid is not None:
         x = x.masked_fill(invalid, 0)
     cudnn = torch.backends.cudnn.enabled
-    number = 1.0 if isinstance(momentum, Tensor) else momentum
+    number = 1.0 if momentum is None or isinstance(momentum, Tensor) else momentum
     y = torch.batch_norm(x, weight, bias, mean, var, config.batch_statistics, number, config.eps, cudnn)
-    if isinstance(new_running, Tensor) and isinstance(momentum, Tensor):
+    if batch is not None and isinstance(new_running, Tensor):
         with torch.no_grad():
-            new_running = torch.lerp(new_running, batch, momentum.to(new_running.dtype))
+            weight_of_batch = momentum_now(momentum, num_batches_tracked, new_running.dtype)
+            new_running = torch.lerp(new_running, batch, weight_of_batch.to(new_running.dtype))
     if invalid is not None:
         y = y.masked_fill(invalid, 0)
     y = add_residual_and_activate(y, residual, config.act, mask)
     return NormResult(y, x, None, True if new_running is None else None, None, new_running)
 
 
+def channels_with_stats(
+    config: NormConfig, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, *_: object
+) -> NormResult:
+    """BatchNorm by the batch's statistics, which ATen computes anyway and `stats` has: no running average is moved."""
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    cudnn = torch.backends.cudnn.enabled
+    y, mean, rstd = batch_norm_with_stats(x, weight, bias, None, None, True, 0.0, config.eps, cudnn)[:3]
+    y = add_residual_and_activate(y, residual, config.act, None)
+    return NormResult(y, x, (mean, rstd), None)
+
+
 FAMILIES = {
     "features": NormFamily(features),
     "groups": NormFamily(groups),
     "channels": NormFamily(channels),
+    "channels_with_stats": NormFamily(channels_with_stats),
     "masked": masked.FAMILY,
 }

@@ -71,7 +71,7 @@ def supports(request: NormRequest) -> str | None:
         for average in (running_mean, running_var):
             if average is not None and (average.dtype is not statistics or not average.is_contiguous()):
                 return f"the C++ kernels keep contiguous running averages of {statistics} beside {x.dtype}"
-        if isinstance(config.momentum, Tensor):
+        if config.momentum is None or isinstance(config.momentum, Tensor):
             return "the C++ kernels take momentum as a number only"
     return library.missing()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -10,8 +11,7 @@ from torch import Tensor
 
 from normwise.backends.protocol import NormFamily, NormGradients, NormRequest, NormResult
 from normwise.backends.triton import runtime
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from normwise.backends.triton.running_stats import DTYPES, averages_obstacle
 
 # A row is held in registers whole: 16 elements a thread of the largest block of threads.
 LONGEST_ROW = 1 << 14
@@ -35,9 +35,9 @@ def supports(request: NormRequest) -> str | None:
     if config.family != "channels" and x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype.itemsize < 4:
         return "under autocast this norm computes and returns float32, which the Triton kernels do not"
     if running_mean is not None and running_var is not None and config.family == "channels":
-        for average in (running_mean, running_var):
-            if average.dtype not in DTYPES or not average.is_contiguous():
-                return "the Triton kernels keep contiguous running averages of a dtype that they take as input"
+        reason = averages_obstacle(running_mean, running_var)
+        if reason is not None:
+            return reason
     momentum = config.momentum if isinstance(config.momentum, Tensor) else None
     for t in (*request.tensors, momentum):
         if t is not None and t.device != x.device:
@@ -45,28 +45,17 @@ def supports(request: NormRequest) -> str | None:
     return None
 
 
-def _features_forward(*request: Any) -> NormResult:
-    from normwise.backends.triton import rows
+def _forward(family: str, *request: Any) -> NormResult:
+    from normwise.backends.triton import rows, tiles
 
-    return rows.forward(*request)
+    forward = {"features": rows.forward, "groups": tiles.groups_forward, "channels": tiles.channels_forward}[family]
+    return forward(NormRequest(*request[:-1]), request[-1])
 
 
 def _features_backward(*saved: Any) -> NormGradients:
     from normwise.backends.triton import rows
 
     return rows.backward(*saved)
-
-
-def _groups_forward(*request: Any) -> NormResult:
-    from normwise.backends.triton import tiles
-
-    return tiles.groups_forward(*request)
-
-
-def _channels_forward(*request: Any) -> NormResult:
-    from normwise.backends.triton import tiles
-
-    return tiles.channels_forward(*request)
 
 
 def _tiles_backward(*saved: Any) -> NormGradients:
@@ -76,7 +65,7 @@ def _tiles_backward(*saved: Any) -> NormGradients:
 
 
 FAMILIES = {
-    "features": NormFamily(_features_forward, _features_backward),
-    "groups": NormFamily(_groups_forward, _tiles_backward),
-    "channels": NormFamily(_channels_forward, _tiles_backward),
+    "features": NormFamily(partial(_forward, "features"), _features_backward),
+    "groups": NormFamily(partial(_forward, "groups"), _tiles_backward),
+    "channels": NormFamily(partial(_forward, "channels"), _tiles_backward),
 }

@@ -7,24 +7,14 @@ from math import prod
 import torch
 from torch import Tensor
 
-from normwise.backends.protocol import NormConfig, NormGradients, NormResult
+from normwise.backends.protocol import NormConfig, NormGradients, NormRequest, NormResult
 from normwise.backends.triton import runtime, settings
 from normwise.backends.triton.memory import laid_out_like, mask_bytes, statistics, vector, wide
 
 
-def forward(
-    config: NormConfig,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    _mean: Tensor | None,
-    _var: Tensor | None,
-    _tracked: Tensor | None,
-    needs_grad: bool,
-) -> NormResult:
+def forward(request: NormRequest, needs_grad: bool) -> NormResult:
     """Of the last `config.axes` axes. One launch."""
+    config, x, residual, weight, bias, mask, *_ = request
     x = x.contiguous()
     rows, cols = _size(config, x)
     total, y = x, torch.empty_like(x)

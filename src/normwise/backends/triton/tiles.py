@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.backends.protocol import Moments, NormConfig, NormGradients, NormResult
-from normwise.backends.triton import runtime, settings
+from normwise.backends.protocol import Moments, NormConfig, NormGradients, NormRequest, NormResult, RunningStatsRequest
+from normwise.backends.triton import running_stats, runtime, settings
 from normwise.backends.triton.memory import laid_out_like, mask_bytes, statistics, vector, wide
 
 
@@ -112,55 +112,33 @@ def _mask(mask: Tensor | None, view: _View) -> tuple[Tensor | None, tuple[int, i
     return mask_bytes(mask, mask.shape), (of_sample, positions, 1)
 
 
-def groups_forward(
-    config: NormConfig,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    running_mean: Tensor | None,
-    _var: Tensor | None,
-    _tracked: Tensor | None,
-    _needs_grad: bool,
-) -> NormResult:
+def groups_forward(request: NormRequest, _needs_grad: bool) -> NormResult:
     """GroupNorm, and InstanceNorm with a group for each channel. Three launches."""
-    view = _view(config, x)
-    stats, moments = _statistics(config, view, mask)
-    y = _apply(config, view, stats, residual, weight, bias, mask)
-    if running_mean is None:
+    view = _view(request.config, request.x)
+    stats, moments = _statistics(request, view)
+    y = _apply(request, view, stats)
+    if request.running_mean is None:
         return NormResult(y, view.x, stats)
     var, count = moments.view(2, view.samples, view.groups)
     return NormResult(y, view.x, stats, None, Moments(stats[0].view_as(var), var, count))
 
 
-def channels_forward(
-    config: NormConfig,
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    _needs_grad: bool,
-) -> NormResult:
+def channels_forward(request: NormRequest, _needs_grad: bool) -> NormResult:
     """BatchNorm. Four launches with running averages to update, three without, two where these are given."""
-    view = _view(config, x)
+    config, running_mean, running_var, num_batches_tracked = request.config, *request[6:]
+    view = _view(config, request.x)
     updated: Tensor | bool = True
     if not config.batch_statistics:
-        assert running_mean is not None
-        assert running_var is not None
-        stats = _given(config, view, running_mean, running_var)
+        stats = _given(request, view)
     else:
-        stats, moments = _statistics(config, view, mask)
+        stats, (var, count) = _statistics(request, view)
         if running_mean is not None and running_var is not None:
-            updated = _update(config, view, stats, moments, running_mean, running_var, num_batches_tracked)
-    return NormResult(_apply(config, view, stats, residual, weight, bias, mask), view.x, stats, updated)
+            averages = running_mean, running_var, num_batches_tracked
+            updated = running_stats.update(RunningStatsRequest(*averages, config.momentum, stats[0], var, count))
+    return NormResult(_apply(request, view, stats), view.x, stats, updated)
 
 
-def _statistics(config: NormConfig, view: _View, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _statistics(request: NormRequest, view: _View) -> tuple[Tensor, Tensor]:
     """(2, statistics) each, float64: mean and reciprocal deviation; variance and count."""
     stats, moments = view.x.new_empty((2, 2, view.statistics), dtype=torch.float64).unbind(0)
     if view.x.numel() == 0:
@@ -168,7 +146,7 @@ def _statistics(config: NormConfig, view: _View, mask: Tensor | None) -> tuple[T
     from normwise.backends.triton.kernels import tiles as kernels
 
     parts = view.x.new_empty((3, view.channels, view.tiles.parts), dtype=torch.float64).unbind(0)
-    mask, mask_strides = _mask(mask, view)
+    mask, mask_strides = _mask(request.mask, view)
     with runtime.on_device_of(view.x):
         kernels.moments_of_parts[view.part_grid](
             view.x, mask, *parts, *view.of_parts, *view.strides, *mask_strides, **view.constants
@@ -180,13 +158,13 @@ def _statistics(config: NormConfig, view: _View, mask: Tensor | None) -> tuple[T
             *view.of_statistics,
             view.tiles.parts,
             view.parts_of_statistic,
-            EPS=config.eps,
+            EPS=request.config.eps,
             BLOCK=view.merging_block,
         )
     return stats, moments
 
 
-def _given(config: NormConfig, view: _View, running_mean: Tensor, running_var: Tensor) -> Tensor:
+def _given(request: NormRequest, view: _View) -> Tensor:
     stats = view.x.new_empty((2, view.channels), dtype=torch.float64)
     if view.channels == 0:
         return stats
@@ -195,54 +173,13 @@ def _given(config: NormConfig, view: _View, running_mean: Tensor, running_var: T
     block = min(runtime.power_of_2(view.channels), 256)
     with runtime.on_device_of(view.x):
         given_stats[(runtime.blocks(view.channels, block),)](
-            running_mean, running_var, stats, view.channels, EPS=config.eps, BLOCK=block
+            request.running_mean, request.running_var, stats, view.channels, EPS=request.config.eps, BLOCK=block
         )
     return stats
 
 
-def _update(
-    config: NormConfig,
-    view: _View,
-    stats: Tensor,
-    moments: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor | None,
-) -> Tensor:
-    """Whether the running averages were updated, as a 0-d tensor: a look at it would wait for the device."""
-    from normwise.backends.triton.kernels.tiles import update_running
-
-    updated = torch.empty((), dtype=torch.bool, device=view.x.device)
-    of_tensor = isinstance(config.momentum, Tensor)
-    # Floats reach a kernel in float32: the rest keeps the digits that float64 averages want.
-    momentum = 0.0 if of_tensor else float(torch.tensor(config.momentum, dtype=torch.float32, device="cpu"))
-    rest = 0.0 if of_tensor else float(config.momentum) - momentum
-    with runtime.on_device_of(view.x):
-        update_running[(1,)](
-            stats,
-            moments,
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            config.momentum if of_tensor else None,
-            updated.view(torch.uint8),
-            view.channels,
-            momentum,
-            rest,
-            BLOCK=min(runtime.power_of_2(view.channels), 1024),
-        )
-    return updated
-
-
-def _apply(
-    config: NormConfig,
-    view: _View,
-    stats: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Tensor | None,
-) -> Tensor:
+def _apply(request: NormRequest, view: _View, stats: Tensor) -> Tensor:
+    config, _, residual, weight, bias, mask, *_ = request
     y = torch.empty_like(view.x)
     if y.numel() == 0:
         return y

@@ -109,7 +109,7 @@ def batch_norm_with_stats(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-    momentum: float | Tensor,
+    momentum: float | Tensor | None,
     eps: float,
     *,
     num_batches_tracked: Tensor | None = None,
@@ -124,6 +124,7 @@ def batch_norm_with_stats(
     """`batch_norm`, and whether the running statistics were updated (True also where there are none to update).
 
     Args:
+        momentum: also None, for that of a cumulative average, if there is `num_batches_tracked`.
         num_batches_tracked: 0-d int64, counts updates.
         process_group: a torch.distributed group, or a layer's `StatsGroup`.
         virtual_batch_size: statistics of virtual batches of so many samples, see `ghost_batch_norm`.
@@ -163,7 +164,13 @@ def batch_norm_with_stats(
         )
     if training and running_mean is not None and running_stats.is_recomputing():
         # What there is to learn, the first run has learnt; clones, because it must run as it ran then.
-        running_mean, running_var, num_batches_tracked = running_mean.clone(), running_var.clone(), None  # type: ignore[union-attr]
+        running_mean, running_var = running_mean.clone(), running_var.clone()  # type: ignore[union-attr]
+        num_batches_tracked = None if num_batches_tracked is None else num_batches_tracked.clone()
+    if momentum is None and training and running_mean is not None and num_batches_tracked is None:
+        raise ValueError(
+            "momentum=None is the weight of a cumulative average, for which a layer counts its batches: give a number, "
+            "1 / (the number of batches with this one)"
+        )
     formula = None
     if training and process_group is not None:
         formula = over_ranks(process_group, x, valid)

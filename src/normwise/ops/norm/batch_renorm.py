@@ -27,7 +27,7 @@ def batch_renorm_with_stats(
     running_var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    momentum: float | Tensor,
+    momentum: float | Tensor | None,
     eps: float,
     r_max: Limit,
     d_max: Limit,

@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from normwise.backends.protocol import Moments, NormConfig, NormRequest, NormResult
+from normwise.backends.devices import on_cpu
+from normwise.backends.protocol import Moments, NormConfig, NormRequest, NormResult, RunningStatsRequest, momentum_now
 from normwise.ops._torch_internals import current_graph_task_id
-from normwise.ops.dispatch import have_values, is_traced_or_transformed, jit_traces, values_visible
+from normwise.ops.dispatch import (
+    have_values,
+    is_traced_or_transformed,
+    jit_traces,
+    running_stats_kernel,
+    values_visible,
+)
 
 # Whether running statistics were updated: a bool, or a 0-d bool tensor where a look at it would wait for a device or is
 # not possible (while compiling).
 Updated: TypeAlias = bool | Tensor
+
+
+def kernel_for(request: NormRequest) -> Callable[[NormResult], Updated] | None:
+    """What updates the running statistics of a BatchNorm in one launch, by the statistics that its forward kept, and
+    counts the batch; None where torch's operations do it."""
+    config, x, _, _, _, _, mean, var, tracked = request
+    if mean is None or on_cpu(x) or config.family != "channels" or not config.batch_statistics:
+        return None
+    elements = x.numel() // x.shape[1] if x.numel() else 0
+    wanted = RunningStatsRequest(mean, var, tracked, config.momentum, count=elements, eps=config.eps)  # type: ignore[arg-type]
+    kernel = running_stats_kernel(wanted)
+    if kernel is None:
+        return None
+    return lambda result: kernel(wanted._replace(mean=result.stats[0], rstd=result.stats[1]))  # type: ignore[index]
 
 
 def update(request: NormRequest, result: NormResult) -> Updated:
@@ -33,10 +55,19 @@ def update_from_moments(
     moments: Moments,
 ) -> Updated:
     """Update the running statistics of a norm by the moments of its batch, and count the batch."""
+    momentum = config.momentum
     if config.family == "groups":
-        update_over_samples(running_mean, running_var, moments, config.momentum)
+        assert momentum is not None
+        update_over_samples(running_mean, running_var, moments, momentum)
         return True
-    return _count(num_batches_tracked, update_averages(running_mean, running_var, moments, config.momentum))
+    if not on_cpu(running_mean):
+        mean, var, count = (m.expand_as(moments.mean).reshape(running_mean.shape) for m in moments)
+        wanted = RunningStatsRequest(running_mean, running_var, num_batches_tracked, momentum, mean, var, count)
+        kernel = running_stats_kernel(wanted)
+        if kernel is not None:
+            return kernel(wanted)
+    momentum = momentum_now(momentum, num_batches_tracked, running_mean.dtype)
+    return _count(num_batches_tracked, update_averages(running_mean, running_var, moments, momentum))
 
 
 def _count(num_batches_tracked: Tensor | None, updated: Updated) -> Updated:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from normwise.backends.triton.kernels.common import activate, in_dtype_of, times_slope
+from normwise.backends.triton.kernels.common import activate, times_slope
 
 
 @triton.jit
@@ -141,52 +141,6 @@ def given_stats(running_mean, running_var, stats, channels, EPS: tl.constexpr, B
     var = tl.load(running_var + c, mask=c < channels, other=1).to(tl.float64)
     tl.store(stats + c, mean, mask=c < channels)
     tl.store(stats + channels + c, 1.0 / tl.sqrt(var + EPS) + var * 0.0, mask=c < channels)
-
-
-@triton.jit
-def _moved(stats, moments, running, c, channels, momentum, OF_VARIANCE: tl.constexpr):
-    """The next running averages, as they would be stored: a channel without a valid element keeps them, and one with
-    a single element, which has no deviation, its variance. That is unbiased."""
-    old = tl.load(running + c, mask=c < channels, other=0).to(tl.float64)
-    count = tl.load(moments + channels + c, mask=c < channels, other=0)
-    if OF_VARIANCE:
-        now = tl.load(moments + c, mask=c < channels, other=0) * (count / tl.maximum(count - 1.0, 1.0))
-        now = tl.where(count >= 2, old + momentum * (now - old), old)
-    else:
-        now = tl.load(stats + c, mask=c < channels, other=0)
-        now = tl.where(count >= 1, old + momentum * (now - old), old)
-    return in_dtype_of(running, now)
-
-
-@triton.jit
-def update_running(
-    stats, moments, running_mean, running_var, num_batches_tracked, momentum_tensor, updated, channels,
-    momentum, momentum_rest, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Move the running averages and count the batch, unless anything would become NaN or infinite; `updated` says
-    whether. One program, because all channels decide. The momentum is momentum + momentum_rest, or the tensor."""
-    if momentum_tensor is not None:
-        weight = tl.load(momentum_tensor).to(tl.float64)
-    else:
-        weight = (momentum + tl.zeros([1], tl.float64)) + momentum_rest
-        weight = tl.sum(weight, 0)
-    check = tl.sum(tl.zeros([BLOCK], tl.float64), 0)
-    for start in range(0, channels, BLOCK):
-        c = start + tl.arange(0, BLOCK).to(tl.int64)
-        new_mean = _moved(stats, moments, running_mean, c, channels, weight, False).to(tl.float64)
-        new_var = _moved(stats, moments, running_var, c, channels, weight, True).to(tl.float64)
-        check += tl.sum(new_mean * 0.0 + new_var * 0.0, 0)  # 0 * NaN and 0 * inf are NaN
-    finite = check == 0
-    end = tl.where(finite, channels, 0)
-    for start in range(0, channels, BLOCK):
-        c = start + tl.arange(0, BLOCK).to(tl.int64)
-        new_mean = _moved(stats, moments, running_mean, c, channels, weight, False)
-        new_var = _moved(stats, moments, running_var, c, channels, weight, True)
-        tl.store(running_mean + c, new_mean, mask=c < end)
-        tl.store(running_var + c, new_var, mask=c < end)
-    if num_batches_tracked is not None:
-        tl.store(num_batches_tracked, tl.load(num_batches_tracked) + finite.to(tl.int64))
-    tl.store(updated, finite.to(tl.uint8))
 
 
 @triton.jit

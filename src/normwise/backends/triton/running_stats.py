@@ -1,0 +1,74 @@
+"""Running averages of a BatchNorm, guarded and moved in one launch, whose kernel is imported with the first tensor."""
+
+from __future__ import annotations
+
+from ctypes import c_float
+
+import torch
+from torch import Tensor
+
+from normwise.backends.protocol import RunningStatsRequest
+from normwise.backends.triton import runtime
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def supports(request: RunningStatsRequest) -> str | None:
+    """What the kernel cannot do; what is missing on this machine is named first."""
+    mean = request.running_mean
+    reason = runtime.obstacle(mean)
+    if reason is not None:
+        return reason
+    reason = averages_obstacle(mean, request.running_var)
+    if reason is not None:
+        return reason
+    counter = request.num_batches_tracked
+    if counter is not None and counter.dtype is not torch.int64:
+        return f"the Triton kernels count batches in int64, not {counter.dtype}"
+    for t in request.tensors:
+        if t is not None and t.device != mean.device:
+            return f"the Triton kernels take tensors on one device, not on {mean.device} and {t.device}"
+    return None
+
+
+def averages_obstacle(*averages: Tensor) -> str | None:
+    """What keeps the kernels from these running averages, or None."""
+    if all(t.dtype in DTYPES and t.is_contiguous() for t in averages):
+        return None
+    return "the Triton kernels keep contiguous running averages of a dtype that they take as input"
+
+
+def update(request: RunningStatsRequest) -> Tensor:
+    """Whether the running averages were updated, as a 0-d tensor: a look at it would wait for the device."""
+    from normwise.backends.triton.kernels.running_stats import update_running
+
+    running_mean, running_var, counter, momentum, mean, var, count, rstd, eps = request
+    assert mean is not None
+    channels = running_mean.numel()
+    counts = count.expand(channels) if isinstance(count, Tensor) else None
+    of_tensor = isinstance(momentum, Tensor)
+    exact = momentum if isinstance(momentum, float | int) else 0.0
+    rounded = c_float(exact).value  # a float reaches a kernel in float32: float64 averages want the rest as well
+    updated = torch.empty((), dtype=torch.bool, device=running_mean.device)
+    # For what a graph has saved of them, as torch's own operations do it.
+    torch.autograd.graph.increment_version([t for t in (running_mean, running_var, counter) if t is not None])
+    with runtime.on_device_of(running_mean):
+        update_running[(1,)](
+            mean.contiguous(),
+            (rstd if var is None else var).contiguous(),  # type: ignore[union-attr]
+            counts,
+            running_mean,
+            running_var,
+            counter,
+            momentum if of_tensor else None,
+            updated.view(torch.uint8),
+            channels,
+            0 if isinstance(count, Tensor) else count,
+            0 if counts is None else counts.stride(0),
+            rounded,
+            exact - rounded,
+            EPS=eps if var is None else None,
+            CUMULATIVE=momentum is None,
+            BLOCK=min(runtime.power_of_2(channels), 1024),
+        )
+    return updated
