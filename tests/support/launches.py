@@ -1,9 +1,11 @@
 """What a call would do on a GPU, counted without one: launches, waits for the host, copies between devices.
 
 A launch is an operation of ATen that computes, or a Triton kernel, which the interpreter runs. (ATen's fused norms are
-one each, as they are counted for torch.nn too; some of them are two kernels on a device.) `launches` runs on the CPU, with each of the predicates "is this tensor on
-the CPU?" answering no. `on_meta` runs on tensors of the device meta instead: those have no values, so that whatever
-needs one, or copies one to the CPU, fails.
+one each, as they are counted for torch.nn too; some of them are two kernels on a device.) It runs on the CPU, with each
+of the predicates "is this tensor on the CPU?" answering no, or on tensors of the device meta: those have no values, so
+that whatever needs one, or copies one to the CPU, fails.
+
+`CALLS` are the usual calls of norms, and `TORCHS` what torch.nn has for some of them, to be counted beside.
 """
 
 from __future__ import annotations
@@ -15,14 +17,18 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+import normwise
 from normwise.backends import devices
 from normwise.backends.triton import runtime
 from normwise.ops import _torch_internals, dispatch
+from support.tolerances import assert_close
 
 # Operations that start nothing: views, memory without content, and what only reads sizes or dtypes.
 _FREE = """
@@ -126,3 +132,145 @@ def forward_and_backward(function: Callable[[], Tensor]) -> tuple[Launches, Laun
         with Launches() as backward:
             y.backward(grad)
     return forward, backward
+
+
+N, C, L = 8, 16, 10
+
+
+def some_mask() -> Tensor:
+    mask = torch.rand(N, L) > 0.3
+    mask[:, :2] = True
+    return mask
+
+
+def layers_and_arguments() -> dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]]]]:
+    """Each usual call of a norm of (N, C, L)."""
+    lengths = torch.tensor([3, 10, 2, 4, 5, 6, 7, 8])
+    return {
+        "batch": (lambda: normwise.BatchNorm1d(C), dict),
+        "batch, 2d": (lambda: normwise.BatchNorm2d(C), dict),
+        "batch, evaluation": (lambda: normwise.BatchNorm1d(C).eval(), dict),
+        "batch, momentum None": (lambda: normwise.BatchNorm1d(C, momentum=None), dict),
+        "batch, act and residual": (
+            lambda: normwise.BatchNorm1d(C, act="relu"),
+            lambda: {"residual": torch.randn(N, C, L)},
+        ),
+        "batch, mask": (lambda: normwise.BatchNorm1d(C), lambda: {"mask": some_mask()}),
+        "batch, mask, evaluation": (lambda: normwise.BatchNorm1d(C).eval(), lambda: {"mask": some_mask()}),
+        "batch, lengths": (lambda: normwise.BatchNorm1d(C), lambda: {"lengths": lengths}),
+        "ghost batches": (lambda: normwise.BatchNorm1d(C, virtual_batch_size=4), dict),
+        "ghost batches, mask": (lambda: normwise.BatchNorm1d(C, virtual_batch_size=4), lambda: {"mask": some_mask()}),
+        "renorm": (lambda: normwise.BatchRenorm1d(C), dict),
+        "sync, one rank": (lambda: normwise.SyncBatchNorm(C), dict),
+        "layer": (lambda: normwise.LayerNorm(L), dict),
+        "layer, mask": (lambda: normwise.LayerNorm(L), lambda: {"mask": torch.rand(N, C) > 0.3}),
+        "rms": (lambda: normwise.RMSNorm(L), dict),
+        "group": (lambda: normwise.GroupNorm(4, C), dict),
+        "group, mask": (lambda: normwise.GroupNorm(4, C), lambda: {"mask": some_mask()}),
+        "instance": (lambda: normwise.InstanceNorm1d(C), dict),
+        "instance, mask": (lambda: normwise.InstanceNorm1d(C, affine=True), lambda: {"mask": some_mask()}),
+        "instance, averages": (lambda: normwise.InstanceNorm1d(C, track_running_stats=True), dict),
+        "instance, lengths, averages": (
+            lambda: normwise.InstanceNorm1d(C, track_running_stats=True),
+            lambda: {"lengths": lengths},
+        ),
+    }
+
+
+CALLS = layers_and_arguments()
+
+
+class _WithResidual(nn.Module):
+    """What `act` and `residual` are of torch's own operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(C)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return F.relu(self.norm(x) + residual)
+
+
+TORCHS: dict[str, Callable[[], nn.Module]] = {
+    "batch": lambda: nn.BatchNorm1d(C),
+    "batch, 2d": lambda: nn.BatchNorm2d(C),
+    "batch, evaluation": lambda: nn.BatchNorm1d(C).eval(),
+    "batch, momentum None": lambda: nn.BatchNorm1d(C, momentum=None),
+    "batch, act and residual": _WithResidual,
+    "sync, one rank": lambda: nn.BatchNorm1d(C),
+    "layer": lambda: nn.LayerNorm(L),
+    "rms": lambda: nn.RMSNorm(L),
+    "group": lambda: nn.GroupNorm(4, C),
+    "instance": lambda: nn.InstanceNorm1d(C),
+    "instance, averages": lambda: nn.InstanceNorm1d(C, track_running_stats=True),
+}
+
+
+def input_of(call: str) -> Tensor:
+    return torch.randn((N, C, 2, L // 2) if "2d" in call else (N, C, L))
+
+
+def counted(call: str) -> tuple[Launches, Launches]:
+    """Launches forward and backward of one of CALLS."""
+    make, arguments = CALLS[call]
+    return _counted(make(), input_of(call), arguments())
+
+
+def counted_of_torch(call: str) -> tuple[Launches, Launches]:
+    """The same of torch.nn."""
+    return _counted(TORCHS[call](), input_of(call), CALLS[call][1]())
+
+
+def _counted(layer: nn.Module, x: Tensor, arguments: dict[str, Any]) -> tuple[Launches, Launches]:
+    x.requires_grad_()
+    return forward_and_backward(lambda: layer(x, **arguments))
+
+
+def check_values(call: str) -> None:
+    """One of CALLS as on a GPU and on the reference: outputs, gradients and running averages agree."""
+    make, arguments = CALLS[call]
+    given, x = arguments(), input_of(call)
+    grad = torch.randn_like(x)
+
+    def run() -> list[Tensor]:
+        torch.manual_seed(0)
+        layer = make()
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.add_(torch.rand_like(p))
+        at = x.clone().requires_grad_()
+        for _ in range(2):  # the second one finds averages that have moved
+            y = layer(at, **given)
+        y.backward(grad)
+        grads = [p.grad for p in layer.parameters() if p.grad is not None]
+        assert at.grad is not None
+        return [y.detach(), at.grad, *grads, *layer.buffers()]
+
+    with normwise.backend("reference"):
+        expected = run()
+    with as_on_gpu():
+        found = run()
+    assert len(found) == len(expected)
+    for ours, truth in zip(found, expected, strict=True):
+        scale = float(truth.detach().abs().max()) + 1
+        assert_close(ours, truth, kind="composed", dtype=torch.float32, count=N * L, scale=scale)
+
+
+def check_skipped(masked: bool, momentum: float | None, more: int) -> None:
+    """Batches that are not finite, `more` than two of them, move nothing and are counted, and eval() warns of them."""
+    layer = normwise.BatchNorm1d(C, momentum=momentum)
+    given = {"mask": torch.ones(N, L, dtype=torch.bool)} if masked else {}
+    bad = torch.randn(N, C, L)
+    bad[0, 3, 1] = float("inf")
+    with as_on_gpu():
+        layer(torch.randn(N, C, L), **given)
+        before = [b.clone() for b in layer.buffers()]
+        layer(bad, **given)
+        layer(bad * float("nan"), **given)
+        assert all(torch.equal(b, a) for b, a in zip(layer.buffers(), before, strict=True))
+        assert layer.num_batches_skipped == 2
+        for _ in range(more):
+            layer(bad, **given)
+        assert layer.num_batches_skipped == 2 + more
+        with pytest.warns(UserWarning, match="skipped an update"):
+            layer.eval()
