@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import normwise
@@ -30,6 +30,8 @@ from support.launches import (
     counted,
     counted_of_torch,
     forward_and_backward,
+    input_of,
+    meta_as_gpu,
     some_mask,
 )
 from support.tolerances import assert_close
@@ -256,53 +258,118 @@ def test_a_step_takes_no_more_launches_than_its_limit(
     assert step[1] <= limits[1]
 
 
-def usual_calls_on_meta() -> dict[str, Callable[[], Any]]:
-    """Calls with all their tensors on one device, as a CUDA graph would capture them."""
+def on_meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
 
-    def norm(call: str) -> Callable[[], Any]:
+
+def packed_on_meta(features: int) -> PackedSequence:
+    """A PackedSequence has the numbers of its rows on the CPU."""
+    order = on_meta(3, dtype=torch.int64)
+    return PackedSequence(on_meta(9, features), torch.tensor([3, 3, 2, 1]), order, order)
+
+
+def jagged_on_meta(features: int) -> Tensor:
+    return torch.nested.nested_tensor_from_jagged(
+        on_meta(9, features), on_meta(4, dtype=torch.int64), min_seqlen=1, max_seqlen=4
+    )
+
+
+def of_sequences() -> dict[str, Callable[[], Any]]:
+    """Calls of recurrent layers with all tensors on one device."""
+
+    def run(cell: Any, given: tuple[str, ...] = (), evaluate: bool = False, **options: Any) -> Any:
+        layer = cell(4, 5, 2, device="meta", **options).train(not evaluate)
+        arguments = {"lengths": on_meta(3, dtype=torch.int64), "reset": on_meta(6, 3, dtype=torch.bool)}
+        return layer(on_meta(6, 3, 4), **{name: arguments[name] for name in given})
+
+    found: dict[str, Callable[[], Any]] = {}
+    for cell in RECURRENT:
+        for norm in ("layer", "rms", "batch"):
+            for given in ((), ("lengths",), ("reset",), ("lengths", "reset")):
+                name = " ".join([cell.__name__, norm, *given])
+                found[name] = partial(run, cell, given, norm=norm, bidirectional=True)
+            for options in ({"dropout": 0.5}, {"zoneout": 0.5}, {"evaluate": True}):
+                name = " ".join([cell.__name__, norm, "lengths", *options])
+                found[name] = partial(run, cell, ("lengths",), norm=norm, **options)
+        found[f"{cell.__name__} alone, reset"] = partial(run, cell, ("reset",), norm=None)
+    for cell in (normwise.LSTM, normwise.GRU, normwise.RNN):
+        found[f"{cell.__name__}.step"] = lambda cell=cell: cell(4, 5, norm="layer", device="meta").step(
+            on_meta(3, 4), reset=on_meta(3, dtype=torch.bool)
+        )
+    for cell in (normwise.LSTMCell, normwise.GRUCell, normwise.RNNCell):
+        found[cell.__name__] = lambda cell=cell: cell(4, 5, norm="layer", device="meta")(on_meta(3, 4))
+        found[f"{cell.__name__} batch"] = lambda cell=cell: cell(4, 5, norm="batch", device="meta")(
+            on_meta(3, 4), step=1
+        )
+    return found
+
+
+def of_norms() -> dict[str, Callable[[], Any]]:
+    """Those of `CALLS`, and others, with all tensors on one device."""
+
+    def usual(call: str) -> Any:
         make, arguments = CALLS[call]
+        given = {name: value.to("meta") for name, value in arguments().items()}
+        return make().to("meta")(input_of(call).to("meta").requires_grad_(), **given)
 
-        def run() -> None:
-            layer = make().to("meta")
-            given = {name: value.to("meta") for name, value in arguments().items()}
-            x = torch.randn(N, C, L, device="meta", requires_grad=True)
-            with Launches() as found:
-                y = layer(x, **given)
-                y.backward(torch.ones_like(y))
-            assert found.count
-            assert found.copies == {}
-            assert found.waits == {}
+    def run(make: Callable[..., nn.Module], *given: str, evaluate: bool = False) -> Any:
+        arguments = {
+            "mask": on_meta(N, L, dtype=torch.bool),
+            "rows": on_meta(N, C, dtype=torch.bool),
+            "lengths": on_meta(N, dtype=torch.int64),
+            "residual": on_meta(N, C, L),
+            "add": on_meta(N, C, L),
+        }
+        named = {"mask" if name == "rows" else name: arguments[name] for name in given}
+        return make(device="meta").train(not evaluate)(on_meta(N, C, L), **named)
 
-        return run
-
-    def recurrent(cell: Any, **options: Any) -> Callable[[], Any]:
-        def run() -> None:
-            layer = cell(4, 5, device="meta", **options)
-            x = torch.randn(6, 3, 4, device="meta", requires_grad=True)
-            given = {
-                "lengths": torch.empty(3, dtype=torch.int64, device="meta"),
-                "reset": torch.empty(6, 3, dtype=torch.bool, device="meta"),
-            }
-            for arguments in ({}, {"lengths": given["lengths"]}, {"reset": given["reset"]}, given):
-                with Launches() as found:
-                    y = layer(x, **arguments)[0]
-                    y.backward(torch.ones_like(y))
-                assert found.copies == {}
-                assert found.waits == {}
-
-        return run
-
+    batch, ramp = partial(normwise.BatchNorm1d, C), normwise.LinearRamp
+    renorm = partial(normwise.BatchRenorm1d, C)
     return {
-        **{call: norm(call) for call in CALLS},
+        **{call: partial(usual, call) for call in CALLS},
+        "momentum None, all": partial(run, partial(batch, momentum=None, act="silu"), "mask", "residual"),
+        "frozen": partial(run, partial(normwise.FrozenBatchNorm1d, C), "mask"),
+        "sync, mask": partial(run, partial(normwise.SyncBatchNorm, C), "mask"),
+        "sync, lengths, momentum None": partial(run, partial(normwise.SyncBatchNorm, C, momentum=None), "lengths"),
+        "ghost, lengths": partial(run, partial(batch, virtual_batch_size=3), "lengths"),
+        "ghost, momentum None": partial(run, partial(batch, virtual_batch_size=3, momentum=None)),
+        "renorm, mask": partial(run, renorm, "mask"),
+        "renorm, momentum None": partial(run, partial(renorm, momentum=None)),
+        "renorm, ramps": partial(run, partial(renorm, r_max=ramp(1, 3, 0, 10), d_max=ramp(0, 5, 0, 10))),
+        "renorm, evaluation": partial(run, renorm, "lengths", evaluate=True),
+        "layer, add": partial(run, partial(normwise.LayerNorm, L), "add", "rows"),
+        "layer, dim": partial(run, partial(normwise.LayerNorm, C, dim=1)),
+        "rms, add": partial(run, partial(normwise.RMSNorm, L), "add"),
+        "rms, mask": partial(run, partial(normwise.RMSNorm, L), "rows"),
+        "group, lengths": partial(run, partial(normwise.GroupNorm, 4, C), "lengths", "residual"),
+        "instance, evaluation": partial(
+            run, partial(normwise.InstanceNorm1d, C, track_running_stats=True), "lengths", evaluate=True
+        ),
+        "functional": lambda: normwise.functional.batch_norm(on_meta(N, C, L), training=True),
         **{
-            f"{cell.__name__}, {norm}": recurrent(cell, norm=norm, bidirectional=True)
-            for cell in RECURRENT
-            for norm in ("layer", "batch")
+            f"{make.__name__}, {kind.__name__}": lambda make=make, kind=kind: make(C, device="meta")(kind(C))
+            for kind in (packed_on_meta, jagged_on_meta)
+            for make in (normwise.BatchNorm1d, normwise.BatchRenorm1d, normwise.SyncBatchNorm, normwise.LayerNorm)
         },
     }
 
 
-@pytest.mark.parametrize("call", usual_calls_on_meta())
+ON_META = of_norms() | of_sequences()
+
+
+def all_of(call: Callable[[], Any]) -> Launches:
+    """A forward and backward on meta."""
+    with meta_as_gpu(), Launches("meta") as found:
+        y = call()
+        while isinstance(y, tuple) and not isinstance(y, PackedSequence):
+            y = y[0]
+        y = y.data if isinstance(y, PackedSequence) else y.values() if y.is_nested else y
+        y.backward(torch.ones_like(y))
+    assert found.count
+    return found
+
+
+@pytest.mark.parametrize("call", ON_META)
 def test_a_usual_call_does_nothing_that_a_cuda_graph_forbids(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No value of a tensor is read, none is copied to or from the CPU, and no memory of the host is pinned."""
 
@@ -310,8 +377,36 @@ def test_a_usual_call_does_nothing_that_a_cuda_graph_forbids(call: str, monkeypa
         raise AssertionError("pinned memory")
 
     monkeypatch.setattr(Tensor, "pin_memory", pinned)
-    with as_on_gpu():
-        usual_calls_on_meta()[call]()
+    found = all_of(ON_META[call])
+    assert found.copies == {}
+    assert found.waits == {}
+
+
+def of_the_host() -> dict[str, Callable[[], Any]]:
+    """Calls whose lengths are on the CPU: worked on there and sent, which a CUDA graph forbids."""
+    lengths, mask = torch.tensor([3, 6, 2]), torch.ones(N, L, dtype=torch.bool)
+    found: dict[str, Callable[[], Any]] = {
+        "mask": lambda: normwise.BatchNorm1d(C, device="meta")(on_meta(N, C, L), mask=mask),
+        "mask, a list": lambda: normwise.GroupNorm(4, C, device="meta")(on_meta(N, C, L), mask=mask.tolist()),
+        "lengths, a list": lambda: normwise.BatchNorm1d(C, device="meta")(on_meta(3, C, L), lengths=[3, 6, 2]),
+        "InstanceNorm1d": lambda: normwise.InstanceNorm1d(C, device="meta")(packed_on_meta(C)),
+        "GroupNorm": lambda: normwise.GroupNorm(4, C, device="meta")(packed_on_meta(C)),
+    }
+    for cell in RECURRENT:
+        for norm in (None, "layer", "batch"):
+            make = partial(cell, 4, 5, 2, norm=norm, bidirectional=True, device="meta")
+            found[f"{cell.__name__} {norm} packed"] = lambda make=make: make()(packed_on_meta(4))
+            found[f"{cell.__name__} {norm} packed, reset"] = lambda make=make: make()(
+                packed_on_meta(4), reset=on_meta(4, 3, dtype=torch.bool)
+            )
+            found[f"{cell.__name__} {norm} lengths"] = lambda make=make: make()(on_meta(6, 3, 4), lengths=lengths)
+    return found
+
+
+@pytest.mark.parametrize("call", of_the_host())
+def test_what_is_on_the_host_is_sent_without_a_wait(call: str) -> None:
+    """A copy that blocks is a wait."""
+    assert all_of(of_the_host()[call]).waits == {}
 
 
 def test_packed_sequences_are_placed_without_a_wait() -> None:

@@ -45,10 +45,15 @@ WAITS = frozenset(_WAITS.split())
 
 
 class Launches(TorchDispatchMode):
-    """Counts inside a `with` block: launches by `names`, the `waits` among them, and `copies` to another device."""
+    """Counts inside a `with` block: launches by `names`, the `waits` among them, and `copies` to another device.
 
-    def __init__(self) -> None:
+    `device`: "cpu", whose tensors stand for a GPU's, or "meta"; then what tensors of the CPU alone have part in is the
+    host's own affair.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
         super().__init__()
+        self.device = device
         self.names: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
@@ -80,14 +85,19 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         result = func(*args, **(kwargs or {}))
+        kinds = {t.device.type for t in _pytree.tree_leaves((args, kwargs, result)) if isinstance(t, Tensor)}
+        if kinds and self.device not in kinds:
+            return result
         if _waits(name, args, kwargs or {}):
             self.waits[name] += 1
         if name not in FREE:
             self.names[name] += 1
         # Of one number the host's value goes along as an argument.
         kinds = {t.device.type for t in _pytree.tree_leaves((args, result)) if isinstance(t, Tensor) and t.dim()}
-        if len(kinds) > 1:
+        if len(kinds) > 1 and not name.startswith("_nested_"):  # these note sizes beside a jagged tensor
             self.copies[name] += 1
+            if not (kwargs or {}).get("non_blocking"):
+                self.waits[name] += 1
         return result
 
 
@@ -98,6 +108,19 @@ def _waits(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if name == "repeat_interleave":
         return kwargs.get("output_size") is None
     return name in WAITS
+
+
+@contextmanager
+def meta_as_gpu() -> Iterator[None]:
+    """Tensors of the device meta count as a GPU's, with values, those of the CPU as what they are, and a counting mode as
+    nobody who looks on."""
+    with _replaced(
+        {
+            _torch_internals.dispatch_modes_active: lambda: 0,
+            dispatch.have_values: lambda *tensors: not torch.compiler.is_compiling(),
+        }
+    ):
+        yield
 
 
 @contextmanager
@@ -112,12 +135,19 @@ def as_on_gpu() -> Iterator[None]:
         _torch_internals.dispatch_modes_active: lambda: 0,
         dispatch.have_values: lambda *tensors: not torch.compiler.is_compiling() and not dispatch.transforms_active(),
     }
+    with _replaced(replaced):
+        yield
+
+
+@contextmanager
+def _replaced(replaced: dict[Callable[..., Any], Callable[..., Any]]) -> Iterator[None]:
+    """Functions of normwise, under whatever name a module has them at hand."""
     with ExitStack() as stack:
         for name, module in list(sys.modules.items()):
             if not name.startswith("normwise."):
                 continue
             for attribute, value in list(vars(module).items()):
-                if callable(value) and value in replaced:  # under whatever name a module has it at hand
+                if callable(value) and value in replaced:
                     stack.enter_context(mock.patch.object(module, attribute, replaced[value]))
         yield
 

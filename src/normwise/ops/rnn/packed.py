@@ -108,11 +108,12 @@ def resets(sequences: Sequences, reset: Tensor, bidirectional: bool) -> tuple[Te
         # A copy, since the caller may overwrite a buffer of flags before the backward.
         return (reset if order is not None else reset.clone()), after
     valid = torch.arange(layout.batch, device="cpu") < layout.batch_sizes[:, None]
-    valid = valid.to(reset.device)
+    # Found on the CPU, where batch_sizes are, and sent: to find it on a GPU is to wait for it.
+    places = valid.flatten().nonzero().squeeze(1).to(reset.device, non_blocking=True)
     if bidirectional:
-        boundary = reset & valid
-        backward = torch.cat([boundary[1:], torch.zeros_like(reset[:1])])[valid]
-    return reset[valid], backward
+        boundary = reset & valid.to(reset.device, non_blocking=True)
+        backward = torch.cat([boundary[1:], torch.zeros_like(reset[:1])]).flatten().index_select(0, places)
+    return reset.flatten().index_select(0, places), backward
 
 
 def sort(state: Tensor, order: Tensor) -> Tensor:
