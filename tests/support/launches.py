@@ -112,8 +112,8 @@ def _waits(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 @contextmanager
 def meta_as_gpu() -> Iterator[None]:
-    """Tensors of the device meta count as a GPU's, with values, those of the CPU as what they are, and a counting mode as
-    nobody who looks on."""
+    """Tensors of the device meta count as a GPU's, with values, those of the CPU as what they are, and a counting mode
+    as nobody who looks on."""
     with _replaced(
         {
             _torch_internals.dispatch_modes_active: lambda: 0,

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from normwise.backends.channels import channels_last
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "leaky_relu": F.leaky_relu,  # slope 0.01 below 0, torch's default
@@ -32,6 +34,4 @@ def add_residual_and_activate(y: Tensor, residual: Tensor | None, act: str | Non
 
 def channels_laid_out_like(y: Tensor, x: Tensor) -> Tensor:
     """`y` with its channels last in memory where those of `x` are."""
-    if x.is_contiguous() or not x.movedim(1, -1).is_contiguous():
-        return y
-    return y.movedim(1, -1).contiguous().movedim(-1, 1)
+    return y.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last(x) else y

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.backends.activations import add_residual_and_activate
+from normwise.backends.channels import channel_dims
 from normwise.backends.protocol import Moments, NormConfig, accumulation_dtype
 from normwise.backends.reference import combined, moments, norm
 from normwise.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
@@ -238,7 +239,7 @@ class _Passes:
         valid, _ = inputs.validate_channels(
             "batch_norm", x, None, None, weight, bias, 0.0, eps_of(layer), mask, lengths, act, residual
         )
-        dims = (0, *range(2, x.dim()))
+        dims = channel_dims(x)
         if running_stats.is_recomputing():
             raise RuntimeError(
                 "accumulated_backward needs one micro-batch's memory and does not go with activation checkpointing: "

@@ -79,7 +79,7 @@ def bool_tensor(name: str, value: Any, meaning: str, device: torch.device, other
             f"{name} must be of dtype torch.bool with {meaning}, but got {found.dtype}: use "
             f"{_converted(name, value, 'bool', 'bool')}{otherwise}"
         )
-    return found if found is value else found.to(device, torch.bool)
+    return found if found is value else found.to(device, torch.bool, non_blocking=True)
 
 
 def mask_tensor(mask: Any, device: torch.device) -> Tensor:

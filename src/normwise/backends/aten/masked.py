@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from normwise.backends.channels import channel_dims, channel_shape
 from normwise.backends.protocol import Moments, NormConfig, NormFamily, NormGradients, NormResult, accumulation_dtype
 
 
@@ -28,7 +29,7 @@ def channels(
 
     `stats` is (4, C): a rough mean, what is left of the mean, the variance, and 1 / count.
     """
-    count, dims = x.numel() // x.shape[1], _dims(x)
+    count, dims = x.numel() // x.shape[1], channel_dims(x)
     wide = x.to(accumulation_dtype(x.dtype))
     # Not by `where`, which makes a tensor of its 0, by a launch of its own.
     invalid = ~mask
@@ -64,7 +65,7 @@ def backward(
     affine function of x for each channel again."""
     rough, rest, var, per_element = stats.unbind(0)
     invalid, wide = ~mask, total.to(stats.dtype)
-    centered = (wide - rough.view(_shape(total))).masked_fill_(invalid, 0)
+    centered = (wide - rough.view(channel_shape(total))).masked_fill_(invalid, 0)
     grad = dy.to(stats.dtype).masked_fill(invalid, 0)
     gain = None if weight is None else weight.to(stats.dtype)
     dx, dgain, dshift = torch.ops.aten.native_batch_norm_backward(
@@ -86,14 +87,6 @@ def _transform(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tens
     weight, bias = (None if t is None else t.to(x.dtype).contiguous() for t in (weight, bias))
     cudnn = torch.backends.cudnn.enabled
     return torch.batch_norm(x, weight, bias, mean.flatten(), var.flatten(), False, 0.0, eps, cudnn)
-
-
-def _dims(x: Tensor) -> tuple[int, ...]:
-    return (0, *range(2, x.dim()))
-
-
-def _shape(x: Tensor) -> tuple[int, ...]:
-    return (1, -1, *(1,) * (x.dim() - 2))
 
 
 FAMILY = NormFamily(channels, backward)

@@ -227,9 +227,11 @@ class _Steps:
 
     def index_of_rows(self, device: torch.device) -> Tensor:
         """The step at which each row is processed: (rows,), or (steps, 1) where rows are dense."""
+        sizes = self.layout.batch_sizes
+        if sizes is not None:  # on the CPU, where these are: a GPU would have to say how many rows there are
+            rows = torch.arange(self.layout.steps, device="cpu").repeat_interleave(sizes)
+            return rows.to(device, non_blocking=True)
         steps = torch.arange(self.layout.steps, device=device)
-        if self.layout.batch_sizes is not None:
-            return steps.repeat_interleave(self.layout.batch_sizes.to(device))
         return (steps.flip(0) if self.reverse else steps)[:, None]
 
     def with_reset(self, reset: Tensor | None) -> set[int] | range:

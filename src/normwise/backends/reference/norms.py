@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from normwise.backends.activations import ACTIVATIONS, add_residual_and_activate, channels_laid_out_like
+from normwise.backends.channels import channel_dims, channel_shape
 from normwise.backends.protocol import Moments, NormConfig, NormFamily, NormGradients, NormResult
 from normwise.backends.reference.norm import norm, norm_backward
 
@@ -110,14 +111,12 @@ class _Form:
         if config.family == "features":  # gain and bias broadcast as they are
             self.dims = tuple(range(x.dim() - config.axes, x.dim()))
             return
-        positions = (1,) * (x.dim() - 2)
-        self.shape: tuple[int, ...] = (1, -1, *positions)
-        self.dims = (0, *range(2, x.dim()))
+        self.shape, self.dims = channel_shape(x), channel_dims(x)
         if config.family == "groups":
             split = (config.groups, x.shape[1] // config.groups if config.groups else 1)
             self.x = x.unflatten(1, split)
             self.mask = None if mask is None else mask.unflatten(1, split if mask.shape[1] > 1 else (1, 1))
-            self.shape = (1, *split, *positions)
+            self.shape = (1, *split, *self.shape[2:])
             self.dims = tuple(range(2, x.dim() + 1))
         self.weight, self.bias = self.per_channel(weight), self.per_channel(bias)
 

@@ -43,7 +43,8 @@ def _places(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where each packed row is in (steps, batch), and how long each sequence is."""
     assert layout.batch_sizes is not None
     valid = torch.arange(layout.batch, device="cpu") < layout.batch_sizes[:, None]
-    return valid.flatten().nonzero().flatten().to(device), valid.sum(0).to(device)
+    places, lengths = valid.flatten().nonzero().flatten(), valid.sum(0)
+    return places.to(device, non_blocking=True), lengths.to(device, non_blocking=True)
 
 
 def _pad(rows: Tensor | None, place: Tensor, layout: Layout) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normwise.backends.channels import channels_last
 from normwise.backends.protocol import Moments, NormConfig, NormGradients, NormRequest, NormResult, RunningStatsRequest
 from normwise.backends.triton import running_stats, runtime, settings
 from normwise.backends.triton.memory import laid_out_like, mask_bytes, statistics, vector, wide
@@ -81,10 +82,10 @@ class _View:
 def _view(config: NormConfig, x: Tensor) -> _View:
     batch, channels, positions = x.shape[0], x.shape[1], prod(x.shape[2:])
     by_sample = config.family == "groups"
-    channels_last = not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
-    if not channels_last:
+    last = channels_last(x)
+    if not last:
         x = x.contiguous()
-    of_rows = positions == 1 or channels_last
+    of_rows = positions == 1 or last
     if of_rows and not by_sample:
         size, strides = (1, channels, batch * positions), (0, 1, channels)
     elif of_rows:

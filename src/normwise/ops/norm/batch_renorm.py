@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from normwise.backends.channels import channel_dims
 from normwise.backends.protocol import Moments, NormConfig, NormRequest, accumulation_dtype
 from normwise.backends.reference import moments, renorm_correction
 from normwise.ops import inputs, ragged
@@ -96,7 +97,7 @@ def batch_renorm_with_stats(
 
 def _moments(x: Tensor, valid: Tensor | None) -> Moments:
     """Of each channel, as vectors."""
-    dims = (0, *range(2, x.dim()))
+    dims = channel_dims(x)
     with torch.no_grad():
         if valid is not None or x.numel() == 0:
             found = moments(x, dims, valid)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from normwise.backends.activations import add_residual_and_activate, channels_laid_out_like
+from normwise.backends.channels import channel_shape
 from normwise.backends.protocol import Moments, NormFamily, NormRequest, NormResult, accumulation_dtype
 from normwise.ops.autograd import Norm
 
@@ -42,7 +43,7 @@ def _as_channels(request: NormRequest) -> NormRequest:
 
 def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor) -> Tensor:
     """y * weight + bias by channel, 0 where invalid, computed in float32 at least and rounded once more."""
-    shape = (-1, *(1,) * (y.dim() - 2))
+    shape = channel_shape(y)[1:]
     wide = accumulation_dtype(y.dtype)
     gain, shift = (None if t is None else t.to(wide).view(shape) for t in (weight, bias))
     if shift is not None:
