@@ -10,6 +10,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from normwise.backends import _torch_internals as of_backends
 from normwise.ops import _torch_internals as internals
 
 
@@ -116,3 +117,12 @@ torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
 assert compiler_loaded()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_batch_norm_keeps_the_mean_and_reciprocal_deviation_of_the_batch() -> None:
+    x, weight, bias = torch.randn(5, 3, 7, requires_grad=True), torch.randn(3), torch.randn(3)
+    y, mean, rstd, *_ = of_backends.batch_norm_with_stats(x, weight, bias, None, None, True, 0.0, 1e-3, True)
+    var, expected = torch.var_mean(x, (0, 2), correction=0)
+    torch.testing.assert_close((mean, rstd), (expected, (var + 1e-3).rsqrt()))
+    assert torch.equal(y, torch.batch_norm(x, weight, bias, None, None, True, 0.0, 1e-3, True))
+    assert y.requires_grad

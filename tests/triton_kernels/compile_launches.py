@@ -27,9 +27,9 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from normwise.backends.protocol import LayerRequest, Layout, NormConfig, NormRequest
+from normwise.backends.protocol import LayerRequest, Layout, NormConfig, NormRequest, RunningStatsRequest
 from normwise.backends.recurrence import Recurrence, Weights
-from normwise.backends.triton import rnn
+from normwise.backends.triton import rnn, running_stats
 from normwise.backends.triton.norms import FAMILIES
 from normwise.ops.rnn.presets import PRESETS
 
@@ -103,6 +103,17 @@ def make_launches() -> None:
         by_group = NormConfig("group_norm", "groups", 1e-5, act="silu", groups=max(1, shape[1] // 8))
         both("groups", by_group, x, None, w, w, None)
         both("groups", by_group._replace(act="leaky_relu"), x, x, w, None, mask.expand(shape))
+
+
+def make_updates() -> None:
+    """Of running averages, by what ATen's kernel saved of a batch, and by moments."""
+    for channels, dtype in ((64, torch.float32), (2048, torch.bfloat16), (7, torch.float64)):
+        averages = torch.empty(channels, dtype=dtype), torch.empty(channels, dtype=dtype), torch.tensor(0)
+        batch = torch.empty(2, channels, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        for momentum in (0.1, None):
+            saved = RunningStatsRequest(*averages, momentum, batch[0], rstd=batch[1], count=12_544, eps=1e-5)
+            running_stats.update(saved)
+        running_stats.update(RunningStatsRequest(*averages, 0.1, batch[0], batch[1], batch[1]))
 
 
 def make_recurrent_launches() -> None:
@@ -207,6 +218,7 @@ def main() -> None:
     options = parser.parse_args()
     JITFunction.run = record
     make_launches()
+    make_updates()
     make_recurrent_launches()
     workers = os.cpu_count() or 1
     shares = [list(launches)[n::workers] for n in range(workers)]

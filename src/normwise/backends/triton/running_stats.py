@@ -47,7 +47,7 @@ def update(request: RunningStatsRequest) -> Tensor:
     channels = running_mean.numel()
     counts = count.expand(channels) if isinstance(count, Tensor) else None
     of_tensor = isinstance(momentum, Tensor)
-    exact = momentum if isinstance(momentum, float | int) else 0.0
+    exact = 0.0 if momentum is None or isinstance(momentum, Tensor) else float(momentum)
     rounded = c_float(exact).value  # a float reaches a kernel in float32: float64 averages want the rest as well
     updated = torch.empty((), dtype=torch.bool, device=running_mean.device)
     # For what a graph has saved of them, as torch's own operations do it.
