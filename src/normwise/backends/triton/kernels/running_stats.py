@@ -62,5 +62,6 @@ def update_running(
         tl.store(running_mean + c, new_mean, mask=c < end)
         tl.store(running_var + c, new_var, mask=c < end)
     if num_batches_tracked is not None:
+        tl.debug_barrier()  # another warp may not have read it yet
         tl.store(num_batches_tracked, tl.load(num_batches_tracked) + finite.to(tl.int64))
     tl.store(updated, finite.to(tl.uint8))
