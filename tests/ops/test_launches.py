@@ -44,7 +44,7 @@ LIMITS = {
     "batch, mask, evaluation": (4, 3),
     "batch, lengths": (35, 14),
     "group, mask": (20, 20),
-    "instance, mask": (17, 13),
+    "instance, mask": (20, 20),
     "ghost batches": (45, 6),
     "ghost batches, mask": (73, 19),
     "renorm": (34, 5),
