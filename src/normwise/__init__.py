@@ -33,6 +33,7 @@ from normwise.nn import (
     LSTMCell,
     RMSNorm,
     RNNCell,
+    RunningNorm,
     SyncBatchNorm,
     accumulated_backward,
 )
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from normwise.surgery.fold import fold
     from normwise.surgery.foreign import from_flax, from_keras, from_keras_momentum
     from normwise.surgery.freeze import freeze, frozen, unfreeze
+    from normwise.surgery.parameters import decay_groups, norm_parameters
     from normwise.surgery.recalibrate import recalibrate
 
 __version__ = "0.1.0"
@@ -77,12 +79,14 @@ __all__ = [
     "RMSNorm",
     "RNNCell",
     "Recurrence",
+    "RunningNorm",
     "ShapeError",
     "SyncBatchNorm",
     "__version__",
     "accumulated_backward",
     "backend",
     "convert",
+    "decay_groups",
     "diagnose",
     "fold",
     "freeze",
@@ -91,6 +95,7 @@ __all__ = [
     "from_keras_momentum",
     "frozen",
     "functional",
+    "norm_parameters",
     "recalibrate",
     "recommend",
     "unfreeze",
@@ -101,12 +106,14 @@ _AT_FIRST_USE = {
     "diagnosis": ("Diagnosis", "Monitor", "diagnose", "recommend"),
     "surgery": (
         "convert",
+        "decay_groups",
         "fold",
         "freeze",
         "from_flax",
         "from_keras",
         "from_keras_momentum",
         "frozen",
+        "norm_parameters",
         "recalibrate",
         "unfreeze",
     ),

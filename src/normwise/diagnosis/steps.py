@@ -18,6 +18,7 @@ from normwise.measure import shift
 from normwise.measure.axes import by_axis
 from normwise.measure.gradients import loss_and_gradients, total_norm
 from normwise.nn.construct import offset_of
+from normwise.surgery.parameters import tensors_of
 
 # Internal covariate shift takes a forward and backward pass for each layer and step: evenly spread ones, and the first.
 SHIFT_LAYERS, SHIFT_STEPS = 8, 4
@@ -95,18 +96,10 @@ def groups(layers: Sequence[Named], optimizer: torch.optim.Optimizer) -> list[re
     gains: dict[int, str] = {}
     biases: dict[int, str] = {}
     for named in layers:
-        if named.role == "norm":
-            norm = norm_of(named.module)
-            own = {id(p): name for name, p in named.module.named_parameters(recurse=False)}
-            for kind, parameter in norm.named_parameters(recurse=False):
-                if kind == "weight" and offset_of(norm):
-                    continue
-                name = own.get(id(parameter), kind)
-                (biases if "bias" in kind else gains)[id(parameter)] = f"{named.name}.{name}" if named.name else name
-        elif named.role == "recurrent":
-            for name, parameter in named.module.named_parameters(recurse=False):
-                if name.startswith("gain_"):
-                    gains[id(parameter)] = f"{named.name}.{name}" if named.name else name
+        offset = named.role == "norm" and offset_of(norm_of(named.module))
+        for kind, name, tensor in tensors_of(named.module) if named.role in ("norm", "recurrent") else ():
+            if kind != "statistics" and not (kind == "gains" and offset):
+                (gains if kind == "gains" else biases)[id(tensor)] = f"{named.name}.{name}" if named.name else name
     found = []
     for group in optimizer.param_groups:
         members = [id(p) for p in group["params"]]

@@ -9,6 +9,7 @@ from normwise.nn.instance_norm import InstanceNorm1d, InstanceNorm2d, InstanceNo
 from normwise.nn.layer_norm import LayerNorm, RMSNorm
 from normwise.nn.recurrent import GRU, LSTM, RNN
 from normwise.nn.recurrent_cells import GRUCell, LSTMCell, RNNCell
+from normwise.nn.running_norm import RunningNorm
 from normwise.nn.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "LinearRamp",
     "RMSNorm",
     "RNNCell",
+    "RunningNorm",
     "SyncBatchNorm",
     "accumulated_backward",
 ]

@@ -116,9 +116,10 @@ RULES: tuple[Rule, ...] = (
         parameters.decayed,
         "weight_decay={weight_decay:g} of {optimizer} also pulls {gains} gains and {biases} biases of norms to 0 "
         "({examples}); behind a norm the size of these does what weight decay cannot mean.",
-        "group = optimizer.param_groups[{group}]; small = [p for p in group['params'] if p.dim() < 2]; group['params'] "
-        "= [p for p in group['params'] if p.dim() >= 2]; optimizer.add_param_group({{**group, 'params': small, "
-        "'weight_decay': 0.0}})",
+        "where the optimizer is built: normwise.decay_groups(model, {weight_decay:g}) in place of model.parameters(); "
+        "for the one there is: group = optimizer.param_groups[{group}]; small = [p for p in group['params'] if p.dim() "
+        "< 2]; group['params'] = [p for p in group['params'] if p.dim() >= 2]; optimizer.add_param_group({{**group, "
+        "'params': small, 'weight_decay': 0.0}})",
         ("no-affine",),
     ),
     Rule(
