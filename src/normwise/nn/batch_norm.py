@@ -81,10 +81,12 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
         residual: Tensor | PackedSequence | None = None,
+        segments: Tensor | None = None,
     ) -> Any:
         """act(bn(input) + residual); see `normwise.functional.batch_norm` for shapes and errors."""
-        if symbolic.is_traced(input, mask, lengths, residual):
-            return symbolic.call_layer(self, input, mask=mask, lengths=lengths, residual=residual)
+        if symbolic.is_traced(input, mask, lengths, residual, segments):
+            given: dict[str, Any] = {"mask": mask, "lengths": lengths, "residual": residual, "segments": segments}
+            return symbolic.call_layer(self, input, **given)
         training = self.training
         mean, var, tracked = self._running_stats()
         weight, bias = affine(self)
@@ -105,6 +107,7 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
             process_group=self._stats_group,
             virtual_batch_size=self.virtual_batch_size,
             ranks=self.ranks,
+            segments=segments,
         )
         if updated is not True:
             self._count_skipped(updated)
@@ -177,7 +180,8 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
 
     A drop-in for `torch.nn.BatchNorm1d`: same arguments, state_dict and results. Beyond it, in the call: `mask`
     (bool, True = valid; (N, L), or broadcastable to the input) or `lengths` (valid steps of each sample) keep padding
-    out of the statistics, and `residual` is added before `act`.
+    out of the statistics, `residual` is added before `act`, and `segments` (R,) makes a batch of each of the graphs or
+    clouds whose rows (R, C) come together.
 
     Pitfall: with one value per channel in training there is no deviation, and with few the statistics are noisy: at
     small batches prefer LayerNorm or GroupNorm.

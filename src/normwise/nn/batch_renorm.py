@@ -77,10 +77,16 @@ class _BatchRenorm(_BatchNorm):
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
         residual: Tensor | PackedSequence | None = None,
+        segments: Tensor | None = None,
     ) -> Any:
         """See `BatchRenorm1d`; shapes and errors as in `normwise.functional.batch_norm`."""
         if not self.training:
-            return super().forward(input, mask=mask, lengths=lengths, residual=residual)
+            return super().forward(input, mask=mask, lengths=lengths, residual=residual, segments=segments)
+        if segments is not None:
+            raise ValueError(
+                f"{type(self).__name__} corrects one batch towards running averages, and takes no segments in training: "
+                "BatchNorm1d does"
+            )
         if symbolic.is_traced(input, mask, lengths, residual):
             return symbolic.call_layer(self, input, mask=mask, lengths=lengths, residual=residual)
         weight, bias = affine(self)

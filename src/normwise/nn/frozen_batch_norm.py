@@ -54,10 +54,12 @@ class FrozenBatchNorm(Activated):
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
         residual: Tensor | PackedSequence | None = None,
+        segments: Tensor | None = None,
     ) -> Any:
         """act(bn(input) + residual); see `normwise.functional.batch_norm` for shapes and errors."""
-        if symbolic.is_traced(input, mask, lengths, residual):
-            return symbolic.call_layer(self, input, mask=mask, lengths=lengths, residual=residual)
+        if symbolic.is_traced(input, mask, lengths, residual, segments):
+            given: dict[str, Any] = {"mask": mask, "lengths": lengths, "residual": residual, "segments": segments}
+            return symbolic.call_layer(self, input, **given)
         return batch_norm_with_stats(
             input,
             self.running_mean,
@@ -72,6 +74,7 @@ class FrozenBatchNorm(Activated):
             act=self.act,
             residual=residual,
             ranks=self.ranks,
+            segments=segments,
         )[0]
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:

@@ -54,14 +54,16 @@ class _InstanceNorm(Activated, nn.modules.instancenorm._InstanceNorm):
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
         residual: Tensor | PackedSequence | None = None,
+        segments: Tensor | None = None,
     ) -> Any:
         """act(in(input) + residual); see `normwise.functional.instance_norm` for shapes and errors.
 
         An input without batch axis is one sample, and so are then `mask` and `residual`.
         """
-        if symbolic.is_traced(input, mask, lengths, residual):
-            return symbolic.call_layer(self, input, mask=mask, lengths=lengths, residual=residual)
-        if not (self.affine or self.track_running_stats):
+        if symbolic.is_traced(input, mask, lengths, residual, segments):
+            given: dict[str, Any] = {"mask": mask, "lengths": lengths, "residual": residual, "segments": segments}
+            return symbolic.call_layer(self, input, **given)
+        if segments is None and not (self.affine or self.track_running_stats):
             self._warn_of_channels(input)
         weight, bias = affine(self)
         return instance_norm_of(
@@ -79,6 +81,7 @@ class _InstanceNorm(Activated, nn.modules.instancenorm._InstanceNorm):
             residual=residual,
             rank=self.batched_rank,
             num_features=self.num_features if self.affine or self.track_running_stats else None,
+            segments=segments,
         )
 
     def extra_repr(self) -> str:
@@ -105,7 +108,8 @@ class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
 
     A drop-in for `torch.nn.InstanceNorm1d`: same arguments, state_dict and results. Beyond it, `act` at construction
     ("relu", "leaky_relu", "silu", "gelu" or None), and in the call: `mask` (bool, True = valid; (N, L), or
-    broadcastable to the input) or `lengths` (valid steps of each sample), and `residual`, added before `act`.
+    broadcastable to the input) or `lengths` (valid steps of each sample), and `residual`, added before `act`;
+    `segments` (R,) for the rows (R, C) of many graphs or clouds, each of which is then a sample.
 
     Source: Ulyanov, Vedaldi & Lempitsky 2016.
     """

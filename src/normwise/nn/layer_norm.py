@@ -26,8 +26,8 @@ class LayerNorm(Activated, nn.LayerNorm):
 
     A drop-in for `torch.nn.LayerNorm`: same arguments, state_dict and results. Beyond it: `dim` normalizes any axes,
     e.g. `LayerNorm(64, dim=1)` the channels of (N, C, H, W); `act` is applied last; in the call, `mask` (bool,
-    True = valid) or `lengths` keep padding out, and with `add` the result is the pair
-    (ln(x + add), x + add).
+    True = valid) or `lengths` keep padding out, with `add` the result is the pair (ln(x + add), x + add), and
+    `segments` (R,) makes the rows (R, C) of a graph or document share mean and variance.
 
     Args:
         normalized_shape: sizes of the axes that are normalized together.
@@ -92,10 +92,12 @@ class LayerNorm(Activated, nn.LayerNorm):
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
         add: Tensor | PackedSequence | None = None,
+        segments: Tensor | None = None,
     ) -> Any:
         """See `normwise.functional.layer_norm` for shapes and errors."""
-        if symbolic.is_traced(input, mask, lengths, add):
-            node = symbolic.call_layer(self, input, function=True, mask=mask, lengths=lengths, add=add)
+        if symbolic.is_traced(input, mask, lengths, add, segments):
+            given: dict[str, Any] = {"mask": mask, "lengths": lengths, "add": add, "segments": segments}
+            node = symbolic.call_layer(self, input, function=True, **given)
             if node is not None:
                 return node
         weight, bias = affine(self)
@@ -113,6 +115,7 @@ class LayerNorm(Activated, nn.LayerNorm):
             process_group=self._stats_group,
             offset=self.offset,
             cast=self.cast,
+            segments=segments,
         )
 
     @property
@@ -183,10 +186,12 @@ class RMSNorm(Activated, nn.RMSNorm):
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
         add: Tensor | PackedSequence | None = None,
+        segments: Tensor | None = None,
     ) -> Any:
         """See `normwise.functional.rms_norm` for shapes and errors."""
-        if symbolic.is_traced(input, mask, lengths, add):
-            node = symbolic.call_layer(self, input, function=True, mask=mask, lengths=lengths, add=add)
+        if symbolic.is_traced(input, mask, lengths, add, segments):
+            given: dict[str, Any] = {"mask": mask, "lengths": lengths, "add": add, "segments": segments}
+            node = symbolic.call_layer(self, input, function=True, **given)
             if node is not None:
                 return node
         return rms_norm(
@@ -202,6 +207,7 @@ class RMSNorm(Activated, nn.RMSNorm):
             process_group=self._stats_group,
             offset=self.offset,
             cast=self.cast,
+            segments=segments,
         )
 
     @property

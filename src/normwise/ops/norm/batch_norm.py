@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.protocol import NormConfig, NormRequest
+from normwise.backends.reference import combined
 from normwise.ops import inputs, ragged, symbolic
 from normwise.ops._torch_internals import readable
 from normwise.ops.dispatch import jit_traces
@@ -17,6 +18,7 @@ from normwise.ops.norm import running_stats
 from normwise.ops.norm.ghost_batch_norm import ghost_batch_norm
 from normwise.ops.norm.run import run
 from normwise.ops.norm.running_stats import Updated
+from normwise.ops.norm.segments import segment_norm, segments_of
 from normwise.ops.norm.sync_batch_norm import over_ranks
 
 
@@ -35,6 +37,7 @@ def batch_norm(
     act: str | None = None,
     residual: Tensor | PackedSequence | None = None,
     process_group: Any = None,
+    segments: Tensor | None = None,
 ) -> Tensor | PackedSequence:
     r"""act(gamma * (x - mean) / sqrt(var + eps) + beta + residual), statistics a channel over batch and positions.
 
@@ -56,6 +59,9 @@ def batch_norm(
         residual: like the input, added before `act`.
         process_group: in training the statistics are those of the batches of all ranks of this group; see
             `SyncBatchNorm`. (The layer compares the ranks' channels once, this function in each call.)
+        segments: (R,) integers for an input (R, C): which graph, cloud or data set a row belongs to. In training each
+            segment is normalized as a batch of its own (one of a single row gives its bias); running averages are those
+            of all rows, pooled.
 
     Returns:
         Like the input; 0 at invalid positions, which neither enter the statistics nor receive a gradient.
@@ -68,7 +74,7 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2.
     """
-    if symbolic.is_traced(input, weight, mask, lengths, residual):
+    if symbolic.is_traced(input, weight, mask, lengths, residual, segments):
         return symbolic.call_function(  # type: ignore[no-any-return]
             batch_norm,
             input,
@@ -84,6 +90,7 @@ def batch_norm(
             act=act,
             residual=residual,
             process_group=process_group,
+            segments=segments,
         )
     return batch_norm_with_stats(  # type: ignore[no-any-return]
         input,
@@ -99,6 +106,7 @@ def batch_norm(
         act=act,
         residual=residual,
         process_group=process_group,
+        segments=segments,
     )[0]
 
 
@@ -120,6 +128,7 @@ def batch_norm_with_stats(
     process_group: Any = None,
     virtual_batch_size: int | None = None,
     ranks: Sequence[int] | None = None,
+    segments: Tensor | None = None,
 ) -> tuple[Any, Updated]:
     """`batch_norm`, and whether the running statistics were updated (True also where there are none to update).
 
@@ -130,6 +139,11 @@ def batch_norm_with_stats(
         virtual_batch_size: statistics of virtual batches of so many samples, see `ghost_batch_norm`.
         ranks: the numbers of axes that a layer accepts.
     """
+    found = None
+    if segments is not None:
+        excluded = {"lengths": lengths, "process_group": process_group, "virtual_batch_size": virtual_batch_size}
+        found = segments_of("batch_norm", segments, inputs.tensor("batch_norm", input), **excluded)
+        inputs.rank(input, (2,))  # type: ignore[arg-type]
     if ranks is not None:
         ragged.rank_or_rows(input, ranks, "BatchNorm1d")
     if ragged.is_ragged(input):
@@ -171,6 +185,14 @@ def batch_norm_with_stats(
             "momentum=None is the weight of a cumulative average, for which a layer counts its batches: give a number, "
             "1 / (the number of batches with this one)"
         )
+    if found is not None and batch_statistics and x.numel():
+        options: dict[str, Any] = {"weight": weight, "bias": bias, "valid": valid, "act": act, "residual": residual}
+        y, parts = segment_norm("batch_norm", x, found, across_features=False, eps=eps, **options)
+        if running_mean is None or running_var is None:
+            return y, True
+        config = NormConfig("batch_norm", "channels", eps, act, momentum=momentum)
+        stats = (running_mean, running_var, num_batches_tracked)
+        return y, running_stats.update_from_moments(config, *stats, combined(parts))
     formula = None
     if training and process_group is not None:
         formula = over_ranks(process_group, x, valid)

@@ -14,6 +14,7 @@ from normwise.backends.protocol import NormConfig, NormRequest
 from normwise.ops import inputs, ragged, symbolic
 from normwise.ops.norm import running_stats
 from normwise.ops.norm.run import run
+from normwise.ops.norm.segments import segment_norm, segments_of
 
 
 def instance_norm(
@@ -30,6 +31,7 @@ def instance_norm(
     lengths: Tensor | None = None,
     act: str | None = None,
     residual: Tensor | PackedSequence | None = None,
+    segments: Tensor | None = None,
 ) -> Any:
     r"""act(gamma * (x - mean) / sqrt(var + eps) + beta + residual), statistics over positions, by sample and channel.
 
@@ -46,6 +48,8 @@ def instance_norm(
         lengths: (N,) integers, valid steps along the last axis of (N, C, ..., L).
         act: "relu", "leaky_relu", "silu" or "gelu", applied last.
         residual: like the input, added before `act`.
+        segments: (R,) integers for an input (R, C): which graph, cloud or document a row belongs to. Each segment is
+            then a sample and its rows are the positions, wherever they stand; `mask` is (R,).
 
     Returns:
         Like the input; 0 at invalid positions, which neither enter the statistics nor receive a gradient. A sample
@@ -57,7 +61,7 @@ def instance_norm(
 
     Source: Ulyanov, Vedaldi & Lempitsky 2016, eq. 2.
     """
-    if symbolic.is_traced(input, weight, mask, lengths, residual):
+    if symbolic.is_traced(input, weight, mask, lengths, residual, segments):
         return symbolic.call_function(
             instance_norm,
             input,
@@ -72,6 +76,7 @@ def instance_norm(
             lengths=lengths,
             act=act,
             residual=residual,
+            segments=segments,
         )
     return instance_norm_of(
         input,
@@ -86,6 +91,7 @@ def instance_norm(
         lengths=lengths,
         act=act,
         residual=residual,
+        segments=segments,
     )
 
 
@@ -105,9 +111,28 @@ def instance_norm_of(
     residual: Tensor | PackedSequence | None = None,
     rank: int | None = None,
     num_features: int | None = None,
+    segments: Tensor | None = None,
 ) -> Any:
     """`instance_norm` of a layer's input, if `rank` is given: it has as many axes, or one less where it is one sample,
     as are then `mask` and `residual`; with `num_features` channels, if that is given."""
+    if segments is not None:
+        return _of_segments(
+            input,
+            segments,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            use_input_stats,
+            momentum,
+            eps,
+            mask,
+            lengths,
+            act,
+            residual,
+            rank,
+            num_features,
+        )
     if ragged.is_ragged(input):
         if rank not in (None, 3):
             raise inputs.ShapeError(f"a layer for {rank}D input takes no ragged input: InstanceNorm1d does")
@@ -185,3 +210,45 @@ def instance_norm_of(
     request = NormRequest(config, inputs.dense(x), residual, weight, bias, valid, running_mean, running_var)  # type: ignore[arg-type]
     y = run(request).y
     return y.squeeze(0) if single else y
+
+
+def _of_segments(
+    input: Any,
+    segments: Any,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    mask: Any,
+    lengths: Any,
+    act: str | None,
+    residual: Any,
+    rank: int | None,
+    num_features: int | None,
+) -> Tensor:
+    """Rows (R, C), a sample for each segment."""
+    x = inputs.tensor("instance_norm", input)
+    if rank not in (None, 3):
+        raise inputs.ShapeError(f"a layer for {rank}D input takes no segments of rows: InstanceNorm1d does")
+    found = segments_of("instance_norm", segments, x, lengths=lengths)
+    inputs.rank(x, (2,))
+    if num_features is not None and x.shape[1] != num_features:
+        raise inputs.ShapeError(
+            f"expected input's size at dim=1 to match num_features ({num_features}), but got: {x.shape[1]}."
+        )
+    valid, _ = inputs.validate_channels(
+        "instance_norm", x, running_mean, running_var, weight, bias, momentum, eps, mask, None, act, residual
+    )
+    if not use_input_stats:
+        if running_mean is None:
+            raise ValueError("Expected running_mean and running_var to be defined when use_input_stats is false")
+        config = NormConfig("instance_norm", "channels", eps, act, batch_statistics=False)
+        return run(NormRequest(config, x, residual, weight, bias, valid, running_mean, running_var)).y
+    options: dict[str, Any] = {"weight": weight, "bias": bias, "valid": valid, "act": act, "residual": residual}
+    y, moments = segment_norm("instance_norm", x, found, across_features=False, eps=eps, **options)
+    if running_mean is not None and running_var is not None and x.shape[0] and not running_stats.is_recomputing():
+        running_stats.update_over_samples(running_mean, running_var, moments, momentum)
+    return y

@@ -18,6 +18,7 @@ from normwise.ops.distributed_norm import distributed_norm
 from normwise.ops.norm import gain
 from normwise.ops.norm.gain import Cast
 from normwise.ops.norm.run import run
+from normwise.ops.norm.segments import Segments, segment_norm, segments_of
 
 _FLOAT32_EPS, _FLOAT64_EPS = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
 
@@ -37,6 +38,7 @@ def layer_norm(
     process_group: Any = None,
     offset: float = 0.0,
     cast: Cast | None = None,
+    segments: Tensor | None = None,
 ) -> Any:
     r"""act(gamma * (x - mean) / sqrt(var + eps) + beta), statistics over the features of one sample.
 
@@ -61,6 +63,8 @@ def layer_norm(
         cast: where values are rounded to the dtype of a half precision input. "output", as None: once, behind all
             that is computed in float32. "input": before gamma and beta, which are applied by torch's rules for dtypes,
             so that a float32 weight gives a float32 result and offset + weight is formed in the weight's dtype.
+        segments: (R,) integers for an input (R, normalized_shape): which graph, cloud or document a row belongs to.
+            Mean and variance are then those of all rows and features of a segment, wherever its rows stand.
 
     Returns:
         Like the input (or the pair); 0 at invalid positions, which neither enter the statistics nor receive a gradient.
@@ -71,7 +75,7 @@ def layer_norm(
 
     Source: Ba, Kiros & Hinton 2016, eq. 3 and 4.
     """
-    if symbolic.is_traced(input, weight, mask, lengths, add):
+    if symbolic.is_traced(input, weight, mask, lengths, add, segments):
         return symbolic.call_function(
             layer_norm,
             input,
@@ -87,12 +91,15 @@ def layer_norm(
             process_group=process_group,
             offset=offset,
             cast=cast,
+            segments=segments,
         )
     config = NormConfig("layer_norm", "features", eps, act, len(normalized_shape))
     if cast is not None or type(offset) is not float or offset:
         gain.check(offset, cast)
         weight = gain.stored_around(weight, offset, cast)
-    return _feature_norm(config, input, normalized_shape, weight, bias, dim, mask, lengths, add, process_group, cast)
+    return _feature_norm(
+        config, input, normalized_shape, weight, bias, dim, mask, lengths, add, process_group, cast, segments
+    )
 
 
 def rms_norm(
@@ -109,6 +116,7 @@ def rms_norm(
     process_group: Any = None,
     offset: float = 0.0,
     cast: Cast | None = None,
+    segments: Tensor | None = None,
 ) -> Any:
     r"""act(gamma * x / sqrt(mean(x^2) + eps)), the mean square over the features of one sample.
 
@@ -121,7 +129,7 @@ def rms_norm(
 
     Source: Zhang & Sennrich 2019, eq. 4.
     """
-    if symbolic.is_traced(input, weight, mask, lengths, add):
+    if symbolic.is_traced(input, weight, mask, lengths, add, segments):
         return symbolic.call_function(
             rms_norm,
             input,
@@ -136,6 +144,7 @@ def rms_norm(
             process_group=process_group,
             offset=offset,
             cast=cast,
+            segments=segments,
         )
     if eps is None:
         dtype = inputs.tensor("rms_norm", input.data if isinstance(input, PackedSequence) else input).dtype
@@ -146,7 +155,9 @@ def rms_norm(
         gain.check(offset, cast)
         weight = gain.stored_around(weight, offset, cast)
         config = config._replace(as_written=cast is not None or bool(offset))
-    return _feature_norm(config, input, normalized_shape, weight, None, dim, mask, lengths, add, process_group, cast)
+    return _feature_norm(
+        config, input, normalized_shape, weight, None, dim, mask, lengths, add, process_group, cast, segments
+    )
 
 
 def _feature_norm(
@@ -161,6 +172,7 @@ def _feature_norm(
     add: Any,
     process_group: Any,
     cast: Cast | None,
+    segments: Any = None,
 ) -> Any:
     """y, or with `add` the pair (y, x + add)."""
     shape = tuple(normalized_shape)
@@ -171,11 +183,16 @@ def _feature_norm(
         and add is None
         and config.act is None
         and process_group is None
+        and segments is None
     ) and inputs.rows_fit(x, shape, weight, bias, config.eps):
         request = NormRequest(config, x, None, weight, bias)
         if cast != "input":
             return run(request, None, True).y
         return _run(request, None, True, gain.follows_rounding(x, weight, bias)).y
+    if segments is not None:
+        inputs.tensor(config.op, x)
+        excluded = {"dim": dim, "lengths": lengths, "process_group": process_group}
+        found = segments_of(config.op, segments, x, **excluded)
     if ragged.is_ragged(x):
         if dim is not None:
             raise ValueError(f"dim={dim} needs a padded tensor: rows of a ragged one have trailing features only")
@@ -200,6 +217,8 @@ def _feature_norm(
         inputs.not_along_features(lengths, x, dims or trailing)
         valid = inputs.validity(x, mask, lengths, channel_dim=(dims or trailing)[0] if dim is not None else x.dim() - 1)
         readable = False
+    if segments is not None:
+        return _of_segments(config, x, found, weight, bias, valid, add, cast)
     if process_group is not None:
         formula = _over_ranks(process_group, config.op, x, dims or trailing, valid)
     affine_last = cast == "input" and gain.follows_rounding(x, weight, bias)
@@ -214,6 +233,36 @@ def _feature_norm(
     if not channels_last:
         outputs = tuple(t.contiguous() for t in outputs)
     return outputs[0] if add is None else outputs
+
+
+def _of_segments(
+    config: NormConfig,
+    x: Tensor,
+    segments: Segments,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    valid: Tensor | None,
+    add: Tensor | None,
+    cast: Cast | None,
+) -> Any:
+    """y by the statistics of segments, or with `add` the pair (y, x + add)."""
+    if add is not None:
+        x = x + add if valid is None else (x + add).masked_fill(~valid, 0)
+    affine_last = cast == "input" and gain.follows_rounding(x, weight, bias)
+    y, _ = segment_norm(
+        config.op,
+        x,
+        segments,
+        across_features=True,
+        eps=config.eps,
+        center=config.center,
+        weight=None if affine_last else weight,
+        bias=None if affine_last else bias,
+        valid=valid,
+        act=None if affine_last else config.act,
+    )
+    y = gain.apply(y, weight, bias, valid, config.act) if affine_last else y
+    return y if add is None else (y, x)
 
 
 def _run(
