@@ -14,10 +14,13 @@ from normwise.diagnosis.layers import norm_kind, norm_of
 from normwise.diagnosis.padding import Valid, counted
 from normwise.diagnosis.records import Norm, Running
 from normwise.measure.axes import by_axis
-from normwise.nn.construct import eps_of, gain_of, offset_of
+from normwise.nn.construct import channel_axis, eps_of, gain_of, offset_of
 
 # A gain this small beside the layer's median one passes nothing on.
 DEAD_GAIN = 1e-3
+
+
+_OF_CHANNELS = ("batch", "renorm", "instance", "group", "frozen")
 
 
 class NormWatch:
@@ -62,6 +65,11 @@ class NormWatch:
         self.masked.append(given or ragged)
         if x.is_nested or not x.numel() or x.dim() < 2:
             return
+        if self.kind in _OF_CHANNELS and (axis := channel_axis(self.norm)) != 1:
+            x = x.movedim(axis, 1)
+            mask = kwargs.get("mask")
+            if isinstance(mask, Tensor) and mask.dim() == x.dim():
+                kwargs = {**kwargs, "mask": mask.movedim(axis, 1)}
         if x.dim() == 3:
             shortest, longest = self.lengths or (x.shape[2], x.shape[2])
             self.lengths = [min(shortest, x.shape[2]), max(longest, x.shape[2])]

@@ -175,7 +175,7 @@ class _Passes:
             if layer.running_mean is not None and layer.running_var is not None:
                 config = NormConfig("batch_norm", "channels", eps_of(layer), momentum=layer._momentum())
                 stats = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
-                updated = running_stats.update_from_moments(config, *stats, site.statistics)
+                updated = running_stats.update_from_moments(config, *stats, site.statistics, layer.correction)
                 if updated is not True:
                     layer._count_skipped(updated)
 
@@ -227,6 +227,10 @@ class _Passes:
     ) -> Any:
         """A layer's `forward` by the statistics of all micro-batches."""
         ragged.rank_or_rows(input, layer.ranks, "BatchNorm1d")
+        if layer.dim != 1:
+            moved = inputs.channels_to_axis_1("batch_norm", input, layer.dim, mask, residual)
+            y = self._by_site(layer, moved[0], mask=moved[1], lengths=lengths, residual=moved[2])
+            return y.movedim(1, layer.dim)
         if ragged.is_ragged(input):
             rows = partial(self._by_site, layer, mask=None, lengths=None)
             return ragged.by_rows(rows, input, mask=mask, lengths=lengths, residual=residual)

@@ -31,6 +31,8 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
     ranks: tuple[int, ...]
     _warned_of_skipped = False
     _stats_group: StatsGroup | None = None  # the ranks that share statistics in training
+    # Of layers pickled by earlier versions.
+    dim, correction = 1, 1
 
     def __init__(
         self,
@@ -45,6 +47,8 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
         bias: bool = True,
         act: str | None = None,
         virtual_batch_size: int | None = None,
+        dim: int = 1,
+        correction: int = 1,
     ) -> None:
         num_features = inputs.whole_number("num_features", num_features)
         inputs.positive_eps(eps)
@@ -53,7 +57,7 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
             activation(act)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         affine_without_bias(self, affine and not bias)
-        self.act = act
+        self.act, self.dim, self.correction = act, inputs.channel_dim(dim), inputs.correction(correction)
         if virtual_batch_size is not None:
             virtual_batch_size = inputs.whole_number("virtual_batch_size", virtual_batch_size)
         if virtual_batch_size is not None and virtual_batch_size < 1:
@@ -108,6 +112,8 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
             virtual_batch_size=self.virtual_batch_size,
             ranks=self.ranks,
             segments=segments,
+            dim=self.dim,
+            correction=self.correction,
         )
         if updated is not True:
             self._count_skipped(updated)
@@ -165,7 +171,9 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
     def extra_repr(self) -> str:
         act = "" if self.act is None else f", act={self.act!r}"
         ghosts = "" if self.virtual_batch_size is None else f", virtual_batch_size={self.virtual_batch_size}"
-        return str(super().extra_repr()) + act + ghosts
+        dim = "" if self.dim == 1 else f", dim={self.dim}"
+        correction = "" if self.correction == 1 else f", correction={self.correction}"
+        return str(super().extra_repr()) + act + ghosts + dim + correction
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
@@ -197,6 +205,8 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
         virtual_batch_size: ghost batch norm: in training each run of this many samples has its own statistics; the
             last one is smaller where the batch is no multiple (joined to the one before if it would hold one value per
             channel). Running averages are still those of the whole batch.
+        dim: the axis of the channels, e.g. -1 for (N, L, C).
+        correction: the running variance is of squares over count - correction: 1 is torch's, 0 that of Keras and Flax.
 
     Source: Ioffe & Szegedy 2015; Hoffer, Hubara & Soudry 2017 for virtual batches.
     """

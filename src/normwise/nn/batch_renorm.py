@@ -58,6 +58,8 @@ class _BatchRenorm(_BatchNorm):
         d_max: Limit = LinearRamp(0, 5, 5_000, 25_000),
         bias: bool = True,
         act: str | None = None,
+        dim: int = 1,
+        correction: int = 1,
     ) -> None:
         if not track_running_stats:
             raise ValueError(
@@ -67,7 +69,8 @@ class _BatchRenorm(_BatchNorm):
         for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
             if not callable(value) and not value >= least:
                 raise ValueError(f"{name} must be at least {least} (where it changes nothing), but got {value}")
-        super().__init__(num_features, eps, momentum, affine, True, device, dtype, bias=bias, act=act)
+        options: dict[str, Any] = {"bias": bias, "act": act, "dim": dim, "correction": correction}
+        super().__init__(num_features, eps, momentum, affine, True, device, dtype, **options)
         self.r_max, self.d_max = r_max, d_max
 
     def forward(
@@ -84,7 +87,7 @@ class _BatchRenorm(_BatchNorm):
             return super().forward(input, mask=mask, lengths=lengths, residual=residual, segments=segments)
         if segments is not None:
             raise ValueError(
-                f"{type(self).__name__} corrects one batch towards running averages, and takes no segments in training: "
+                f"{type(self).__name__} corrects one batch towards running averages and takes no segments in training: "
                 "BatchNorm1d does"
             )
         if symbolic.is_traced(input, mask, lengths, residual):
@@ -107,6 +110,8 @@ class _BatchRenorm(_BatchNorm):
             act=self.act,
             residual=residual,
             ranks=self.ranks,
+            dim=self.dim,
+            correction=self.correction,
         )
         if updated is not True:
             self._count_skipped(updated)

@@ -63,6 +63,13 @@ def eps_of(layer: nn.Module) -> Any:
     return vars(layer)["eps"] if isinstance(layer, Activated) else getattr(layer, "eps", None)
 
 
+def channel_axis(layer: nn.Module) -> int:
+    """The axis of the channels in the input of a norm of channels: 1 but for ours with a `dim`."""
+    if not isinstance(layer, Activated) or isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        return 1
+    return getattr(layer, "dim", 1)
+
+
 def offset_of(layer: nn.Module) -> float:
     """What the layer adds to its weight for its gain: 0 but for our LayerNorm and RMSNorm with an `offset`."""
     is_ours = isinstance(layer, Activated) and isinstance(layer, (nn.LayerNorm, nn.RMSNorm))

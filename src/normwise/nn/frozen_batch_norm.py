@@ -23,6 +23,7 @@ class FrozenBatchNorm(Activated):
     running_var: Tensor
     weight: Tensor | None
     bias: Tensor | None
+    dim = 1  # of layers pickled by earlier versions
 
     def __init__(
         self,
@@ -34,12 +35,14 @@ class FrozenBatchNorm(Activated):
         *,
         bias: bool = True,
         act: str | None = None,
+        dim: int = 1,
     ) -> None:
         num_features = inputs.whole_number("num_features", num_features)
         inputs.positive_eps(eps)
         if act is not None:
             activation(act)
         super().__init__()
+        self.dim = inputs.channel_dim(dim)
         self.num_features, self.eps, self.affine, self.act = num_features, eps, affine, act
         zeros = torch.zeros(num_features, device=device, dtype=dtype)
         self.register_buffer("weight", torch.ones_like(zeros) if affine else None)
@@ -75,6 +78,7 @@ class FrozenBatchNorm(Activated):
             residual=residual,
             ranks=self.ranks,
             segments=segments,
+            dim=self.dim,
         )[0]
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
@@ -84,7 +88,9 @@ class FrozenBatchNorm(Activated):
 
     def extra_repr(self) -> str:
         act = "" if self.act is None else f", act={self.act!r}"
-        return f"{self.num_features}, eps={self.__dict__['eps']}, affine={self.affine}{act}"
+        return f"{self.num_features}, eps={self.__dict__['eps']}, affine={self.affine}{act}" + (
+            "" if self.dim == 1 else f", dim={self.dim}"
+        )
 
 
 class FrozenBatchNorm1d(FrozenBatchNorm):

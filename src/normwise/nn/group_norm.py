@@ -32,9 +32,12 @@ class GroupNorm(Activated, nn.GroupNorm):
         affine: learn gamma and beta.
         bias: learn beta.
         act: "relu", "leaky_relu", "silu", "gelu" or None.
+        dim: the axis of the channels, e.g. -1 for (N, L, C).
 
     Source: Wu & He 2018.
     """
+
+    dim = 1  # of layers pickled by earlier versions
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class GroupNorm(Activated, nn.GroupNorm):
         *,
         bias: bool = True,
         act: str | None = None,
+        dim: int = 1,
     ) -> None:
         num_groups = inputs.whole_number("num_groups", num_groups)
         num_channels = inputs.whole_number("num_channels", num_channels)
@@ -56,7 +60,7 @@ class GroupNorm(Activated, nn.GroupNorm):
         groups_divide(num_groups, num_channels)
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         affine_without_bias(self, affine and not bias)
-        self.act = act
+        self.act, self.dim = act, inputs.channel_dim(dim)
 
     def reset_parameters(self) -> None:
         """Gain 1, bias 0."""
@@ -87,7 +91,9 @@ class GroupNorm(Activated, nn.GroupNorm):
             act=self.act,
             residual=residual,
             num_channels=self.num_channels,
+            dim=self.dim,
         )
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.act is None else f", act={self.act!r}")
+        dim = "" if self.dim == 1 else f", dim={self.dim}"
+        return super().extra_repr() + ("" if self.act is None else f", act={self.act!r}") + dim

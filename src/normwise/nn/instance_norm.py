@@ -19,6 +19,7 @@ class _InstanceNorm(Activated, nn.modules.instancenorm._InstanceNorm):
     """The part of InstanceNorm that does not depend on the input's rank; a subclass of torch's own."""
 
     batched_rank: int
+    dim = 1  # of layers pickled by earlier versions
 
     def __init__(
         self,
@@ -32,6 +33,7 @@ class _InstanceNorm(Activated, nn.modules.instancenorm._InstanceNorm):
         *,
         bias: bool = True,
         act: str | None = None,
+        dim: int = 1,
     ) -> None:
         num_features = inputs.whole_number("num_features", num_features)
         inputs.positive_eps(eps)
@@ -40,7 +42,7 @@ class _InstanceNorm(Activated, nn.modules.instancenorm._InstanceNorm):
             activation(act)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         affine_without_bias(self, affine and not bias)
-        self.act = act
+        self.act, self.dim = act, inputs.channel_dim(dim)
 
     def reset_parameters(self) -> None:
         """Gain 1, bias 0, running mean 0 and variance 1."""
@@ -82,16 +84,18 @@ class _InstanceNorm(Activated, nn.modules.instancenorm._InstanceNorm):
             rank=self.batched_rank,
             num_features=self.num_features if self.affine or self.track_running_stats else None,
             segments=segments,
+            dim=self.dim,
         )
 
     def extra_repr(self) -> str:
-        return str(super().extra_repr()) + ("" if self.act is None else f", act={self.act!r}")
+        dim = "" if self.dim == 1 else f", dim={self.dim}"
+        return str(super().extra_repr()) + ("" if self.act is None else f", act={self.act!r}") + dim
 
     def _warn_of_channels(self, input: Any) -> None:
         """Warns of a wrong number of channels, which does no harm here but is hardly intended."""
         if not isinstance(input, Tensor) or input.is_nested or input.dim() < self.batched_rank - 1:
             return
-        found = input.shape[1 - self.batched_rank]
+        found = input.shape[1 - self.batched_rank if self.dim == 1 else self.dim]
         if found != self.num_features:
             warnings.warn(
                 f"input's size at dim=1 ({found}) does not match num_features ({self.num_features}), which is not used "

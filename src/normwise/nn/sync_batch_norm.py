@@ -36,6 +36,8 @@ class SyncBatchNorm(_BatchNorm):
         process_group: the ranks that share statistics; None for all of them.
         bias: learn beta.
         act: "relu", "leaky_relu", "silu", "gelu" or None.
+        dim: the axis of the channels, e.g. -1 for (N, L, C).
+        correction: the running variance is of squares over count - correction: 1 is torch's, 0 that of Keras and Flax.
 
     Raises:
         RuntimeError, in training: this process was started as one of several ranks (WORLD_SIZE, as torchrun sets it)
@@ -61,8 +63,11 @@ class SyncBatchNorm(_BatchNorm):
         *,
         bias: bool = True,
         act: str | None = None,
+        dim: int = 1,
+        correction: int = 1,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias, act=act)
+        options: dict[str, Any] = {"bias": bias, "act": act, "dim": dim, "correction": correction}
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
         self._stats_group = StatsGroup(process_group, default=True)
 
     @property

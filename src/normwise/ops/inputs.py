@@ -139,6 +139,22 @@ def beside(x: Tensor, **given: Any) -> bool:
     return all_readable
 
 
+def channel_dim(dim: Any) -> int:
+    """The axis of the channels, any but that of the samples."""
+    axis = whole_number("dim", dim)
+    if axis == 0:
+        raise ValueError("dim=0 holds the samples: name the axis of the channels, 1 or e.g. -1 for (N, L, C)")
+    return axis
+
+
+def correction(value: Any) -> int:
+    """What is taken from the count of a running variance."""
+    taken = whole_number("correction", value)
+    if taken not in (0, 1):
+        raise ValueError(f"correction must be 1 (unbiased, torch's) or 0 (biased, Keras' and Flax'), but got {taken}")
+    return taken
+
+
 def rank(x: Tensor, allowed: Sequence[int]) -> None:
     """`x` must have one of the allowed numbers of axes."""
     if x.dim() not in allowed:
@@ -322,6 +338,29 @@ def validate_channels(
         activation(act)
     valid = validity(x, mask, lengths, channel_dim=1)
     return valid, all_readable and valid is None
+
+
+def channels_to_axis_1(op: str, x: Any, dim: int, mask: Any, residual: Any) -> tuple[Tensor, Any, Any]:
+    """Input, mask and residual whose channels are on axis `dim`, as views with these on axis 1: (N, L, C) as (N, C, L).
+
+    Raises:
+        ShapeError: no such axis, or that of the samples. TypeError: an input that is no tensor.
+    """
+    x = tensor(op, x)
+    if x.is_nested:
+        raise ValueError(
+            f"{op}: dim={dim} needs a padded tensor: a ragged one has its features on the last axis anyway"
+        )
+    if not -x.dim() <= dim < x.dim():
+        raise ShapeError(
+            f"Dimension out of range: dim={dim} for an input of shape {tuple(x.shape)} with {x.dim()} axes"
+        )
+    if dim % x.dim() == 0:
+        raise ShapeError(f"dim={dim} names axis 0, which holds the samples: name the axis of the channels")
+    same_shape("residual", residual, x)
+    if mask is not None and (mask := mask_tensor(mask, x.device)).dim() == x.dim():
+        mask = mask.movedim(dim, 1)
+    return x.movedim(dim, 1), mask, None if residual is None else residual.movedim(dim, 1)
 
 
 def dense(x: Tensor) -> Tensor:

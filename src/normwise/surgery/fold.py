@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from normwise.nn.construct import eps_of, gain_of, offset_of
+from normwise.nn.construct import channel_axis, eps_of, gain_of, offset_of
 from normwise.surgery import norms
 from normwise.surgery.batches import call
 from normwise.surgery.convert import ACTIVATIONS
@@ -171,6 +171,8 @@ def _foldable(norm: nn.Module, ways: list[Calls]) -> None:
         way.call(norm)
     if norm.training:
         raise Refusal("it is in training mode: call model.eval()")
+    if channel_axis(norm) != 1:
+        raise Refusal(f"its channels are on axis {channel_axis(norm)} (dim=), those of the layer beside it on axis 1")
     if isinstance(norm, BATCH) and norm.running_mean is None:
         raise Refusal("track_running_stats=False: it follows its batches in evaluation too")
     if isinstance(norm, _BY_FEATURES) and (norm.weight is None or len(norm.normalized_shape) != 1):

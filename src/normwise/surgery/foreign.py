@@ -6,14 +6,15 @@ What differs there, and is seen to here:
 
 - `momentum` weighs the OLD running average, torch's the new batch: theirs is 1 - ours.
 - eps is 1e-3 in Keras; in Flax 1e-5 (BatchNorm), 1e-6 (the others).
-- The running variance is an average of biased variances, torch's of unbiased ones. It is taken as it is, since the
-  layer is to give the same outputs in evaluation; training on moves it to torch's kind (n / (n - 1) times as large).
-- Channels are on the last axis, in torch on axis 1: move the input's axis, not the weights, which are one number a
-  channel in either.
+- The running variance is an average of biased variances, torch's of unbiased ones (n / (n - 1) times as large). Our
+  layers go on as there, by correction=0; to one of torch.nn it is given as it is, for the same outputs in evaluation.
+- Channels are on the last axis, in torch on axis 1: give the layer dim=-1 to keep the input as it is there. The weights
+  are one number a channel in either.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -182,6 +183,8 @@ def _built(
         given = {"affine": affine}
         if issubclass(layer, nn.modules.batchnorm._BatchNorm):
             given["momentum"] = from_keras_momentum(momentum)
+            if "correction" in inspect.signature(layer).parameters:
+                given["correction"] = options.pop("correction", 0)
     new = layer(*sizes, eps=epsilon, dtype=present[0].dtype, **given, **options)
     named = {"weight": gain, "bias": bias, "running_mean": mean, "running_var": var}
     with torch.no_grad():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.measure.snapshot import modes_kept
+from normwise.nn.construct import channel_axis
 from normwise.surgery.batches import call
 from normwise.surgery.norms import Call, calls_of, is_own
 from normwise.surgery.report import Refusal
@@ -82,8 +83,8 @@ def _counted(groups: int) -> str:
 
 
 class Met(NamedTuple):
-    """What a layer is called with in an example: the shapes of all calls, and the first calls themselves where the
-    layer is of a class of its own."""
+    """What a layer is called with in an example: the shapes of all calls, channels on axis 1, and the first calls
+    themselves where the layer is of a class of its own."""
 
     shapes: Sequence[torch.Size] = ()
     calls: Sequence[Call] = ()
@@ -103,7 +104,9 @@ def inputs_met(model: nn.Module, layers: Iterable[nn.Module], example: Any) -> d
         x = args[0] if args else kwargs.get("input")
         if isinstance(x, Tensor) and not x.is_nested and x.dim() > 1:
             ragged = any(kwargs.get(name) is not None for name in ("mask", "lengths"))
-            shape = torch.Size([*x.shape[:2], *(1 for _ in x.shape[2:])]) if ragged else x.shape
+            axis = channel_axis(layer) % x.dim()
+            sizes = [x.shape[0], x.shape[axis], *(n for d, n in enumerate(x.shape) if d not in (0, axis))]
+            shape = torch.Size([*sizes[:2], *(1 for _ in sizes[2:])]) if ragged else torch.Size(sizes)
             found.shapes.append(shape)  # type: ignore[attr-defined]
 
     with ExitStack() as hooks, modes_kept(model.modules()), torch.no_grad():

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from normwise.backends.reference import Moments, combined, moments
 from normwise.nn import recurrent_base, recurrent_cells
+from normwise.nn.construct import channel_axis
 from normwise.ops import inputs, ragged
-from normwise.ops.norm.running_stats import unbiased_var
+from normwise.ops.norm.running_stats import corrected_var
 from normwise.surgery.select import INSTANCE
 
 
@@ -98,6 +99,7 @@ class _OfBatchNorm(_OfInputs):
 
             ragged.by_rows(by_rows, x, mask=mask, lengths=lengths, residual=None)
             return
+        x, mask, _ = inputs.channels_to_axis_1("recalibrate", x, channel_axis(self.layer), mask, None)
         found = moments(x, (0, *range(2, x.dim())), inputs.validity(x, mask, lengths, channel_dim=1))
         if not (found.mean.isfinite().all() and found.var.isfinite().all()):
             self.skipped += 1
@@ -111,7 +113,7 @@ class _OfBatchNorm(_OfInputs):
     def store(self) -> None:
         found = self.parts[""]
         self.layer.running_mean.copy_(found.mean)
-        self.layer.running_var.copy_(unbiased_var(found))
+        self.layer.running_var.copy_(corrected_var(found, getattr(self.layer, "correction", 1)))
         if self.layer.num_batches_tracked is not None:
             self.layer.num_batches_tracked.fill_(self.batches)
 
@@ -132,9 +134,10 @@ class _OfInstanceNorm(_OfInputs):
             x = x.unsqueeze(0)
             mask = None if mask is None else mask.unsqueeze(0)
             lengths = None if lengths is None else lengths.reshape(1)
+        x, mask, _ = inputs.channels_to_axis_1("recalibrate", x, channel_axis(self.layer), mask, None)
         found = moments(x, range(2, x.dim()), inputs.validity(x, mask, lengths, channel_dim=1))
         mean, var, count = (t.reshape(*t.shape[:2]).expand(x.shape[:2]) for t in found)
-        var = unbiased_var(Moments(mean, var, count))
+        var = corrected_var(Moments(mean, var, count))
         finite = mean.isfinite() & var.isfinite()
         if not finite.all():
             self.skipped += 1
@@ -194,7 +197,7 @@ class _OfRecurrent(Pool):
     def store(self) -> None:
         for name, found in self.parts.items():
             met = found.count > 1
-            for kind, new in (("mean", found.mean), ("var", unbiased_var(found))):
+            for kind, new in (("mean", found.mean), ("var", corrected_var(found))):
                 table = self.layer.get_buffer(f"running_{kind}_{name}")
                 table.copy_(torch.where(met, new.to(table.dtype), table))
 

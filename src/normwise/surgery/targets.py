@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import normwise.nn as ours
+from normwise.nn.construct import channel_axis
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm
 from normwise.surgery.carry import carry_tensors, rebuild
 from normwise.surgery.groups import enough_channels, number_of_groups
@@ -66,7 +67,8 @@ def to_group(
     else:
         positions = min((math.prod(shape[2:]) for shape in met), default=None)
         groups, why = number_of_groups(channels, _rank(layer), positions, num_groups)
-    new = rebuild(layer, ours.GroupNorm, num_groups=groups, num_channels=channels, affine=_affine(layer), **options)
+    given = {"num_groups": groups, "num_channels": channels, "affine": _affine(layer), "dim": channel_axis(layer)}
+    new = rebuild(layer, ours.GroupNorm, **(given | options))
     return _without_statistics(layer, new, why)
 
 
@@ -78,7 +80,7 @@ def to_layer(layer: nn.Module, met: Shapes, **options: Any) -> Made:
         return _without_statistics(layer, rebuild(layer, ours.LayerNorm, **options))
     channels = channels_of(layer)
     enough_channels(channels)
-    given = {"normalized_shape": channels, "dim": 1, "elementwise_affine": _affine(layer), **options}
+    given = {"normalized_shape": channels, "dim": channel_axis(layer), "elementwise_affine": _affine(layer), **options}
     return _without_statistics(layer, rebuild(layer, ours.LayerNorm, **given))
 
 
@@ -105,6 +107,8 @@ def to_torch(layer: nn.Module, met: Shapes, **options: Any) -> Made:
     _whole(layer)
     if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and not _trailing(layer.dim):  # type: ignore[arg-type]
         raise Refusal(f"torch.nn's layer normalizes the last axes, not dim={layer.dim}")
+    if not isinstance(layer, (nn.LayerNorm, nn.RMSNorm)) and channel_axis(layer) != 1:
+        raise Refusal(f"torch.nn's layer has the channels on axis 1, not dim={layer.dim}")
     new = rebuild(layer, namesake, **options)
     note = _summary(layer, new, carry_tensors(layer, new))
     if isinstance(layer, FrozenBatchNorm):
@@ -148,7 +152,12 @@ def _batch_family(layer: nn.Module, family: str, met: Shapes, spatial: int | Non
     cls = _ours(f"{family}{_rank_or(layer, met, spatial)}d")
     if isinstance(layer, BATCH):
         return _with_statistics(layer, cls, options)
-    given = {"num_features": channels, "affine": _affine(layer), "track_running_stats": True}
+    given = {
+        "num_features": channels,
+        "affine": _affine(layer),
+        "track_running_stats": True,
+        "dim": channel_axis(layer),
+    }
     new = rebuild(layer, cls, **(given | options))
     fresh = "running statistics are new: fine-tune, or normwise.recalibrate"
     return new, _summary(layer, new, carry_tensors(layer, new, statistics=False), fresh)

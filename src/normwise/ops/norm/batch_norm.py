@@ -16,7 +16,7 @@ from normwise.ops._torch_internals import readable
 from normwise.ops.dispatch import jit_traces
 from normwise.ops.norm import running_stats
 from normwise.ops.norm.ghost_batch_norm import ghost_batch_norm
-from normwise.ops.norm.run import run
+from normwise.ops.norm.run import run, run_with_correction
 from normwise.ops.norm.running_stats import Updated
 from normwise.ops.norm.segments import segment_norm, segments_of
 from normwise.ops.norm.sync_batch_norm import over_ranks
@@ -38,6 +38,8 @@ def batch_norm(
     residual: Tensor | PackedSequence | None = None,
     process_group: Any = None,
     segments: Tensor | None = None,
+    dim: int = 1,
+    correction: int = 1,
 ) -> Tensor | PackedSequence:
     r"""act(gamma * (x - mean) / sqrt(var + eps) + beta + residual), statistics a channel over batch and positions.
 
@@ -62,6 +64,8 @@ def batch_norm(
         segments: (R,) integers for an input (R, C): which graph, cloud or data set a row belongs to. In training each
             segment is normalized as a batch of its own (one of a single row gives its bias); running averages are those
             of all rows, pooled.
+        dim: the axis of the channels, e.g. -1 for (N, L, C); mask and residual are laid out as the input.
+        correction: the running variance is of squares over count - correction: 1 is torch's, 0 that of Keras and Flax.
 
     Returns:
         Like the input; 0 at invalid positions, which neither enter the statistics nor receive a gradient.
@@ -91,6 +95,8 @@ def batch_norm(
             residual=residual,
             process_group=process_group,
             segments=segments,
+            dim=None if dim == 1 else dim,
+            correction=None if correction == 1 else correction,
         )
     return batch_norm_with_stats(  # type: ignore[no-any-return]
         input,
@@ -107,6 +113,8 @@ def batch_norm(
         residual=residual,
         process_group=process_group,
         segments=segments,
+        dim=dim,
+        correction=correction,
     )[0]
 
 
@@ -129,6 +137,8 @@ def batch_norm_with_stats(
     virtual_batch_size: int | None = None,
     ranks: Sequence[int] | None = None,
     segments: Tensor | None = None,
+    dim: int = 1,
+    correction: int = 1,
 ) -> tuple[Any, Updated]:
     """`batch_norm`, and whether the running statistics were updated (True also where there are none to update).
 
@@ -139,6 +149,8 @@ def batch_norm_with_stats(
         virtual_batch_size: statistics of virtual batches of so many samples, see `ghost_batch_norm`.
         ranks: the numbers of axes that a layer accepts.
     """
+    if dim != 1:
+        input, mask, residual = inputs.channels_to_axis_1("batch_norm", input, dim, mask, residual)
     found = None
     if segments is not None:
         excluded = {"lengths": lengths, "process_group": process_group, "virtual_batch_size": virtual_batch_size}
@@ -188,11 +200,12 @@ def batch_norm_with_stats(
     if found is not None and batch_statistics and x.numel():
         options: dict[str, Any] = {"weight": weight, "bias": bias, "valid": valid, "act": act, "residual": residual}
         y, parts = segment_norm("batch_norm", x, found, across_features=False, eps=eps, **options)
+        y = y if dim == 1 else y.movedim(1, dim)
         if running_mean is None or running_var is None:
             return y, True
         config = NormConfig("batch_norm", "channels", eps, act, momentum=momentum)
         stats = (running_mean, running_var, num_batches_tracked)
-        return y, running_stats.update_from_moments(config, *stats, combined(parts))
+        return y, running_stats.update_from_moments(config, *stats, combined(parts), correction)
     formula = None
     if training and process_group is not None:
         formula = over_ranks(process_group, x, valid)
@@ -215,6 +228,10 @@ def batch_norm_with_stats(
         num_batches_tracked,
     )
     if training and virtual_batch_size is not None:
-        return ghost_batch_norm(request, virtual_batch_size)
-    result = run(request, formula, known_readable and readable(num_batches_tracked))
-    return result.y, result.stats_updated  # type: ignore[return-value]
+        y, updated = ghost_batch_norm(request, virtual_batch_size, correction)
+    elif correction != 1 and batch_statistics and request.running_mean is not None:
+        y, updated = run_with_correction(request, formula, correction)
+    else:
+        result = run(request, formula, known_readable and readable(num_batches_tracked))
+        y, updated = result.y, result.stats_updated  # type: ignore[assignment]
+    return (y if dim == 1 else y.movedim(1, dim)), updated

@@ -15,7 +15,7 @@ from normwise.backends.protocol import Moments, NormConfig, NormRequest, accumul
 from normwise.backends.reference import moments, renorm_correction
 from normwise.ops import inputs, ragged
 from normwise.ops.norm import running_stats
-from normwise.ops.norm.run import run
+from normwise.ops.norm.run import run, run_with_correction
 from normwise.ops.norm.running_stats import Updated
 
 # A limit of the correction: a number, or a function of the number of batches so far.
@@ -39,6 +39,8 @@ def batch_renorm_with_stats(
     act: str | None = None,
     residual: Tensor | PackedSequence | None = None,
     ranks: Sequence[int] | None = None,
+    dim: int = 1,
+    correction: int = 1,
 ) -> tuple[Any, Updated]:
     """act(gamma * ((x - mean_B) / sigma_B * r + d) + beta + residual) in training, and whether the running statistics
     were updated.
@@ -75,6 +77,8 @@ def batch_renorm_with_stats(
             "BatchRenorm was run again inside a backward (activation checkpointing), but the running averages that its "
             "correction is taken from have moved since its first run: leave this layer outside of the checkpoint"
         )
+    if dim != 1:
+        input, mask, residual = inputs.channels_to_axis_1("batch_renorm", input, dim, mask, residual)
     x = inputs.tensor("batch_renorm", input)
     valid, _ = inputs.validate_channels(
         "batch_renorm", x, running_mean, running_var, weight, bias, momentum, eps, mask, lengths, act, residual
@@ -91,8 +95,13 @@ def batch_renorm_with_stats(
         shift = shift + bias.to(wide)
     config = NormConfig("batch_norm", "channels", eps, act, momentum=momentum)
     stats = (running_mean, running_var, num_batches_tracked) if x.numel() else (None, None, None)
-    result = run(NormRequest(config, inputs.dense(x), residual, gain, shift, valid, *stats))  # type: ignore[arg-type]
-    return result.y, result.stats_updated  # type: ignore[return-value]
+    request = NormRequest(config, inputs.dense(x), residual, gain, shift, valid, *stats)  # type: ignore[arg-type]
+    if correction != 1 and stats[0] is not None:
+        y, updated = run_with_correction(request, None, correction)
+    else:
+        result = run(request)
+        y, updated = result.y, result.stats_updated  # type: ignore[assignment]
+    return (y if dim == 1 else y.movedim(1, dim)), updated
 
 
 def _moments(x: Tensor, valid: Tensor | None) -> Moments:

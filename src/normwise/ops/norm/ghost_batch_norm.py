@@ -17,7 +17,7 @@ from normwise.ops.norm.run import run
 from normwise.ops.norm.running_stats import Updated
 
 
-def ghost_batch_norm(request: NormRequest, virtual_batch_size: int) -> tuple[Tensor, Updated]:
+def ghost_batch_norm(request: NormRequest, virtual_batch_size: int, correction: int = 1) -> tuple[Tensor, Updated]:
     """A request of `batch_norm` in training, each run of `virtual_batch_size` samples by its own statistics, and
     whether the running statistics were updated.
 
@@ -54,7 +54,7 @@ def ghost_batch_norm(request: NormRequest, virtual_batch_size: int) -> tuple[Ten
     if len(pieces) > 1:
         parts = Moments(*(torch.cat(column) for column in zip(*(piece[1] for piece in pieces), strict=True)))
     stats = (request.running_mean, request.running_var, request.num_batches_tracked)
-    return y, running_stats.update_from_moments(request.config, *stats, combined(parts))
+    return y, running_stats.update_from_moments(request.config, *stats, combined(parts), correction)
 
 
 def _virtual_batches(request: NormRequest, x: Tensor, valid: Tensor | None, ghosts: int) -> tuple[Tensor, Moments]:

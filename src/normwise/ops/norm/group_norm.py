@@ -26,6 +26,7 @@ def group_norm(
     lengths: Tensor | None = None,
     act: str | None = None,
     residual: Tensor | PackedSequence | None = None,
+    dim: int = 1,
 ) -> Any:
     r"""act(gamma * (x - mean) / sqrt(var + eps) + beta + residual), statistics over a group of channels of a sample.
 
@@ -40,6 +41,7 @@ def group_norm(
         lengths: (N,) integers, valid steps along the last axis of (N, C, ..., L).
         act: "relu", "leaky_relu", "silu" or "gelu", applied last.
         residual: like the input, added before `act`.
+        dim: the axis of the channels, e.g. -1 for (N, L, C); mask and residual are laid out as the input.
 
     Returns:
         Like the input; 0 at invalid positions, which neither enter the statistics nor receive a gradient. A sample
@@ -51,7 +53,8 @@ def group_norm(
 
     Source: Wu & He 2018, eq. 7.
     """
-    return group_norm_of(input, num_groups, weight, bias, eps, mask=mask, lengths=lengths, act=act, residual=residual)
+    given = {"mask": mask, "lengths": lengths, "act": act, "residual": residual, "dim": dim}
+    return group_norm_of(input, num_groups, weight, bias, eps, **given)  # type: ignore[arg-type]
 
 
 def group_norm_of(
@@ -66,12 +69,14 @@ def group_norm_of(
     act: str | None = None,
     residual: Tensor | PackedSequence | None = None,
     num_channels: int | None = None,
+    dim: int = 1,
 ) -> Any:
     """`group_norm` of an input that must have `num_channels` channels, if that is given."""
     if symbolic.is_traced(input, weight, mask, lengths, residual):
-        return symbolic.call_function(
-            group_norm, input, num_groups, weight, bias, eps, mask=mask, lengths=lengths, act=act, residual=residual
-        )
+        given = {"mask": mask, "lengths": lengths, "act": act, "residual": residual, "dim": None if dim == 1 else dim}
+        return symbolic.call_function(group_norm, input, num_groups, weight, bias, eps, **given)
+    if dim != 1:
+        input, mask, residual = inputs.channels_to_axis_1("group_norm", input, dim, mask, residual)
     if ragged.is_ragged(input):
         sequences = partial(
             group_norm_of,
@@ -111,7 +116,8 @@ def group_norm_of(
     )
     config = NormConfig("group_norm", "groups", eps, act, groups=num_groups)
     request = NormRequest(config, inputs.dense(x), residual, weight, bias, valid)
-    return run(request, None, all_readable and valid is None).y
+    y = run(request, None, all_readable and valid is None).y
+    return y if dim == 1 else y.movedim(1, dim)
 
 
 def groups_divide(num_groups: int, channels: int) -> None:

@@ -32,6 +32,7 @@ def instance_norm(
     act: str | None = None,
     residual: Tensor | PackedSequence | None = None,
     segments: Tensor | None = None,
+    dim: int = 1,
 ) -> Any:
     r"""act(gamma * (x - mean) / sqrt(var + eps) + beta + residual), statistics over positions, by sample and channel.
 
@@ -50,6 +51,7 @@ def instance_norm(
         residual: like the input, added before `act`.
         segments: (R,) integers for an input (R, C): which graph, cloud or document a row belongs to. Each segment is
             then a sample and its rows are the positions, wherever they stand; `mask` is (R,).
+        dim: the axis of the channels, e.g. -1 for (N, L, C); mask and residual are laid out as the input.
 
     Returns:
         Like the input; 0 at invalid positions, which neither enter the statistics nor receive a gradient. A sample
@@ -77,6 +79,7 @@ def instance_norm(
             act=act,
             residual=residual,
             segments=segments,
+            dim=None if dim == 1 else dim,
         )
     return instance_norm_of(
         input,
@@ -92,6 +95,7 @@ def instance_norm(
         act=act,
         residual=residual,
         segments=segments,
+        dim=dim,
     )
 
 
@@ -112,6 +116,7 @@ def instance_norm_of(
     rank: int | None = None,
     num_features: int | None = None,
     segments: Tensor | None = None,
+    dim: int = 1,
 ) -> Any:
     """`instance_norm` of a layer's input, if `rank` is given: it has as many axes, or one less where it is one sample,
     as are then `mask` and `residual`; with `num_features` channels, if that is given."""
@@ -162,6 +167,8 @@ def instance_norm_of(
         if lengths is not None:
             lengths = inputs.lengths_tensor(lengths).reshape(1)
         x, residual = x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)  # type: ignore[union-attr]
+    if dim != 1:
+        x, mask, residual = inputs.channels_to_axis_1("instance_norm", x, dim, mask, residual)
     if num_features is not None and x.shape[1] != num_features:
         raise inputs.ShapeError(
             f"expected input's size at dim=1 to match num_features ({num_features}), but got: {x.shape[1]}."
@@ -209,6 +216,7 @@ def instance_norm_of(
         config = NormConfig("instance_norm", "channels", eps, act, batch_statistics=False)
     request = NormRequest(config, inputs.dense(x), residual, weight, bias, valid, running_mean, running_var)  # type: ignore[arg-type]
     y = run(request).y
+    y = y if dim == 1 else y.movedim(1, dim)
     return y.squeeze(0) if single else y
 
 

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from normwise.backends import reference
 from normwise.backends.devices import on_cpu
-from normwise.backends.protocol import NormRequest, NormResult
+from normwise.backends.protocol import Moments, NormRequest, NormResult, accumulation_dtype
 from normwise.ops import autograd, custom_op, dispatch
 from normwise.ops.dispatch import is_masked_batch, resolve
 from normwise.ops.norm import masked, running_stats
+from normwise.ops.norm.running_stats import Updated
 
 
 def run(request: NormRequest, formula: Callable[..., Any] | None = None, known_readable: bool = False) -> NormResult:
@@ -43,3 +45,30 @@ def run(request: NormRequest, formula: Callable[..., Any] | None = None, known_r
     if result.stats_updated is None:
         result = result._replace(stats_updated=running_stats.update(request, result))
     return result
+
+
+def run_with_correction(
+    request: NormRequest, formula: Callable[..., Any] | None, correction: int
+) -> tuple[Tensor, Updated]:
+    """The result of a batch norm in training whose running variance is of squares over count - `correction`, and
+    whether the running statistics were updated.
+
+    Backends know the unbiased variance alone: averages that a momentum of 1 replaces by it say what the batch's moments
+    are."""
+    x, valid = request.x, request.mask
+    wide = accumulation_dtype(x.dtype)
+    mean, var = (torch.zeros(x.shape[1], dtype=wide, device=x.device) for _ in range(2))
+    config = request.config._replace(momentum=1.0)
+    bare = request._replace(config=config, running_mean=mean, running_var=var, num_batches_tracked=None)
+    result = run(bare, formula)
+    count = (
+        result.moments.count if result.moments is not None else reference.count_valid(x, (0, *range(2, x.dim())), valid)
+    )
+    count = count.to(wide).expand(1, x.shape[1], *(1,) * (x.dim() - 2)).reshape(-1)
+    if isinstance(result.stats_updated, Tensor):
+        mean = torch.where(result.stats_updated, mean, torch.nan)
+    elif result.stats_updated is False:
+        mean = torch.full_like(mean, torch.nan)
+    moments = Moments(mean, var * ((count - 1).clamp(min=0) / count.clamp(min=1)), count)
+    stats = (request.running_mean, request.running_var, request.num_batches_tracked)
+    return result.y, running_stats.update_from_moments(request.config, *stats, moments, correction)  # type: ignore[arg-type]

@@ -53,6 +53,7 @@ def update_from_moments(
     running_var: Tensor,
     num_batches_tracked: Tensor | None,
     moments: Moments,
+    correction: int = 1,
 ) -> Updated:
     """Update the running statistics of a norm by the moments of its batch, and count the batch."""
     momentum = config.momentum
@@ -60,14 +61,15 @@ def update_from_moments(
         assert momentum is not None
         update_over_samples(running_mean, running_var, moments, momentum)
         return True
-    if not on_cpu(running_mean):
+    if correction == 1 and not on_cpu(running_mean):
         mean, var, count = (m.expand_as(moments.mean).reshape(running_mean.shape) for m in moments)
         wanted = RunningStatsRequest(running_mean, running_var, num_batches_tracked, momentum, mean, var, count)
         kernel = running_stats_kernel(wanted)
         if kernel is not None:
             return kernel(wanted)
     momentum = momentum_now(momentum, num_batches_tracked, running_mean.dtype)
-    return _count(num_batches_tracked, update_averages(running_mean, running_var, moments, momentum))
+    updated = update_averages(running_mean, running_var, moments, momentum, correction)
+    return _count(num_batches_tracked, updated)
 
 
 def _count(num_batches_tracked: Tensor | None, updated: Updated) -> Updated:
@@ -97,8 +99,10 @@ def can_read_now(counter: Tensor) -> bool:
     return values_visible(counter) and not jit_traces()  # another when a traced graph runs
 
 
-def update_averages(running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float | Tensor) -> Updated:
-    """running <- running + momentum * (batch - running), in place, with the variance unbiased.
+def update_averages(
+    running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float | Tensor, correction: int = 1
+) -> Updated:
+    """running <- running + momentum * (batch - running), in place, with the sum of squares over count - correction.
 
     A channel without a valid element keeps its averages, and one with a single element, which has no deviation, its
     variance. If anything would become NaN or infinite, nothing is updated.
@@ -115,7 +119,9 @@ def update_averages(running_mean: Tensor, running_var: Tensor, moments: Moments,
         # Mean and variance side by side, since on a GPU each operation is a launch.
         old = torch.stack([running_mean, running_var])
         count = moments.count.expand_as(moments.mean).reshape(running_mean.shape)
-        batch = torch.stack([moments.mean.reshape(count.shape), unbiased_var(moments).reshape(count.shape)])
+        batch = torch.stack(
+            [moments.mean.reshape(count.shape), corrected_var(moments, correction).reshape(count.shape)]
+        )
         # More than half an element for a mean, and one and a half for a deviation: counts may be rounded.
         needed = torch.arange(0.5, 2, device=count.device)[:, None]
         new = torch.where(count > needed, _interpolate(old, batch, momentum), old)
@@ -177,7 +183,7 @@ def update_over_samples(running_mean: Tensor, running_var: Tensor, moments: Mome
     """
     require_writable(running_mean, running_var)
     with torch.no_grad():
-        var = unbiased_var(moments)
+        var = corrected_var(moments)
         finite = moments.mean.isfinite() & var.isfinite()
         for running, new, needed in ((running_mean, moments.mean, 1), (running_var, var, 2)):
             usable = (moments.count >= needed) & finite
@@ -193,6 +199,7 @@ def _interpolate(running: Tensor, new: Tensor, momentum: float | Tensor) -> Tens
     return torch.lerp(running.to(wide), new.to(wide), weight)
 
 
-def unbiased_var(moments: Moments) -> Tensor:
-    """The variance divided by count - 1 instead of count (torch's convention for running averages)."""
-    return moments.var * (moments.count / (moments.count - 1).clamp(min=1))
+def corrected_var(moments: Moments, correction: int = 1) -> Tensor:
+    """The variance divided by count - correction instead of count: unbiased with 1, torch's convention for running
+    averages; biased with 0, that of Keras and Flax."""
+    return moments.var * (moments.count / (moments.count - correction).clamp(min=1)) if correction else moments.var

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normwise.backends.protocol import Moments, Running
 from normwise.ops._torch_internals import is_batchedtensor
-from normwise.ops.norm.running_stats import is_recomputing, unbiased_var
+from normwise.ops.norm.running_stats import corrected_var, is_recomputing
 
 # Called with the moments of each call while `recalibrate` runs: the suffix of the tables' names, the moments, the first
 # step. The layer then takes batch statistics in evaluation too, and updates nothing.
@@ -78,7 +78,7 @@ def update_tables(
     with torch.no_grad():
         rows, steps = len(running_mean), len(moments.mean)
         own = max(0, min(rows - 1 - start_step, steps))  # steps with a row to themselves
-        var = unbiased_var(moments)
+        var = corrected_var(moments)
         finite = (moments.mean.isfinite() & var.isfinite()).all(-1, keepdim=True)
         counts = ((moments.count >= 2) & finite).to(running_mean.dtype)
         for running, new in ((running_mean, moments.mean), (running_var, var)):
