@@ -42,6 +42,7 @@ from normwise.ops.inputs import ShapeError
 
 if TYPE_CHECKING:
     from normwise.diagnosis import Diagnosis, Monitor, diagnose, recommend
+    from normwise.surgery.adapt import adapt
     from normwise.surgery.convert import convert
     from normwise.surgery.fold import fold
     from normwise.surgery.foreign import from_flax, from_keras, from_keras_momentum
@@ -84,6 +85,7 @@ __all__ = [
     "SyncBatchNorm",
     "__version__",
     "accumulated_backward",
+    "adapt",
     "backend",
     "convert",
     "decay_groups",
@@ -105,6 +107,7 @@ __all__ = [
 _AT_FIRST_USE = {
     "diagnosis": ("Diagnosis", "Monitor", "diagnose", "recommend"),
     "surgery": (
+        "adapt",
         "convert",
         "decay_groups",
         "fold",

@@ -33,9 +33,11 @@ class NormWatch:
         self.kind = norm_kind(module) or ""
         self.mean: Tensor | None = getattr(self.norm, "running_mean", None)
         self.var: Tensor | None = getattr(self.norm, "running_var", None)
-        self.before = None if self.mean is None or self.var is None else (self.mean.clone(), self.var.clone())
+        # Of several domains nobody says which one a batch should be compared with.
+        compared = self.mean is not None and self.var is not None and self.mean.dim() == 1
+        self.before = (self.mean.clone(), self.var.clone()) if compared else None  # type: ignore[union-attr]
         tracked = getattr(self.norm, "num_batches_tracked", None)
-        self.tracked = None if tracked is None else int(tracked)
+        self.tracked = None if tracked is None else int(tracked.sum())
         self.moments = Moments()
         self.values: int | None = None
         self.samples: int | None = None

@@ -294,6 +294,11 @@ def _training_batch_norms(model: nn.Module) -> list[_BatchNorm]:
                 "accumulated_backward pools the statistics of normwise's BatchNorm1d, BatchNorm2d and BatchNorm3d. "
                 "Replace it by model, _ = normwise.convert(model, to='batch'), or put it into eval mode"
             )
+        if layer.domains is not None:
+            raise ValueError(
+                f"{name or 'the model'} keeps statistics of {layer.domains} domains: accumulated_backward pools "
+                "those of one batch of one domain"
+            )
         if layer.virtual_batch_size is not None:
             raise ValueError(
                 f"{name or 'the model'} has virtual_batch_size={layer.virtual_batch_size}, which asks for statistics "

@@ -33,6 +33,8 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
     _stats_group: StatsGroup | None = None  # the ranks that share statistics in training
     # Of layers pickled by earlier versions.
     dim, correction = 1, 1
+    domains: int | None = None
+    domain_affine = False
 
     def __init__(
         self,
@@ -49,6 +51,8 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
         virtual_batch_size: int | None = None,
         dim: int = 1,
         correction: int = 1,
+        domains: int | None = None,
+        domain_affine: bool = False,
     ) -> None:
         num_features = inputs.whole_number("num_features", num_features)
         inputs.positive_eps(eps)
@@ -65,7 +69,44 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
                 f"virtual_batch_size must be at least 1, or None for the whole batch, but got {virtual_batch_size}"
             )
         self.virtual_batch_size = virtual_batch_size
+        if domains is not None:
+            self.spread(domains, domain_affine)
+        elif domain_affine:
+            raise ValueError("domain_affine=True gives each domain a gain and bias: say how many there are by domains=")
         self._skipped_count()
+
+    def spread(self, domains: int, affine: bool = False) -> None:
+        """Statistics, and with `affine` gain and bias, of so many domains instead of one, all as the one is now."""
+        domains = inputs.whole_number("domains", domains)
+        if domains < 1:
+            raise ValueError(f"domains must be at least 1, or None for one set of statistics, but got {domains}")
+        self.domains, self.domain_affine = domains, affine
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            if (one := self._buffers.get(name)) is not None:
+                self._buffers[name] = one.detach().expand(domains, *one.shape).clone()
+        for name in ("weight", "bias") if affine else ():
+            if (one := self._parameters.get(name)) is not None:
+                spread = nn.Parameter(one.detach().expand(domains, *one.shape).clone(), one.requires_grad)
+                self.register_parameter(name, spread)
+
+    def _of_domain(self, domain: Any, *tensors: Tensor | None) -> tuple[tuple[Tensor | None, ...], Any]:
+        """Statistics, gain and bias of one domain, and None; or all of them and the domain of each sample."""
+        if self.domains is None:
+            raise ValueError(
+                f"got domain={domain!r}, but the layer has one set of statistics: build it with domains=, or convert "
+                "the model by normwise.convert(model, to='batch', domains=...)"
+            )
+        if domain is None:
+            raise ValueError(
+                f"the layer has the statistics of {self.domains} domains: say of which the batch is, by domain=, a "
+                "number or one for each sample"
+            )
+        if not isinstance(domain, int | torch.SymInt):
+            return tensors, domain
+        if not -self.domains <= domain < self.domains:
+            raise ValueError(f"domain must lie in [0, {self.domains}), but got {domain}")
+        of_all = (False, False, False, not self.domain_affine, not self.domain_affine)
+        return tuple(t if t is None or all_ else t[domain] for t, all_ in zip(tensors, of_all, strict=True)), None
 
     def reset_parameters(self) -> None:
         """Gain 1, bias 0, running mean 0 and variance 1."""
@@ -86,14 +127,18 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
         lengths: Tensor | None = None,
         residual: Tensor | PackedSequence | None = None,
         segments: Tensor | None = None,
+        domain: int | Tensor | None = None,
     ) -> Any:
         """act(bn(input) + residual); see `normwise.functional.batch_norm` for shapes and errors."""
-        if symbolic.is_traced(input, mask, lengths, residual, segments):
+        if symbolic.is_traced(input, mask, lengths, residual, segments, domain):
             given: dict[str, Any] = {"mask": mask, "lengths": lengths, "residual": residual, "segments": segments}
+            given["domain"] = domain
             return symbolic.call_layer(self, input, **given)
         training = self.training
         mean, var, tracked = self._running_stats()
         weight, bias = affine(self)
+        if domain is not None or self.domains is not None:
+            (mean, var, tracked, weight, bias), domain = self._of_domain(domain, mean, var, tracked, weight, bias)
         y, updated = batch_norm_with_stats(
             input,
             mean,
@@ -101,7 +146,7 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
             weight,
             bias,
             training,
-            self._momentum() if training and mean is not None else 0.0,
+            self._momentum(tracked) if training and mean is not None else 0.0,
             self.__dict__["eps"],
             num_batches_tracked=tracked,
             mask=mask,
@@ -114,6 +159,8 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
             segments=segments,
             dim=self.dim,
             correction=self.correction,
+            domain=domain,  # type: ignore[arg-type]
+            domains=self.domains or 0,
         )
         if updated is not True:
             self._count_skipped(updated)
@@ -156,24 +203,27 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
                 self._warn_of_skipped()
         return super().train(mode)
 
-    def _momentum(self) -> float | None:
+    def _momentum(self, tracked: Tensor | None = None) -> float | None:
         """The weight of the next batch: `momentum`, or that of a cumulative average; None where ops have to take it
         from the count, whose value is not known while compiling, another when a traced graph runs, and on a GPU not
-        yet there."""
+        yet there. `tracked`: the count, if not the layer's."""
         if self.momentum is not None:
             return self.momentum
-        if self.num_batches_tracked is None or self.running_mean is None:
+        tracked = self.num_batches_tracked if tracked is None else tracked
+        if tracked is None or self.running_mean is None:
             return 0.0
-        if not running_stats.can_read_now(self.num_batches_tracked):
+        if tracked.dim() or not running_stats.can_read_now(tracked):
             return None
-        return 1.0 / (int(self.num_batches_tracked) + 1)
+        return 1.0 / (int(tracked) + 1)
 
     def extra_repr(self) -> str:
         act = "" if self.act is None else f", act={self.act!r}"
         ghosts = "" if self.virtual_batch_size is None else f", virtual_batch_size={self.virtual_batch_size}"
         dim = "" if self.dim == 1 else f", dim={self.dim}"
         correction = "" if self.correction == 1 else f", correction={self.correction}"
-        return str(super().extra_repr()) + act + ghosts + dim + correction
+        domains = "" if self.domains is None else f", domains={self.domains}"
+        domains += ", domain_affine=True" if self.domain_affine else ""
+        return str(super().extra_repr()) + act + ghosts + dim + correction + domains
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
@@ -207,8 +257,12 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
             channel). Running averages are still those of the whole batch.
         dim: the axis of the channels, e.g. -1 for (N, L, C).
         correction: the running variance is of squares over count - correction: 1 is torch's, 0 that of Keras and Flax.
+        domains: keep the running statistics of so many domains, (domains, C), and count their batches; the call then
+            says by `domain=` of which its batch is: a number, or (N,) one for each sample, who in training are
+            normalized among those of their domain.
+        domain_affine: gain and bias of each domain too.
 
-    Source: Ioffe & Szegedy 2015; Hoffer, Hubara & Soudry 2017 for virtual batches.
+    Source: Ioffe & Szegedy 2015; Hoffer, Hubara & Soudry 2017 for virtual batches; Chang et al. 2019 for domains.
     """
 
     ranks = (2, 3)

@@ -81,10 +81,15 @@ class _BatchRenorm(_BatchNorm):
         lengths: Tensor | None = None,
         residual: Tensor | PackedSequence | None = None,
         segments: Tensor | None = None,
+        domain: int | Tensor | None = None,
     ) -> Any:
         """See `BatchRenorm1d`; shapes and errors as in `normwise.functional.batch_norm`."""
         if not self.training:
-            return super().forward(input, mask=mask, lengths=lengths, residual=residual, segments=segments)
+            return super().forward(
+                input, mask=mask, lengths=lengths, residual=residual, segments=segments, domain=domain
+            )
+        if domain is not None:
+            self._of_domain(domain)  # of which it has none
         if segments is not None:
             raise ValueError(
                 f"{type(self).__name__} corrects one batch towards running averages and takes no segments in training: "

@@ -1,5 +1,6 @@
 """Changing a user's model: other norms in it, norms folded away, statistics re-estimated or frozen."""
 
+from normwise.surgery.adapt import adapt
 from normwise.surgery.convert import convert
 from normwise.surgery.fold import fold
 from normwise.surgery.foreign import from_flax, from_keras, from_keras_momentum
@@ -12,6 +13,7 @@ __all__ = [
     "NormParameters",
     "Report",
     "Surgery",
+    "adapt",
     "convert",
     "decay_groups",
     "fold",

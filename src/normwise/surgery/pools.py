@@ -73,12 +73,13 @@ class _OfInputs(Pool):
     """The moments of what a layer is called with."""
 
     @abstractmethod
-    def add(self, x: Any, mask: Tensor | None, lengths: Tensor | None) -> None:
+    def add(self, x: Any, mask: Tensor | None, lengths: Tensor | None, domain: Any) -> None:
         """One call's input."""
 
     def observe(self) -> Callable[[], None]:
         def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.add(args[0] if args else kwargs["input"], kwargs.get("mask"), kwargs.get("lengths"))
+            given = (kwargs.get(name) for name in ("mask", "lengths", "domain"))
+            self.add(args[0] if args else kwargs["input"], *given)
 
         return self.called.register_forward_pre_hook(look, with_kwargs=True).remove  # type: ignore[no-any-return]
 
@@ -90,32 +91,53 @@ class _OfBatchNorm(_OfInputs):
         size = layer.get_buffer("running_mean").shape
         super().__init__(layer, {"": (size, size)})
 
-    def add(self, x: Any, mask: Tensor | None, lengths: Tensor | None) -> None:
+    def add(self, x: Any, mask: Tensor | None, lengths: Tensor | None, domain: Any) -> None:
         if ragged.is_ragged(x):
 
             def by_rows(rows: Tensor, residual: None) -> Tensor:
-                self.add(rows, None, None)
+                self.add(rows, None, None, domain)
                 return rows
 
             ragged.by_rows(by_rows, x, mask=mask, lengths=lengths, residual=None)
             return
         x, mask, _ = inputs.channels_to_axis_1("recalibrate", x, channel_axis(self.layer), mask, None)
-        found = moments(x, (0, *range(2, x.dim())), inputs.validity(x, mask, lengths, channel_dim=1))
+        valid = inputs.validity(x, mask, lengths, channel_dim=1)
+        if isinstance(domain, Tensor | list | tuple):
+            for one in torch.as_tensor(domain).unique().tolist():
+                mine = (torch.as_tensor(domain, device=x.device) == one).nonzero().flatten()
+                part = None if valid is None else valid.expand(x.shape[0], *valid.shape[1:])[mine]
+                self._add(x[mine], part, one)
+        else:
+            self._add(x, valid, domain)
+
+    def _add(self, x: Tensor, valid: Tensor | None, domain: int | None) -> None:
+        """What is valid of an input, of one domain where there are several."""
+        found = moments(x, (0, *range(2, x.dim())), valid)
         if not (found.mean.isfinite().all() and found.var.isfinite().all()):
             self.skipped += 1
             return
         self.batches += 1
-        self.add_moments("", Moments(*(t.reshape(-1).expand(x.shape[1]) for t in found)))
+        each = Moments(*(t.reshape(-1).expand(x.shape[1]) for t in found))
+        if domain is not None:
+            size = self.layer.running_mean.shape
+            each = Moments(*(t.new_zeros(size).index_copy(0, t.new_tensor([domain]).long(), t[None]) for t in each))
+        self.add_moments("", each)
 
     def enough(self) -> bool:
-        return int(self.parts[""].count.min()) > 1
+        return bool(self._met().any())
+
+    def _met(self) -> Tensor:
+        """Of which domains, or of the one, there are enough values."""
+        return self.parts[""].count.amin(-1, keepdim=True) > 1
 
     def store(self) -> None:
         found = self.parts[""]
-        self.layer.running_mean.copy_(found.mean)
-        self.layer.running_var.copy_(corrected_var(found, getattr(self.layer, "correction", 1)))
-        if self.layer.num_batches_tracked is not None:
-            self.layer.num_batches_tracked.fill_(self.batches)
+        met = self._met()
+        var = corrected_var(found, getattr(self.layer, "correction", 1))
+        for running, new in ((self.layer.running_mean, found.mean), (self.layer.running_var, var)):
+            running.copy_(torch.where(met, new.to(running.dtype), running))
+        if (tracked := self.layer.num_batches_tracked) is not None:
+            tracked.copy_(torch.where(met.view(tracked.shape), self.batches, tracked))
 
     def values(self) -> str:
         low, high = (int(count) for count in torch.aminmax(self.parts[""].count))
@@ -129,7 +151,7 @@ class _OfInstanceNorm(_OfInputs):
         size = layer.get_buffer("running_mean").shape
         super().__init__(layer, {"mean": (size, size), "var": (size, size)})
 
-    def add(self, x: Any, mask: Tensor | None, lengths: Tensor | None) -> None:
+    def add(self, x: Any, mask: Tensor | None, lengths: Tensor | None, domain: Any) -> None:
         if x.dim() == self.layer._get_no_batch_dim():
             x = x.unsqueeze(0)
             mask = None if mask is None else mask.unsqueeze(0)

@@ -100,6 +100,7 @@ def to_torch(layer: nn.Module, met: Shapes, **options: Any) -> Made:
     base = known_base(layer)
     if base.__module__.startswith("torch."):
         raise AlreadyOne()
+    of_one_domain(layer)
     name = base.__name__.replace("BatchRenorm", "BatchNorm").replace("FrozenBatchNorm", "BatchNorm")
     namesake: type[nn.Module] | None = getattr(nn, name, None)
     if namesake is None:
@@ -129,8 +130,16 @@ TARGETS: dict[str, Callable[..., Made]] = {
 }
 
 
+def of_one_domain(layer: nn.Module) -> None:
+    """Raises `Refusal` for a BatchNorm of several domains."""
+    domains = getattr(layer, "domains", None) if isinstance(layer, BATCH) else None
+    if domains is not None:
+        raise Refusal(f"it keeps the statistics of {domains} domains, of which its successor could take one alone")
+
+
 def channels_of(layer: nn.Module) -> int:
     """The size of axis 1 of the layer's input. Raises `Refusal` where it is not on axis 1."""
+    of_one_domain(layer)
     if isinstance(layer, (*BATCH, *INSTANCE)):
         return int(layer.num_features)
     if isinstance(layer, nn.GroupNorm):
@@ -169,8 +178,17 @@ def _with_statistics(layer: nn.Module, cls: type[nn.Module], options: dict[str, 
         del given["track_running_stats"]
     if known_base(layer) is cls and not options:
         raise AlreadyOne()
+    of_one_domain(layer)
+    spread = {name: options.pop(name) for name in ("domains", "domain_affine") if name in options}
     new = rebuild(layer, cls, **(given | options))
-    return new, _summary(layer, new, carry_tensors(layer, new))
+    note = _summary(layer, new, carry_tensors(layer, new))
+    if spread:
+        if not issubclass(cls, (ours.BatchNorm1d, ours.BatchNorm2d, ours.BatchNorm3d)):
+            raise Refusal(f"a {cls.__name__} keeps the statistics of one domain")
+        assert isinstance(new, ours.BatchNorm1d | ours.BatchNorm2d | ours.BatchNorm3d)
+        new.spread(spread.get("domains", 0), spread.get("domain_affine", False))
+        note = "; ".join(filter(None, [note, "each domain starts with its statistics"]))
+    return new, note
 
 
 def _without_statistics(layer: nn.Module, new: nn.Module, *notes: str) -> Made:

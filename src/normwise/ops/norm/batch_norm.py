@@ -15,6 +15,7 @@ from normwise.ops import inputs, ragged, symbolic
 from normwise.ops._torch_internals import readable
 from normwise.ops.dispatch import jit_traces
 from normwise.ops.norm import running_stats
+from normwise.ops.norm.domains import batch_norm_of_domains
 from normwise.ops.norm.ghost_batch_norm import ghost_batch_norm
 from normwise.ops.norm.run import run, run_with_correction
 from normwise.ops.norm.running_stats import Updated
@@ -139,6 +140,8 @@ def batch_norm_with_stats(
     segments: Tensor | None = None,
     dim: int = 1,
     correction: int = 1,
+    domain: Tensor | None = None,
+    domains: int = 0,
 ) -> tuple[Any, Updated]:
     """`batch_norm`, and whether the running statistics were updated (True also where there are none to update).
 
@@ -148,9 +151,33 @@ def batch_norm_with_stats(
         process_group: a torch.distributed group, or a layer's `StatsGroup`.
         virtual_batch_size: statistics of virtual batches of so many samples, see `ghost_batch_norm`.
         ranks: the numbers of axes that a layer accepts.
+        domain: (N,) integers: which of so many `domains` each sample is of, see `batch_norm_of_domains`.
     """
     if dim != 1:
         input, mask, residual = inputs.channels_to_axis_1("batch_norm", input, dim, mask, residual)
+    if domain is not None:
+        excluded = {"segments": segments, "process_group": process_group, "virtual_batch_size": virtual_batch_size}
+        y, updated = batch_norm_of_domains(
+            input,
+            domain,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            num_batches_tracked=num_batches_tracked,
+            mask=mask,
+            lengths=lengths,
+            act=act,
+            residual=residual,
+            correction=correction,
+            domains=domains,
+            ranks=ranks,
+            excluded=excluded,
+        )
+        return (y if dim == 1 else y.movedim(1, dim)), updated
     found = None
     if segments is not None:
         excluded = {"lengths": lengths, "process_group": process_group, "virtual_batch_size": virtual_batch_size}
