@@ -27,12 +27,26 @@
 extern "C" {
 #endif
 
-#define NW_ABI 6 /* raised whenever a struct or function below changes or is added */
+#define NW_ABI 7 /* raised whenever a struct or function below changes or is added */
 
 enum nw_status { NW_OK = 0, NW_BAD_ARGUMENT = 1, NW_OUT_OF_MEMORY = 2, NW_STATS_NOT_UPDATED = 3 };
 enum nw_dtype { NW_FLOAT32 = 0, NW_BFLOAT16 = 1, NW_FLOAT64 = 2 };
-/* leaky_relu has slope 0.01 below 0; gelu is exact, z * Phi(z). */
-enum nw_act { NW_IDENTITY = 0, NW_RELU = 1, NW_LEAKY_RELU = 2, NW_SILU = 3, NW_GELU = 4 };
+/* leaky_relu has slope 0.01 below 0; gelu is exact, z * Phi(z), gelu_tanh its approximation by tanh; elu has alpha 1;
+ * softplus is log(1 + exp(z)), and z from 20 on; all as torch.nn.functional's. */
+enum nw_act {
+  NW_IDENTITY = 0,
+  NW_RELU = 1,
+  NW_LEAKY_RELU = 2,
+  NW_SILU = 3,
+  NW_GELU = 4,
+  NW_RELU6 = 5,
+  NW_HARDSWISH = 6,
+  NW_HARDSIGMOID = 7,
+  NW_ELU = 8,
+  NW_GELU_TANH = 9,
+  NW_SOFTPLUS = 10,
+  NW_MISH = 11
+};
 /* Which axis of a (batch, channels, positions) array comes before the other in memory. */
 enum nw_layout { NW_CHANNELS_FIRST = 0, NW_CHANNELS_LAST = 1 };
 

@@ -62,6 +62,13 @@ double activate(int act, double z) {
     case NW_LEAKY_RELU: return z > 0 ? z : 0.01 * z;
     case NW_SILU: return z / (1 + std::exp(-z));
     case NW_GELU: return 0.5 * z * std::erfc(-z / std::sqrt(2.0));
+    case NW_RELU6: return std::fmin(std::fmax(z, 0), 6);
+    case NW_HARDSWISH: return z * std::fmin(std::fmax(z + 3, 0), 6) / 6;
+    case NW_HARDSIGMOID: return std::fmin(std::fmax(z + 3, 0), 6) / 6;
+    case NW_ELU: return z > 0 ? z : std::exp(z) - 1;
+    case NW_GELU_TANH: return 0.5 * z * (1 + std::tanh(std::sqrt(2 / M_PI) * (z + 0.044715 * z * z * z)));
+    case NW_SOFTPLUS: return std::log(1 + std::exp(z));
+    case NW_MISH: return z * std::tanh(std::log(1 + std::exp(z)));
   }
   return z;
 }
@@ -365,10 +372,11 @@ void check_channels(size_t n, size_t channels, size_t positions, int layout, int
 
 void check_norms() {
 #ifdef NW_SUBSET
-  const int dtypes[] = {NW_FLOAT32, NW_BFLOAT16}, acts[] = {NW_IDENTITY, NW_GELU};
+  const int dtypes[] = {NW_FLOAT32, NW_BFLOAT16}, acts[] = {NW_IDENTITY, NW_MISH};
 #else
   const int dtypes[] = {NW_FLOAT32, NW_BFLOAT16, NW_FLOAT64};
-  const int acts[] = {NW_IDENTITY, NW_RELU, NW_LEAKY_RELU, NW_SILU, NW_GELU};
+  const int acts[] = {NW_IDENTITY,  NW_RELU,        NW_LEAKY_RELU, NW_SILU,      NW_GELU,     NW_RELU6,
+                      NW_HARDSWISH, NW_HARDSIGMOID, NW_ELU,        NW_GELU_TANH, NW_SOFTPLUS, NW_MISH};
 #endif
   for (int dtype : dtypes) {
     for (int act : acts) {
@@ -392,19 +400,19 @@ void check_norms() {
     }
   }
   for (int layout : {NW_CHANNELS_FIRST, NW_CHANNELS_LAST}) {
-    check_groups(0, 6, 5, 3, layout, NW_FLOAT32, NW_GELU, true);
-    check_channels(0, 7, 5, layout, NW_FLOAT32, NW_GELU, true);
+    check_groups(0, 6, 5, 3, layout, NW_FLOAT32, NW_MISH, true);
+    check_channels(0, 7, 5, layout, NW_FLOAT32, NW_MISH, true);
   }
-  check_rows(0, 7, NW_FLOAT32, NW_GELU, true, true);
+  check_rows(0, 7, NW_FLOAT32, NW_MISH, true, true);
   // Large enough for several threads, blocks and chunks.
   check_rows(70, 600, NW_FLOAT32, NW_IDENTITY, true, true);
-  check_groups(2, 4, 5001, 2, NW_CHANNELS_FIRST, NW_FLOAT32, NW_GELU, true);
+  check_groups(2, 4, 5001, 2, NW_CHANNELS_FIRST, NW_FLOAT32, NW_MISH, true);
   check_groups(1, 4, 9001, 1, NW_CHANNELS_FIRST, NW_FLOAT32, NW_IDENTITY, false);
-  check_groups(1, 34, 999, 17, NW_CHANNELS_LAST, NW_FLOAT32, NW_GELU, true);
+  check_groups(1, 34, 999, 17, NW_CHANNELS_LAST, NW_FLOAT32, NW_MISH, true);
   check_groups(12, 34, 99, 2, NW_CHANNELS_LAST, NW_BFLOAT16, NW_IDENTITY, false);
-  check_channels(2, 2, 9001, NW_CHANNELS_FIRST, NW_FLOAT32, NW_GELU, true);
+  check_channels(2, 2, 9001, NW_CHANNELS_FIRST, NW_FLOAT32, NW_MISH, true);
   check_channels(4, 20, 500, NW_CHANNELS_FIRST, NW_BFLOAT16, NW_IDENTITY, false);
-  check_channels(3, 17, 999, NW_CHANNELS_LAST, NW_FLOAT32, NW_GELU, true);
+  check_channels(3, 17, 999, NW_CHANNELS_LAST, NW_FLOAT32, NW_MISH, true);
 }
 
 }  // namespace

@@ -34,6 +34,14 @@ def test_mask_residual_and_activation_are_fused(
     check_channels(shape, dtype, act=act, masked=masked, channels_last=channels_last, residual=True, training=False)
 
 
+@pytest.mark.parametrize("act", truth.FURTHER_ACTS)
+@pytest.mark.parametrize("dtype", truth.DTYPES)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_further_activations_are_fused(isa: str, dtype: torch.dtype, act: str, channels_last: bool) -> None:
+    check_channels((4, 6, 37), dtype, act=act, masked=True, channels_last=channels_last)
+    check_channels((33, 19), dtype, act=act, channels_last=channels_last, residual=True, training=False)
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])

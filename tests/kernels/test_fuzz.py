@@ -11,7 +11,7 @@ from support.kernel_checks import check_channels, check_groups, check_rows
 # The fixtures (instruction set, poisoned memory) hold for all examples of a test alike.
 FUZZ = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 OPTIONS = {
-    "act": st.sampled_from(truth.ACTS),
+    "act": st.sampled_from([None, *truth.ACTIVATIONS]),
     "residual": st.booleans(),
     "masked": st.booleans(),
     "affine": st.booleans(),

@@ -44,6 +44,13 @@ def test_mask_residual_and_activation_are_fused(
     check_groups((3, 6, 37), 2, dtype, act=act, masked=masked, residual=residual, channels_last=channels_last)
 
 
+@pytest.mark.parametrize("act", truth.FURTHER_ACTS)
+@pytest.mark.parametrize("dtype", truth.DTYPES)
+@each_layout
+def test_further_activations_are_fused(isa: str, dtype: torch.dtype, act: str, channels_last: bool) -> None:
+    check_groups((3, 6, 37), 2, dtype, act=act, masked=True, residual=True, channels_last=channels_last)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 @pytest.mark.parametrize(("batch", "groups"), [(5, 1), (5, 12), (1, 1), (1, 12)])
 @each_layout

@@ -35,6 +35,13 @@ def test_mask_residual_and_activation_are_fused(
     check_rows(37, 63, dtype, act=act, masked=masked, residual=residual, dsum=residual)
 
 
+@pytest.mark.parametrize("act", truth.FURTHER_ACTS)
+@pytest.mark.parametrize("dtype", truth.DTYPES)
+def test_further_activations_are_fused(isa: str, dtype: torch.dtype, act: str) -> None:
+    check_rows(37, 63, dtype, act=act)
+    check_rows(9, 600, dtype, act=act, masked=True, residual=True, dsum=True)
+
+
 @pytest.mark.parametrize("center", [True, False])
 def test_no_gain_and_no_bias(isa: str, center: bool) -> None:
     check_rows(9, 63, torch.float32, affine=False, act="gelu", center=center)

@@ -12,10 +12,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
 import normwise
 from support.backends import using
+from support.kernel_truth import ACTIVATIONS as ACTS
 from support.norm_cases import added, randomize
 from support.tolerances import assert_close
 
-ACTS = {"relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu, "gelu": F.gelu}
 each_norm = pytest.mark.parametrize("norm", [normwise.LayerNorm, normwise.RMSNorm])
 
 
@@ -229,7 +229,7 @@ def test_functional_is_what_the_layers_do() -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("act", [None, "silu", "gelu"])
+@pytest.mark.parametrize("act", [None, "silu", "gelu", "gelu_tanh", "mish"])
 @pytest.mark.parametrize("norm", [normwise.LayerNorm, normwise.RMSNorm, normwise.BatchNorm1d])
 def test_second_derivatives_with_a_residual(norm: type[nn.Module], act: str | None, masked: bool) -> None:
     layer = randomize(norm(4, act=act, dtype=torch.float64))

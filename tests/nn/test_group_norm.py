@@ -13,10 +13,11 @@ from torch.nn.utils.rnn import pack_sequence, unpack_sequence
 
 import normwise
 from support.backends import BACKENDS, using
+from support.kernel_truth import ACTIVATIONS, FURTHER_ACTS
 from support.norm_cases import randomize, run
 from support.tolerances import assert_close
 
-ACTS = {None: lambda z: z, "relu": F.relu, "leaky_relu": F.leaky_relu, "silu": F.silu, "gelu": F.gelu}
+ACTS: dict[str | None, Callable[[Tensor], Tensor]] = {None: lambda z: z, **ACTIVATIONS}
 Make = Callable[..., nn.Module]
 LAYERS: dict[str, tuple[Make, Make]] = {
     "group": (
@@ -50,7 +51,7 @@ def pair(name: str, dtype: torch.dtype = torch.float64, act: str | None = None) 
     return layer, plain
 
 
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("act", [act for act in ACTS if act not in FURTHER_ACTS])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @each_layer
@@ -80,6 +81,12 @@ def test_act_and_residual(
             assert_close(got, expected, kind="grad")
     for key, value in plain.state_dict().items():
         assert_close(layer.state_dict()[key].double(), value, name=key)
+
+
+@pytest.mark.parametrize("act", FURTHER_ACTS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_further_acts_and_residual(act: str, backend: str) -> None:
+    test_act_and_residual("group", act, True, backend, torch.channels_last)
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 7), (3, 4, 5, 6), (2, 4, 3, 2, 5)], ids=str)

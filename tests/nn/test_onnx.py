@@ -83,11 +83,21 @@ IMAGE, ROWS, SERIES = (2, 4, 5, 6), (2, 3, 4), (5, 2, 4)
             IMAGE,
             {"InstanceNormalization": 2, "Reshape": 2, "Mul": 1, "Add": 1},
         ),
+        (
+            [normwise.BatchNorm2d(4, act="hardswish"), normwise.BatchNorm2d(4, act="relu6")],
+            IMAGE,
+            {"BatchNormalization": 2, "HardSwish": 1, "Clip": 1},
+        ),
+        (
+            [normwise.RMSNorm(4, act=act) for act in ("hardsigmoid", "elu", "gelu_tanh", "softplus", "mish")],
+            ROWS,
+            None,
+        ),
         ([normwise.RMSNorm(4)], ROWS, None),  # ONNX has it from opset 23
         ([normwise.RMSNorm(4, offset=1.0), normwise.LayerNorm(4, offset=1.0, cast="input")], ROWS, None),
         ([normwise.LSTM(4, 6, norm=None)], SERIES, None),
     ],
-    ids=["batch", "layer", "instance and group", "rms", "offset and cast", "plain lstm"],
+    ids=["batch", "layer", "instance and group", "hard acts", "smooth acts", "rms", "offset and cast", "plain lstm"],
 )
 def test_standard_operators_and_the_same_numbers(layers, shape, operators, tmp_path):
     model = nn.Sequential(*map(randomize, layers))

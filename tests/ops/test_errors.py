@@ -211,7 +211,7 @@ BAD_LAYERS: dict[str, tuple[Callable[[], Any], str]] = {
         r"num_channels \(6\) must be divisible by num_groups \(4\): num_groups can be one of \[1, 2, 3, 6\]",
     ),
     "no groups": (lambda: normwise.GroupNorm(0, 6), "must be divisible"),
-    "act": (lambda: normwise.BatchNorm1d(4, act="relu6"), "unknown act 'relu6': expected one of 'relu', 'leaky_relu'"),
+    "act": (lambda: normwise.BatchNorm1d(4, act="celu"), "unknown act 'celu': expected one of 'relu', 'leaky_relu'"),
     "act of LayerNorm": (lambda: normwise.LayerNorm(4, act="tanh"), "unknown act 'tanh'"),
     "dim and shape": (lambda: normwise.LayerNorm((4, 5), dim=1), r"dim=1 names 1 axes, but .* has 2"),
     "empty shape": (lambda: normwise.functional.layer_norm(x2, ()), "at least 1-dimensional"),

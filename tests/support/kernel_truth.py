@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
-ACTS = [None, "relu", "leaky_relu", "silu", "gelu"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "hardsigmoid": lambda z: (z.clamp(-3, 3) + 3) / 6,  # torch's own has a derivative with float32's digits
+    "elu": F.elu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "softplus": F.softplus,
+    "mish": F.mish,
+}
+ACTS = [None, "relu", "leaky_relu", "silu", "gelu"]  # tested with every combination of options
+FURTHER_ACTS = [name for name in ACTIVATIONS if name not in ACTS]  # with few: the options' code is the same for all
 
 
 def leaf(t: Tensor | None) -> Tensor | None:
@@ -32,7 +47,7 @@ def standardize(
 
 def activate(z: Tensor, act: str | None, mask: Tensor | None) -> Tensor:
     """act(z), and 0 where the mask is False."""
-    y = z if act is None else getattr(F, act)(z)
+    y = z if act is None else ACTIVATIONS[act](z)
     return y if mask is None else torch.where(mask, y, 0)
 
 

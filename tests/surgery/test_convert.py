@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import normwise
+from normwise.backends.activations import ACTIVATIONS
 from support.norm_cases import CASES, randomize
 from support.surgery_models import IMAGES, assert_same_state, net, state
 from support.tolerances import assert_close
@@ -235,6 +236,12 @@ def test_an_activation_goes_along():
     assert_close(grouped(x, residual=x), torch.relu(nn.functional.group_norm(x, 2, layer.weight, layer.bias) + x))
     assert [type(part) for part in normwise.convert(grouped, to="torch").model] == [nn.GroupNorm, nn.ReLU]
     assert normwise.convert(layer, to="layer").model.act == "relu"
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_torch_has_every_activation(act):
+    layer, x = normwise.LayerNorm(5, act=act), 3 * torch.randn(7, 5)
+    assert_close(normwise.convert(layer, to="torch").model(x), layer(x))
 
 
 @pytest.mark.parametrize(

@@ -85,11 +85,11 @@ def make_launches() -> None:
     x, w = torch.empty(48, 100, dtype=torch.float64), torch.empty(100)
     both("features", layer._replace(act="gelu"), x, x, w, w, torch.ones(48, 100, dtype=torch.bool))
     both("features", layer._replace(act="silu"), x.half()[:, :1], None, w[:1], w[:1], None)
-    for shape, last, dtype in (
-        ((32, 64, 14, 14), False, torch.bfloat16),
-        ((32, 64, 14, 14), True, torch.float32),
-        ((256, 128), False, torch.float32),
-        ((1, 1, 7), False, torch.float64),
+    for shape, last, dtype, acts in (
+        ((32, 64, 14, 14), False, torch.bfloat16, ("relu", "silu", "leaky_relu")),
+        ((32, 64, 14, 14), True, torch.float32, ("relu6", "mish", "elu")),
+        ((256, 128), False, torch.float32, ("hardswish", "softplus", "gelu_tanh")),
+        ((1, 1, 7), False, torch.float64, ("hardsigmoid", "elu", "softplus")),
     ):
         x, w = torch.empty(shape, dtype=dtype), torch.empty(shape[1], dtype=dtype)
         if last:
@@ -98,11 +98,11 @@ def make_launches() -> None:
         mask = torch.ones(shape[0], 1, *shape[2:], dtype=torch.bool)
         batch = NormConfig("batch_norm", "channels", 1e-5, momentum=0.1)
         both("channels", batch, x, None, w, w, None, *averages)
-        both("channels", batch._replace(act="relu", momentum=torch.tensor(0.1)), x, x, w, w, mask, *averages)
-        both("channels", batch._replace(act="silu", batch_statistics=False), x, x, None, w, None, *averages)
+        both("channels", batch._replace(act=acts[0], momentum=torch.tensor(0.1)), x, x, w, w, mask, *averages)
+        both("channels", batch._replace(act=acts[1], batch_statistics=False), x, x, None, w, None, *averages)
         by_group = NormConfig("group_norm", "groups", 1e-5, act="silu", groups=max(1, shape[1] // 8))
         both("groups", by_group, x, None, w, w, None)
-        both("groups", by_group._replace(act="leaky_relu"), x, x, w, None, mask.expand(shape))
+        both("groups", by_group._replace(act=acts[2]), x, x, w, None, mask.expand(shape))
 
 
 def make_updates() -> None:

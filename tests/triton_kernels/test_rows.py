@@ -8,7 +8,7 @@ import torch
 from normwise.backends.protocol import NormConfig, NormRequest
 from normwise.backends.triton.norms import FAMILIES, supports
 from support.backends import DTYPES
-from support.kernel_truth import ACTS
+from support.kernel_truth import ACTS, FURTHER_ACTS
 from support.tolerances import assert_close
 from support.triton_checks import check
 
@@ -42,6 +42,12 @@ def test_mask_residual_and_activation_are_fused(
     mask = {"": None, "rows": some_rows(37, 1), "elements": some_rows(37, 63)}[masked]
     check("features", (37, 63), dtype, act=act, mask=mask, residual=residual, dtotal=residual)
     check("features", (37, 63), dtype, act=act, mask=mask, residual=residual, center=False)
+
+
+@pytest.mark.parametrize("act", FURTHER_ACTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_further_activations_are_fused(dtype: torch.dtype, act: str) -> None:
+    check("features", (37, 63), dtype, act=act, mask=some_rows(37, 1), residual=True)
 
 
 @pytest.mark.parametrize("center", [True, False])
@@ -101,7 +107,7 @@ def test_long_sums_lose_no_precision() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("act", [*ACTS, *FURTHER_ACTS])
 def test_nan_stays_in_its_row(act: str | None) -> None:
     x = torch.randn(4, 33)
     x[1, 5] = float("nan")

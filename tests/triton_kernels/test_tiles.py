@@ -11,7 +11,7 @@ from normwise.backends.protocol import NormConfig, NormRequest
 from normwise.backends.triton import settings
 from normwise.backends.triton.norms import FAMILIES, supports
 from support.backends import DTYPES
-from support.kernel_truth import ACTS
+from support.kernel_truth import ACTS, FURTHER_ACTS
 from support.tolerances import assert_close
 from support.triton_checks import check
 
@@ -69,6 +69,13 @@ def test_mask_residual_and_activation_are_fused(act: str | None, masked: str) ->
     check("channels", shape, act=act, mask=mask, residual=True, running=True)
     check("channels", shape, act=act, mask=mask, training=False)
     check("groups", shape, act=act, mask=mask, residual=True, groups=groups_of(shape))
+
+
+@pytest.mark.parametrize("act", FURTHER_ACTS)
+def test_further_activations_are_fused(act: str) -> None:
+    shape = (4, 6, 37)
+    check("channels", shape, act=act, mask=mask_of("positions", shape), residual=True)
+    check("groups", shape, torch.float64, act=act, groups=groups_of(shape))
 
 
 @pytest.mark.parametrize("masked", ["positions", "samples", "elements", "last axis"])

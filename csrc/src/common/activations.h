@@ -33,11 +33,51 @@ NW_INLINE vec<float> exp(vec<float> x) {
   return p * scale + scale;
 }
 
-// Beyond these limits silu and gelu are 0 or z to within rounding; exp(silu_limit) and exp(-silu_limit) are finite.
-template <class C> constexpr C silu_limit = sizeof(C) == 8 ? 700 : 87;
+// Beyond these limits silu, gelu and gelu_tanh are 0 or z to within rounding; exp(exp_limit) and exp(-exp_limit) are
+// finite and no subnormal numbers.
+template <class C> constexpr C exp_limit = sizeof(C) == 8 ? 700 : 87;
 template <class C> constexpr C gelu_limit = sizeof(C) == 8 ? 38 : 13;
+template <class C> constexpr C gelu_tanh_limit = sizeof(C) == 8 ? 20 : 9.875;
 
 template <class C> NW_INLINE vec<C> at_least(vec<C> z, C low) { return z < low ? splat(low) : z; }
+template <class C> NW_INLINE vec<C> at_most(vec<C> z, C high) { return z > high ? splat(high) : z; }
+
+// exp(z) for z <= exp_limit, and 0 where it is next to nothing: as a factor of -inf that is NaN, as in torch.
+template <class C> NW_INLINE vec<C> exp_or_zero(vec<C> z) {
+  return z < -exp_limit<C> ? vec<C>{} : exp(at_least(z, -exp_limit<C>));
+}
+
+// exp(z) - 1 for z <= 0 and log(1 + u) for 0 <= u <= 1, with all relative digits near 0.
+NW_INLINE vec<double> expm1_of_negative(vec<double> z) {
+  for (int i = 0; i < lanes<double>; ++i) z[i] = std::expm1(z[i]);
+  return z;
+}
+NW_INLINE vec<float> expm1_of_negative(vec<float> z) {
+  vec<float> scale;
+  const vec<float> p = scaled_expm1(at_least(z, -exp_limit<float>), scale);
+  return p * scale + (scale - 1.f);
+}
+NW_INLINE vec<double> log1p(vec<double> u) {
+  for (int i = 0; i < lanes<double>; ++i) u[i] = std::log1p(u[i]);
+  return u;
+}
+// 2 artanh(s), s = u / (2 + u) <= 1/3: s times a polynomial in s^2, interpolating at Chebyshev nodes, relative error
+// 2e-8 before rounding.
+NW_INLINE vec<float> log1p(vec<float> u) {
+  const vec<float> s = u * reciprocal(2.f + u), t = s * s;
+  vec<float> p = splat(0.1342575f);
+  p = p * t + 0.1411831f;
+  p = p * t + 0.2000378f;
+  p = p * t + 0.3333332f;
+  return 2.f * (s + s * (t * p));
+}
+
+// The logistic function of v, |v| <= exp_limit, and the one of -v, both with all relative digits.
+template <class C> NW_INLINE vec<C> logistic(vec<C> v, vec<C>& of_negative) {
+  const vec<C> e = exp(-v), s = reciprocal(C(1) + e);
+  of_negative = e * s;
+  return s;
+}
 
 // Phi(z) = erfc(-z / sqrt(2)) / 2; `density` receives exp(-z^2 / 2).
 NW_INLINE vec<double> normal_cdf(vec<double> z, vec<double>& density) {
@@ -66,11 +106,73 @@ NW_INLINE vec<float> normal_cdf(vec<float> z, vec<float>& density) {
   return z < 0.f ? tail : 1.f - tail;
 }
 
-template <int act, class C> NW_INLINE vec<C> activate(vec<C> z) {
+// Rarer activations share one instance of each kernel, which has `act_by_code` for its activation and finds by the code
+// of the call what to do: an instance of each kernel for each of them would double the library.
+constexpr int act_by_code = -1;
+
+// tanh of gelu_tanh is 2 s(v) - 1, with s the logistic function: v(z) = z * (a + b z^2), and 1 + tanh keeps its digits.
+template <class C> constexpr C gelu_tanh_a = C(1.5957691216057307117597842);   // 2 sqrt(2 / pi)
+template <class C> constexpr C gelu_tanh_b = C(0.07135481627260025487699050);  // 0.044715 a
+
+template <class C> __attribute__((noinline)) vec<C> activate_by_code(vec<C> z, int code) {
+  switch (code) {
+    case NW_HARDSIGMOID: return at_most(at_least(z + C(3), C(0)), C(6)) * C(1. / 6);
+    case NW_ELU: return z <= C(0) ? expm1_of_negative(at_most(z, C(0))) : z;
+    case NW_GELU_TANH: {
+      constexpr C limit = gelu_tanh_limit<C>;
+      const vec<C> c = clamp(z, limit);
+      vec<C> rest;
+      const vec<C> s = logistic<C>(c * (gelu_tanh_a<C> + gelu_tanh_b<C> * (c * c)), rest);
+      return z * (z < -limit ? vec<C>{} : s);
+    }
+    case NW_SOFTPLUS: {
+      const vec<C> y = at_least(z, C(0)) + log1p(exp_or_zero<C>(z < C(0) ? z : -z));
+      return z > C(20) ? z : y;
+    }
+    case NW_MISH: {  // z tanh(log(1 + w)) = z n / (n + 2), w = exp(z), n = w (w + 2); past z = 20 the factor is 1
+      const vec<C> w = exp_or_zero<C>(at_most(z, C(20))), n = w * (w + C(2));
+      return z * (n * reciprocal(n + C(2)));
+    }
+  }
+  return z;
+}
+
+// d activate_by_code(z) / dz, at infinities its limit.
+template <class C> __attribute__((noinline)) vec<C> activation_derivative_by_code(vec<C> z, int code) {
+  const vec<C> one = splat(C(1));
+  switch (code) {
+    case NW_HARDSIGMOID: return z > C(-3) ? (z < C(3) ? splat(C(1. / 6)) : vec<C>{}) : vec<C>{};
+    case NW_ELU: return z > C(0) ? one : exp_or_zero<C>(at_most(z, C(0)));
+    case NW_GELU_TANH: {  // s + z s (1 - s) v'
+      z = clamp(z, gelu_tanh_limit<C>);
+      const vec<C> square = z * z;
+      vec<C> rest;
+      const vec<C> s = logistic<C>(z * (gelu_tanh_a<C> + gelu_tanh_b<C> * square), rest);
+      return s + s * rest * (z * (gelu_tanh_a<C> + C(3) * gelu_tanh_b<C> * square));
+    }
+    case NW_SOFTPLUS: {
+      vec<C> rest;
+      const vec<C> s = logistic<C>(clamp(z, exp_limit<C>), rest);
+      return z > C(20) ? one : s;
+    }
+    case NW_MISH: {  // (n + 4 z w (w + 1) / (n + 2)) / (n + 2)
+      z = at_least(at_most(z, C(20)), -exp_limit<C>);
+      const vec<C> w = exp(z), n = w * (w + C(2)), r = reciprocal(n + C(2));
+      return r * (n + C(4) * z * (w * (w + C(1)) * r));
+    }
+  }
+  return one;
+}
+
+// `code` is read only where act is act_by_code.
+template <int act, class C> NW_INLINE vec<C> activate(vec<C> z, [[maybe_unused]] int code = act) {
+  if constexpr (act == act_by_code) return activate_by_code<C>(z, code);
+  if constexpr (act == NW_RELU6) return z <= C(0) ? vec<C>{} : at_most(z, C(6));
+  if constexpr (act == NW_HARDSWISH) return z * (at_most(at_least(z + C(3), C(0)), C(6)) * C(1. / 6));
   if constexpr (act == NW_RELU) return z <= C(0) ? vec<C>{} : z;
   if constexpr (act == NW_LEAKY_RELU) return z > C(0) ? z : z * C(0.01);
   if constexpr (act == NW_SILU) {
-    constexpr C limit = silu_limit<C>;
+    constexpr C limit = exp_limit<C>;
     return at_least(z, -limit) * reciprocal(C(1) + exp(-clamp(z, limit)));
   }
   if constexpr (act == NW_GELU) {
@@ -82,11 +184,17 @@ template <int act, class C> NW_INLINE vec<C> activate(vec<C> z) {
 }
 
 // d activate(z) / dz
-template <int act, class C> NW_INLINE vec<C> activation_derivative(vec<C> z) {
+template <int act, class C> NW_INLINE vec<C> activation_derivative(vec<C> z, [[maybe_unused]] int code = act) {
+  if constexpr (act == act_by_code) return activation_derivative_by_code<C>(z, code);
+  if constexpr (act == NW_RELU6) return z > C(0) ? (z < C(6) ? splat(C(1)) : vec<C>{}) : vec<C>{};
+  if constexpr (act == NW_HARDSWISH) {
+    const vec<C> inner = z * C(1. / 3) + C(0.5);
+    return z <= C(-3) ? vec<C>{} : (z >= C(3) ? splat(C(1)) : inner);
+  }
   if constexpr (act == NW_RELU) return z <= C(0) ? vec<C>{} : splat(C(1));
   if constexpr (act == NW_LEAKY_RELU) return z > C(0) ? splat(C(1)) : splat(C(0.01));
   if constexpr (act == NW_SILU) {  // s * (1 + z * (1 - s)), s the logistic function and 1 - s = exp(-z) * s
-    z = clamp(z, silu_limit<C>);
+    z = clamp(z, exp_limit<C>);
     const vec<C> e = exp(-z), s = reciprocal(C(1) + e);
     return s * (C(1) + z * (e * s));
   }
@@ -101,15 +209,22 @@ template <int act, class C> NW_INLINE vec<C> activation_derivative(vec<C> z) {
 
 // Calls f.operator()<T, act>() with the element type and activation that the codes of a call name and returns its
 // status, or NW_BAD_ARGUMENT if a code is unknown. NW_SUBSET leaves a few combinations that between them take every
-// path: the build with sanitizers would take minutes otherwise.
+// path of the norms: the build with sanitizers would take minutes otherwise.
 template <class T, class F> NW_INLINE int dispatch_act(int act, F f) {
   switch (act) {
     case NW_IDENTITY: return f.template operator()<T, NW_IDENTITY>();
-    case NW_GELU: return f.template operator()<T, NW_GELU>();
+    case NW_HARDSIGMOID:
+    case NW_ELU:
+    case NW_GELU_TANH:
+    case NW_SOFTPLUS:
+    case NW_MISH: return f.template operator()<T, act_by_code>();
 #ifndef NW_SUBSET
     case NW_RELU: return f.template operator()<T, NW_RELU>();
     case NW_LEAKY_RELU: return f.template operator()<T, NW_LEAKY_RELU>();
     case NW_SILU: return f.template operator()<T, NW_SILU>();
+    case NW_GELU: return f.template operator()<T, NW_GELU>();
+    case NW_RELU6: return f.template operator()<T, NW_RELU6>();
+    case NW_HARDSWISH: return f.template operator()<T, NW_HARDSWISH>();
 #endif
   }
   return NW_BAD_ARGUMENT;

@@ -25,7 +25,7 @@ void normalize_block(const nw_channels_forward_args& a, int64_t at, const Region
                      int64_t prefetch_offset) {
   const T* residual = a.residual ? static_cast<const T*>(a.residual) + at : nullptr;
   normalize<act>(static_cast<const T*>(a.x) + at, residual, static_cast<T*>(a.y) + at, r, affine_of<compute_t<T>>(a, c),
-                 prefetch_offset,
+                 a.act, prefetch_offset,
                  use_non_temporal(static_cast<T*>(a.y), a.batch * a.channels * a.positions, a.positions));
 }
 
@@ -95,7 +95,7 @@ template <class T, int act> int backward(const nw_channels_backward_args& a) {
   const Region all = channel_region(a, masks);
   const int threads = useful_threads_of(a);
   const double count = double(count_valid(all));
-  const PlaneGradient<T> gradient(a.dy, a.x, a.residual);
+  const PlaneGradient<T> gradient(a);
   const Blocks blocks(all);
   T *dx = static_cast<T*>(a.dx), *dresidual = static_cast<T*>(a.dresidual);
   const bool non_temporal = use_non_temporal(dx, a.batch * a.channels * a.positions, a.positions);

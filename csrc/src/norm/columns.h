@@ -22,6 +22,7 @@ template <class T> struct ColumnArrays {
   const T *x, *residual, *dy;
   T *out, *dresidual;  // y or dx
   bool non_temporal;
+  int code;  // the activation's
 };
 
 template <class T> NW_INLINE T* offset_or_null(T* p, int64_t start) { return p ? p + start : nullptr; }
@@ -38,6 +39,7 @@ template <class T, class Args> ColumnArrays<T> forward_arrays(const Args& a, int
       .out = y + start,
       .dresidual = nullptr,
       .non_temporal = use_non_temporal(y, a.batch * a.positions * a.channels, a.channels),
+      .code = a.act,
   };
 }
 
@@ -53,6 +55,7 @@ template <class T, class Args> ColumnArrays<T> backward_arrays(const Args& a, in
       .out = dx + start,
       .dresidual = offset_or_null(static_cast<T*>(a.dresidual), start),
       .non_temporal = use_non_temporal(dx, a.batch * a.positions * a.channels, a.channels),
+      .code = a.act,
   };
 }
 
@@ -269,7 +272,7 @@ void normalize_rows(const ColumnArrays<T>& r, const ColumnCoeffs<compute_t<T>>& 
   auto one = [&](auto part, int64_t at, vec<C> high, vec<C> low, vec<C> scale, vec<C> shift) NW_LAMBDA {
     vec<C> z = ((load(r.x + at, part) - high) - low) * scale + shift;
     if (r.residual) z += load(r.residual + at, part);
-    store_output(r.out + at, activate<act, C>(z), part, r.non_temporal);
+    store_output(r.out + at, activate<act, C>(z, r.code), part, r.non_temporal);
   };
   auto block = [&](const int64_t* rows, int64_t count) {
     for_rows_by_four<C>(

@@ -18,7 +18,7 @@ template <class T, int act> struct ColumnGradient {
     if constexpr (act != NW_IDENTITY) {
       vec<C> z = deviation * load(coeffs.scale + i, part) + load(coeffs.shift + i, part);
       if (r.residual) z += load(r.residual + at, part);
-      g *= activation_derivative<act, C>(z);
+      g *= activation_derivative<act, C>(z, r.code);
     }
     return g;
   }

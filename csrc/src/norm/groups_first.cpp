@@ -30,7 +30,7 @@ void normalize_plane(const nw_groups_forward_args& a, const PackedMasks& masks, 
   const int64_t at = plane * a.positions;
   T* y = static_cast<T*>(a.y);
   normalize<act>(static_cast<const T*>(a.x) + at, a.residual ? static_cast<const T*>(a.residual) + at : nullptr, y + at,
-                 plane_region(a, masks, plane), plane_affine<C>(a, plane), prefetch_offset,
+                 plane_region(a, masks, plane), plane_affine<C>(a, plane), a.act, prefetch_offset,
                  use_non_temporal(y, a.batch * a.channels * a.positions, a.positions));
 }
 
@@ -70,7 +70,7 @@ template <class T, int act> int backward(const nw_groups_backward_args& a) {
   using C = compute_t<T>;
   const int threads = useful_threads(a.batch * a.channels * a.positions, a.threads);
   const int64_t groups = a.batch * a.groups, channels = a.channels / a.groups;
-  const PlaneGradient<T> gradient(a.dy, a.x, a.residual);
+  const PlaneGradient<T> gradient(a);
   T *dx = static_cast<T*>(a.dx), *dresidual = static_cast<T*>(a.dresidual);
   const bool non_temporal = use_non_temporal(dx, a.batch * a.channels * a.positions, a.positions);
   const PackedMasks masks(a.mask, a.batch, a.positions);

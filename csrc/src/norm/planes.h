@@ -42,10 +42,10 @@ template <class C> NW_INLINE double parameter(const void* p, int64_t i, double d
   return p ? double(static_cast<const C*>(p)[i]) : default_value;
 }
 
-// Writes y = act(z + residual) for a region. `prefetch_offset`: how far away the run lies that is read next, 0 for
+// Writes y = act(z + residual) for a region; `code` is the activation's. `prefetch_offset`: how far away the run lies that is read next, 0 for
 // none; it is prefetched while this one is written.
 template <int act, class T>
-void normalize(const T* x, const T* residual, T* y, const Region& r, const Affine<compute_t<T>>& affine,
+void normalize(const T* x, const T* residual, T* y, const Region& r, const Affine<compute_t<T>>& affine, int code,
                int64_t prefetch_offset, bool non_temporal) {
   using C = compute_t<T>;
   for (int64_t p = 0; p < r.planes; ++p) {
@@ -56,7 +56,7 @@ void normalize(const T* x, const T* residual, T* y, const Region& r, const Affin
       if (prefetch_offset) prefetch_l2(x + at + i + prefetch_offset);
       if (prefetch_offset && !non_temporal) prefetch_l2(y + at + i + prefetch_offset);
       if (residual) z += load(residual + at + i, part);
-      z = activate<act, C>(z);
+      z = activate<act, C>(z, code);
       if (mask) z = zero_invalid(z, load_valid_lanes<C>(mask, i));
       store_output(y + at + i, z, part, non_temporal);
     });
@@ -67,9 +67,14 @@ void normalize(const T* x, const T* residual, T* y, const Region& r, const Affin
 template <class T> struct PlaneGradient {
   using C = compute_t<T>;
   const T *dy, *x, *residual;
+  int code;  // the activation's
 
-  PlaneGradient(const void* dy, const void* x, const void* residual)
-      : dy(static_cast<const T*>(dy)), x(static_cast<const T*>(x)), residual(static_cast<const T*>(residual)) {}
+  template <class Args>
+  explicit PlaneGradient(const Args& a)
+      : dy(static_cast<const T*>(a.dy)),
+        x(static_cast<const T*>(a.x)),
+        residual(static_cast<const T*>(a.residual)),
+        code(a.act) {}
 
   // For element i of the run that begins at `start`: the gradient g of z, 0 in padding, and the deviation of x from the
   // mean, in padding that of x = 0.
@@ -84,7 +89,7 @@ template <class T> struct PlaneGradient {
     if constexpr (act != NW_IDENTITY) {
       vec<C> z = deviation * affine.scale + affine.shift;
       if (residual) z += read(residual);
-      g *= activation_derivative<act, C>(z);
+      g *= activation_derivative<act, C>(z, code);
     }
     return clear_tail<C>(g, part);
   }

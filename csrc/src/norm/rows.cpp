@@ -77,7 +77,7 @@ template <class T, int act> void forward_row(const nw_rows_forward_args& a, int6
   for_each_vector<C>(n, [&](int64_t i, auto part) NW_LAMBDA {
     prefetch(next + i);
     vec<C> z = split_mean.deviation(load(x + i, part)) * scale * weight.at(i, part) + bias.at(i, part);
-    store_output(y + i, activate<act, C>(z), part, non_temporal);
+    store_output(y + i, activate<act, C>(z, a.act), part, non_temporal);
   });
 }
 
@@ -127,7 +127,7 @@ void forward_short_rows(const nw_rows_forward_args& a, int64_t row, bool non_tem
     for (int r = 0; r < R; ++r) {
       prefetch(x + (r + R) * n + i);
       vec<C> z = SplitMean<C>(mean[r]).deviation(load(x + r * n + i, part)) * C(rstd[r]) * w + b;
-      store_output(y + r * n + i, activate<act, C>(z), part, non_temporal);
+      store_output(y + r * n + i, activate<act, C>(z, a.act), part, non_temporal);
     }
   });
 }
@@ -156,6 +156,7 @@ template <class T, int act> struct RowGradient {
   C rstd, offset, slope;    // ds = rstd * weight * g - offset - deviation * slope
   int64_t prefetch_offset;  // how far away the row lies that is read after this one
   bool non_temporal;
+  int code;  // the activation's
 
   RowGradient(const nw_rows_backward_args& a, int64_t row, int64_t prefetch_offset)
       : dy(static_cast<const T*>(a.dy) + row * a.cols),
@@ -167,13 +168,16 @@ template <class T, int act> struct RowGradient {
         offset(0),
         slope(0),
         prefetch_offset(prefetch_offset),
-        non_temporal(use_non_temporal(static_cast<T*>(a.ds), a.rows * a.cols, a.cols)) {}
+        non_temporal(use_non_temporal(static_cast<T*>(a.ds), a.rows * a.cols, a.cols)),
+        code(a.act) {}
 
   template <class Part>
   NW_INLINE vec<C> at(int64_t i, Part part, vec<C> weight, const ParamVector<C>& bias, vec<C>& deviation) const {
     deviation = mean.deviation(load(s + i, part));
     vec<C> g = load(dy + i, part);
-    if constexpr (act != NW_IDENTITY) g *= activation_derivative<act, C>(deviation * rstd * weight + bias.at(i, part));
+    if constexpr (act != NW_IDENTITY) {
+      g *= activation_derivative<act, C>(deviation * rstd * weight + bias.at(i, part), code);
+    }
     return g;
   }
 

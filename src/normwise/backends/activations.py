@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from normwise.backends.channels import channels_last
+
+
+def _hardsigmoid(z: Tensor) -> Tensor:
+    """torch's derivative of it is 1/6 in float32's digits, in float64 too."""
+    return F.hardtanh(z, -3, 3) / 6 + 0.5 if z.dtype is torch.float64 else F.hardsigmoid(z)
+
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "leaky_relu": F.leaky_relu,  # slope 0.01 below 0, torch's default
     "silu": F.silu,
     "gelu": F.gelu,  # the exact one, by erf
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "hardsigmoid": _hardsigmoid,
+    "elu": F.elu,  # alpha 1
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "softplus": F.softplus,  # beta 1; z itself above 20
+    "mish": F.mish,
 }
 
 

@@ -251,7 +251,8 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
         affine: learn gamma and beta.
         track_running_stats: keep running averages; without them evaluation uses the batch's statistics too.
         bias: learn beta.
-        act: "relu", "leaky_relu", "silu", "gelu" or None.
+        act: "relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "hardsigmoid", "elu", "gelu_tanh", "softplus",
+            "mish" or None.
         virtual_batch_size: ghost batch norm: in training each run of this many samples has its own statistics; the
             last one is smaller where the batch is no multiple (joined to the one before if it would hold one value per
             channel). Running averages are still those of the whole batch.

@@ -108,7 +108,8 @@ class FrozenBatchNorm1d(FrozenBatchNorm):
         eps: added to the variance.
         affine: have gamma and beta.
         bias: have beta.
-        act: "relu", "leaky_relu", "silu", "gelu" or None.
+        act: "relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "hardsigmoid", "elu", "gelu_tanh", "softplus",
+            "mish" or None.
     """
 
     ranks = (2, 3)

@@ -31,7 +31,8 @@ class GroupNorm(Activated, nn.GroupNorm):
         eps: added to the variance.
         affine: learn gamma and beta.
         bias: learn beta.
-        act: "relu", "leaky_relu", "silu", "gelu" or None.
+        act: "relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "hardsigmoid", "elu", "gelu_tanh", "softplus",
+            "mish" or None.
         dim: the axis of the channels, e.g. -1 for (N, L, C).
 
     Source: Wu & He 2018.

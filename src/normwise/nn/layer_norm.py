@@ -35,7 +35,8 @@ class LayerNorm(Activated, nn.LayerNorm):
         elementwise_affine: learn gamma and beta, each of shape `normalized_shape`.
         bias: learn beta.
         dim: the axes of the input that hold `normalized_shape`, in its order; None for the last ones.
-        act: "relu", "leaky_relu", "silu", "gelu" or None.
+        act: "relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "hardsigmoid", "elu", "gelu_tanh", "softplus",
+            "mish" or None.
         process_group: the features are spread over the ranks of this torch.distributed group (tensor parallelism), not
             necessarily evenly, and `normalized_shape` is the shape of this rank's shard. Statistics are those of the
             whole rows: two numbers per row are exchanged forward, two backward. See `Several ranks` in the docs.

@@ -35,7 +35,8 @@ class SyncBatchNorm(_BatchNorm):
         track_running_stats: keep running averages; without them evaluation uses this rank's batch.
         process_group: the ranks that share statistics; None for all of them.
         bias: learn beta.
-        act: "relu", "leaky_relu", "silu", "gelu" or None.
+        act: "relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "hardsigmoid", "elu", "gelu_tanh", "softplus",
+            "mish" or None.
         dim: the axis of the channels, e.g. -1 for (N, L, C).
         correction: the running variance is of squares over count - correction: 1 is torch's, 0 that of Keras and Flax.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from torch import nn
@@ -38,6 +39,13 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "leaky_relu": nn.LeakyReLU,
     "silu": nn.SiLU,
     "gelu": nn.GELU,
+    "relu6": nn.ReLU6,
+    "hardswish": nn.Hardswish,
+    "hardsigmoid": nn.Hardsigmoid,
+    "elu": nn.ELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "softplus": nn.Softplus,
+    "mish": nn.Mish,
 }
 
 _NOT_MEANT = Refusal("not meant by where=")

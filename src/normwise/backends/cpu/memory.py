@@ -8,7 +8,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ACTS: dict[str | None, int] = {None: 0, "relu": 1, "leaky_relu": 2, "silu": 3, "gelu": 4}
+# nw_act of the header.
+ACTS: dict[str | None, int] = {
+    None: 0,
+    "relu": 1,
+    "leaky_relu": 2,
+    "silu": 3,
+    "gelu": 4,
+    "relu6": 5,
+    "hardswish": 6,
+    "hardsigmoid": 7,
+    "elu": 8,
+    "gelu_tanh": 9,
+    "softplus": 10,
+    "mish": 11,
+}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 CHANNELS_FIRST, CHANNELS_LAST = 0, 1
 

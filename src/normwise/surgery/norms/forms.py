@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import normwise.nn as ours
+from normwise.backends.activations import ACTIVATIONS
 from normwise.ops.norm.gain import Cast
 from normwise.surgery.norms.catalogue import Entry
 from normwise.surgery.norms.gated import GatedRMSNorm
@@ -21,7 +22,11 @@ _EPS = ("variance_epsilon", "eps", "epsilon", "norm_eps", "layer_norm_eps")
 # What stands in the code of layers that keep none; F.normalize's clamp is next to 0, which a norm of ours may not have.
 _LITERALS = (1e-5, 1e-6, 1e-8, 1e-12, 1e-3, 1e-30)
 _GAINS = ("weight", "gamma", "g", "gain", "scale", "w")
-_ACTIVATIONS = {"relu": "relu", "leaky_relu": "leaky_relu", "silu": "silu", "swish": "silu", "gelu": "gelu"}
+_ACTIVATIONS = {name: name for name in ACTIVATIONS} | {
+    "swish": "silu",
+    "hard_swish": "hardswish",
+    "hard_sigmoid": "hardsigmoid",
+}
 _GATES = ("gate", "z")
 
 

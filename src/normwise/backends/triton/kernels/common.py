@@ -7,8 +7,53 @@ import triton.language as tl
 
 
 @triton.jit
+def _limited(z, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """z between LOW and HIGH; NaN stays NaN."""
+    z = tl.where(z < LOW, LOW, z)
+    return tl.where(z > HIGH, HIGH, z)
+
+
+@triton.jit
+def _expm1(z):
+    """exp(z) - 1 for z <= 0. Near 0 by Taylor's series at z / 4, and expm1(2 y) = m * (m + 2) with m = expm1(y)."""
+    y = tl.where(z < -1.0, -1.0, z) * 0.25
+    p = y * (1 / 39916800) + 1 / 3628800
+    p = p * y + 1 / 362880
+    p = p * y + 1 / 40320
+    p = p * y + 1 / 5040
+    p = p * y + 1 / 720
+    p = p * y + 1 / 120
+    p = p * y + 1 / 24
+    p = p * y + 1 / 6
+    p = p * y + 0.5
+    m = y + y * (p * y)
+    m = m * (m + 2.0)
+    m = m * (m + 2.0)
+    return tl.where(z < -1.0, tl.exp(z) - 1.0, m)
+
+
+@triton.jit
+def _log1p(u):
+    """log(1 + u) = 2 artanh(s), s = u / (2 + u), by Taylor's series, for 0 <= u <= 1."""
+    s = u / (u + 2.0)
+    t = s * s
+    p = t * (1 / 25) + 1 / 23
+    p = p * t + 1 / 21
+    p = p * t + 1 / 19
+    p = p * t + 1 / 17
+    p = p * t + 1 / 15
+    p = p * t + 1 / 13
+    p = p * t + 1 / 11
+    p = p * t + 1 / 9
+    p = p * t + 1 / 7
+    p = p * t + 1 / 5
+    p = p * t + 1 / 3
+    return 2.0 * (s + s * (t * p))
+
+
+@triton.jit
 def activate(z, ACT: tl.constexpr):
-    """act(z), by torch's formulas; NaN stays NaN."""
+    """act(z), by torch's formulas; NaN stays NaN. tanh is written as a logistic function, whose tail keeps digits."""
     if ACT == "relu":
         z = tl.where(z < 0, 0.0, z)
     elif ACT == "leaky_relu":
@@ -17,6 +62,22 @@ def activate(z, ACT: tl.constexpr):
         z = z / (1.0 + tl.exp(-z))
     elif ACT == "gelu":
         z = z * (0.5 + 0.5 * tl.erf(z * 0.7071067811865476))
+    elif ACT == "relu6":
+        z = _limited(z, 0.0, 6.0)
+    elif ACT == "hardswish":
+        z = z * (_limited(z + 3.0, 0.0, 6.0) * (1 / 6))
+    elif ACT == "hardsigmoid":
+        z = _limited(z + 3.0, 0.0, 6.0) * (1 / 6)
+    elif ACT == "elu":
+        z = tl.where(z > 0, z, _expm1(tl.where(z > 0, 0.0, z)))
+    elif ACT == "gelu_tanh":
+        z = z / (1.0 + tl.exp(-z * (1.5957691216057308 + 0.07135481627260025 * (z * z))))
+    elif ACT == "softplus":
+        z = tl.where(z > 20.0, z, tl.where(z < 0, 0.0, z) + _log1p(tl.exp(tl.where(z < 0, z, -z))))
+    elif ACT == "mish":
+        w = tl.exp(tl.where(z > 20.0, 20.0, z))
+        n = w * (w + 2.0)
+        z = z * (n / (n + 2.0))
     return z
 
 
@@ -32,6 +93,29 @@ def times_slope(g, z, ACT: tl.constexpr):
         g = g * (s * (1.0 + z * (1.0 - s)))
     elif ACT == "gelu":
         g = g * (0.5 + 0.5 * tl.erf(z * 0.7071067811865476) + z * (0.3989422804014327 * tl.exp(-0.5 * z * z)))
+    elif ACT == "relu6":
+        g = tl.where((z > 0) & (z < 6.0), g, 0.0)
+    elif ACT == "hardswish":
+        g = tl.where(z <= -3.0, 0.0, tl.where(z >= 3.0, g, g * (z * (1 / 3) + 0.5)))
+    elif ACT == "hardsigmoid":
+        g = tl.where((z > -3.0) & (z < 3.0), g * (1 / 6), 0.0)
+    elif ACT == "elu":
+        g = tl.where(z > 0, g, g * tl.exp(tl.where(z > 0, 0.0, z)))
+    elif ACT == "gelu_tanh":
+        z = _limited(z, -20.0, 20.0)  # beyond it is 0 or 1; the square of a large z would overflow
+        square = z * z
+        e = tl.exp(tl.where(z < 0, z, -z) * (1.5957691216057308 + 0.07135481627260025 * square))
+        r = 1.0 / (1.0 + e)
+        s = tl.where(z < 0, e * r, r)
+        g = g * (s + e * r * r * (z * (1.5957691216057308 + 0.2140644488178008 * square)))
+    elif ACT == "softplus":
+        g = tl.where(z > 20.0, g, g / (1.0 + tl.exp(-z)))
+    elif ACT == "mish":
+        z = _limited(z, -1000.0, 20.0)
+        w = tl.exp(z)
+        n = w * (w + 2.0)
+        r = 1.0 / (n + 2.0)
+        g = g * (r * (n + 4.0 * z * (w * (w + 1.0) * r)))
     return g
 
 
