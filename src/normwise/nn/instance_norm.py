@@ -111,10 +111,10 @@ class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
     sample and channel. By default there is neither gain nor bias, and no running average.
 
     A drop-in for `torch.nn.InstanceNorm1d`: same arguments, state_dict and results. Beyond it, `act` at construction
-    ("relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "hardsigmoid", "elu", "gelu_tanh", "softplus", "mish" or
-    None), and in the call: `mask` (bool, True = valid; (N, L), or broadcastable to the input) or `lengths` (valid steps of
-    each sample), and `residual`, added before `act`; `segments` (R,) for the rows (R, C) of many graphs or clouds, each of
-    which is then a sample.
+    ("relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "hardsigmoid", "elu", "gelu_tanh", "softplus", "mish"
+    or None), and in the call: `mask` (bool, True = valid; (N, L), or broadcastable to the input) or `lengths` (valid
+    steps of each sample), and `residual`, added before `act`; `segments` (R,) for the rows (R, C) of many graphs or
+    clouds, each of which is then a sample.
 
     Source: Ulyanov, Vedaldi & Lempitsky 2016.
     """

@@ -58,8 +58,8 @@ def batch_norm(
         eps: added to the variance.
         mask: bool, True = valid: (N, ...), the input without its channel axis, or broadcastable to the input.
         lengths: (N,) integers, valid steps along the last axis of (N, C, ..., L).
-        act: "relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "hardsigmoid", "elu", "gelu_tanh", "softplus" or
-            "mish", applied last, each as in torch.nn.functional by its defaults; "gelu_tanh" is gelu(approximate="tanh").
+        act: "relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "hardsigmoid", "elu", "gelu_tanh", "softplus"
+            or "mish", applied last: torch.nn.functional's by their defaults, "gelu_tanh" gelu(approximate="tanh").
         residual: like the input, added before `act`.
         process_group: in training the statistics are those of the batches of all ranks of this group; see
             `SyncBatchNorm`. (The layer compares the ranks' channels once, this function in each call.)

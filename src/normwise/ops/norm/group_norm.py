@@ -39,8 +39,8 @@ def group_norm(
         eps: added to the variance.
         mask: bool, True = valid: (N, ...), the input without its channel axis, or broadcastable to the input.
         lengths: (N,) integers, valid steps along the last axis of (N, C, ..., L).
-        act: "relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "hardsigmoid", "elu", "gelu_tanh", "softplus" or
-            "mish", applied last, each as in torch.nn.functional by its defaults; "gelu_tanh" is gelu(approximate="tanh").
+        act: "relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "hardsigmoid", "elu", "gelu_tanh", "softplus"
+            or "mish", applied last: torch.nn.functional's by their defaults, "gelu_tanh" gelu(approximate="tanh").
         residual: like the input, added before `act`.
         dim: the axis of the channels, e.g. -1 for (N, L, C); mask and residual are laid out as the input.
 

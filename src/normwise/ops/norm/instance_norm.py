@@ -47,8 +47,8 @@ def instance_norm(
         eps: added to the (biased) variance.
         mask: bool, True = valid: (N, ...), the input without its channel axis, or broadcastable to the input.
         lengths: (N,) integers, valid steps along the last axis of (N, C, ..., L).
-        act: "relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "hardsigmoid", "elu", "gelu_tanh", "softplus" or
-            "mish", applied last, each as in torch.nn.functional by its defaults; "gelu_tanh" is gelu(approximate="tanh").
+        act: "relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "hardsigmoid", "elu", "gelu_tanh", "softplus"
+            or "mish", applied last: torch.nn.functional's by their defaults, "gelu_tanh" gelu(approximate="tanh").
         residual: like the input, added before `act`.
         segments: (R,) integers for an input (R, C): which graph, cloud or document a row belongs to. Each segment is
             then a sample and its rows are the positions, wherever they stand; `mask` is (R,).

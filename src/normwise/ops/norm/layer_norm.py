@@ -54,8 +54,8 @@ def layer_norm(
             `dim` the last), or anything that broadcasts to the input.
         lengths: (N,) integers, valid steps along the last axis of (N, C, L); not where that axis is the only one
             normalized.
-        act: "relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "hardsigmoid", "elu", "gelu_tanh", "softplus" or
-            "mish", applied last, each as in torch.nn.functional by its defaults; "gelu_tanh" is gelu(approximate="tanh").
+        act: "relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "hardsigmoid", "elu", "gelu_tanh", "softplus"
+            or "mish", applied last: torch.nn.functional's by their defaults, "gelu_tanh" gelu(approximate="tanh").
         add: like the input, added to it before the statistics are taken.
         process_group: the features are spread over the ranks of this group, unevenly if need be, and `input`,
             `normalized_shape`, `weight` and `bias` are this rank's shard; mean and variance are those of whole rows.
