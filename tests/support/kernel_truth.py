@@ -17,7 +17,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu6": F.relu6,
     "hardswish": F.hardswish,
-    "hardsigmoid": lambda z: (z.clamp(-3, 3) + 3) / 6,  # torch's own has a derivative with float32's digits
+    "hardsigmoid": lambda z: F.hardtanh(z, -3, 3) / 6 + 0.5,  # torch's own has a derivative with float32's digits
     "elu": F.elu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "softplus": F.softplus,

@@ -106,9 +106,10 @@ NW_INLINE vec<float> normal_cdf(vec<float> z, vec<float>& density) {
   return z < 0.f ? tail : 1.f - tail;
 }
 
-// Rarer activations share one instance of each kernel, which has `act_by_code` for its activation and finds by the code
-// of the call what to do: an instance of each kernel for each of them would double the library.
-constexpr int act_by_code = -1;
+// An instance of each kernel for each activation would more than double the library. Those made of straight lines share
+// one, which has `hard_act` for its activation and branches by the code of the call; those of exp share another, which
+// calls a function for each vector: of these the call is a small part.
+constexpr int hard_act = -1, act_by_code = -2;
 
 // tanh of gelu_tanh is 2 s(v) - 1, with s the logistic function: v(z) = z * (a + b z^2), and 1 + tanh keeps its digits.
 template <class C> constexpr C gelu_tanh_a = C(1.5957691216057307117597842);   // 2 sqrt(2 / pi)
@@ -116,7 +117,6 @@ template <class C> constexpr C gelu_tanh_b = C(0.07135481627260025487699050);  /
 
 template <class C> __attribute__((noinline)) vec<C> activate_by_code(vec<C> z, int code) {
   switch (code) {
-    case NW_HARDSIGMOID: return at_most(at_least(z + C(3), C(0)), C(6)) * C(1. / 6);
     case NW_ELU: return z <= C(0) ? expm1_of_negative(at_most(z, C(0))) : z;
     case NW_GELU_TANH: {
       constexpr C limit = gelu_tanh_limit<C>;
@@ -141,7 +141,6 @@ template <class C> __attribute__((noinline)) vec<C> activate_by_code(vec<C> z, i
 template <class C> __attribute__((noinline)) vec<C> activation_derivative_by_code(vec<C> z, int code) {
   const vec<C> one = splat(C(1));
   switch (code) {
-    case NW_HARDSIGMOID: return z > C(-3) ? (z < C(3) ? splat(C(1. / 6)) : vec<C>{}) : vec<C>{};
     case NW_ELU: return z > C(0) ? one : exp_or_zero<C>(at_most(z, C(0)));
     case NW_GELU_TANH: {  // s + z s (1 - s) v'
       z = clamp(z, gelu_tanh_limit<C>);
@@ -164,11 +163,22 @@ template <class C> __attribute__((noinline)) vec<C> activation_derivative_by_cod
   return one;
 }
 
-// `code` is read only where act is act_by_code.
+template <class C> NW_INLINE vec<C> activate_hard(vec<C> z, int code) {
+  if (code == NW_RELU6) return z <= C(0) ? vec<C>{} : at_most(z, C(6));
+  const vec<C> s = at_most(at_least(z + C(3), C(0)), C(6)) * C(1. / 6);
+  return code == NW_HARDSWISH ? z * s : s;
+}
+template <class C> NW_INLINE vec<C> hard_derivative(vec<C> z, int code) {
+  if (code == NW_RELU6) return z > C(0) ? (z < C(6) ? splat(C(1)) : vec<C>{}) : vec<C>{};
+  if (code == NW_HARDSIGMOID) return z > C(-3) ? (z < C(3) ? splat(C(1. / 6)) : vec<C>{}) : vec<C>{};
+  const vec<C> inner = z * C(1. / 3) + C(0.5);
+  return z <= C(-3) ? vec<C>{} : (z >= C(3) ? splat(C(1)) : inner);
+}
+
+// `code` is read only where several activations share an instance.
 template <int act, class C> NW_INLINE vec<C> activate(vec<C> z, [[maybe_unused]] int code = act) {
   if constexpr (act == act_by_code) return activate_by_code<C>(z, code);
-  if constexpr (act == NW_RELU6) return z <= C(0) ? vec<C>{} : at_most(z, C(6));
-  if constexpr (act == NW_HARDSWISH) return z * (at_most(at_least(z + C(3), C(0)), C(6)) * C(1. / 6));
+  if constexpr (act == hard_act) return activate_hard<C>(z, code);
   if constexpr (act == NW_RELU) return z <= C(0) ? vec<C>{} : z;
   if constexpr (act == NW_LEAKY_RELU) return z > C(0) ? z : z * C(0.01);
   if constexpr (act == NW_SILU) {
@@ -186,11 +196,7 @@ template <int act, class C> NW_INLINE vec<C> activate(vec<C> z, [[maybe_unused]]
 // d activate(z) / dz
 template <int act, class C> NW_INLINE vec<C> activation_derivative(vec<C> z, [[maybe_unused]] int code = act) {
   if constexpr (act == act_by_code) return activation_derivative_by_code<C>(z, code);
-  if constexpr (act == NW_RELU6) return z > C(0) ? (z < C(6) ? splat(C(1)) : vec<C>{}) : vec<C>{};
-  if constexpr (act == NW_HARDSWISH) {
-    const vec<C> inner = z * C(1. / 3) + C(0.5);
-    return z <= C(-3) ? vec<C>{} : (z >= C(3) ? splat(C(1)) : inner);
-  }
+  if constexpr (act == hard_act) return hard_derivative<C>(z, code);
   if constexpr (act == NW_RELU) return z <= C(0) ? vec<C>{} : splat(C(1));
   if constexpr (act == NW_LEAKY_RELU) return z > C(0) ? splat(C(1)) : splat(C(0.01));
   if constexpr (act == NW_SILU) {  // s * (1 + z * (1 - s)), s the logistic function and 1 - s = exp(-z) * s
@@ -213,7 +219,6 @@ template <int act, class C> NW_INLINE vec<C> activation_derivative(vec<C> z, [[m
 template <class T, class F> NW_INLINE int dispatch_act(int act, F f) {
   switch (act) {
     case NW_IDENTITY: return f.template operator()<T, NW_IDENTITY>();
-    case NW_HARDSIGMOID:
     case NW_ELU:
     case NW_GELU_TANH:
     case NW_SOFTPLUS:
@@ -223,8 +228,9 @@ template <class T, class F> NW_INLINE int dispatch_act(int act, F f) {
     case NW_LEAKY_RELU: return f.template operator()<T, NW_LEAKY_RELU>();
     case NW_SILU: return f.template operator()<T, NW_SILU>();
     case NW_GELU: return f.template operator()<T, NW_GELU>();
-    case NW_RELU6: return f.template operator()<T, NW_RELU6>();
-    case NW_HARDSWISH: return f.template operator()<T, NW_HARDSWISH>();
+    case NW_RELU6:
+    case NW_HARDSWISH:
+    case NW_HARDSIGMOID: return f.template operator()<T, hard_act>();
 #endif
   }
   return NW_BAD_ARGUMENT;
