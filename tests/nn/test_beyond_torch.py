@@ -98,8 +98,21 @@ def test_layer_norm_residual_gives_the_pair(norm: type[nn.Module], act: str | No
         lambda: normwise.InstanceNorm1d(4, act="gelu"),
         lambda: normwise.LayerNorm(4, dim=1, act="gelu"),
         lambda: normwise.RMSNorm(4, dim=1),
+        # softplus(0) is not 0
+        lambda: normwise.BatchNorm1d(4, act="softplus"),
+        lambda: normwise.BatchNorm1d(4, act="softplus", virtual_batch_size=2),
+        lambda: normwise.GroupNorm(2, 4, act="softplus"),
+        lambda: normwise.RMSNorm(4, dim=1, act="softplus", offset=1.0),
     ],
-    ids=["batch", "batch eval", "group", "instance", "layer", "rms"],
+    ids=[
+        "batch",
+        "batch eval",
+        "group",
+        "instance",
+        "layer",
+        "rms",
+        *(f"{n} softplus" for n in ("batch", "ghost", "group", "rms")),
+    ],
 )
 def test_padding_stays_zero_beside_a_residual(make: Callable[[], nn.Module], backend: str, spoilt: float) -> None:
     """Whatever input, residual and upstream gradient hold there, to the second derivative."""

@@ -30,6 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softplus": F.softplus,  # beta 1; z itself above 20
     "mish": F.mish,
 }
+_NOT_0_AT_0 = ("hardsigmoid", "softplus")
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -44,7 +45,10 @@ def add_residual_and_activate(y: Tensor, residual: Tensor | None, act: str | Non
     if residual is not None:
         # Before the sum: act's slope at NaN would spoil the gradient 0 that comes from after it.
         y = y + (residual if mask is None else residual.masked_fill(~mask, 0))
-    return y if act is None else ACTIVATIONS[act](y)
+    if act is None:
+        return y
+    y = ACTIVATIONS[act](y)
+    return y.masked_fill(~mask, 0) if mask is not None and act in _NOT_0_AT_0 else y
 
 
 def channels_laid_out_like(y: Tensor, x: Tensor) -> Tensor:
