@@ -34,7 +34,8 @@ def supports(request: NormRequest) -> str | None:
     elif mask is not None and not (features and all(mask.shape[d] == 1 for d in range(x.dim() - config.axes, x.dim()))):
         # A mask of whole rows of features is no obstacle: what comes of masked rows is put back to 0.
         return "ATen's kernels take no mask"
-    if _of_tensor(config.momentum) and (on_cpu(x) or config.family != "channels"):
+    on_tensor = config.family == "channels" and (not on_cpu(x) or torch.compiler.is_compiling())
+    if _of_tensor(config.momentum) and not on_tensor:
         return "ATen takes momentum as a number only"
     if running_mean is not None and config.batch_statistics and x.numel() == x.shape[1]:
         return "ATen moves the running variance to NaN by the deviation of a single value"
@@ -63,7 +64,7 @@ def shortcoming(request: NormRequest, may_look: bool) -> str | None:
         return "ATen's RMSNorm is these operations too, but makes zeros of an input whose squares overflow"
     if may_look and _long_gain_sums(request):
         return "ATen adds up the gradient of a gain over many elements in one float32 sum, which loses precision"
-    if config.family == "channels" and config.batch_statistics:
+    if config.family == "channels" and config.batch_statistics and not _is_left_to_compiler():
         rows_of_channels = x.dim() == 2 or not x.is_contiguous()
         if rows_of_channels and x.dtype != torch.float64 and x.numel() // x.shape[1] > RUNNING_SUM_LIMIT:
             return "ATen adds up long columns of channels in one float32 sum, which loses precision"
@@ -91,6 +92,16 @@ def shortcoming(request: NormRequest, may_look: bool) -> str | None:
 def _of_tensor(momentum: float | Tensor | None) -> bool:
     """Whether the weight of a batch is known on the device alone."""
     return momentum is None or isinstance(momentum, Tensor)
+
+
+def _is_left_to_compiler() -> bool:
+    """Whether torch.compile makes loops of its own of ATen's norms, in layouts of its own choice; an exported program
+    runs ATen's kernels.
+
+    Inductor's add up in blocks (Welford's formula forward, cascades backward) and keep their precision. Given a node of
+    ours instead, which it cannot look into, a compiled MobileNet in channels-last took 1.46 of its time.
+    """
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def _without_features(config: NormConfig, x: Tensor) -> bool:
@@ -187,7 +198,8 @@ def groups(
         y = torch.group_norm(x.unsqueeze(2), config.groups, weight, bias, config.eps, cudnn).squeeze(2)
     else:
         y = torch.group_norm(x, config.groups, weight, bias, config.eps, cudnn)
-    return NormResult(channels_laid_out_like(add_residual_and_activate(y, residual, config.act, None), x), x)
+    y = add_residual_and_activate(y, residual, config.act, None)
+    return NormResult(y if _is_left_to_compiler() else channels_laid_out_like(y, x), x)
 
 
 def channels(
@@ -214,7 +226,7 @@ def channels(
         # In the wider dtype of averages and gain (BatchRenorm's): ATen takes no two.
         dtype = running_mean.dtype if weight is None else torch.promote_types(running_mean.dtype, weight.dtype)
         averages = running_mean.detach(), running_var.detach()
-        if on_cpu(x):
+        if on_cpu(x) or torch.compiler.is_compiling():
             mean, var = (average.to(dtype, copy=True) for average in averages)
             new_running = mean, var
         else:  # side by side, in fewer launches
@@ -233,6 +245,11 @@ def channels(
         with torch.no_grad():
             weight_of_batch = momentum_now(momentum, num_batches_tracked, new_running.dtype)
             new_running = torch.lerp(new_running, batch, weight_of_batch.to(new_running.dtype))
+    elif new_running is not None and _of_tensor(momentum):
+        with torch.no_grad():
+            weight_of_batch = momentum_now(momentum, num_batches_tracked, running_mean.dtype)  # type: ignore[union-attr]
+            means, variances = zip(averages, new_running, strict=True)
+            new_running = _lerp(*means, weight_of_batch), _lerp(*variances, weight_of_batch)
     if invalid is not None:
         y = y.masked_fill(invalid, 0)
     y = add_residual_and_activate(y, residual, config.act, mask)
@@ -248,6 +265,11 @@ def channels_with_stats(
     y, mean, rstd = batch_norm_with_stats(x, weight, bias, None, None, True, 0.0, config.eps, cudnn)[:3]
     y = add_residual_and_activate(y, residual, config.act, None)
     return NormResult(y, x, (mean, rstd), None)
+
+
+def _lerp(old: Tensor, new: Tensor, weight: Tensor) -> Tensor:
+    """From `old` to `new`, in the dtype of `new`."""
+    return torch.lerp(old.to(new.dtype), new, weight.to(new.dtype))
 
 
 FAMILIES = {

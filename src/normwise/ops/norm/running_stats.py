@@ -132,6 +132,8 @@ def store_if_finite(averages: tuple[Tensor, Tensor], new: Tensor | tuple[Tensor,
     """Store `new`, two tensors or one of (2, C), in the running averages, both or, where anything in it is NaN or
     infinite, none of them."""
     require_writable(*averages)
+    if torch.compiler.is_compiling() and not isinstance(new, Tensor):
+        return _store_if_finite_compiling(averages, new)
     with torch.no_grad():
         # In the averages' own dtype, in which a finite number may have become infinite.
         if isinstance(new, Tensor):
@@ -151,6 +153,17 @@ def store_if_finite(averages: tuple[Tensor, Tensor], new: Tensor | tuple[Tensor,
                 torch.where(finite, now, old, out=old)
             else:
                 old.copy_(torch.where(finite, now, old))
+        return finite
+
+
+def _store_if_finite_compiling(averages: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Tensor:
+    """`store_if_finite` for a compiler, which fuses one maximum over channels into what makes `new`; stacked, they
+    would become a buffer of their own, written and read between barriers of all threads."""
+    with torch.no_grad():
+        mean, var = (now.to(old.dtype) for old, now in zip(averages, new, strict=True))
+        finite = torch.maximum(mean.abs(), var.abs()).amax() < math.inf  # NaN is the largest
+        for old, now in zip(averages, (mean, var), strict=True):
+            old.copy_(torch.where(finite, now, old))
         return finite
 
 
