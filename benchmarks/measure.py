@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ WARM_SECONDS = 0.3  # three calls, or so long, before anything counts
 LIMIT_EVERY = 3  # rounds: the limit has no part in the ratio
 SAMPLE_SECONDS = 0.004  # long enough for the clock, short enough that little happens in between
 STOLEN = 5.0  # a probe this many times slower than the best one seen means that another process has a core
-WAIT_SECONDS = 30.0  # after so long, a busy machine is taken as it is, and the result says so
+WAIT_SECONDS = 30.0  # so much lost to others, and a busy machine is taken as it is, and the result says so
 
 
 class Ratio(NamedTuple):
@@ -49,41 +49,66 @@ class Probe:
         return now < STOLEN * self.best
 
 
+class Rounds(NamedTuple):
+    """Seconds a call of each way, by round; those of `seldom`; `stolen` and `quiet` as in `Ratio`."""
+
+    seconds: list[list[float]]
+    seldom: list[float]
+    stolen: int
+    quiet: bool
+
+
 def compare(ours: Call, theirs: Call, limit: Call | None, probe: Probe) -> Ratio:
     """Ours, theirs, ours, theirs, ... with a probe before and after each round, and the limit in between."""
-    calls = [ours, theirs] if limit is None else [ours, theirs, limit]
+    found = rounds([ours, theirs], probe, PAIRS, limit)
+    our_seconds, their_seconds = zip(*found.seconds, strict=True)
+    return Ratio(
+        *ratio(our_seconds, their_seconds),
+        _median(our_seconds),
+        _median(their_seconds),
+        _median(found.seldom) if found.seldom else None,
+        found.stolen,
+        found.quiet,
+    )
+
+
+def rounds(calls: Sequence[Call], probe: Probe, pairs: int, seldom: Call | None = None) -> Rounds:
+    """`pairs` rounds in which each way is timed once, with a probe before and after each; now and then `seldom` too."""
+    calls = list(calls) if seldom is None else [*calls, seldom]
+    ways = len(calls) if seldom is None else len(calls) - 1
     for call in calls:
         _warm(call)
     repeats = [_repeats(call) for call in calls]
-    rounds: list[list[float]] = []
-    limits: list[float] = []
-    stolen, quiet = 0, True
-    deadline = time.perf_counter() + WAIT_SECONDS
-    while len(rounds) < PAIRS:
-        quiet = quiet and time.perf_counter() < deadline
+    found = Rounds([], [], 0, True)
+    stolen, lost = 0, 0.0
+    while len(found.seconds) < pairs:
+        quiet = lost < WAIT_SECONDS
+        start = time.perf_counter()
         if quiet and not probe.quiet():
             stolen += 1
             time.sleep(0.02)
+            lost += time.perf_counter() - start
             continue
-        sample = [_seconds(call, n) for call, n in zip((ours, theirs), repeats, strict=False)]
-        bound = [_seconds(limit, repeats[-1])] if limit is not None and len(rounds) % LIMIT_EVERY == 0 else []
+        sample = [_seconds(call, n) for call, n in zip(calls[:ways], repeats, strict=False)]
+        timed = seldom is not None and len(found.seconds) % LIMIT_EVERY == 0
+        bound = [_seconds(calls[-1], repeats[-1])] if timed else []
         if quiet and not probe.quiet():
             stolen += 1
+            lost += time.perf_counter() - start
             continue
-        rounds.append(sample)
-        limits += bound
-    ratios = sorted(sample[0] / sample[1] for sample in rounds)
-    middle = [sorted(column)[len(rounds) // 2] for column in zip(*rounds, strict=True)]
-    return Ratio(
-        ratios[len(ratios) // 2],
-        ratios[len(ratios) // 5],
-        ratios[len(ratios) * 4 // 5],
-        middle[0],
-        middle[1],
-        sorted(limits)[len(limits) // 2] if limits else None,
-        stolen,
-        quiet,
-    )
+        found.seconds.append(sample)
+        found.seldom.extend(bound)
+    return found._replace(stolen=stolen, quiet=lost < WAIT_SECONDS)
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """Of neighbours in time: the median, the 20th and the 80th percentile."""
+    found = sorted(a / b for a, b in zip(ours, theirs, strict=True))
+    return found[len(found) // 2], found[len(found) // 5], found[len(found) * 4 // 5]
+
+
+def _median(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 2]
 
 
 def _warm(call: Call) -> None:

@@ -18,9 +18,37 @@ def markdown(results: Figures) -> str:
         found = [
             f | {"allocator": name} for name, part in results.items() for f in part["figures"] if f["suite"] == suite
         ]
+        if suite == "models":
+            parts += _steps(results)
+            continue
         timed = found[0]["allocator"] != RETURNED
         parts.append(f"### {suite}\n\n" + (_times(found) if timed else _bytes(found)))
     return "\n\n".join(parts)
+
+
+def _steps(results: Figures) -> list[str]:
+    """Whole steps: a table for each level and count of threads, a row a net, a column a way. Compiled ones are compared
+    with torch.nn's compiled, and that with torch.nn's eager."""
+    parts = []
+    for level, part in results.items():
+        if part.get("unmeasured"):
+            parts.append(f"### {level}\n\nUnmeasured: {part['unmeasured']}.")
+        figures = [f for f in part["figures"] if f["suite"] == "models"]
+        for threads in dict.fromkeys(f["threads"] for f in figures):
+            some = [f for f in figures if f["threads"] == threads]
+            ways = list(dict.fromkeys(way for f in some for way in f.get("ratios", ())))
+            rows = [
+                [
+                    f["case"],
+                    f"{f['theirs'] * 1e3:.1f}" if "theirs" in f else "wrong result",
+                    *[_ratio(f["ratios"][way] | {"error": 0}) if way in f.get("ratios", ()) else "" for way in ways],
+                    "" if f["must"] is None else f"{f['must']:.2f}",
+                ]
+                for f in some
+            ]
+            title = f"### {level}: {part['machine']['isa']}, {threads} thread{'s' if threads > 1 else ''}"
+            parts.append(title + "\n\n" + _table(["step", "torch.nn, ms", *ways, "must"], rows))
+    return parts
 
 
 def _machine_line(about: dict[str, Any]) -> str:

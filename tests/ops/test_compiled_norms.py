@@ -17,7 +17,7 @@ import normwise
 from support.tolerances import assert_close
 
 CHANNELS = 4
-# More positions than ATen's kernels can be trusted to add up of a channel; see RUNNING_SUM_LIMIT in backends/aten/norms.py.
+# More positions than ATen's kernels can be trusted to add up: RUNNING_SUM_LIMIT in backends/aten/norms.py.
 LONG = (2, CHANNELS, 96, 96)
 
 # Ours and torch.nn's, by the input that they take.

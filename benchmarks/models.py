@@ -1,0 +1,189 @@
+"""Steps of whole nets, with torch.nn's layers and with ours: converted, fused, and by torch.compile.
+
+Beside each ratio stands the limit: the same step with norms and activations replaced by nothing. That is what a ratio
+would be if they cost no time, allocations and cache misses of the layers around them included; a profiler's shares of
+operations leave those out and its own cost in.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import normwise
+from benchmarks.case import Figure
+from benchmarks.measure import PAIRS, Probe, ratio, rounds
+from benchmarks.nets import NETS, Inputs, Net
+
+# A result may be so many times as far from float64's as torch.nn's own is, or this far, as a share of its norm.
+TIMES_TORCH, ALLOWED = 4.0, 1e-6
+# Of an LSTM that torch.nn lacks: roundings add up over the steps.
+ALLOWED_RECURRENT = 1e-4
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+ACTIVATIONS = (nn.ReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Hardsigmoid)
+
+BASE, LIMIT = "torch.nn", "without norms and activations"
+CONVERTED, FUSED = "converted", "fused"
+COMPILED = "{}, compiled"
+Call = Callable[[], object]
+
+
+def cases(pairs: int = PAIRS, compiles: bool = True, nets: dict[str, Net] = NETS) -> Iterator[Step]:
+    """Training and inference of each net in each layout; `compiles`: training by torch.compile too."""
+    for name, net in nets.items():
+        for last in (False, True)[: 1 + net.channels_last]:
+            for training in (True, False):
+                yield Step(name, net, last, training, pairs, compiles and net.compiles and training)
+
+
+class Step:
+    """One net in one layout: a training step (forward, mean square, backward, SGD), or a forward without gradients."""
+
+    def __init__(
+        self, name: str, net: Net, channels_last: bool, training: bool, pairs: int = PAIRS, compiles: bool = False
+    ) -> None:
+        self.net, self.training, self.pairs, self.compiles = net, training, pairs, compiles
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.must, self.aim = (
+            (wanted[channels_last] if training and channels_last < len(wanted) else None)
+            for wanted in (net.must, net.aim)
+        )
+        self.name = f"{name}{', channels-last' if channels_last else ''}, {'training' if training else 'inference'}"
+
+    def figure(self, probe: Probe) -> Figure:
+        """Seconds of torch.nn's and for each way its ratio: to torch.nn's, or of both compiled; of a wrong result the
+        error alone."""
+        torch.manual_seed(0)
+        inputs = tuple(self._laid_out(x) for x in self.net.inputs())
+        models = self._models(inputs)
+        with torch.no_grad():
+            target = torch.randn_like(copy.deepcopy(models[BASE])(*inputs))  # a copy's running averages move
+        figure: Figure = {"against": BASE, "must": self.must, "aim": self.aim}
+        figure["error"] = self._error(models, inputs, target)
+        if figure["error"] > 1:
+            return figure
+        names = list(models)
+        calls = [self._call(model, inputs, target) for model in models.values()]
+        found = rounds(calls, probe, self.pairs)
+        seconds = dict(zip(names, zip(*found.seconds, strict=True), strict=True))
+        ratios = {}
+        for name in names[1:]:
+            compiled_base = COMPILED.format(BASE)
+            base = compiled_base if name.endswith("compiled") and name != compiled_base else BASE
+            ratios[name] = dict(zip(("median", "p20", "p80"), ratio(seconds[name], seconds[base]), strict=True))
+        best = ratios.get(FUSED, ratios[CONVERTED])
+        theirs = sorted(seconds[BASE])[len(seconds[BASE]) // 2]
+        return figure | best | {"ratios": ratios, "theirs": theirs, "stolen": found.stolen, "quiet": found.quiet}
+
+    def line(self, figure: Figure) -> str:
+        found = [f"{way} {r['median']:.2f} ({r['p20']:.2f}..{r['p80']:.2f})" for way, r in figure["ratios"].items()]
+        text = f"{figure['theirs'] * 1e3:7.2f} ms  {'; '.join(found)}"
+        if figure["must"] is not None and figure["threads"] > 1:
+            text += f"  must {figure['must']:.2f} {'ok' if figure['median'] <= figure['must'] else 'SHORT'}"
+        return text if figure["quiet"] else text + "  (the machine was busy)"
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        return x.to(memory_format=self.layout) if x.dim() == 4 else x
+
+    def _models(self, inputs: Inputs) -> dict[str, nn.Module]:
+        """All ways of the net, with the same weights where they have the same layers; torch.nn's first."""
+        base = self.net.build().to(memory_format=self.layout)  # type: ignore[call-overload]
+        models = {BASE: base}
+        if self.net.ours is not None:
+            models[CONVERTED] = self.net.ours()
+        else:
+            models[CONVERTED] = normwise.convert(base, to="normwise")[0]
+            fused = _fused(base, inputs)
+            if fused is not None:
+                models[FUSED] = fused
+            models[LIMIT] = _emptied(base)
+        for model in models.values():
+            model.train(self.training)
+        if self.compiles:
+            torch._dynamo.reset()
+            for name in [name for name in models if name != LIMIT]:
+                # torch.nn's recurrent layers break a graph; nothing of ours does.
+                whole = name != BASE or self.net.ours is None
+                compiled = torch.compile(copy.deepcopy(models[name]), fullgraph=whole, dynamic=False)
+                models[COMPILED.format(name)] = compiled  # type: ignore[assignment]
+        return models
+
+    def _call(self, model: nn.Module, inputs: Inputs, target: Tensor) -> Call:
+        if not self.training:
+            return torch.no_grad()(lambda: model(*inputs))
+        # So slow that what is computed stays the same.
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-9, momentum=0.9)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            F.mse_loss(model(*inputs), target).backward()
+            optimizer.step()
+
+        return step
+
+    def _error(self, models: dict[str, nn.Module], inputs: Inputs, target: Tensor) -> float:
+        """The largest of all ways' outputs, and in training gradients and averages."""
+        worst = 0.0
+        ways = [name for name in models if name not in (BASE, LIMIT, COMPILED.format(BASE))]
+        if self.net.ours is None:
+            truth = self._results(models[BASE], inputs, target, torch.float64)
+            own = [
+                max(_distance(g, t), ALLOWED / TIMES_TORCH) for g, t in self._pairs(models[BASE], inputs, target, truth)
+            ]
+        for name in ways:
+            if self.net.ours is not None:
+                with normwise.backend("reference"):
+                    truth = self._results(models[CONVERTED], inputs, target, torch.float64)
+                own = [ALLOWED_RECURRENT / TIMES_TORCH] * len(truth)
+            found = self._pairs(models[name], inputs, target, truth)
+            worst = max(worst, *(_distance(g, t) / (TIMES_TORCH * o) for (g, t), o in zip(found, own, strict=True)))
+        return worst
+
+    def _pairs(
+        self, model: nn.Module, inputs: Inputs, target: Tensor, truth: list[Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self._results(model, inputs, target, None), truth, strict=True))
+
+    def _results(self, model: nn.Module, inputs: Inputs, target: Tensor, dtype: torch.dtype | None) -> list[Tensor]:
+        """The output and, in training, what it leaves: gradients and running averages, which are put back. In
+        `dtype` by a copy."""
+        if dtype is not None:
+            model, target = copy.deepcopy(model).to(dtype), target.to(dtype)
+            inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+        if not self.training:
+            with torch.no_grad():
+                return [model(*inputs)]
+        before = {name: t.clone() for name, t in model.named_buffers()}
+        y = model(*inputs)
+        grads = torch.autograd.grad(F.mse_loss(y, target), list(model.parameters()))
+        after = [t.clone() for t in model.buffers() if t.is_floating_point()]
+        for name, t in model.named_buffers():
+            t.copy_(before[name])
+        return [y.detach(), *grads, *after]
+
+
+def _distance(got: Tensor, truth: Tensor) -> float:
+    """As a share of the truth's norm; of a truth of nothing but roundings (the gradient of what has no influence) 0."""
+    size = float(truth.norm())
+    return float((got.double() - truth).norm()) / size if size > 1e-12 else 0.0
+
+
+def _fused(model: nn.Module, inputs: Inputs) -> nn.Module | None:
+    """By `normwise.fuse`, or None where this normwise has none."""
+    fuse: Any = getattr(normwise, "fuse", None)
+    return None if fuse is None else fuse(model, example=inputs)[0]
+
+
+def _emptied(model: nn.Module) -> nn.Module:
+    """A copy without norms and activations."""
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, NORMS + ACTIVATIONS):
+                setattr(parent, name, nn.Identity())
+    return model
