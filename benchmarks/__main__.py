@@ -158,7 +158,10 @@ def _run(suites: Sequence[str], threads: Sequence[int], only: str, quick: bool =
             if count != threads[0] and suite not in EACH_COUNT:
                 continue
             module = importlib.import_module(f"benchmarks.{suite}")
-            print(f"\n### {suite}, {count} thread{'s' if count > 1 else ''}: {module.__doc__}", flush=True)
+            print(
+                f"\n### {suite}, {count} thread{'s' if count > 1 else ''}: {(module.__doc__ or '').splitlines()[0]}",
+                flush=True,
+            )
             torch.manual_seed(0)
             more: dict[str, Any] = {}
             if suite == "models":
