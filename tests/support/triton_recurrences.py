@@ -11,12 +11,24 @@ import torch
 from torch import Tensor
 
 from normwise.backends.protocol import LayerRequest, LayerResult, Layout
-from normwise.backends.recurrence import Weights
+from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.triton import rnn, runtime
-from support.recurrent_samples import Sample
+from normwise.ops.rnn.presets import PRESETS, preset
+from support.recurrent_samples import CONFIGS, Sample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RUNS = DEVICE == "cuda" or runtime.interpreted()
+RECURRENCES = CONFIGS | {
+    f"{cell} {name} rms": preset(cell, "rms", name)
+    for cell, presets in PRESETS.items()
+    for name, config in presets.items()
+    if config.norm != "batch"
+}
+RECURRENCES["lstm input"] = Recurrence("lstm", norm_placement="input")
+RECURRENCES["gru input"] = Recurrence("gru", norm_placement="input")
+RECURRENCES["rnn input relu"] = Recurrence("rnn", norm_placement="input", nonlinearity="relu")
+RECURRENCES["lstm no cell bias"] = Recurrence("lstm", cell_norm="state", cell_bias=False)
+
 ALL = [True] * (3 + len(Weights._fields))
 
 

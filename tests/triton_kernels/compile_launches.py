@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from normwise.backends.protocol import LayerRequest, Layout, NormConfig, NormRequest, RunningStatsRequest
 from normwise.backends.recurrence import Recurrence, Weights
-from normwise.backends.triton import rnn, running_stats
+from normwise.backends.triton import rnn, running_stats, settings
 from normwise.backends.triton.norms import FAMILIES
 from normwise.ops.rnn.presets import PRESETS
 
@@ -45,11 +45,14 @@ POINTERS = {
     torch.float64: "*fp64",
     torch.uint8: "*u8",
     torch.int64: "*i64",
+    torch.int32: "*i32",
 }
 launches: dict[str, tuple[Any, ...]] = {}
 
 
-def record(kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: int = 4, **constants: Any) -> None:
+def record(
+    kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: int = 4, num_stages: int = 3, **constants: Any
+) -> None:
     """In place of a launch."""
     signature: dict[str, str] = {}
     constexprs: dict[tuple[int, ...], Any] = {}
@@ -67,12 +70,13 @@ def record(kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: int = 4,
             signature[name], divisible = "i32" if value < 2**31 else "i64", value % 16 == 0
         if divisible:
             attributes[(n,)] = [["tt.divisibility", 16]]
-    launches[str((kernel.__name__, signature, constexprs, num_warps))] = (
+    launches[str((kernel.__name__, signature, constexprs, num_warps, num_stages))] = (
         kernel,
         signature,
         constexprs,
         attributes,
         num_warps,
+        num_stages,
     )
 
 
@@ -117,23 +121,32 @@ def make_updates() -> None:
 
 
 def make_recurrent_launches() -> None:
-    for units, dtype in ((5, torch.float64), (33, torch.float32), (256, torch.bfloat16), (1024, torch.float32)):
-        for presets in PRESETS.values():
-            recurrent(presets["ba2016"], units, dtype)
-        recurrent(PRESETS["lstm"]["icefall"], units, dtype)
-        recurrent(PRESETS["gru"]["dreamer"], units, dtype)
-    recurrent(PRESETS["lstm"]["tfa"], 2048, torch.float16)
-    recurrent(Recurrence("lstm", None), 128, torch.float16)
-    recurrent(Recurrence("rnn", None, nonlinearity="relu"), 128, torch.bfloat16)
+    with settings.recurrent_settings(designs=()):
+        for units, dtype in ((5, torch.float64), (33, torch.float32), (256, torch.bfloat16), (1024, torch.float32)):
+            for presets in PRESETS.values():
+                recurrent(presets["ba2016"], units, dtype)
+            recurrent(PRESETS["lstm"]["icefall"], units, dtype)
+            recurrent(PRESETS["gru"]["dreamer"], units, dtype)
+        recurrent(PRESETS["lstm"]["tfa"], 2048, torch.float16)
+        recurrent(Recurrence("lstm", None), 128, torch.float16)
+        recurrent(Recurrence("rnn", None, nonlinearity="relu"), 128, torch.bfloat16)
+    packed = Layout(2, 2, torch.tensor([2, 1]))
+    recurrent(PRESETS["rnn"]["ba2016"], 64, torch.bfloat16, packed)
+    recurrent(PRESETS["gru"]["ba2016"], 128, torch.float16)
+    recurrent(PRESETS["lstm"]["ba2016"], 128, torch.bfloat16)
+    recurrent(PRESETS["lstm"]["ba2016"], 64, torch.float32)
+    with settings.recurrent_settings(designs=("grid",), multiprocessors=132):
+        recurrent(PRESETS["rnn"]["separate"], 128, torch.bfloat16, packed)
+        recurrent(PRESETS["lstm"]["ba2016"], 512, torch.bfloat16)
+        recurrent(PRESETS["lstm"]["ba2016"], 256, torch.float32)
 
 
-def recurrent(config: Recurrence, units: int, dtype: torch.dtype) -> None:
+def recurrent(config: Recurrence, units: int, dtype: torch.dtype, layout: Layout = Layout(2, 2)) -> None:  # noqa: B008
     """Forward and backward of two steps of a layer."""
     weights = Weights(**{name: torch.zeros(shape, dtype=dtype) for name, shape in config.shapes(3, units).items()})
-    h, x = torch.zeros(2, units, dtype=dtype), torch.zeros(2, 2, 3, dtype=dtype)
-    request = LayerRequest(
-        config, x, h, h if config.cell == "lstm" else None, weights, Layout(2, 2), False, torch.zeros(2, 2).bool()
-    )
+    shape = (2, 2) if layout.batch_sizes is None else (int(layout.batch_sizes.sum()),)
+    h, x = torch.zeros(2, units, dtype=dtype), torch.zeros(*shape, 3, dtype=dtype)
+    request = LayerRequest(config, x, h, h if config.cell == "lstm" else None, weights, layout, False, x[..., 0].bool())
     found = rnn.forward(request, True)
     rnn.backward(request, found.saved, (found.output, None, None), [True] * 14)
 
@@ -149,18 +162,34 @@ def both(family: str, config: NormConfig, *tensors: Any) -> None:
 
 
 def compiled(launch: tuple[Any, ...], target: GPUTarget) -> dict[str, Any]:
-    kernel, signature, constexprs, attributes, num_warps = launch
+    kernel, signature, constexprs, attributes, num_warps, num_stages = launch
     if target.backend == "hip":
         num_warps = max(1, num_warps // 2)  # of 64 threads
     source = ASTSource(kernel, signature, constexprs, attributes)
-    made = triton.compile(source, target=target, options={"num_warps": num_warps})
+    made = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
     element = next((t for t in signature.values() if t.startswith("*") and t != "*u8"), "")
     facts = {"kernel": kernel.__name__, "element": element, "warps": num_warps, "shared": made.metadata.shared}
     if target.backend == "cuda":
         registers, spilled = ptxas(made.asm["ptx"], target.arch)
-        return {**facts, "registers": registers, "spilled": spilled}
+        return {**facts, "registers": registers, "spilled": spilled, "order": order(made.asm["ptx"])}
     found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", made.asm["amdgcn"]))
     return {**facts, "registers": int(found["vgpr_count"]), "spilled": int(found["vgpr_spill_count"])}
+
+
+def order(ptx: str) -> dict[str, Any]:
+    """What in a kernel whose programs wait for one another keeps its loads and stores in order.
+
+    releases: for each, what comes last before it: a barrier of all threads, or a store. cached: loads of other
+    programs' numbers, and how many copies go on while others wait.
+    """
+    events = re.findall(r"bar\.sync|st\.global|red\.global\S*|atom\.global\S*", ptx)
+    before = [events[n - 1] for n, event in enumerate(events) if "release" in event]
+    return {
+        "released after": before,
+        "loads past the cache": len(re.findall(r"ld\.global\.cg", ptx)),
+        "acquires": len(re.findall(r"global\S*\.acquire", ptx)),
+        "copies ahead": len(re.findall(r"cp\.async", ptx)),
+    }
 
 
 def ptxas(ptx: str, arch: int) -> tuple[int, int]:

@@ -1,5 +1,6 @@
-"""Triton's recurrent kernels against the reference in float64: every preset of layer and RMS norms, over sizes that
-fill a block and that do not, sequences of different lengths, resets, both directions, and memory full of NaN.
+"""Triton's recurrent kernels, a step a launch, against the reference in float64: every preset of layer and RMS norms,
+over sizes that fill a block and that do not, sequences of different lengths, resets, both directions, and memory full
+of NaN.
 
 They run on a GPU where there is one. Elsewhere Triton's interpreter runs them on the CPU, where TRITON_INTERPRET=1.
 """
@@ -18,24 +19,13 @@ pytest.importorskip("triton")
 
 from normwise.backends.protocol import LayerRequest, Layout, RecurrenceRequest
 from normwise.backends.recurrence import Recurrence, Weights
-from normwise.backends.triton import rnn
+from normwise.backends.triton import rnn, settings
 from normwise.ops.rnn import stack
-from normwise.ops.rnn.presets import PRESETS, preset
+from normwise.ops.rnn.presets import PRESETS
 from support.recurrences import random_weights
-from support.recurrent_samples import CONFIGS as SAMPLED
 from support.recurrent_samples import FEW_UNITS, Sample
 from support.triton_recurrences import ALL, DEVICE, RUNS, by_triton, language_prepared_once, moved
-
-CONFIGS = SAMPLED | {
-    f"{cell} {name} rms": preset(cell, "rms", name)
-    for cell, presets in PRESETS.items()
-    for name, config in presets.items()
-    if config.norm != "batch"
-}
-CONFIGS["lstm input"] = Recurrence("lstm", norm_placement="input")
-CONFIGS["gru input"] = Recurrence("gru", norm_placement="input")
-CONFIGS["rnn input relu"] = Recurrence("rnn", norm_placement="input", nonlinearity="relu")
-CONFIGS["lstm no cell bias"] = Recurrence("lstm", cell_norm="state", cell_bias=False)
+from support.triton_recurrences import RECURRENCES as CONFIGS
 
 on_kernels = pytest.mark.skipif(not RUNS, reason="runs on a GPU, or where TRITON_INTERPRET=1")
 each_config = pytest.mark.parametrize("name", CONFIGS)
@@ -50,9 +40,9 @@ def fresh_memory_of_nan(poisoned_memory: None) -> None:
 
 
 @pytest.fixture(autouse=True)
-def quick_interpreter() -> Iterator[None]:
-    """For every test here."""
-    with language_prepared_once():
+def step_by_step() -> Iterator[None]:
+    """For every test here, without the designs that would be asked before."""
+    with settings.recurrent_settings(designs=()), language_prepared_once():
         yield
 
 

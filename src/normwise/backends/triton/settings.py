@@ -6,7 +6,10 @@ None of these numbers was measured yet: they keep a thread at 8 to 16 elements i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -53,6 +56,50 @@ class Tiles:
     chunks: int
     parts: int
     num_warps: int = 8
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """How recurrences are computed.
+
+    Attributes:
+        designs: modules of `rnn`, of which the first one that takes a call runs; "stepwise" takes all, and comes last
+            in any case.
+        samples: of one program of "persistent" and "grid": the rows of a tensor core's tile.
+        persistent_units: the most units of which W_hh stays on chip in one program, by bytes of an element.
+        grid_units: the most units of "grid", by bytes of an element: twice those of h in one product.
+        share: units of which one program of "grid" keeps the rows of W_hh.
+        multiprocessors: how many programs of "grid" run at once where no GPU is there to be asked.
+        row_programs: the most programs that compute rows once all steps are done.
+    """
+
+    designs: tuple[str, ...] = ("persistent",)
+    samples: int = 16
+    persistent_units: tuple[tuple[int, int], ...] = ((2, 128), (4, 64), (8, 0))
+    grid_units: tuple[tuple[int, int], ...] = ((2, 512), (4, 256), (8, 0))
+    share: int = 16
+    multiprocessors: int = 1
+    row_programs: int = 4 * PROGRAMS
+
+
+_recurrent = Recurrent()
+
+
+def recurrent() -> Recurrent:
+    """The settings in force."""
+    return _recurrent
+
+
+@contextmanager
+def recurrent_settings(**changes: Any) -> Iterator[Recurrent]:
+    """Other settings for a while, of all threads: for tests and benchmarks."""
+    global _recurrent
+    before = _recurrent
+    _recurrent = replace(before, **changes)
+    try:
+        yield _recurrent
+    finally:
+        _recurrent = before
 
 
 def of_rows(rows: int, cols: int, dtype: torch.dtype) -> Rows:

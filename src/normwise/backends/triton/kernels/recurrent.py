@@ -14,17 +14,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from normwise.backends.triton.kernels.cells import cell_backward, cell_forward
 from normwise.backends.triton.kernels.gates import (
-    add_gates,
-    gru_gates,
+    add_sums,
+    hidden_backward,
+    input_backward,
     load_gates,
-    sigmoid,
-    standardize_backward,
-    standardize_cell,
     store_gates,
-    tanh,
     terms,
-    times,
 )
 
 # What changes from step to step, of which no value is worth a compilation.
@@ -79,10 +76,8 @@ def step_forward(
     here = row + sample
     state = state_row + sample
     p, q, _, _, _, _ = terms(
-        p_ptr,
-        q_ptr,
-        here * GATES * UNITS,
-        state * GATES * UNITS,
+        load_gates(p_ptr, here * GATES * UNITS, UNITS, cols, mask, GATES, WIDE),
+        load_gates(q_ptr, state * GATES * UNITS, UNITS, cols, mask, GATES, WIDE),
         bias_ih,
         bias_hh,
         gain_ih,
@@ -99,30 +94,29 @@ def step_forward(
         CENTER,
         WIDE,
     )
-    c = tl.zeros_like(p[0])
+    before = p[0]  # for an RNN, which asks for none
     if CELL == "lstm":
-        c = tl.load(c_ptr + state * UNITS + cols, mask, other=0).to(WIDE)
-        c = sigmoid(p[1] + q[1]) * c + sigmoid(p[0] + q[0]) * tanh(p[2] + q[2])
-        shown = c
-        if gain_c is not None:
-            shown, _ = standardize_cell(tl.where(mask, c, 0), UNITS, mask, EPS, CENTER)
-            shown *= tl.load(gain_c + cols, mask, other=0).to(WIDE)
-            if bias_c is not None:
-                shown += tl.load(bias_c + cols, mask, other=0).to(WIDE)
-            if CELL_NORM == "state":
-                c = shown
-        h = sigmoid(p[3] + q[3]) * tanh(shown)
+        before = tl.load(c_ptr + state * UNITS + cols, mask, other=0)
     elif CELL == "gru":
-        _, z, n, _ = gru_gates(p, q, UPDATE_OFFSET, RESET_AFTER)
-        if PAPER_GATE:
-            z = 1.0 - z
-        before = tl.load(wide_ptr + (wide_row + sample) * UNITS + cols, mask, other=0).to(WIDE)
-        h = z * before + (1.0 - z) * n
-    elif CELL == "rnn_tanh":
-        h = tanh(p[0] + q[0])
-    else:
-        h = p[0] + q[0]
-        h = tl.where(h > 0, h, h * 0)  # NaN stays
+        before = tl.load(wide_ptr + (wide_row + sample) * UNITS + cols, mask, other=0)
+    h, c = cell_forward(
+        p,
+        q,
+        before,
+        gain_c,
+        bias_c,
+        UNITS,
+        cols,
+        mask,
+        EPS,
+        CENTER,
+        CELL,
+        CELL_NORM,
+        RESET_AFTER,
+        PAPER_GATE,
+        UPDATE_OFFSET,
+        WIDE,
+    )
     tl.store(output + here * UNITS + cols, h.to(output.dtype.element_ty), mask)
     if sample >= alive_next:
         tl.store(final_h + sample * UNITS + cols, h.to(final_h.dtype.element_ty), mask)
@@ -163,7 +157,7 @@ def step_backward(
     bias_c,
     dp_ptr,  # (rows, GATES * units), or None where it is dq
     dq_ptr,  # (rows, GATES * units)
-    sums,  # (batch, 3 * GATES + 3, units) in WIDE: see `rnn.SUMS`
+    sums,  # (batch, 3 * GATES + 3, units) in WIDE: see `rnn.requests.SUMS`
     row,
     next_row,  # the first of the step after this one
     alive_next,
@@ -191,10 +185,8 @@ def step_backward(
     of_gates = here * GATES * UNITS
     of_state = sample * UNITS
     p, q, p_normed, p_rstd, q_normed, q_rstd = terms(
-        p_ptr,
-        q_ptr,
-        of_gates,
-        of_gates,
+        load_gates(p_ptr, of_gates, UNITS, cols, mask, GATES, WIDE),
+        load_gates(q_ptr, of_gates, UNITS, cols, mask, GATES, WIDE),
         bias_ih,
         bias_hh,
         gain_ih,
@@ -223,90 +215,68 @@ def step_backward(
     if doutput is not None:
         dh += tl.load(doutput + of_units + cols, mask, other=0).to(WIDE)
 
-    sums_row = sums + sample * (3 * GATES + 3) * UNITS
-    nothing = tl.zeros_like(dh)
+    dc = dh
+    before = dh
     if CELL == "lstm":
-        i = sigmoid(p[0] + q[0])
-        f = sigmoid(p[1] + q[1])
-        g = tanh(p[2] + q[2])
-        o = sigmoid(p[3] + q[3])
-        before = tl.load(c_ptr + of_units + cols, mask, other=0)
-        c = f * before + i * g
         dc = tl.load(dc_ptr + of_state + cols, cols < tl.where(goes_on, passed_on, UNITS), other=0)
-        shown = c
-        if gain_c is not None:
-            normed, rstd = standardize_cell(tl.where(mask, c, 0), UNITS, mask, EPS, CENTER)
-            gain = tl.load(gain_c + cols, mask, other=0).to(WIDE)
-            shown = normed * gain
-            if bias_c is not None:
-                shown += tl.load(bias_c + cols, mask, other=0).to(WIDE)
-        shown = tanh(shown)
-        dshown = dh * o * (1.0 - shown * shown)
-        if gain_c is not None:
-            if CELL_NORM == "state":
-                dshown += dc
-                dc = nothing
-            at = sums_row + (3 * GATES + 1) * UNITS + cols
-            tl.store(at, tl.load(at, mask, other=0) + dshown * normed, mask)
-            if bias_c is not None:
-                at += UNITS
-                tl.store(at, tl.load(at, mask, other=0) + dshown, mask)
-            d = dshown * gain
-            d, _, _, _ = standardize_backward(
-                (d, d, d, d), (normed, normed, normed, normed), (rstd, rstd, rstd, rstd), UNITS, mask, 1, 0, 1, CENTER
-            )
-            dc += d
-        else:
-            dc += dshown
-        tl.store(dc_ptr + of_state + cols, dc * f, mask)
-        dp = (dc * g * i * (1.0 - i), dc * before * f * (1.0 - f), dc * i * (1.0 - g * g), dh * shown * o * (1.0 - o))
-        dq = dp
+        before = tl.load(c_ptr + of_units + cols, mask, other=0)
     elif CELL == "gru":
-        r, z, n, gated = gru_gates(p, q, UPDATE_OFFSET, RESET_AFTER)
         before = tl.load(h_ptr + of_units + cols, mask, other=0).to(WIDE)
-        dz = dh * (before - n) * z * (1.0 - z)
-        keep = z
-        if PAPER_GATE:
-            dz = -dz
-            keep = 1.0 - z
-        tl.store(dh_direct + of_state + cols, dh * keep, mask)
-        dn = dh * (1.0 - keep) * (1.0 - n * n)
-        dr = dn * gated * r * (1.0 - r)
-        if RESET_AFTER:
-            dp = (dr, dz, dn, nothing)
-            dq = (dr, dz, dn * r, nothing)
-        else:
-            dp = (dr, dz, dn * r, nothing)
-            dq = dp
-    elif CELL == "rnn_tanh":
-        h = tanh(p[0] + q[0])
-        dp = (dh * (1.0 - h * h), nothing, nothing, nothing)
-        dq = dp
-    else:
-        dp = (tl.where(p[0] + q[0] > 0, dh, 0), nothing, nothing, nothing)
-        dq = dp
-
-    if bias_ih is not None or bias_hh is not None:
-        add_gates(sums_row, 0, UNITS, cols, mask, dp, GATES, WIDE)
-        if CELL == "gru" and RESET_AFTER:
-            at = sums_row + 3 * GATES * UNITS + cols
-            tl.store(at, tl.load(at, mask, other=0) + dq[2], mask)
-    if gain_sum is not None:
-        add_gates(sums_row, GATES * UNITS, UNITS, cols, mask, times(dp, p_normed), GATES, WIDE)
-        dp = times(dp, load_gates(gain_sum, 0, UNITS, cols, mask, GATES, WIDE))
-        dp = standardize_backward(dp, p_normed, p_rstd, UNITS, mask, GATES, GROUPS, COUNTS, CENTER)
-        dq = dp
-        if bias_inner is not None:
-            add_gates(sums_row, 2 * GATES * UNITS, UNITS, cols, mask, dp, GATES, WIDE)
-    else:
-        if gain_hh is not None:
-            add_gates(sums_row, GATES * UNITS, UNITS, cols, mask, times(dq, q_normed), GATES, WIDE)
-            dq = times(dq, load_gates(gain_hh, 0, UNITS, cols, mask, GATES, WIDE))
-            dq = standardize_backward(dq, q_normed, q_rstd, UNITS, mask, GATES, GROUPS, COUNTS, CENTER)
-        if gain_ih is not None:
-            add_gates(sums_row, 2 * GATES * UNITS, UNITS, cols, mask, times(dp, p_normed), GATES, WIDE)
-            dp = times(dp, load_gates(gain_ih, 0, UNITS, cols, mask, GATES, WIDE))
-            dp = standardize_backward(dp, p_normed, p_rstd, UNITS, mask, GATES, GROUPS, COUNTS, CENTER)
+    d, d_hidden, dbefore, dshown, cell_normed = cell_backward(
+        p,
+        q,
+        before,
+        dh,
+        dc,
+        gain_c,
+        bias_c,
+        UNITS,
+        cols,
+        mask,
+        EPS,
+        CENTER,
+        CELL,
+        CELL_NORM,
+        RESET_AFTER,
+        PAPER_GATE,
+        UPDATE_OFFSET,
+        WIDE,
+    )
+    if CELL == "lstm":
+        tl.store(dc_ptr + of_state + cols, dbefore, mask)
+    elif CELL == "gru":
+        tl.store(dh_direct + of_state + cols, dbefore, mask)
+    dq = hidden_backward(
+        d_hidden, q_normed, q_rstd, gain_hh, gain_sum, UNITS, cols, mask, GATES, GROUPS, COUNTS, CENTER, WIDE
+    )
     store_gates(dq_ptr, of_gates, UNITS, cols, mask, dq, GATES)
     if dp_ptr is not None:
+        dp = input_backward(
+            d, dq, p_normed, p_rstd, gain_ih, gain_sum, UNITS, cols, mask, GATES, GROUPS, COUNTS, CENTER, WIDE
+        )
         store_gates(dp_ptr, of_gates, UNITS, cols, mask, dp, GATES)
+    add_sums(
+        sums + sample * (3 * GATES + 3) * UNITS,
+        d,
+        d_hidden,
+        dq,
+        p_normed,
+        q_normed,
+        dshown,
+        cell_normed,
+        bias_ih,
+        bias_hh,
+        gain_ih,
+        gain_hh,
+        gain_sum,
+        bias_inner,
+        gain_c,
+        bias_c,
+        UNITS,
+        cols,
+        mask,
+        CELL,
+        GATES,
+        RESET_AFTER,
+        WIDE,
+    )
