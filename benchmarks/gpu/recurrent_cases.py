@@ -30,21 +30,23 @@ ALLOWED = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3, "tf32": 4e-3}
 
 
 def designs() -> dict[str, Callable[[], AbstractContextManager[object]]]:
-    """For each design of the kernels, what makes `normwise.backend("triton")` take it alone, or refuse."""
-    modules: dict[str, Any] | None = getattr(rnn, "DESIGNS", None)
-    if modules is None:
-        return {"stepwise": nullcontext}
+    """For each design of the kernels, what makes `normwise.backend("triton")` take it alone, or refuse. A backward that a
+    design leaves to another is that other's."""
+    default = rnn.chosen
 
     def only(name: str) -> AbstractContextManager[object]:
-        def chosen(at: Any) -> tuple[Any, dict[str, str]]:
-            reason = modules[name].obstacle(at)
+        def chosen(at: Any, direction: Any) -> tuple[str, dict[str, str]]:
+            design = rnn.DESIGNS[name]
+            if getattr(design, direction) is None:
+                return default(at, direction)
+            reason = design.obstacle(at)
             if reason is not None:
                 raise BackendError(reason)
-            return modules[name], {}
+            return name, {}
 
-        return mock.patch.object(rnn, "design_of", chosen)
+        return mock.patch.object(rnn, "chosen", chosen)
 
-    return {name: partial(only, name) for name in modules}
+    return {name: partial(only, name) for name in rnn.DESIGNS}
 
 
 class Case(NamedTuple):
