@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +98,7 @@ class Step:
             models[CONVERTED] = self.net.ours()
         else:
             models[CONVERTED] = normwise.convert(base, to="normwise")[0]
-            fused = _fused(base, inputs)
+            fused = _fused(models[CONVERTED], inputs)
             if fused is not None:
                 models[FUSED] = fused
             models[LIMIT] = _emptied(base)
@@ -171,9 +170,11 @@ def _distance(got: list[Tensor], truth: list[Tensor]) -> float:
 
 
 def _fused(model: nn.Module, inputs: Inputs) -> nn.Module | None:
-    """By `normwise.fuse`, or None where this normwise has none."""
-    fuse: Any = getattr(normwise, "fuse", None)
-    return None if fuse is None else fuse(model, example=inputs)[0]
+    """What `normwise.fuse` makes of it; None where there is nothing to fuse."""
+    try:
+        return normwise.fuse(model, example=inputs)[0]
+    except ValueError:
+        return None
 
 
 def _emptied(model: nn.Module) -> nn.Module:

@@ -30,8 +30,8 @@ ALLOWED = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3, "tf32": 4e-3}
 
 
 def designs() -> dict[str, Callable[[], AbstractContextManager[object]]]:
-    """For each design of the kernels, what makes `normwise.backend("triton")` take it alone, or refuse. A backward that a
-    design leaves to another is that other's."""
+    """For each design of the kernels, what makes `normwise.backend("triton")` take it alone, or refuse. A backward that
+    a design leaves to another is that other's."""
     default = rnn.chosen
 
     def only(name: str) -> AbstractContextManager[object]:

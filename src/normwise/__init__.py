@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from normwise.surgery.fold import fold
     from normwise.surgery.foreign import from_flax, from_keras, from_keras_momentum
     from normwise.surgery.freeze import freeze, frozen, unfreeze
+    from normwise.surgery.fuse import fuse
     from normwise.surgery.parameters import decay_groups, norm_parameters
     from normwise.surgery.recalibrate import recalibrate
 
@@ -97,6 +98,7 @@ __all__ = [
     "from_keras_momentum",
     "frozen",
     "functional",
+    "fuse",
     "norm_parameters",
     "recalibrate",
     "recommend",
@@ -116,6 +118,7 @@ _AT_FIRST_USE = {
         "from_keras",
         "from_keras_momentum",
         "frozen",
+        "fuse",
         "norm_parameters",
         "recalibrate",
         "unfreeze",

@@ -95,3 +95,27 @@ def test_what_has_no_counterpart_is_refused_by_name(name):
     new, report = normwise.convert(model, to="normwise")
     assert type(new[0]).__name__ == name
     assert report.skipped[0].reason.startswith(name[: name.index("2d") - (3 if "Tlu" in name else 0)])
+
+
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [("resnet18", 17), ("efficientnet_b0", 42), ("test_efficientnet_gn", 8), ("test_efficientnet_ln", 8)],
+)
+def test_norms_and_activations_are_fused(name, fused):
+    model, x = build(name), example(name)
+    # The proof in float64 is for the small ones.
+    new, report = normwise.fuse(model, example=None if name == "efficientnet_b0" else x)
+    assert len(report.changed) >= fused
+    assert list(new.state_dict()) == list(model.state_dict())
+    with torch.no_grad():
+        expected = model(x)
+        assert_close(new(x), expected, kind="composed", scale=float(expected.abs().max()), count=2000)
+    back, _ = normwise.convert(new, to="torch")
+    assert [type(m) for m in back.modules()] == [type(m) for m in model.modules()]
+    with torch.no_grad():
+        assert torch.equal(back(x), expected)
+
+
+def test_a_convnext_has_nothing_to_fuse():
+    with pytest.raises(ValueError, match="fuse found nothing"):
+        normwise.fuse(build("convnext_atto"), example=example("convnext_atto"))

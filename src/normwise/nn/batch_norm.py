@@ -128,10 +128,20 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
         residual: Tensor | PackedSequence | None = None,
         segments: Tensor | None = None,
         domain: int | Tensor | None = None,
+        act: str | None = None,
     ) -> Any:
-        """act(bn(input) + residual); see `normwise.functional.batch_norm` for shapes and errors."""
+        """act(bn(input) + residual); see `normwise.functional.batch_norm` for shapes and errors.
+
+        `act` here is for this call, in the place of the layer's.
+        """
         if symbolic.is_traced(input, mask, lengths, residual, segments, domain):
-            given: dict[str, Any] = {"mask": mask, "lengths": lengths, "residual": residual, "segments": segments}
+            given: dict[str, Any] = {
+                "mask": mask,
+                "lengths": lengths,
+                "residual": residual,
+                "segments": segments,
+                "act": act,
+            }
             given["domain"] = domain
             return symbolic.call_layer(self, input, **given)
         training = self.training
@@ -151,7 +161,7 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
             num_batches_tracked=tracked,
             mask=mask,
             lengths=lengths,
-            act=self.act,
+            act=self.act if act is None else act,
             residual=residual,
             process_group=self._stats_group,
             virtual_batch_size=self.virtual_batch_size,

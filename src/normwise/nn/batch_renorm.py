@@ -82,11 +82,12 @@ class _BatchRenorm(_BatchNorm):
         residual: Tensor | PackedSequence | None = None,
         segments: Tensor | None = None,
         domain: int | Tensor | None = None,
+        act: str | None = None,
     ) -> Any:
         """See `BatchRenorm1d`; shapes and errors as in `normwise.functional.batch_norm`."""
         if not self.training:
             return super().forward(
-                input, mask=mask, lengths=lengths, residual=residual, segments=segments, domain=domain
+                input, mask=mask, lengths=lengths, residual=residual, segments=segments, domain=domain, act=act
             )
         if domain is not None:
             self._of_domain(domain)  # of which it has none
@@ -96,7 +97,7 @@ class _BatchRenorm(_BatchNorm):
                 "BatchNorm1d does"
             )
         if symbolic.is_traced(input, mask, lengths, residual):
-            return symbolic.call_layer(self, input, mask=mask, lengths=lengths, residual=residual)
+            return symbolic.call_layer(self, input, mask=mask, lengths=lengths, residual=residual, act=act)
         weight, bias = affine(self)
         mean, var, tracked = self._running_stats()
         y, updated = batch_renorm_with_stats(
@@ -112,7 +113,7 @@ class _BatchRenorm(_BatchNorm):
             num_batches_tracked=tracked,  # type: ignore[arg-type]
             mask=mask,
             lengths=lengths,
-            act=self.act,
+            act=self.act if act is None else act,
             residual=residual,
             ranks=self.ranks,
             dim=self.dim,

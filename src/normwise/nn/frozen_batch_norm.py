@@ -58,10 +58,20 @@ class FrozenBatchNorm(Activated):
         lengths: Tensor | None = None,
         residual: Tensor | PackedSequence | None = None,
         segments: Tensor | None = None,
+        act: str | None = None,
     ) -> Any:
-        """act(bn(input) + residual); see `normwise.functional.batch_norm` for shapes and errors."""
+        """act(bn(input) + residual); see `normwise.functional.batch_norm` for shapes and errors.
+
+        `act` here is for this call, in the place of the layer's.
+        """
         if symbolic.is_traced(input, mask, lengths, residual, segments):
-            given: dict[str, Any] = {"mask": mask, "lengths": lengths, "residual": residual, "segments": segments}
+            given: dict[str, Any] = {
+                "mask": mask,
+                "lengths": lengths,
+                "residual": residual,
+                "segments": segments,
+                "act": act,
+            }
             return symbolic.call_layer(self, input, **given)
         return batch_norm_with_stats(
             input,
@@ -74,7 +84,7 @@ class FrozenBatchNorm(Activated):
             self.__dict__["eps"],
             mask=mask,
             lengths=lengths,
-            act=self.act,
+            act=self.act if act is None else act,
             residual=residual,
             ranks=self.ranks,
             segments=segments,

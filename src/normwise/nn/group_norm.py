@@ -74,10 +74,16 @@ class GroupNorm(Activated, nn.GroupNorm):
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
         residual: Tensor | PackedSequence | None = None,
+        act: str | None = None,
     ) -> Any:
-        """act(gn(input) + residual); see `normwise.functional.group_norm` for shapes and errors."""
+        """act(gn(input) + residual); see `normwise.functional.group_norm` for shapes and errors.
+
+        `act` here is for this call, in the place of the layer's.
+        """
         if symbolic.is_traced(input, mask, lengths, residual):
-            node = symbolic.call_layer(self, input, function=True, mask=mask, lengths=lengths, residual=residual)
+            node = symbolic.call_layer(
+                self, input, function=True, mask=mask, lengths=lengths, residual=residual, act=act
+            )
             if node is not None:
                 return node
         weight, bias = affine(self)
@@ -89,7 +95,7 @@ class GroupNorm(Activated, nn.GroupNorm):
             self.__dict__["eps"],
             mask=mask,
             lengths=lengths,
-            act=self.act,
+            act=self.act if act is None else act,
             residual=residual,
             num_channels=self.num_channels,
             dim=self.dim,

@@ -57,13 +57,22 @@ class _InstanceNorm(Activated, nn.modules.instancenorm._InstanceNorm):
         lengths: Tensor | None = None,
         residual: Tensor | PackedSequence | None = None,
         segments: Tensor | None = None,
+        act: str | None = None,
     ) -> Any:
         """act(in(input) + residual); see `normwise.functional.instance_norm` for shapes and errors.
+
+        `act` here is for this call, in the place of the layer's.
 
         An input without batch axis is one sample, and so are then `mask` and `residual`.
         """
         if symbolic.is_traced(input, mask, lengths, residual, segments):
-            given: dict[str, Any] = {"mask": mask, "lengths": lengths, "residual": residual, "segments": segments}
+            given: dict[str, Any] = {
+                "mask": mask,
+                "lengths": lengths,
+                "residual": residual,
+                "segments": segments,
+                "act": act,
+            }
             return symbolic.call_layer(self, input, **given)
         if segments is None and not (self.affine or self.track_running_stats):
             self._warn_of_channels(input)
@@ -79,7 +88,7 @@ class _InstanceNorm(Activated, nn.modules.instancenorm._InstanceNorm):
             self.__dict__["eps"],
             mask=mask,
             lengths=lengths,
-            act=self.act,
+            act=self.act if act is None else act,
             residual=residual,
             rank=self.batched_rank,
             num_features=self.num_features if self.affine or self.track_running_stats else None,

@@ -94,10 +94,11 @@ class LayerNorm(Activated, nn.LayerNorm):
         lengths: Tensor | None = None,
         add: Tensor | PackedSequence | None = None,
         segments: Tensor | None = None,
+        act: str | None = None,
     ) -> Any:
-        """See `normwise.functional.layer_norm` for shapes and errors."""
+        """See `normwise.functional.layer_norm` for shapes and errors; `act` here is for this call."""
         if symbolic.is_traced(input, mask, lengths, add, segments):
-            given: dict[str, Any] = {"mask": mask, "lengths": lengths, "add": add, "segments": segments}
+            given: dict[str, Any] = {"mask": mask, "lengths": lengths, "add": add, "segments": segments, "act": act}
             node = symbolic.call_layer(self, input, function=True, **given)
             if node is not None:
                 return node
@@ -111,7 +112,7 @@ class LayerNorm(Activated, nn.LayerNorm):
             dim=self.dim,
             mask=mask,
             lengths=lengths,
-            act=self.act,
+            act=self.act if act is None else act,
             add=add,
             process_group=self._stats_group,
             offset=self.offset,
@@ -188,10 +189,11 @@ class RMSNorm(Activated, nn.RMSNorm):
         lengths: Tensor | None = None,
         add: Tensor | PackedSequence | None = None,
         segments: Tensor | None = None,
+        act: str | None = None,
     ) -> Any:
-        """See `normwise.functional.rms_norm` for shapes and errors."""
+        """See `normwise.functional.rms_norm` for shapes and errors; `act` here is for this call."""
         if symbolic.is_traced(input, mask, lengths, add, segments):
-            given: dict[str, Any] = {"mask": mask, "lengths": lengths, "add": add, "segments": segments}
+            given: dict[str, Any] = {"mask": mask, "lengths": lengths, "add": add, "segments": segments, "act": act}
             node = symbolic.call_layer(self, input, function=True, **given)
             if node is not None:
                 return node
@@ -203,7 +205,7 @@ class RMSNorm(Activated, nn.RMSNorm):
             dim=self.dim,
             mask=mask,
             lengths=lengths,
-            act=self.act,
+            act=self.act if act is None else act,
             add=add,
             process_group=self._stats_group,
             offset=self.offset,

@@ -5,6 +5,7 @@ from normwise.surgery.convert import convert
 from normwise.surgery.fold import fold
 from normwise.surgery.foreign import from_flax, from_keras, from_keras_momentum
 from normwise.surgery.freeze import freeze, frozen, unfreeze
+from normwise.surgery.fuse import fuse
 from normwise.surgery.parameters import NormParameters, decay_groups, norm_parameters
 from normwise.surgery.recalibrate import recalibrate
 from normwise.surgery.report import Report, Surgery
@@ -22,6 +23,7 @@ __all__ = [
     "from_keras",
     "from_keras_momentum",
     "frozen",
+    "fuse",
     "norm_parameters",
     "recalibrate",
     "unfreeze",

@@ -13,6 +13,7 @@ import normwise.nn as ours
 from normwise.surgery import norms, recurrents
 from normwise.surgery.carry import carry_mode
 from normwise.surgery.forwards import BOUND, followers, held, is_bound, overrides_forward, own_modules
+from normwise.surgery.fusing.owners import is_marked, is_touched, unfused
 from normwise.surgery.groups import Met, inputs_met
 from normwise.surgery.hooks import carry_hooks
 from normwise.surgery.models import changeable, copied
@@ -78,7 +79,7 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
     "sync" | SyncBatchNorm; `process_group=` | BatchNorm of all kinds
     "frozen" | FrozenBatchNorm1d/2d/3d: statistics, gain and bias are fixed | BatchNorm of all kinds
     "normwise" | the namesakes in normwise, recurrent layers included | torch.nn's layers
-    "torch" | the namesakes in torch.nn, for deployment | normwise's layers
+    "torch" | the namesakes in torch.nn, for deployment; what `fuse` did is undone | normwise's layers
     "original" | the very classes that `to="normwise"` took the place of, with the tensors of now | what it put there
 
     Carried over: gain and bias always (parameters stay the same objects, so with `inplace` an optimizer goes on, and a
@@ -130,6 +131,11 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
     _convertible(model, inplace)
     if not inplace:
         model = copied(model, "convert")
+    if to in ("torch", "original") and where is None and any(map(is_touched, model.modules())):
+        with unfused(model):
+            if not _candidates(model, kinds):
+                return Surgery(model, Report(verb))
+            return convert(model, to, example=example, subclasses=subclasses, inplace=True, **options)
     candidates = _candidates(model, kinds)
     if not candidates and to == "original":
         raise ValueError(
@@ -150,7 +156,10 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
     made: list[tuple[Layer, nn.Module]] = []
     done = False
     for one in candidates:
-        result = _replaced(one, make, met.get(id(one.module), Met()), holders, subclasses) if meant(one) else _NOT_MEANT
+        makes = _original if to == "torch" and is_marked(one.module) else make
+        result = (
+            _replaced(one, makes, met.get(id(one.module), Met()), holders, subclasses) if meant(one) else _NOT_MEANT
+        )
         if isinstance(result, Refusal):
             done |= isinstance(result, AlreadyOne)
             report.skipped.append(Skip(one.name, one.kind, str(result)))
