@@ -173,7 +173,9 @@ def _fused(model: nn.Module, inputs: Inputs) -> nn.Module | None:
     """What `normwise.fuse` makes of it; None where there is nothing to fuse."""
     try:
         return normwise.fuse(model, example=inputs)[0]
-    except ValueError:
+    except ValueError as error:
+        if "nothing in the model that can be fused" not in str(error):
+            raise
         return None
 
 
