@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import re
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from normwise.backends import reference
 from support.tolerances import assert_close
@@ -64,3 +69,48 @@ def test_gradients_of_both_orders(setting: str) -> None:
             assert got is None or not got.any()
         else:
             assert_close(got, expected, kind="grad", count=24, scale=10.0)
+
+
+def test_opcheck_of_the_correction_of_batch_renorm() -> None:
+    mean, running_mean = torch.randn(2, 4).unbind(0)
+    var, running_var = (torch.rand(2, 4) + 0.5).unbind(0)
+    limits = torch.tensor(1.5), torch.tensor(0.5)
+    args = [*(t.clone() for t in (mean, var, running_mean, running_var)), *limits, 1e-3]
+    torch.library.opcheck(torch.ops.normwise.renorm_correction.default, args)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck_of_a_norm_over_ranks(masked: bool, tmp_path: Path) -> None:
+    importlib.import_module("normwise.ops.distributed_custom_op")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        name = dist.group.WORLD.group_name
+        x, weight, bias = (torch.randn(s, requires_grad=True) for s in ((2, 3, 4), (1, 3, 1), (1, 3, 1)))
+        mask = torch.tensor([[True, True, False, True], [True, False, False, False]]).unsqueeze(1) if masked else None
+        settings = [0, 2], name, 1e-3, True, masked
+        args = [x, weight, bias, mask, *settings]
+        torch.library.opcheck(torch.ops.normwise.distributed_norm.default, args)
+        detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+        y, _, _, count, rough, offset, rstd = torch.ops.normwise.distributed_norm(*detached)
+        saved = [*detached[:4], rough, offset, rstd, count, *settings]
+        torch.library.opcheck(torch.ops.normwise.distributed_norm_backward.default, [torch.randn_like(y), *saved])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_every_op_is_checked() -> None:
+    """An op that is added here needs an `opcheck`: in this file, test_recurrent_custom_op.py or, of Triton's kernels,
+    tests/triton_kernels/test_custom_op.py."""
+    importlib.import_module("normwise.ops.distributed_custom_op")
+    tests = Path(__file__).parent.parent
+    files = [Path(__file__), Path(__file__).with_name("test_recurrent_custom_op.py")]
+    files.append(tests / "triton_kernels" / "test_custom_op.py")
+    checked = {
+        name
+        for file in files
+        for name in re.findall(r"opcheck\(torch\.ops\.normwise\.(\w+)\.", file.read_text(encoding="utf-8"))
+    }
+    registered = {
+        name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("normwise::")
+    }
+    assert {name.removeprefix("normwise::") for name in registered} == checked

@@ -200,7 +200,7 @@ def test_what_triton_lacks_is_told(
     monkeypatch.setattr(runtime, "find_spec", lambda name: object() if installed else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(runtime, "interpreted", lambda: interpreted)
-    told = runtime.missing.__wrapped__()
+    told = runtime._missing.__wrapped__()
     assert told is None if reason is None else reason in told
 
 

@@ -42,7 +42,7 @@ def arguments(
     shapes_of_x = (T, B, INPUT), (B, HIDDEN), (B, HIDDEN)
     x, h0, c0 = (torch.randn(*s, dtype=dtype, requires_grad=True) for s in shapes_of_x)
     described = [config.cell, config.norm, config.norm_placement, list(config.groups), config.cell_norm, config.eps]
-    described += [config.reset_after, config.update_gate, config.update_offset, config.nonlinearity]
+    described += [config.reset_after, config.update_gate, config.update_offset, config.nonlinearity, "cpu"]
     return [x, h0, c0 if cell == "lstm" else None, *weights, lengths, torch.rand(T, B) < 0.3, True, *described]
 
 

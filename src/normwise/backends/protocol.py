@@ -197,7 +197,8 @@ class Layout(NamedTuple):
         batch_sizes: (steps,) int64 on the CPU, falling: how many samples have that step.
         flip: (rows,) int64, packed in two directions: for each row the one that takes its place when every sequence is
             turned round. Its own inverse.
-        lengths: (batch,) int64.
+        lengths: (batch,) int64, on the device of the rows.
+        lengths_on_cpu: the same where they were given on the CPU: known before the rows are computed.
         visible: whether values of flags may be looked at.
     """
 
@@ -207,6 +208,7 @@ class Layout(NamedTuple):
     flip: Tensor | None = None
     lengths: Tensor | None = None
     visible: bool = True
+    lengths_on_cpu: Tensor | None = None
 
 
 class RecurrenceRequest(NamedTuple):
@@ -304,16 +306,31 @@ class LayerResult(NamedTuple):
     saved: tuple[Tensor | None, ...] = ()
 
 
+class Saved(NamedTuple):
+    """One tensor of `LayerResult.saved`: (rows of x, columns); None where there are no columns.
+
+    `is_output`: that of the rows that the caller gets, in the order of processing, which may be the very same tensor.
+    """
+
+    columns: int
+    dtype: torch.dtype
+    is_output: bool = False
+
+
 class LayerKernel(NamedTuple):
     """How a backend computes one layer in one direction.
 
     forward(request, needs_grad) -> LayerResult; `needs_grad`: a backward may follow.
     backward(request, saved, (doutput, dh, dc), needs) -> gradients of (x, h0, c0, *weights), None where there is none;
     `needs` says which of these are wanted. None where `forward` consists of torch's operations.
+    saves(config, inputs, units, dtype) -> what `saved` holds for x of `dtype`, one `Saved` for each tensor: a compiler
+    plans with it before anything has run, and knows neither how many rows there will be nor whether a backend's library
+    is here. None where there is no `backward`.
     """
 
     forward: Callable[[LayerRequest, bool], LayerResult]
     backward: Callable[..., list[Tensor | None]] | None = None
+    saves: Callable[[Recurrence, int, int, torch.dtype], tuple[Saved, ...]] | None = None
 
 
 class StackKernel(NamedTuple):

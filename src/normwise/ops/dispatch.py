@@ -46,7 +46,8 @@ from normwise.ops._torch_internals import (
 
 BACKENDS = {backend.name: backend for backend in (CPU, TRITON, ATEN, REFERENCE)}
 
-constant_while_compiling(library.missing)
+for _facts_of_the_machine in (library.missing, runtime.missing, runtime.interpreted):
+    constant_while_compiling(_facts_of_the_machine)
 _is_compiling = torch.compiler.is_compiling
 
 
@@ -248,7 +249,7 @@ def _cannot(op: str, why: str) -> BackendError:
 def _kernel_obstacle(request: Any, operation: str, known_readable: bool = False) -> str | None:
     """What keeps the C++ kernels from a request, or None."""
     if _is_compiling():
-        # A recurrence becomes one node (custom_op.py); but ONNX, for one, knows no such node.
+        # A recurrence becomes one node (custom_op/); but ONNX, for one, knows no such node.
         if operation == "norm" or not on_cpu(request.x) or torch.onnx.is_in_onnx_export():
             return "while compiling, ATen's operations are left to the compiler"
         return CPU.recurrence.supports(request)
@@ -276,7 +277,12 @@ def is_masked_batch(request: NormRequest) -> bool:
 def _triton_obstacle(request: Any, operation: str) -> str | None:
     """What keeps the Triton kernels from a request, or None."""
     if _is_compiling():
-        return "while compiling, operations are left to the compiler"
+        # A node that calls the kernels (custom_op/): of a recurrence, which would be a loop, and where they are forced.
+        if torch.onnx.is_in_onnx_export():
+            return "an export to ONNX has no node for a Triton kernel"
+        if operation == "norm" and _forced.name is None:
+            return "while compiling, a norm's operations are left to the compiler"
+        return runtime.obstacle(request.x) or getattr(TRITON, operation).supports(request)
     if is_traced_or_transformed():
         return "torch.func, forward-mode derivatives, dispatch modes and torch.jit.trace do not see a Triton kernel"
     reason: str | None = runtime.obstacle(request.x) or getattr(TRITON, operation).supports(request)

@@ -19,7 +19,7 @@ from torch import Tensor
 from normwise.backends.cpu import library, structs
 from normwise.backends.cpu.library import functions, raise_fault
 from normwise.backends.cpu.memory import DTYPES, address
-from normwise.backends.protocol import LayerKernel, LayerRequest, LayerResult, RecurrenceRequest
+from normwise.backends.protocol import LayerKernel, LayerRequest, LayerResult, RecurrenceRequest, Saved
 from normwise.backends.recurrence import Recurrence, Weights
 
 # The argument structs of normwise.h: pointers, int64, double, int32.
@@ -201,8 +201,11 @@ def _readable_saved(
     widths = saved_widths(config, x.shape[-1], units, dtype)
     if output is None:
         raise ValueError("output: missing; the forward keeps it with needs_grad=True")
-    _expect("output", output, (*x.shape[:-1], units), (_WIDE if widths[4] else dtype,))
     rows = prod(x.shape[:-1])
+    if output.dim() > 2:
+        _expect("output", output, (*x.shape[:-1], units), (_WIDE if widths[4] else dtype,))
+        output = output.flatten(0, -2)
+    _expect("output", output, (rows, units), (_WIDE if widths[4] else dtype,))
     for name, t, width in zip(SAVED[1:], kept, widths[:4], strict=True):
         if t is not None:
             _expect(name, t, (rows, width), (_WIDE,))
@@ -297,4 +300,11 @@ def saved_widths(config: Recurrence, inputs: int, units: int, dtype: torch.dtype
     return *widths, 0 if dtype == _WIDE or config.cell == "lstm" else units
 
 
-KERNELS = {"layer": LayerKernel(forward, backward)}
+def saves(config: Recurrence, inputs: int, units: int, dtype: torch.dtype) -> tuple[Saved, ...]:
+    """Of `SAVED`."""
+    *widths, wide_output = saved_widths(config, inputs, units, dtype)
+    output = Saved(units, _WIDE) if wide_output else Saved(units, dtype, is_output=True)
+    return output, *[Saved(width, _WIDE) for width in widths]
+
+
+KERNELS = {"layer": LayerKernel(forward, backward, saves)}

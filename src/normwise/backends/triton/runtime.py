@@ -11,18 +11,27 @@ import torch
 from torch import Tensor
 
 
-@cache
+# torch.compile does not trace what these two call, see ops/dispatch.py; a cached function it would trace, and warn.
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, on tensors of the CPU: for tests and for debugging.
 
     Triton reads the variable when it is imported; so it is read once here too.
     """
+    return _interpreted()
+
+
+def missing() -> str | None:
+    """Why no Triton kernel can run on this machine, or None. Does not import Triton."""
+    return _missing()
+
+
+@cache
+def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache
-def missing() -> str | None:
-    """Why no Triton kernel can run on this machine, or None. Does not import Triton."""
+def _missing() -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed: pip install 'normwise[triton]'"
     if interpreted() or torch.cuda.is_available():

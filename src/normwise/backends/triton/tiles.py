@@ -118,10 +118,9 @@ def groups_forward(request: NormRequest, _needs_grad: bool) -> NormResult:
     view = _view(request.config, request.x)
     stats, moments = _statistics(request, view)
     y = _apply(request, view, stats)
-    if request.running_mean is None:
-        return NormResult(y, view.x, stats)
     var, count = moments.view(2, view.samples, view.groups)
-    return NormResult(y, view.x, stats, None, Moments(stats[0].view_as(var), var, count))
+    updated = True if request.running_mean is None else None
+    return NormResult(y, view.x, stats, updated, Moments(stats[0].view_as(var), var, count))
 
 
 def channels_forward(request: NormRequest, _needs_grad: bool) -> NormResult:
@@ -129,6 +128,7 @@ def channels_forward(request: NormRequest, _needs_grad: bool) -> NormResult:
     config, running_mean, running_var, num_batches_tracked = request.config, *request[6:]
     view = _view(config, request.x)
     updated: Tensor | bool = True
+    moments = None
     if not config.batch_statistics:
         stats = _given(request, view)
     else:
@@ -136,7 +136,8 @@ def channels_forward(request: NormRequest, _needs_grad: bool) -> NormResult:
         if running_mean is not None and running_var is not None:
             averages = running_mean, running_var, num_batches_tracked
             updated = running_stats.update(RunningStatsRequest(*averages, config.momentum, stats[0], var, count))
-    return NormResult(_apply(request, view, stats), view.x, stats, updated)
+        moments = Moments(stats[0], var, count)
+    return NormResult(_apply(request, view, stats), view.x, stats, updated, moments)
 
 
 def _statistics(request: NormRequest, view: _View) -> tuple[Tensor, Tensor]:

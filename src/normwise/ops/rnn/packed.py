@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from normwise.backends.devices import on_cpu
 from normwise.backends.protocol import Layout
 from normwise.backends.reference.sequences import valid_steps
 from normwise.ops.autograd import put_rows, take_rows
@@ -39,7 +40,9 @@ def padded(x: Tensor, lengths: Tensor | None, batch_first: bool, bidirectional: 
     x = x.transpose(0, 1) if batch_first else x
     if lengths is None:
         return Sequences(x, Layout(x.shape[0], x.shape[1]))
-    return Sequences(x, Layout(x.shape[0], x.shape[1], lengths=lengths.to(x.device, non_blocking=True), visible=False))
+    known, on_device = lengths if on_cpu(lengths) else None, lengths.to(x.device, non_blocking=True)
+    layout = Layout(x.shape[0], x.shape[1], lengths=on_device, visible=False, lengths_on_cpu=known)
+    return Sequences(x, layout)
 
 
 def pack(x: Tensor, lengths: Tensor, batch_first: bool, bidirectional: bool) -> Sequences:
@@ -65,7 +68,8 @@ def packed(given: PackedSequence, bidirectional: bool) -> Sequences:
     x, batch_sizes = given.data, given.batch_sizes.contiguous()
     if not may_look(x, batch_sizes):
         unpacked, lengths = pad_packed_sequence(given)
-        layout = Layout(unpacked.shape[0], unpacked.shape[1], lengths=lengths.to(x.device), visible=False)
+        (steps, batch), on_device = unpacked.shape[:2], lengths.to(x.device)
+        layout = Layout(steps, batch, lengths=on_device, visible=False, lengths_on_cpu=lengths)
         return Sequences(unpacked, layout, packed=given)
     steps, batch = len(batch_sizes), int(batch_sizes[0])
     if int(batch_sizes[-1]) == batch:

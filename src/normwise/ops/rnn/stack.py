@@ -250,7 +250,8 @@ def run(request: RecurrenceRequest, returns_copy: bool = False) -> RecurrenceRes
             of = LayerRequest(
                 config, x, h0[n], c, of_layer, layout, reverse, resets[reverse], zoneout_mask, table, start_step
             )
-            results.append(layer(kernel, of, returns_copy and directions == 1 and n + 1 == len(weights)))
+            copies = returns_copy and directions == 1 and n + 1 == len(weights)
+            results.append(layer(kernel, of, copies, backend.name))
     h = torch.stack([r.h for r in results])
     finals = None if c0 is None else torch.stack([r.c for r in results])  # type: ignore[misc]
     return RecurrenceResult(_side_by_side(results, directions), h, finals, [r.statistics for r in results])
@@ -263,14 +264,15 @@ def _side_by_side(results: list[LayerResult], directions: int) -> Tensor:
     return torch.cat([results[-2].output, results[-1].output], -1)
 
 
-def layer(kernel: LayerKernel, request: LayerRequest, returns_copy: bool = False) -> LayerResult:
-    """One layer in one direction; `returns_copy` as in `autograd.RecurrentLayer`."""
+def layer(kernel: LayerKernel, request: LayerRequest, returns_copy: bool = False, backend: str = "") -> LayerResult:
+    """One layer in one direction by the `kernel` of a `backend`, whose name a node states; `returns_copy` as in
+    `autograd.RecurrentLayer`."""
     if kernel.backward is None:
         return kernel.forward(request, False)
     config, x, h0, c0, weights, layout, reverse, reset, *_ = request
     tensors = x, h0.to(x.dtype), None if c0 is None else c0.to(x.dtype), *weights
     if torch.compiler.is_compiling():
-        return custom_op.recurrence(request._replace(h0=tensors[1], c0=tensors[2]), returns_copy)
+        return custom_op.recurrence(backend, request._replace(h0=tensors[1], c0=tensors[2]), returns_copy)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         output, h, c = RecurrentLayer.apply(kernel, returns_copy, config, layout, reverse, reset, *tensors)
         return LayerResult(output, h, c, {})
@@ -331,9 +333,13 @@ def _cast(request: RecurrenceRequest) -> RecurrenceRequest:
     dtype = request.autocast
     if dtype is None:
         return request
-    matrices = ("weight_ih", "weight_hh", "weight_hr")
     weights = tuple(
-        w._replace(**{m: v.to(dtype) for m in matrices if (v := getattr(w, m)) is not None}) for w in request.weights
+        w._replace(
+            weight_ih=w.weight_ih.to(dtype),
+            weight_hh=w.weight_hh.to(dtype),
+            weight_hr=None if w.weight_hr is None else w.weight_hr.to(dtype),
+        )
+        for w in request.weights
     )
     c0 = None if request.c0 is None else request.c0.to(dtype)
     return request._replace(x=request.x.to(dtype), h0=request.h0.to(dtype), c0=c0, weights=weights)

@@ -16,7 +16,7 @@ from normwise.backends.protocol import LayerKernel, LayerRequest, LayerResult
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.triton import runtime, settings
 from normwise.backends.triton.rnn import grid, persistent, stepwise
-from normwise.backends.triton.rnn.requests import DTYPES, Readable, expect, flipped, kept, supports, wide_copy
+from normwise.backends.triton.rnn.requests import DTYPES, Readable, expect, flipped, kept, saves, supports, wide_copy
 
 __all__ = ["DTYPES", "KERNELS", "backward", "forward", "supports"]
 
@@ -57,7 +57,7 @@ def computed(at: Readable, direction: Literal["forward", "backward"], *args: Any
 
 
 def forward(request: LayerRequest, needs_grad: bool) -> LayerResult:
-    """All steps; keeps what `backward` needs if `needs_grad`: p, q, and h and c before each step."""
+    """All steps; keeps `requests.SAVED` if `needs_grad`."""
     at = Readable.of(request)
     p = at.x @ at.weights.weight_ih.t()
     output, h, c, saved = computed(at, "forward", p, needs_grad)
@@ -110,4 +110,4 @@ def _of_vectors(config: Recurrence, sums: Tensor) -> dict[str, Tensor]:
     }
 
 
-KERNELS = {"layer": LayerKernel(forward, backward)}
+KERNELS = {"layer": LayerKernel(forward, backward, saves)}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from normwise.backends.protocol import LayerRequest, Layout, RecurrenceRequest, accumulation_dtype
+from normwise.backends.protocol import LayerRequest, Layout, RecurrenceRequest, Saved, accumulation_dtype
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.triton import memory, runtime
 
@@ -36,7 +36,7 @@ def supports(request: RecurrenceRequest) -> str | None:
         return "the Triton kernels take no batch statistics inside a recurrence"
     if config.zoneout:
         return "the Triton kernels take no zoneout"
-    if request.layout.lengths is not None:
+    if request.layout.lengths is not None and request.layout.lengths_on_cpu is None:
         return "the Triton kernels take the steps of each sequence, and must know how many they are"
     dtype = request.autocast or x.dtype
     for weights in request.weights:
@@ -181,22 +181,32 @@ def _expect_falling(layout: Layout) -> None:
         raise ValueError(f"batch_sizes: expected {layout.steps} that fall from at most {layout.batch}, got {sizes[1:]}")
 
 
+# What a forward keeps for the backward, row by row in the order of processing: both products with the input and with
+# the state, and the states before each step.
+SAVED = ("p", "q", "h", "c")
+
+
+def saves(config: Recurrence, inputs: int, units: int, dtype: torch.dtype) -> tuple[Saved, ...]:
+    """Of `SAVED`."""
+    gates = config.gates * units
+    cells = units if config.cell == "lstm" else 0
+    return Saved(gates, dtype), Saved(gates, dtype), Saved(units, dtype), Saved(cells, accumulation_dtype(dtype))
+
+
 def kept(at: Readable, saved: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """What the forward kept, contiguous: hooks on saved tensors may have put others in its place."""
-    config, rows, found = at.config, len(at.x), []
-    gates = config.gates * at.units
-    expected = {"p": (gates, at.x.dtype), "q": (gates, at.x.dtype), "h": (at.units, at.x.dtype)}
-    if config.cell == "lstm":
-        expected["c"] = (at.units, at.wide)
-    for (name, (width, dtype)), t in zip(expected.items(), saved, strict=False):
-        if t is None:
+    rows, found = len(at.x), []
+    expected = saves(at.config, at.x.shape[1], at.units, at.x.dtype)
+    for name, (width, dtype, _), t in zip(SAVED, expected, saved, strict=False):
+        if t is None and width:
             raise ValueError(f"{name}: missing; the forward keeps it with needs_grad=True")
-        expect(name, t, (rows, width), at.x, (dtype,))
-        found.append(t.contiguous())
+        if t is not None:
+            expect(name, t, (rows, width), at.x, (dtype,))
+        found.append(None if t is None else t.contiguous())
     if len(found) < len(expected):
         raise ValueError("the forward keeps what the backward needs with needs_grad=True")
-    p, q, h, *c = found
-    return p, q, h, c[0] if c else None
+    p, q, h, c = found
+    return p, q, h, c  # type: ignore[return-value]
 
 
 def expect(name: str, t: Tensor, shape: tuple[int, ...], beside: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
