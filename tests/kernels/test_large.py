@@ -24,5 +24,20 @@ def test_channels_past_the_caches_match_the_formula(isa: str, dtype: torch.dtype
     check_channels((8, 64, 64, 65), dtype, threads=2, channels_last=channels_last, masked=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(16, 3, 211, 211), (5, 24, 133, 133), (3, 40, 133, 133), (4200, 516)], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_of_channels_that_fill_no_cache_line_match_the_formula(
+    isa: str, dtype: torch.dtype, shape: tuple[int, ...], masked: bool
+) -> None:
+    """Without a mask several of them are written as one run."""
+    check_channels(shape, dtype, threads=2, channels_last=True, masked=masked, act="relu", residual=True)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_samples_that_begin_within_a_cache_line_match_the_formula(isa: str, masked: bool) -> None:
+    check_groups((5, 24, 133, 133), 4, torch.float32, threads=2, channels_last=True, masked=masked)
+
+
 def test_groups_past_the_caches_match_the_formula(isa: str) -> None:
     check_groups((8, 32, 64, 65), 4, truth.DTYPES[0], threads=2, residual=True, act="relu")

@@ -23,12 +23,26 @@ inline bool fills_threads(int64_t n, int threads) {
   return threads == 1 || 4 * rounds * threads <= 5 * n;
 }
 
-// f(i) for i = 0 .. n-1. Neighbouring items share a thread, so that two loops over the same n find the same caches
-// warm.
-template <class F> inline void parallel_for(int64_t n, int threads, F f) {
+// f(begin, end) for each thread's share of 0 .. n-1. Neighbouring items share a thread, so that two loops over the same
+// n find the same caches warm.
+template <class F> inline void parallel_for_ranges(int64_t n, int threads, F f) {
   parallel_region(n > 1 ? threads : 1, [&](int64_t thread, int64_t count) {
-    for (int64_t i = n * thread / count, end = n * (thread + 1) / count; i < end; ++i) f(i);
+    f(n * thread / count, n * (thread + 1) / count);
     fence_non_temporal();
+  });
+}
+
+// f(i) for i = 0 .. n-1.
+template <class F> inline void parallel_for(int64_t n, int threads, F f) {
+  parallel_for_ranges(n, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+// The same in which each thread begins with its last item: a second pass then finds the end of the first one in cache.
+template <class F> inline void parallel_for_from_end(int64_t n, int threads, F f) {
+  parallel_for_ranges(n, threads, [&](int64_t begin, int64_t end) {
+    while (end > begin) f(--end);
   });
 }
 
@@ -36,10 +50,10 @@ template <class F> inline void parallel_for(int64_t n, int threads, F f) {
 // so that results do not depend on the number of threads.
 struct Chunks {
   int64_t rows, rows_per_chunk, count;
-  Chunks(int64_t rows, int64_t min_rows, int64_t max_count) : rows(rows) {
+  Chunks(int64_t rows, int64_t min_rows, int64_t max_count, int64_t multiple = 4) : rows(rows) {
     count = rows / min_rows < 1 ? 1 : (rows / min_rows > max_count ? max_count : rows / min_rows);
     rows_per_chunk = (rows + count - 1) / count;
-    rows_per_chunk = (rows_per_chunk + 3) / 4 * 4;  // the loops over rows handle four at a time
+    rows_per_chunk = (rows_per_chunk + multiple - 1) / multiple * multiple;  // loops handle several rows at a time
     count = rows_per_chunk > 0 ? (rows + rows_per_chunk - 1) / rows_per_chunk : 0;
   }
   int64_t begin(int64_t i) const { return i * rows_per_chunk; }

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/cache.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__SSE2__)
@@ -94,13 +96,23 @@ template <class V, class T> NW_INLINE V load_bytes(const T* p, Partial part) {
 
 typedef uint16_t uint16_vector __attribute__((vector_size(vector_bytes / 2)));
 typedef uint32_t uint32_vector __attribute__((vector_size(vector_bytes)));
-NW_INLINE vec<float> widen(uint16_vector h) { return (vec<float>)(__builtin_convertvector(h, uint32_vector) << 16); }
+#if defined(__AVX2__) && !defined(NW_AVX512)
+// GCC 12 widens each half by itself, which takes four shuffles, and masks what fits before it narrows.
+NW_INLINE uint32_vector widen_bits(uint16_vector h) { return (uint32_vector)_mm256_cvtepu16_epi32((__m128i)h); }
+NW_INLINE uint16_vector narrow_bits(uint32_vector v) {
+  return (uint16_vector)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+}
+#else
+NW_INLINE uint32_vector widen_bits(uint16_vector h) { return __builtin_convertvector(h, uint32_vector); }
+NW_INLINE uint16_vector narrow_bits(uint32_vector v) { return __builtin_convertvector(v, uint16_vector); }
+#endif
+NW_INLINE vec<float> widen(uint16_vector h) { return (vec<float>)(widen_bits(h) << 16); }
 // Round to nearest, ties to even, as torch; a NaN stays one instead of rounding up to infinity.
 NW_INLINE uint16_vector narrow(vec<float> v) {
   uint32_vector bits = (uint32_vector)v;
   uint32_vector rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   rounded = v != v ? (uint32_vector{} + 0x7fc0u) : rounded;
-  return __builtin_convertvector(rounded, uint16_vector);
+  return narrow_bits(rounded);
 }
 
 NW_INLINE vec<float> load(const float* p, Full = {}) { return load_bytes<vec<float>>(p); }
@@ -156,14 +168,17 @@ NW_INLINE void store(bf16* p, vec<float> v, Partial part) {
 // --- Non-temporal stores for large outputs. They bypass the caches: a large output would be evicted before anyone
 // reads it, and an ordinary store fetches the cache line first, which is a third of a norm's memory traffic.
 
-constexpr int64_t non_temporal_bytes = 4 << 20;  // about the L2 of a few cores
+// Bytes from which an output is large: the L2 of two cores cannot hold it. With 1.25 MiB of L2 a BatchNorm and what
+// reads its output take less time so at 6.1 MiB, about as much at 3.1 MiB and more at 0.8 MiB (docs/kernels.md). Where
+// L2 is small, L3 serves instead: less than 2 MiB never go past it.
+inline int64_t non_temporal_bytes() { return l2_cache_bytes > 1 << 20 ? 2 * l2_cache_bytes : 2 << 20; }
 template <class T> constexpr int64_t store_bytes = lanes<compute_t<T>> * int64_t(sizeof(T));
 
 // Whether an output of `elements`, written in runs of `run` neighbours, takes non-temporal stores: it is large, and
 // each of its vectors is aligned.
 template <class T> inline bool use_non_temporal(const T* out, int64_t elements, int64_t run) {
 #if defined(__SSE2__)
-  return elements * int64_t(sizeof(T)) >= non_temporal_bytes && uintptr_t(out) % store_bytes<T> == 0 &&
+  return elements * int64_t(sizeof(T)) >= non_temporal_bytes() && uintptr_t(out) % store_bytes<T> == 0 &&
          run * int64_t(sizeof(T)) % store_bytes<T> == 0;
 #else
   return false;

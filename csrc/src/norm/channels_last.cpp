@@ -11,9 +11,9 @@ template <class T, int act> int forward(const nw_channels_forward_args& a) {
   const int64_t channels = a.channels, rows = a.batch * a.positions;
   const int threads = useful_threads(rows * channels, a.threads);
   const Chunks chunks = row_chunks(rows);
-  const ColumnArrays<T> all = forward_arrays<T>(a, 0);
-  Scratch<C> coeff_memory(ColumnCoeffs<C>::arrays * channels);
-  ChunkMoments<C> moments(a.training ? chunks.count : 0, channels);
+  const ColumnArrays<T> all = forward_arrays<T>(a, 0, rows);
+  Scratch<C> coeff_memory(ColumnCoeffs<C>::arrays * all.run);
+  ChunkMoments<C> moments(a.training ? chunks.count : 0, channels, all.run);
   if (!coeff_memory || !moments) return NW_OUT_OF_MEMORY;
 
   if (a.training) {
@@ -23,10 +23,11 @@ template <class T, int act> int forward(const nw_channels_forward_args& a) {
   } else {
     for (int64_t c = 0; c < channels; ++c) store_running_stats<C>(a, c);
   }
-  ColumnCoeffs<C> coeffs(coeff_memory.get(), channels);
+  ColumnCoeffs<C> coeffs(coeff_memory.get(), channels, all.run);
   for (int64_t c = 0; c < channels; ++c) coeffs.set(c, affine_of<C>(a, c));
-  parallel_for(chunks.count, threads,
-               [&](int64_t k) { normalize_rows<T, act>(all, coeffs, chunks.begin(k), chunks.end(k)); });
+  coeffs.repeat_affine();
+  parallel_for_from_end(chunks.count, threads,
+                        [&](int64_t k) { normalize_rows<T, act>(all, coeffs, chunks.begin(k), chunks.end(k)); });
   return NW_OK;
 }
 
@@ -35,22 +36,25 @@ template <class T, int act> int backward(const nw_channels_backward_args& a) {
   const int64_t channels = a.channels, rows = a.batch * a.positions;
   const int threads = useful_threads(rows * channels, a.threads);
   const Chunks chunks = row_chunks(rows);
-  const ColumnArrays<T> all = backward_arrays<T>(a, 0);
-  Scratch<C> coeff_memory(ColumnCoeffs<C>::arrays * channels);
-  ChunkGradSums<C> partial(chunks.count, channels);
+  const ColumnArrays<T> all = backward_arrays<T>(a, 0, rows);
+  Scratch<C> coeff_memory(ColumnCoeffs<C>::arrays * all.run);
+  ChunkGradSums<C> partial(chunks.count, channels, all.run);
   if (!coeff_memory || !partial) return NW_OUT_OF_MEMORY;
-  ColumnCoeffs<C> coeffs(coeff_memory.get(), channels);
+  ColumnCoeffs<C> coeffs(coeff_memory.get(), channels, all.run);
 
   for (int64_t c = 0; c < channels; ++c) coeffs.set(c, affine_of<C>(a, c));
+  coeffs.repeat_affine();
   parallel_for(chunks.count, threads,
                [&](int64_t k) { partial.template compute<act>(k, all, coeffs, chunks.begin(k), chunks.end(k)); });
   const double* sums = partial.summed(0, chunks.count);
   const double count = count_elements(a);
   for (int64_t c = 0; c < channels; ++c) {
-    coeffs.set(c, finish_channel<C>(a, c, {.grad = sums[c], .grad_deviation = sums[channels + c]}, count));
+    const Affine<C> affine = affine_of<C>(a, c);
+    coeffs.set(c, affine, finish_channel<C>(a, c, sums_of_column(sums, channels, c, affine), count));
   }
-  parallel_for(chunks.count, threads,
-               [&](int64_t k) { input_gradient_rows<T, act>(all, coeffs, chunks.begin(k), chunks.end(k)); });
+  coeffs.repeat_gradient();
+  parallel_for_from_end(chunks.count, threads,
+                        [&](int64_t k) { input_gradient_rows<T, act>(all, coeffs, chunks.begin(k), chunks.end(k)); });
   return NW_OK;
 }
 

@@ -1,6 +1,8 @@
-// Passes down the columns of (rows, channels) arrays, for the channels-last norms. Four rows are handled at a time, so
-// that a column's coefficients and sums are loaded once for four rows; the second pass runs from the last row to the
-// first, since the last ones are still in cache.
+// Passes down the columns of (rows, channels) arrays, for the channels-last norms. Where every row counts, several
+// short rows are handled as one run: coefficients and sums are repeated for each of them, so that 3 or 40 channels take
+// whole vectors, too. What is written is written from one end to the other. Non-temporal stores to several rows in turn
+// are slow: a vector of AVX2 is half a cache line, and a write-combining buffer that must make way for another row's is
+// flushed half full.
 #pragma once
 
 #include "common/activations.h"
@@ -13,11 +15,25 @@ namespace {
 
 constexpr int64_t block_rows = 256;  // float sums over this many rows stay accurate
 
-inline Chunks row_chunks(int64_t rows) { return Chunks(rows, 256, 64); }
+// The chunks begin at a cache line whatever the number of channels, as non-temporal stores demand.
+inline Chunks row_chunks(int64_t rows) { return Chunks(rows, 256, 64, 16); }
+
+// How many elements are handled as one run: one row, or without a mask as many as make whole vectors and are worth a
+// loop.
+inline int64_t run_length(int64_t rows, int64_t channels, bool masked) {
+  constexpr int64_t enough = 512, most = 2048;
+  if (masked) return channels;
+  const int64_t divisor = channels & -channels;  // the greatest power of two
+  int64_t step = divisor < 16 ? 16 / divisor : 1;
+  if (step * channels > most) step = 1;
+  const int64_t steps = enough / (step * channels);
+  const int64_t folded = (steps > 1 ? steps : 1) * step;
+  return channels * (folded < rows ? folded : rows > 1 ? rows : 1);
+}
 
 // The arrays that the passes read and write, from one of their rows on.
 template <class T> struct ColumnArrays {
-  int64_t channels;
+  int64_t channels, run;  // run: see run_length
   const uint8_t* mask;
   const T *x, *residual, *dy;
   T *out, *dresidual;  // y or dx
@@ -27,63 +43,101 @@ template <class T> struct ColumnArrays {
 
 template <class T> NW_INLINE T* offset_or_null(T* p, int64_t start) { return p ? p + start : nullptr; }
 
-template <class T, class Args> ColumnArrays<T> forward_arrays(const Args& a, int64_t row) {
-  const int64_t start = row * a.channels;
-  T* y = static_cast<T*>(a.y);
+// `rows`: how many there are from `row` on.
+template <class T, class Args> ColumnArrays<T> column_arrays(const Args& a, int64_t row, int64_t rows, void* out) {
+  const int64_t start = row * a.channels, run = run_length(rows, a.channels, a.mask);
+  T* const first = static_cast<T*>(out) + start;
   return {
       .channels = a.channels,
+      .run = run,
       .mask = offset_or_null(a.mask, row),
       .x = static_cast<const T*>(a.x) + start,
       .residual = offset_or_null(static_cast<const T*>(a.residual), start),
       .dy = nullptr,
-      .out = y + start,
+      .out = first,
       .dresidual = nullptr,
-      .non_temporal = use_non_temporal(y, a.batch * a.positions * a.channels, a.channels),
+      .non_temporal = use_non_temporal(first, a.batch * a.positions * a.channels, run),
       .code = a.act,
   };
 }
 
-template <class T, class Args> ColumnArrays<T> backward_arrays(const Args& a, int64_t row) {
-  const int64_t start = row * a.channels;
-  T* dx = static_cast<T*>(a.dx);
-  return {
-      .channels = a.channels,
-      .mask = offset_or_null(a.mask, row),
-      .x = static_cast<const T*>(a.x) + start,
-      .residual = offset_or_null(static_cast<const T*>(a.residual), start),
-      .dy = static_cast<const T*>(a.dy) + start,
-      .out = dx + start,
-      .dresidual = offset_or_null(static_cast<T*>(a.dresidual), start),
-      .non_temporal = use_non_temporal(dx, a.batch * a.positions * a.channels, a.channels),
-      .code = a.act,
-  };
+template <class T, class Args> ColumnArrays<T> forward_arrays(const Args& a, int64_t row, int64_t rows) {
+  return column_arrays<T>(a, row, rows, a.y);
 }
 
-// Lists the valid rows of begin .. end-1, at most `limit` of them; returns how many, and moves `begin` past the rows
-// seen.
-inline int64_t gather_valid_rows(const uint8_t* mask, int64_t& begin, int64_t end, int64_t limit, int64_t* rows) {
+template <class T, class Args> ColumnArrays<T> backward_arrays(const Args& a, int64_t row, int64_t rows) {
+  ColumnArrays<T> arrays = column_arrays<T>(a, row, rows, a.dx);
+  arrays.dy = static_cast<const T*>(a.dy) + row * a.channels;
+  arrays.dresidual = offset_or_null(static_cast<T*>(a.dresidual), row * a.channels);
+  return arrays;
+}
+
+// Rows to go through: `count` neighbours from `first` on, or those listed.
+struct RowBlock {
+  int64_t first, count;
+  const int64_t* listed;
+};
+
+// The valid rows among begin .. end-1, at most `limit` of them or, where all are valid, as many for each row of a run;
+// moves `begin` past the rows seen. `rows` has room for `limit` numbers.
+template <class T>
+RowBlock next_rows(const ColumnArrays<T>& r, int64_t& begin, int64_t end, int64_t limit, int64_t* rows) {
+  if (!r.mask) {
+    const int64_t most = limit * (r.run / r.channels), first = begin;
+    begin = end - begin < most ? end : begin + most;
+    return {.first = first, .count = begin - first, .listed = nullptr};
+  }
   int64_t count = 0;
   for (; begin < end && count < limit; ++begin) {
     rows[count] = begin;
-    count += !mask || mask[begin];  // without a branch, which could not be predicted
+    count += r.mask[begin] != 0;  // without a branch, which could not be predicted
   }
-  return count;
+  return {.first = 0, .count = count, .listed = rows};
 }
 
-// four(i, part, offsets of four rows) over all columns for the rows listed, then one(i, part, offset) for those left
-// over.
-template <class C, class Four, class One>
-NW_INLINE void for_rows_by_four(const int64_t* rows, int64_t count, int64_t channels, Four four, One one) {
-  int64_t r = 0;
-  for (; r + 4 <= count; r += 4) {
-    const int64_t a = rows[r] * channels, b = rows[r + 1] * channels, c = rows[r + 2] * channels,
-                  d = rows[r + 3] * channels;
-    for_each_vector<C>(channels, [&](int64_t i, auto part) NW_LAMBDA { four(i, part, a + i, b + i, c + i, d + i); });
+// Calls body(where the run begins, length) for the runs of a block of rows.
+template <class T, class Body> NW_INLINE void for_each_run(const ColumnArrays<T>& r, const RowBlock& rows, Body body) {
+  const int64_t run = r.run, channels = r.channels, n = rows.count * channels;
+  int64_t at = rows.first * channels;
+  const int64_t* listed = rows.listed;
+  for (int64_t done = 0; done < n; done += run, at += run) {
+    if (listed) at = *listed++ * channels;
+    body(at, n - done < run ? n - done : run);
   }
-  for (; r < count; ++r) {
-    const int64_t a = rows[r] * channels;
-    for_each_vector<C>(channels, [&](int64_t i, auto part) NW_LAMBDA { one(i, part, a + i); });
+}
+
+// The same for sums: four(where four runs begin) takes four whole runs at a time, so that a column's sums are loaded
+// and stored once for four; body(where the run begins, length) takes those left over.
+template <class T, class Four, class Body>
+NW_INLINE void for_each_four_runs(const ColumnArrays<T>& r, const RowBlock& rows, Four four, Body body) {
+  const int64_t run = r.run, channels = r.channels, n = rows.count * channels;
+  const int64_t* listed = rows.listed;
+  int64_t at = rows.first * channels, done = 0;
+  for (; done + 4 * run <= n; done += 4 * run, at += 4 * run) {
+    if (listed) {
+      four(listed[0] * channels, listed[1] * channels, listed[2] * channels, listed[3] * channels);
+      listed += 4;
+    } else {
+      four(at, at + run, at + 2 * run, at + 3 * run);
+    }
   }
+  for (; done < n; done += run, at += run) {
+    if (listed) at = *listed++ * channels;
+    body(at, n - done < run ? n - done : run);
+  }
+}
+
+// Adds up the sums of a run's rows.
+template <class C> void add_rows_of_run(C* sums, int64_t channels, int64_t run) {
+  for (int64_t at = channels; at < run; at += channels) {
+#pragma omp simd
+    for (int64_t c = 0; c < channels; ++c) sums[c] += sums[at + c];
+  }
+}
+
+// Repeats a number per channel for each row of a run.
+template <class C> void repeat_for_run(C* values, int64_t channels, int64_t run) {
+  for (int64_t at = channels; at < run; at += channels) std::memcpy(values + at, values, size_t(channels) * sizeof(C));
 }
 
 // Writes zeros to one row of an output.
@@ -111,27 +165,35 @@ struct ColumnMoments {
   }
 };
 
-// For every column the sum over the rows listed of x - pivot, and of its square.
+// For every column the sum over these rows of x - pivot, and of its square. All three have the length of a run.
 template <class T>
-void shifted_sums(const T* x, const int64_t* rows, int64_t count, int64_t channels, const compute_t<T>* pivot,
-                  compute_t<T>* first, compute_t<T>* second) {
+void shifted_sums(const ColumnArrays<T>& r, const RowBlock& rows, const compute_t<T>* pivot, compute_t<T>* first,
+                  compute_t<T>* second) {
   using C = compute_t<T>;
-  zero_fill(first, channels);
-  zero_fill(second, channels);
-  for_rows_by_four<C>(
-      rows, count, channels,
-      [&](int64_t i, auto part, int64_t a, int64_t b, int64_t c, int64_t d) NW_LAMBDA {
-        const vec<C> m = load(pivot + i, part);
-        vec<C> da = load(x + a, part) - m, db = load(x + b, part) - m, dc = load(x + c, part) - m,
-               dd = load(x + d, part) - m;
-        store(first + i, load(first + i, part) + ((da + db) + (dc + dd)), part);
-        store(second + i, load(second + i, part) + ((da * da + db * db) + (dc * dc + dd * dd)), part);
+  const T* const x = r.x;
+  const int64_t run = r.run;
+  zero_fill(first, run);
+  zero_fill(second, run);
+  for_each_four_runs(
+      r, rows,
+      [&](int64_t a, int64_t b, int64_t c, int64_t d) NW_LAMBDA {
+        for_each_vector<C>(run, [&](int64_t i, auto part) NW_LAMBDA {
+          const vec<C> m = load(pivot + i, part);
+          const vec<C> da = load(x + a + i, part) - m, db = load(x + b + i, part) - m, dc = load(x + c + i, part) - m,
+                       dd = load(x + d + i, part) - m;
+          store(first + i, load(first + i, part) + ((da + db) + (dc + dd)), part);
+          store(second + i, load(second + i, part) + ((da * da + db * db) + (dc * dc + dd * dd)), part);
+        });
       },
-      [&](int64_t i, auto part, int64_t a) NW_LAMBDA {
-        vec<C> da = load(x + a, part) - load(pivot + i, part);
-        store(first + i, load(first + i, part) + da, part);
-        store(second + i, load(second + i, part) + da * da, part);
+      [&](int64_t at, int64_t length) NW_LAMBDA {
+        for_each_vector<C>(length, [&](int64_t i, auto part) NW_LAMBDA {
+          const vec<C> d = load(x + at + i, part) - load(pivot + i, part);
+          store(first + i, load(first + i, part) + d, part);
+          store(second + i, load(second + i, part) + d * d, part);
+        });
       });
+  add_rows_of_run(first, r.channels, run);
+  add_rows_of_run(second, r.channels, run);
 }
 
 // Whether any column's mean is so far from the pivot that s2 - s1^2/n would lose more than four bits to cancellation.
@@ -145,27 +207,30 @@ template <class C> bool pivot_is_far(const C* first, const C* second, int64_t ch
 
 // Moments of every column over a chunk of rows, one block of rows at a time. Sums are about the mean of the rows
 // before, which takes one pass over the data; only where that mean is far from the block's does a second pass follow,
-// about the block's own mean. That is always so at first, so the first block is short. `block` and `work` have room for
-// 2 and 3 numbers per column.
+// about the block's own mean. That is always so at first, so the first block is short. `block` has room for 2 numbers
+// per column, `work` for 3 per element of a run.
 template <class T>
 void chunk_moments(const ColumnArrays<T>& r, int64_t begin, int64_t end, ColumnMoments& all, ColumnMoments block,
                    compute_t<T>* work) {
   using C = compute_t<T>;
   const int64_t channels = r.channels;
-  C *pivot = work, *first = work + channels, *second = work + 2 * channels;
+  C *pivot = work, *first = work + r.run, *second = work + 2 * r.run;
   zero_fill(all.mean, channels);
   zero_fill(all.m2, channels);
-  zero_fill(pivot, channels);
-  int64_t rows[block_rows];
-  int64_t limit = 16;
-  while (const int64_t count = gather_valid_rows(r.mask, begin, end, limit, rows)) {
+  zero_fill(pivot, r.run);
+  int64_t row_numbers[block_rows];
+  int64_t limit = r.run / channels < 16 ? 16 / (r.run / channels) : 1;
+  for (;;) {
+    const RowBlock rows = next_rows(r, begin, end, limit, row_numbers);
+    if (rows.count == 0) return;
     limit = block_rows;
-    block.count = double(count);
+    block.count = double(rows.count);
     const double inverse_count = 1 / block.count;
-    shifted_sums(r.x, rows, count, channels, pivot, first, second);
+    shifted_sums(r, rows, pivot, first, second);
     if (pivot_is_far(first, second, channels, block.count)) {
       for (int64_t i = 0; i < channels; ++i) pivot[i] = C(double(pivot[i]) + double(first[i]) * inverse_count);
-      shifted_sums(r.x, rows, count, channels, pivot, first, second);
+      repeat_for_run(pivot, channels, r.run);
+      shifted_sums(r, rows, pivot, first, second);
     }
 #pragma omp simd
     for (int64_t i = 0; i < channels; ++i) {
@@ -176,23 +241,26 @@ void chunk_moments(const ColumnArrays<T>& r, int64_t begin, int64_t end, ColumnM
     all.merge(block, channels);
 #pragma omp simd
     for (int64_t i = 0; i < channels; ++i) pivot[i] = C(all.mean[i]);
+    repeat_for_run(pivot, channels, r.run);
   }
 }
 
 // The moments of several chunks: any thread computes each, then they are merged in order.
 template <class C> class ChunkMoments {
  public:
-  ChunkMoments(int64_t chunks, int64_t channels)
+  // `run`: see run_length.
+  ChunkMoments(int64_t chunks, int64_t channels, int64_t run)
       : channels_(channels),
+        run_(run),
         memory_((chunks > 0 ? chunks : 1) * 4 * channels),
         counts_(chunks),
-        work_(chunks * 3 * channels) {}
+        work_(chunks * 3 * run) {}
   explicit operator bool() const { return memory_ && counts_ && work_; }
 
   template <class T> void compute(int64_t chunk, const ColumnArrays<T>& r, int64_t begin, int64_t end) {
     ColumnMoments moments = at(chunk);
     chunk_moments(r, begin, end, moments, ColumnMoments(moments.mean + 2 * channels_, channels_),
-                  work_.get() + chunk * 3 * channels_);
+                  work_.get() + chunk * 3 * run_);
     counts_.get()[chunk] = moments.count;
   }
 
@@ -214,84 +282,76 @@ template <class C> class ChunkMoments {
 
  private:
   ColumnMoments at(int64_t chunk) const { return ColumnMoments(memory_.get() + chunk * 4 * channels_, channels_); }
-  int64_t channels_;
+  int64_t channels_, run_;
   Scratch<double> memory_, counts_;
   Scratch<C> work_;
 };
 
-// The columns' Affine and GradCoeffs as arrays of the compute type, so that a row reads them a vector at a time.
+// The columns' Affine and GradCoeffs as arrays of the compute type, so that a row reads them a vector at a time. The
+// low part of a mean is taken into `shift` and `offset`, which are computed in double: z = (x - mean) * scale + shift,
+// and dx = g * gain - offset - (x - mean) * slope.
 template <class C> struct ColumnCoeffs {
-  C *mean_high, *mean_low, *scale, *shift, *gain, *offset, *slope;
-  ColumnCoeffs(C* p, int64_t n)
-      : mean_high(p),
-        mean_low(p + n),
-        scale(p + 2 * n),
-        shift(p + 3 * n),
-        gain(p + 4 * n),
-        offset(p + 5 * n),
-        slope(p + 6 * n) {}
-  static constexpr int64_t arrays = 7;
+  C *mean, *scale, *shift, *gain, *offset, *slope;
+  int64_t channels, run;
+  static constexpr int64_t arrays = 6;
+  ColumnCoeffs(C* p, int64_t channels, int64_t run)
+      : mean(p),
+        scale(p + run),
+        shift(p + 2 * run),
+        gain(p + 3 * run),
+        offset(p + 4 * run),
+        slope(p + 5 * run),
+        channels(channels),
+        run(run) {}
   void set(int64_t c, const Affine<C>& affine) {
-    mean_high[c] = affine.mean.high;
-    mean_low[c] = affine.mean.low;
+    mean[c] = affine.mean.high;
     scale[c] = affine.scale;
-    shift[c] = affine.shift;
+    shift[c] = C(double(affine.shift) - affine.mean.low_times(affine.scale));
   }
-  void set(int64_t c, const GradCoeffs<C>& grad) {
+  void set(int64_t c, const Affine<C>& affine, const GradCoeffs<C>& grad) {
     gain[c] = grad.gain;
-    offset[c] = grad.offset;
+    offset[c] = C(double(grad.offset) - affine.mean.low_times(grad.slope));
     slope[c] = grad.slope;
+  }
+  // Makes what was set for each channel hold for each row of a run.
+  void repeat_affine() const {
+    for (int64_t k = 0; k < 3; ++k) repeat_for_run(mean + k * run, channels, run);
+  }
+  void repeat_gradient() const {
+    for (int64_t k = 0; k < 3; ++k) repeat_for_run(gain + k * run, channels, run);
   }
 };
 
-// Calls body(rows, count) for the valid rows of begin .. end-1 in blocks, the last block first, and skip(row) for the
-// invalid ones. Within a block rows ascend, as the hardware prefetcher expects.
-template <class Body, class Skip>
-void for_blocks_from_end(const uint8_t* mask, int64_t channels, int64_t begin, int64_t end, Body body, Skip skip) {
-  int64_t rows[block_rows], invalid_rows[block_rows];
-  const int64_t rows_per_block =
-      16384 / channels < 4 ? 4 : (16384 / channels > block_rows ? block_rows : 16384 / channels);
-  while (end > begin) {
-    const int64_t first = end - begin < rows_per_block ? begin : end - rows_per_block;
-    int64_t invalid_count = 0;
-    for (int64_t row = first; mask && row < end; ++row) {
-      invalid_rows[invalid_count] = row;
-      invalid_count += !mask[row];
-    }
-    for (int64_t i = 0; i < invalid_count; ++i) skip(invalid_rows[i]);
-    int64_t from = first;
-    body(rows, gather_valid_rows(mask, from, end, rows_per_block, rows));
-    end = first;
+// Calls body(where the run begins, length) for the valid rows of begin .. end-1, and skip(row) for the invalid ones.
+template <class T, class Body, class Skip>
+NW_INLINE void for_all_rows(const ColumnArrays<T>& r, int64_t begin, int64_t end, Body body, Skip skip) {
+  for (int64_t row = begin; r.mask && row < end; ++row) {
+    if (!r.mask[row]) skip(row);
+  }
+  int64_t row_numbers[block_rows];
+  while (begin < end) {
+    for_each_run(r, next_rows(r, begin, end, r.mask ? block_rows : end, row_numbers), body);
   }
 }
 
 template <class T, int act>
 void normalize_rows(const ColumnArrays<T>& r, const ColumnCoeffs<compute_t<T>>& coeffs, int64_t begin, int64_t end) {
   using C = compute_t<T>;
-  const int64_t channels = r.channels;
-  auto one = [&](auto part, int64_t at, vec<C> high, vec<C> low, vec<C> scale, vec<C> shift) NW_LAMBDA {
-    vec<C> z = ((load(r.x + at, part) - high) - low) * scale + shift;
-    if (r.residual) z += load(r.residual + at, part);
-    store_output(r.out + at, activate<act, C>(z, r.code), part, r.non_temporal);
-  };
-  auto block = [&](const int64_t* rows, int64_t count) {
-    for_rows_by_four<C>(
-        rows, count, channels,
-        [&](int64_t i, auto part, int64_t r0, int64_t r1, int64_t r2, int64_t r3) NW_LAMBDA {
-          const vec<C> high = load(coeffs.mean_high + i, part), low = load(coeffs.mean_low + i, part),
-                       scale = load(coeffs.scale + i, part), shift = load(coeffs.shift + i, part);
-          one(part, r0, high, low, scale, shift);
-          one(part, r1, high, low, scale, shift);
-          one(part, r2, high, low, scale, shift);
-          one(part, r3, high, low, scale, shift);
-        },
-        [&](int64_t i, auto part, int64_t r0) NW_LAMBDA {
-          one(part, r0, load(coeffs.mean_high + i, part), load(coeffs.mean_low + i, part), load(coeffs.scale + i, part),
-              load(coeffs.shift + i, part));
+  const T *const x = r.x, *const residual = r.residual;
+  T* const y = r.out;
+  const C *const mean = coeffs.mean, *const scale = coeffs.scale, *const shift = coeffs.shift;
+  const bool non_temporal = r.non_temporal;
+  const int code = r.code;
+  for_all_rows(
+      r, begin, end,
+      [&](int64_t at, int64_t length) NW_LAMBDA {
+        for_each_vector<C>(length, [&](int64_t i, auto part) NW_LAMBDA {
+          vec<C> z = (load(x + at + i, part) - load(mean + i, part)) * load(scale + i, part) + load(shift + i, part);
+          if (residual) z += load(residual + at + i, part);
+          store_output(y + at + i, activate<act, C>(z, code), part, non_temporal);
         });
-  };
-  for_blocks_from_end(r.mask, channels, begin, end, block,
-                      [&](int64_t row) { clear_output(r.out + row * channels, channels, r.non_temporal); });
+      },
+      [&](int64_t row) { clear_output(y + row * r.channels, r.channels, non_temporal); });
 }
 
 }  // namespace

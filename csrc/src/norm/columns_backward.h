@@ -6,54 +6,64 @@
 namespace NW_ISA {
 namespace {
 
-// Computes the gradient g of z and the deviation from the mean for one vector of one row.
+// Computes the gradient g of z and the deviation from the mean's high part for one vector, number i of its run.
 template <class T, int act> struct ColumnGradient {
   using C = compute_t<T>;
-  const ColumnArrays<T>& r;
-  const ColumnCoeffs<C>& coeffs;
-  template <class Part>
-  NW_INLINE vec<C> at(int64_t at, Part part, vec<C> high, vec<C> low, int64_t i, vec<C>& deviation) const {
-    deviation = (load(r.x + at, part) - high) - low;
-    vec<C> g = load(r.dy + at, part);
+  const T *x, *residual, *dy;
+  const C *mean, *scale, *shift;
+  int code;  // the activation's
+  ColumnGradient(const ColumnArrays<T>& r, const ColumnCoeffs<C>& coeffs)
+      : x(r.x), residual(r.residual), dy(r.dy), mean(coeffs.mean), scale(coeffs.scale), shift(coeffs.shift),
+        code(r.code) {}
+  template <class Part> NW_INLINE vec<C> at(int64_t at, int64_t i, Part part, vec<C>& deviation) const {
+    deviation = load(x + at + i, part) - load(mean + i, part);
+    vec<C> g = load(dy + at + i, part);
     if constexpr (act != NW_IDENTITY) {
-      vec<C> z = deviation * load(coeffs.scale + i, part) + load(coeffs.shift + i, part);
-      if (r.residual) z += load(r.residual + at, part);
-      g *= activation_derivative<act, C>(z, r.code);
+      vec<C> z = deviation * load(scale + i, part) + load(shift + i, part);
+      if (residual) z += load(residual + at + i, part);
+      g *= activation_derivative<act, C>(z, code);
     }
     return g;
   }
 };
 
-// For every column the sum of g, followed by the sums of g times the deviation from the mean. `work` has room for 2
-// numbers per column.
+// For every column the sum of g, followed by the sums of g times the deviation from the mean's high part. `work` has
+// room for 2 numbers per element of a run.
 template <class T, int act>
 void chunk_grad_sums(const ColumnArrays<T>& r, const ColumnCoeffs<compute_t<T>>& coeffs, int64_t begin, int64_t end,
                      double* sums, compute_t<T>* work) {
   using C = compute_t<T>;
-  const int64_t channels = r.channels;
-  const ColumnGradient<T, act> gradient{r, coeffs};
+  const int64_t channels = r.channels, run = r.run;
+  const ColumnGradient<T, act> gradient(r, coeffs);
   double *sum_g = sums, *sum_gd = sums + channels;
-  C *block_g = work, *block_gd = work + channels;
+  C *const block_g = work, *const block_gd = work + run;
   zero_fill(sums, 2 * channels);
-  int64_t rows[block_rows];
-  while (const int64_t count = gather_valid_rows(r.mask, begin, end, block_rows, rows)) {
-    zero_fill(work, 2 * channels);
-    for_rows_by_four<C>(
-        rows, count, channels,
-        [&](int64_t i, auto part, int64_t r0, int64_t r1, int64_t r2, int64_t r3) NW_LAMBDA {
-          const vec<C> high = load(coeffs.mean_high + i, part), low = load(coeffs.mean_low + i, part);
-          vec<C> d0, d1, d2, d3;
-          vec<C> g0 = gradient.at(r0, part, high, low, i, d0), g1 = gradient.at(r1, part, high, low, i, d1);
-          vec<C> g2 = gradient.at(r2, part, high, low, i, d2), g3 = gradient.at(r3, part, high, low, i, d3);
-          store(block_g + i, load(block_g + i, part) + ((g0 + g1) + (g2 + g3)), part);
-          store(block_gd + i, load(block_gd + i, part) + ((g0 * d0 + g1 * d1) + (g2 * d2 + g3 * d3)), part);
+  int64_t row_numbers[block_rows];
+  for (;;) {
+    const RowBlock rows = next_rows(r, begin, end, block_rows, row_numbers);
+    if (rows.count == 0) return;
+    zero_fill(work, 2 * run);
+    for_each_four_runs(
+        r, rows,
+        [&](int64_t r0, int64_t r1, int64_t r2, int64_t r3) NW_LAMBDA {
+          for_each_vector<C>(run, [&](int64_t i, auto part) NW_LAMBDA {
+            vec<C> d0, d1, d2, d3;
+            const vec<C> g0 = gradient.at(r0, i, part, d0), g1 = gradient.at(r1, i, part, d1);
+            const vec<C> g2 = gradient.at(r2, i, part, d2), g3 = gradient.at(r3, i, part, d3);
+            store(block_g + i, load(block_g + i, part) + ((g0 + g1) + (g2 + g3)), part);
+            store(block_gd + i, load(block_gd + i, part) + ((g0 * d0 + g1 * d1) + (g2 * d2 + g3 * d3)), part);
+          });
         },
-        [&](int64_t i, auto part, int64_t r0) NW_LAMBDA {
-          vec<C> d;
-          vec<C> g = gradient.at(r0, part, load(coeffs.mean_high + i, part), load(coeffs.mean_low + i, part), i, d);
-          store(block_g + i, load(block_g + i, part) + g, part);
-          store(block_gd + i, load(block_gd + i, part) + g * d, part);
+        [&](int64_t at, int64_t length) NW_LAMBDA {
+          for_each_vector<C>(length, [&](int64_t i, auto part) NW_LAMBDA {
+            vec<C> d;
+            const vec<C> g = gradient.at(at, i, part, d);
+            store(block_g + i, load(block_g + i, part) + g, part);
+            store(block_gd + i, load(block_gd + i, part) + g * d, part);
+          });
         });
+    add_rows_of_run(block_g, channels, run);
+    add_rows_of_run(block_gd, channels, run);
 #pragma omp simd
     for (int64_t i = 0; i < channels; ++i) {
       sum_g[i] += double(block_g[i]);
@@ -65,13 +75,14 @@ void chunk_grad_sums(const ColumnArrays<T>& r, const ColumnCoeffs<compute_t<T>>&
 // The sums of several chunks: any thread computes each, then they are added in order.
 template <class C> class ChunkGradSums {
  public:
-  ChunkGradSums(int64_t chunks, int64_t channels)
-      : channels_(channels), memory_((chunks > 0 ? chunks : 1) * 2 * channels), work_(chunks * 2 * channels) {}
+  // `run`: see run_length.
+  ChunkGradSums(int64_t chunks, int64_t channels, int64_t run)
+      : channels_(channels), run_(run), memory_((chunks > 0 ? chunks : 1) * 2 * channels), work_(chunks * 2 * run) {}
   explicit operator bool() const { return memory_ && work_; }
 
   template <int act, class T>
   void compute(int64_t chunk, const ColumnArrays<T>& r, const ColumnCoeffs<C>& coeffs, int64_t begin, int64_t end) {
-    chunk_grad_sums<T, act>(r, coeffs, begin, end, at(chunk), work_.get() + chunk * 2 * channels_);
+    chunk_grad_sums<T, act>(r, coeffs, begin, end, at(chunk), work_.get() + chunk * 2 * run_);
   }
 
   // The sums of `count` chunks from `first` on added up, in the order of chunk_grad_sums.
@@ -88,45 +99,39 @@ template <class C> class ChunkGradSums {
 
  private:
   double* at(int64_t chunk) const { return memory_.get() + chunk * 2 * channels_; }
-  int64_t channels_;
+  int64_t channels_, run_;
   Scratch<double> memory_;
   Scratch<C> work_;
 };
+
+// Column c's sums about its mean: the low part, which the passes leave out, is put right here.
+template <class C> GradSums sums_of_column(const double* sums, int64_t channels, int64_t c, const Affine<C>& affine) {
+  return {.grad = sums[c], .grad_deviation = sums[channels + c] - affine.mean.low_times(sums[c])};
+}
 
 template <class T, int act>
 void input_gradient_rows(const ColumnArrays<T>& r, const ColumnCoeffs<compute_t<T>>& coeffs, int64_t begin,
                          int64_t end) {
   using C = compute_t<T>;
-  const int64_t channels = r.channels;
-  const ColumnGradient<T, act> gradient{r, coeffs};
-  auto one = [&](auto part, int64_t at, int64_t i, vec<C> high, vec<C> low, vec<C> gain, vec<C> offset, vec<C> slope)
-                 NW_LAMBDA {
-                   vec<C> deviation;
-                   vec<C> g = gradient.at(at, part, high, low, i, deviation);
-                   store_output(r.out + at, g * gain - offset - deviation * slope, part, r.non_temporal);
-                   if (r.dresidual) store(r.dresidual + at, g, part);
-                 };
-  auto block = [&](const int64_t* rows, int64_t count) {
-    for_rows_by_four<C>(
-        rows, count, channels,
-        [&](int64_t i, auto part, int64_t r0, int64_t r1, int64_t r2, int64_t r3) NW_LAMBDA {
-          const vec<C> high = load(coeffs.mean_high + i, part), low = load(coeffs.mean_low + i, part),
-                       gain = load(coeffs.gain + i, part), offset = load(coeffs.offset + i, part),
-                       slope = load(coeffs.slope + i, part);
-          one(part, r0, i, high, low, gain, offset, slope);
-          one(part, r1, i, high, low, gain, offset, slope);
-          one(part, r2, i, high, low, gain, offset, slope);
-          one(part, r3, i, high, low, gain, offset, slope);
-        },
-        [&](int64_t i, auto part, int64_t r0) NW_LAMBDA {
-          one(part, r0, i, load(coeffs.mean_high + i, part), load(coeffs.mean_low + i, part),
-              load(coeffs.gain + i, part), load(coeffs.offset + i, part), load(coeffs.slope + i, part));
+  const ColumnGradient<T, act> gradient(r, coeffs);
+  T *const dx = r.out, *const dresidual = r.dresidual;
+  const C *const gain = coeffs.gain, *const offset = coeffs.offset, *const slope = coeffs.slope;
+  const bool non_temporal = r.non_temporal;
+  for_all_rows(
+      r, begin, end,
+      [&](int64_t at, int64_t length) NW_LAMBDA {
+        for_each_vector<C>(length, [&](int64_t i, auto part) NW_LAMBDA {
+          vec<C> deviation;
+          const vec<C> g = gradient.at(at, i, part, deviation);
+          const vec<C> d = g * load(gain + i, part) - load(offset + i, part) - deviation * load(slope + i, part);
+          store_output(dx + at + i, d, part, non_temporal);
+          if (dresidual) store(dresidual + at + i, g, part);
         });
-  };
-  for_blocks_from_end(r.mask, channels, begin, end, block, [&](int64_t row) {
-    clear_output(r.out + row * channels, channels, r.non_temporal);
-    if (r.dresidual) zero_fill(r.dresidual + row * channels, channels);
-  });
+      },
+      [&](int64_t row) {
+        clear_output(dx + row * r.channels, r.channels, non_temporal);
+        if (dresidual) zero_fill(dresidual + row * r.channels, r.channels);
+      });
 }
 
 }  // namespace

@@ -51,21 +51,23 @@ struct Plan {
 template <class C, class Args> void set_affine(const Args& a, int64_t sample, ColumnCoeffs<C>& coeffs) {
   const int64_t channels = a.channels / a.groups;
   for (int64_t c = 0; c < a.channels; ++c) coeffs.set(c, affine_of<C>(a, sample * a.groups + c / channels, c));
+  coeffs.repeat_affine();
 }
 
 template <class T, int act> int forward(const nw_groups_forward_args& a) {
   using C = compute_t<T>;
   const Plan plan(a);
   const Chunks& chunks = plan.chunks;
-  const int64_t channels = a.channels / a.groups, coeff_count = ColumnCoeffs<C>::arrays * a.channels;
-  ChunkMoments<C> moments(plan.slots * chunks.count, a.channels);
+  const int64_t channels = a.channels / a.groups, run = run_length(a.positions, a.channels, a.mask);
+  const int64_t coeff_count = ColumnCoeffs<C>::arrays * run;
+  ChunkMoments<C> moments(plan.slots * chunks.count, a.channels, run);
   Scratch<C> coeff_memory(plan.slots * coeff_count);
   if (!moments || !coeff_memory) return NW_OUT_OF_MEMORY;
 
   plan.run([](int64_t, int64_t) {},
            [&](int64_t n, int64_t k, int64_t slot) {
-             moments.compute(slot * chunks.count + k, forward_arrays<T>(a, n * a.positions), chunks.begin(k),
-                             chunks.end(k));
+             moments.compute(slot * chunks.count + k, forward_arrays<T>(a, n * a.positions, a.positions),
+                             chunks.begin(k), chunks.end(k));
            },
            [&](int64_t n, int64_t slot) {
              const ColumnMoments m = moments.merged(slot * chunks.count, chunks.count);
@@ -76,12 +78,13 @@ template <class T, int act> int forward(const nw_groups_forward_args& a) {
                }
                store_statistics(a, n * a.groups + g, group);
              }
-             ColumnCoeffs<C> coeffs(coeff_memory.get() + slot * coeff_count, a.channels);
+             ColumnCoeffs<C> coeffs(coeff_memory.get() + slot * coeff_count, a.channels, run);
              set_affine(a, n, coeffs);
            },
            [&](int64_t n, int64_t k, int64_t slot) {
-             const ColumnCoeffs<C> coeffs(coeff_memory.get() + slot * coeff_count, a.channels);
-             normalize_rows<T, act>(forward_arrays<T>(a, n * a.positions), coeffs, chunks.begin(k), chunks.end(k));
+             const ColumnCoeffs<C> coeffs(coeff_memory.get() + slot * coeff_count, a.channels, run);
+             normalize_rows<T, act>(forward_arrays<T>(a, n * a.positions, a.positions), coeffs, chunks.begin(k),
+                                    chunks.end(k));
            });
   return NW_OK;
 }
@@ -90,38 +93,44 @@ template <class T, int act> int backward(const nw_groups_backward_args& a) {
   using C = compute_t<T>;
   const Plan plan(a);
   const Chunks& chunks = plan.chunks;
-  const int64_t channels = a.channels / a.groups, coeff_count = ColumnCoeffs<C>::arrays * a.channels;
-  ChunkGradSums<C> partial(plan.slots * chunks.count, a.channels);
+  const int64_t channels = a.channels / a.groups, run = run_length(a.positions, a.channels, a.mask);
+  const int64_t coeff_count = ColumnCoeffs<C>::arrays * run;
+  ChunkGradSums<C> partial(plan.slots * chunks.count, a.channels, run);
   Scratch<C> coeff_memory(plan.slots * coeff_count);
   Scratch<GradSums> sums(a.batch * a.channels);
   if (!partial || !coeff_memory || !sums) return NW_OUT_OF_MEMORY;
 
   plan.run(
       [&](int64_t n, int64_t slot) {
-        ColumnCoeffs<C> coeffs(coeff_memory.get() + slot * coeff_count, a.channels);
+        ColumnCoeffs<C> coeffs(coeff_memory.get() + slot * coeff_count, a.channels, run);
         set_affine(a, n, coeffs);
       },
       [&](int64_t n, int64_t k, int64_t slot) {
-        const ColumnCoeffs<C> coeffs(coeff_memory.get() + slot * coeff_count, a.channels);
-        partial.template compute<act>(slot * chunks.count + k, backward_arrays<T>(a, n * a.positions), coeffs,
-                                      chunks.begin(k), chunks.end(k));
+        const ColumnCoeffs<C> coeffs(coeff_memory.get() + slot * coeff_count, a.channels, run);
+        partial.template compute<act>(slot * chunks.count + k, backward_arrays<T>(a, n * a.positions, a.positions),
+                                      coeffs, chunks.begin(k), chunks.end(k));
       },
       [&](int64_t n, int64_t slot) {
         const double* summed = partial.summed(slot * chunks.count, chunks.count);
         GradSums* const sample_sums = sums.get() + n * a.channels;
         for (int64_t c = 0; c < a.channels; ++c) {
-          sample_sums[c] = {.grad = summed[c], .grad_deviation = summed[a.channels + c]};
+          sample_sums[c] = sums_of_column(summed, a.channels, c, affine_of<C>(a, n * a.groups + c / channels, c));
         }
-        ColumnCoeffs<C> coeffs(coeff_memory.get() + slot * coeff_count, a.channels);
+        ColumnCoeffs<C> coeffs(coeff_memory.get() + slot * coeff_count, a.channels, run);
         const double count = count_elements(a, n);
         for (int64_t g = 0; g < a.groups; ++g) {
           const GroupGradCoeffs<C> group_coeffs(a, n * a.groups + g, sample_sums + g * channels, count);
-          for (int64_t c = 0; c < channels; ++c) coeffs.set(g * channels + c, group_coeffs.of(c));
+          for (int64_t c = 0; c < channels; ++c) {
+            const int64_t channel = g * channels + c;
+            coeffs.set(channel, affine_of<C>(a, n * a.groups + g, channel), group_coeffs.of(c));
+          }
         }
+        coeffs.repeat_gradient();
       },
       [&](int64_t n, int64_t k, int64_t slot) {
-        const ColumnCoeffs<C> coeffs(coeff_memory.get() + slot * coeff_count, a.channels);
-        input_gradient_rows<T, act>(backward_arrays<T>(a, n * a.positions), coeffs, chunks.begin(k), chunks.end(k));
+        const ColumnCoeffs<C> coeffs(coeff_memory.get() + slot * coeff_count, a.channels, run);
+        input_gradient_rows<T, act>(backward_arrays<T>(a, n * a.positions, a.positions), coeffs, chunks.begin(k),
+                                    chunks.end(k));
       });
   parameter_gradients<C>(a, sums.get(), plan.threads);
   return NW_OK;

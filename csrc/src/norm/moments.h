@@ -145,6 +145,8 @@ template <class C> struct SplitMean {
   C high, low;
   explicit SplitMean(double mean) : high(C(mean)), low(C(mean - double(C(mean)))) {}
   NW_INLINE vec<C> deviation(vec<C> x) const { return (x - high) - low; }
+  // What deviations from the high part alone have too much once they are multiplied; 0 times infinity is 0 here.
+  NW_INLINE double low_times(double factor) const { return low == 0 ? 0 : double(low) * factor; }
 };
 
 }  // namespace

@@ -42,6 +42,14 @@ NW_INLINE void store_statistics(const nw_rows_forward_args& a, int64_t row, doub
   a.rstd[row] = rstd;
 }
 
+// x_hat = (x - mean) * rstd.
+template <class C> struct Standardize {
+  C mean, rstd, shift;  // shift: what the mean's rounding to C leaves out
+  Standardize(double mean, double rstd)
+      : mean(C(mean)), rstd(C(rstd)), shift(C(0 - SplitMean<C>(mean).low_times(rstd))) {}
+  NW_INLINE vec<C> operator()(vec<C> x) const { return (x - mean) * rstd + shift; }
+};
+
 template <class T, int act> void forward_row(const nw_rows_forward_args& a, int64_t row, bool non_temporal) {
   using C = compute_t<T>;
   const int64_t n = a.cols;
@@ -72,11 +80,10 @@ template <class T, int act> void forward_row(const nw_rows_forward_args& a, int6
   store_statistics(a, row, mean, rstd);
 
   const ParamVector<C> weight(a.weight, C(1)), bias(a.bias, C(0));
-  const SplitMean<C> split_mean(mean);
-  const C scale = C(rstd);
+  const Standardize<C> standardize(mean, rstd);
   for_each_vector<C>(n, [&](int64_t i, auto part) NW_LAMBDA {
     prefetch(next + i);
-    vec<C> z = split_mean.deviation(load(x + i, part)) * scale * weight.at(i, part) + bias.at(i, part);
+    vec<C> z = standardize(load(x + i, part)) * weight.at(i, part) + bias.at(i, part);
     store_output(y + i, activate<act, C>(z, a.act), part, non_temporal);
   });
 }
@@ -121,15 +128,18 @@ void forward_short_rows(const nw_rows_forward_args& a, int64_t row, bool non_tem
     store_statistics(a, row + r, mean[r], rstd[r]);
   }
   const ParamVector<C> weight(a.weight, C(1)), bias(a.bias, C(0));
-  for_each_vector<C>(n, [&](int64_t i, auto part) NW_LAMBDA {
-    const vec<C> w = weight.at(i, part), b = bias.at(i, part);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      prefetch(x + (r + R) * n + i);
-      vec<C> z = SplitMean<C>(mean[r]).deviation(load(x + r * n + i, part)) * C(rstd[r]) * w + b;
-      store_output(y + r * n + i, activate<act, C>(z, a.act), part, non_temporal);
-    }
-  });
+  // One row after the other: vectors of AVX2 are half a cache line, and non-temporal stores to several rows in turn
+  // would flush half lines.
+  for (int r = 0; r < R; ++r) {
+    const T* const row_x = x + r * n;
+    T* const row_y = y + r * n;
+    const Standardize<C> standardize(mean[r], rstd[r]);
+    for_each_vector<C>(n, [&](int64_t i, auto part) NW_LAMBDA {
+      prefetch(row_x + R * n + i);
+      vec<C> z = standardize(load(row_x + i, part)) * weight.at(i, part) + bias.at(i, part);
+      store_output(row_y + i, activate<act, C>(z, a.act), part, non_temporal);
+    });
+  }
 }
 
 template <class T, int act> int forward(const nw_rows_forward_args& a) {
@@ -147,110 +157,100 @@ template <class T, int act> int forward(const nw_rows_forward_args& a) {
   return NW_OK;
 }
 
-// One row of the backward: computes the gradient g of z and the deviation from the mean, then ds.
+// One row of the backward: the gradient g of z and x_hat.
 template <class T, int act> struct RowGradient {
   using C = compute_t<T>;
-  const T *dy, *s, *dsum;
-  T* ds;
-  SplitMean<C> mean;
-  C rstd, offset, slope;    // ds = rstd * weight * g - offset - deviation * slope
-  int64_t prefetch_offset;  // how far away the row lies that is read after this one
-  bool non_temporal;
+  const T *dy, *s;
+  Standardize<C> standardize;
   int code;  // the activation's
 
-  RowGradient(const nw_rows_backward_args& a, int64_t row, int64_t prefetch_offset)
+  RowGradient(const nw_rows_backward_args& a, int64_t row)
       : dy(static_cast<const T*>(a.dy) + row * a.cols),
         s(static_cast<const T*>(a.s) + row * a.cols),
-        dsum(a.dsum ? static_cast<const T*>(a.dsum) + row * a.cols : nullptr),
-        ds(static_cast<T*>(a.ds) + row * a.cols),
-        mean(a.mean[row]),
-        rstd(C(a.rstd[row])),
-        offset(0),
-        slope(0),
-        prefetch_offset(prefetch_offset),
-        non_temporal(use_non_temporal(static_cast<T*>(a.ds), a.rows * a.cols, a.cols)),
+        standardize(a.mean[row], a.rstd[row]),
         code(a.act) {}
 
   template <class Part>
-  NW_INLINE vec<C> at(int64_t i, Part part, vec<C> weight, const ParamVector<C>& bias, vec<C>& deviation) const {
-    deviation = mean.deviation(load(s + i, part));
+  NW_INLINE vec<C> at(int64_t i, Part part, vec<C> weight, const ParamVector<C>& bias, vec<C>& x_hat) const {
+    x_hat = standardize(load(s + i, part));
     vec<C> g = load(dy + i, part);
-    if constexpr (act != NW_IDENTITY) {
-      g *= activation_derivative<act, C>(deviation * rstd * weight + bias.at(i, part), code);
-    }
+    if constexpr (act != NW_IDENTITY) g *= activation_derivative<act, C>(x_hat * weight + bias.at(i, part), code);
     return g;
-  }
-
-  template <class Part> NW_INLINE void write_gradient(int64_t i, Part part, vec<C> gw, vec<C> deviation) const {
-    vec<C> gradient = gw * rstd - offset - deviation * slope;
-    if (dsum) gradient += load(dsum + i, part);
-    store_output(ds + i, gradient, part, non_temporal);
-    prefetch(s + i + prefetch_offset);
-    prefetch(dy + i + prefetch_offset);
   }
 };
 
-// Sets the coefficients of ds = rstd * weight * g - offset - deviation * slope.
-template <class T, int act>
-void set_grad_coeffs(const nw_rows_backward_args& a, int64_t row, RowGradient<T, act>& r,
-                     const ParamVector<compute_t<T>>& weight, const ParamVector<compute_t<T>>& bias) {
-  using C = compute_t<T>;
-  double sum_grad = 0, sum_grad_deviation = 0;
-  for (int64_t start = 0; start < a.cols; start += Blocks::max_elements) {
-    vec<C> sum_g[4] = {}, sum_gd[4] = {};
-    int64_t length = a.cols - start < Blocks::max_elements ? a.cols - start : Blocks::max_elements;
-    for_each_vector_x4<C>(length, [&](int64_t j, auto part, int k) NW_LAMBDA {
-      int64_t i = start + j;
-      vec<C> deviation, w = weight.at(i, part);
-      vec<C> gw = r.at(i, part, w, bias, deviation) * w;
-      sum_g[k] += gw;
-      sum_gd[k] += gw * deviation;
-    });
-    sum_grad += sum_lanes<C>(sum_g);
-    sum_grad_deviation += sum_lanes<C>(sum_gd);
-  }
-  const double n = double(a.cols), rstd = a.rstd[row];
-  r.offset = a.center ? C(rstd * sum_grad / n) : C(0);
-  r.slope = C(rstd * rstd * rstd * sum_grad_deviation / n);
-}
+// Sums over a row of g * weight, and of that times x_hat.
+struct RowSums {
+  double grad = 0, grad_x_hat = 0;
+};
 
-// R rows at once, so that the partial sums of the gain's and bias's gradients are loaded and stored once for R rows.
-template <int R, class T, int act>
-void backward_rows(const nw_rows_backward_args& a, const int64_t* rows, compute_t<T>* dweight, compute_t<T>* dbias) {
+// Writes ds = rstd * weight * g - offset - x_hat * slope of one row. `prefetch_offset`: how far away the row lies that
+// is read after it.
+template <class T, int act>
+void write_input_gradient(const nw_rows_backward_args& a, int64_t row, const RowSums& sums,
+                          const ParamVector<compute_t<T>>& weight, const ParamVector<compute_t<T>>& bias,
+                          int64_t prefetch_offset, bool non_temporal) {
   using C = compute_t<T>;
-  const ParamVector<C> weight(a.weight, C(1)), bias(a.bias, C(0));
-  const int64_t prefetch_offset = R * a.cols;
-  RowGradient<T, act> r0(a, rows[0], prefetch_offset), r1(a, rows[R > 1 ? 1 : 0], prefetch_offset),
-      r2(a, rows[R > 1 ? 2 : 0], prefetch_offset), r3(a, rows[R > 1 ? 3 : 0], prefetch_offset);
-  set_grad_coeffs(a, rows[0], r0, weight, bias);
-  if constexpr (R > 1) {
-    set_grad_coeffs(a, rows[1], r1, weight, bias);
-    set_grad_coeffs(a, rows[2], r2, weight, bias);
-    set_grad_coeffs(a, rows[3], r3, weight, bias);
-  }
+  const RowGradient<T, act> r(a, row);
+  const double n = double(a.cols), rstd = a.rstd[row];
+  const C offset = a.center ? C(rstd * sums.grad / n) : C(0), slope = C(rstd * sums.grad_x_hat / n);
+  const T* const dsum = a.dsum ? static_cast<const T*>(a.dsum) + row * a.cols : nullptr;
+  T* const ds = static_cast<T*>(a.ds) + row * a.cols;
   for_each_vector<C>(a.cols, [&](int64_t i, auto part) NW_LAMBDA {
     const vec<C> w = weight.at(i, part);
-    // All loads come before the first store: where rows are a multiple of 4 KiB apart, a load would wait for a store to
-    // the same offset in another row.
-    vec<C> d0, d1, d2, d3, g0, g1, g2, g3;
-    g0 = r0.at(i, part, w, bias, d0);
-    vec<C> db = g0, dw = g0 * (d0 * r0.rstd);
-    if constexpr (R > 1) {
-      g1 = r1.at(i, part, w, bias, d1);
-      g2 = r2.at(i, part, w, bias, d2);
-      g3 = r3.at(i, part, w, bias, d3);
-      db = (db + g1) + (g2 + g3);
-      dw = (dw + g1 * (d1 * r1.rstd)) + (g2 * (d2 * r2.rstd) + g3 * (d3 * r3.rstd));
-    }
-    store(dweight + i, load(dweight + i, part) + dw, part);
-    store(dbias + i, load(dbias + i, part) + db, part);
-    r0.write_gradient(i, part, g0 * w, d0);
-    if constexpr (R > 1) {
-      r1.write_gradient(i, part, g1 * w, d1);
-      r2.write_gradient(i, part, g2 * w, d2);
-      r3.write_gradient(i, part, g3 * w, d3);
-    }
+    vec<C> x_hat;
+    const vec<C> g = r.at(i, part, w, bias, x_hat);
+    vec<C> gradient = g * w * r.standardize.rstd - offset - x_hat * slope;
+    if (dsum) gradient += load(dsum + i, part);
+    store_output(ds + i, gradient, part, non_temporal);
+    prefetch(r.s + i + prefetch_offset);
+    prefetch(r.dy + i + prefetch_offset);
   });
+}
+
+// R rows at once where they are only read, so that the partial sums of the gain's and bias's gradients are loaded and
+// stored once for R rows; what is written is written one row after the other, see forward_short_rows.
+template <int R, class T, int act>
+void backward_rows(const nw_rows_backward_args& a, const int64_t* rows, compute_t<T>* dweight, compute_t<T>* dbias,
+                   bool non_temporal) {
+  using C = compute_t<T>;
+  constexpr int64_t block = 1024;  // float sums in one accumulator stay accurate
+  const ParamVector<C> weight(a.weight, C(1)), bias(a.bias, C(0));
+  const RowGradient<T, act> r0(a, rows[0]), r1(a, rows[R > 1 ? 1 : 0]), r2(a, rows[R > 1 ? 2 : 0]),
+      r3(a, rows[R > 1 ? 3 : 0]);
+  RowSums sums[R];
+  for (int64_t start = 0; start < a.cols; start += block) {
+    vec<C> grad[R] = {}, grad_x_hat[R] = {};
+    for_each_vector<C>(a.cols - start < block ? a.cols - start : block, [&](int64_t j, auto part) NW_LAMBDA {
+      const int64_t i = start + j;
+      const vec<C> w = weight.at(i, part);
+      const auto add = [&](const RowGradient<T, act>& r, int k, vec<C>& dw) NW_LAMBDA {
+        vec<C> x_hat;
+        const vec<C> g = r.at(i, part, w, bias, x_hat), gw = g * w;
+        grad[k] += gw;
+        grad_x_hat[k] += gw * x_hat;
+        dw = g * x_hat;
+        return g;
+      };
+      vec<C> dw, db = add(r0, 0, dw);
+      if constexpr (R > 1) {
+        vec<C> dw1, dw2, dw3;
+        const vec<C> g1 = add(r1, 1, dw1), g2 = add(r2, 2, dw2), g3 = add(r3, 3, dw3);
+        db = (db + g1) + (g2 + g3);
+        dw = (dw + dw1) + (dw2 + dw3);
+      }
+      store(dweight + i, load(dweight + i, part) + dw, part);
+      store(dbias + i, load(dbias + i, part) + db, part);
+    });
+#pragma GCC unroll 4
+    for (int k = 0; k < R; ++k) {
+      sums[k].grad += double(sum_lanes<C>(grad[k]));
+      sums[k].grad_x_hat += double(sum_lanes<C>(grad_x_hat[k]));
+    }
+  }
+  for (int k = 0; k < R; ++k) {
+    write_input_gradient<T, act>(a, rows[k], sums[k], weight, bias, R * a.cols, non_temporal);
+  }
 }
 
 template <class T, int act>
@@ -258,6 +258,7 @@ void backward_chunk(const nw_rows_backward_args& a, int64_t begin, int64_t end, 
                     compute_t<T>* dbias) {
   zero_fill(dweight, a.cols);
   zero_fill(dbias, a.cols);
+  const bool non_temporal = use_non_temporal(static_cast<T*>(a.ds), a.rows * a.cols, a.cols);
   int64_t pending[4];
   int count = 0;
   for (int64_t row = begin; row < end; ++row) {
@@ -267,11 +268,11 @@ void backward_chunk(const nw_rows_backward_args& a, int64_t begin, int64_t end, 
     }
     pending[count++] = row;
     if (count == 4) {
-      backward_rows<4, T, act>(a, pending, dweight, dbias);
+      backward_rows<4, T, act>(a, pending, dweight, dbias, non_temporal);
       count = 0;
     }
   }
-  for (int i = 0; i < count; ++i) backward_rows<1, T, act>(a, pending + i, dweight, dbias);
+  for (int i = 0; i < count; ++i) backward_rows<1, T, act>(a, pending + i, dweight, dbias, non_temporal);
 }
 
 // Adds up columns begin .. end-1 of the chunks' partial sums.
