@@ -25,13 +25,12 @@ def test_channels_past_the_caches_match_the_formula(isa: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(16, 3, 211, 211), (5, 24, 133, 133), (3, 40, 133, 133), (4200, 516)], ids=str)
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(16, 3, 211, 211), (5, 24, 133, 133), (4200, 516)], ids=str)
 def test_rows_of_channels_that_fill_no_cache_line_match_the_formula(
-    isa: str, dtype: torch.dtype, shape: tuple[int, ...], masked: bool
+    isa: str, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
-    """Without a mask several of them are written as one run."""
-    check_channels(shape, dtype, threads=2, channels_last=True, masked=masked, act="relu", residual=True)
+    """Several of them are written as one run."""
+    check_channels(shape, dtype, threads=2, channels_last=True, act="silu", residual=True)
 
 
 @pytest.mark.parametrize("masked", [False, True])
