@@ -17,7 +17,8 @@ from normwise.diagnosis import records
 from normwise.measure.gradients import squared_norm
 from normwise.measure.saturation import THRESHOLDS, is_saturated
 from normwise.measure.time_steps import StepMeans, gate_inputs, summed_inputs
-from normwise.nn.recurrent_parameters import running_of, weights_of
+from normwise.nn.recurrent_base import Recurrent
+from normwise.nn.recurrent_parameters import between_of, running_of, weights_of
 
 
 class PlaceWatch:
@@ -105,11 +106,14 @@ class RecurrentWatch:
             if module.training or config.norm != "batch"
             else [running_of(module, config, f"_{p}") for p in self.places]
         )
+        between = between_of(module) if isinstance(module, Recurrent) else None
         tapes: list[list[Step]] = []
         finals: list[list[Tensor]] = []
         x = x.detach()
         with torch.set_grad_enabled(gradients):
             for k in range(0, len(self.places), directions):
+                if k and between is not None:
+                    x = between.normalize(k // directions - 1, x, lengths)
                 outputs = []
                 for n in range(k, k + directions):
                     tape: list[Step] = []
@@ -129,7 +133,8 @@ class RecurrentWatch:
                     tapes.append(tape)
                     finals.append([result.h] if result.c is None else [result.h, result.c])
                     outputs.append(result.output)
-                x = torch.cat(outputs, -1)
+                output = torch.cat(outputs, -1)
+                x = output if between is None else between.add_input(k // directions, output, x)
             upstream = gradients and call.upstream(
                 module, x, [torch.stack(column) for column in zip(*finals, strict=True)]
             )

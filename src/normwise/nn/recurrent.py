@@ -7,6 +7,7 @@ import torch
 from normwise.backends.recurrence import NormKind, Recurrence
 from normwise.nn.recurrent_base import Recurrent
 from normwise.nn.recurrent_parameters import no_projection
+from normwise.ops.rnn.between import BetweenNorm
 
 
 class RNN(Recurrent):
@@ -25,7 +26,7 @@ class RNN(Recurrent):
         norm: "layer", "rms", "batch", or None.
         variant: "ba2016" (default for layer and rms), "separate"; for norm="batch" "cooijmans2016" (default) or
             "laurent2015"; or a `Recurrence` of one's own, whose norm and nonlinearity then count.
-        eps, zoneout, statistics, num_stat_steps, momentum: as in `LSTM`.
+        eps, zoneout, statistics, num_stat_steps, momentum, between, residual: as in `LSTM`.
 
     Raises:
         ValueError: unknown or unfitting norm, variant or option; see `Recurrence`.
@@ -55,6 +56,8 @@ class RNN(Recurrent):
         statistics: str | None = None,
         num_stat_steps: int = 256,
         momentum: float = 0.1,
+        between: BetweenNorm | None = None,
+        residual: bool = False,
         proj_size: int = 0,
     ) -> None:
         no_projection(proj_size)
@@ -75,6 +78,8 @@ class RNN(Recurrent):
             variant,
             num_stat_steps,
             momentum,
+            between,
+            residual,
             eps=eps,
             zoneout=zoneout,
             statistics=statistics,
@@ -101,7 +106,7 @@ class GRU(Recurrent):
         norm: "layer", "rms", "batch", or None.
         variant: "ba2016" (default for layer and rms), "haste", "dreamer"; for norm="batch" "cooijmans2016" (default)
             or "laurent2015"; or a `Recurrence` of one's own, whose norm then counts.
-        eps, zoneout, statistics, num_stat_steps, momentum: as in `LSTM`.
+        eps, zoneout, statistics, num_stat_steps, momentum, between, residual: as in `LSTM`.
         update_gate: "torch" blends as above and as the authors' code does, "paper" the other way round, (1-z) h + z n,
             as Ba et al.'s eq. 28 has it. None means the variant's.
 
@@ -133,6 +138,8 @@ class GRU(Recurrent):
         statistics: str | None = None,
         num_stat_steps: int = 256,
         momentum: float = 0.1,
+        between: BetweenNorm | None = None,
+        residual: bool = False,
         proj_size: int = 0,
     ) -> None:
         no_projection(proj_size)
@@ -153,6 +160,8 @@ class GRU(Recurrent):
             variant,
             num_stat_steps,
             momentum,
+            between,
+            residual,
             eps=eps,
             zoneout=zoneout,
             statistics=statistics,
@@ -186,11 +195,18 @@ class LSTM(Recurrent):
         num_stat_steps: how many steps have running batch statistics of their own; all later ones share the last row.
             1 shares one row among all steps.
         momentum: weight of the new batch in the running statistics.
+        between: "layer" or "rms": normalize the D * H output features of each layer but the last before dropout and
+            the next layer, as `LayerNorm` or `RMSNorm` does, with eps of its own, by `gain_between_l<k>` and, for
+            "layer" unless bias=False, `bias_between_l<k>`. Any `norm` inside goes with it, None too.
+        residual: from the second layer on, add a layer's input to its output. The input is what the layer got, behind
+            norm and dropout. The first layer adds none, whatever `input_size`. States stay as the cells give them.
 
     Raises:
         ValueError: unknown or unfitting norm, variant or option; see `Recurrence`.
+        TypeError: a `residual` that is not True or False.
 
-    Source: Ba, Kiros & Hinton 2016, eq. 20-22; for the variants see `normwise.ops.rnn.presets.PRESETS`.
+    Source: Ba, Kiros & Hinton 2016, eq. 20-22; for the variants see `normwise.ops.rnn.presets.PRESETS`. `residual`
+    is that of Wu et al. 2016 (GNMT), section 3.1; `between` the norm of Ba et al.'s eq. 3 over a layer's outputs.
     """
 
     cell = "lstm"
@@ -216,6 +232,8 @@ class LSTM(Recurrent):
         statistics: str | None = None,
         num_stat_steps: int = 256,
         momentum: float = 0.1,
+        between: BetweenNorm | None = None,
+        residual: bool = False,
     ) -> None:
         arguments = {
             "input_size": input_size,
@@ -235,6 +253,8 @@ class LSTM(Recurrent):
             variant,
             num_stat_steps,
             momentum,
+            between,
+            residual,
             eps=eps,
             zoneout=zoneout,
             statistics=statistics,

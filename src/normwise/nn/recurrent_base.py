@@ -17,6 +17,7 @@ from normwise.nn.construct import NotScripted
 from normwise.ops import inputs as checks
 from normwise.ops import symbolic
 from normwise.ops.rnn import stack
+from normwise.ops.rnn.between import BetweenNorm
 from normwise.ops.rnn.running_stats import StatsObserver
 
 
@@ -29,6 +30,9 @@ class Recurrent(NotScripted, RNNBase):
 
     cell: ClassVar[Cell]
     stats_observer: StatsObserver | None = None
+    # Of the class, for layers that were pickled without them.
+    between: BetweenNorm | None = None
+    residual: bool = False
 
     def _build(
         self,
@@ -37,6 +41,8 @@ class Recurrent(NotScripted, RNNBase):
         variant: str | Recurrence | None,
         num_stat_steps: int,
         momentum: float,
+        between: BetweenNorm | None,
+        residual: bool,
         **changes: Any,
     ) -> None:
         parameters.forget_bias_needs_bias(changes.get("forget_bias"), arguments["bias"])
@@ -45,6 +51,7 @@ class Recurrent(NotScripted, RNNBase):
             if size in arguments:
                 arguments[size] = checks.whole_number(size, arguments[size])
         checks.momentum_range(momentum)
+        parameters.check_between(between, residual, arguments["num_layers"])
         config, name = parameters.describe(self.cell, norm, variant, **changes)
         # Before torch's constructor, which calls reset_parameters and flatten_parameters.
         self.recurrence = config
@@ -52,13 +59,16 @@ class Recurrent(NotScripted, RNNBase):
         self.nonlinearity = config.nonlinearity
         self.num_stat_steps = 1 if config.statistics == "sequence" else num_stat_steps
         self.momentum = momentum
+        self.between, self.residual = between, residual
         self.warned_of_length = False
         kind = f"RNN_{config.nonlinearity.upper()}" if self.cell == "rnn" else self.cell.upper()
         super().__init__(kind, **arguments)
+        parameters.register_between(self, self._width())
         if config.norm is None:
+            parameters.reset_between(self)
             return
         for layer, suffix in self._places():
-            inputs = self.input_size if layer == 0 else self._output_size() * (1 + self.bidirectional)
+            inputs = self.input_size if layer == 0 else self._width()
             shapes = config.shapes(inputs, self.hidden_size, proj_size=self.proj_size, bias=self.bias)
             parameters.register_norm_parameters(
                 self, config, shapes, suffix, rows=self.num_stat_steps, hidden_size=self.hidden_size
@@ -74,9 +84,24 @@ class Recurrent(NotScripted, RNNBase):
         self._reset_norms()
 
     def flatten_parameters(self) -> None:
-        """One block of memory for cuDNN, which runs the layer only if it has no norm."""
-        if self.recurrence.norm is None:
+        """One block of memory for cuDNN, which runs the layer only if it has no norm; a block for each layer where
+        each is a call of its own."""
+        if self.recurrence.norm is not None:
+            return
+        if self.num_layers == 1 or (self.between is None and not self.residual):
             super().flatten_parameters()
+            return
+        before = {n: vars(self)[n] for n in ("num_layers", "input_size", "_flat_weights", "_flat_weights_names")}
+        count = len(self._flat_weights_names) // self.num_layers
+        try:
+            for k in range(before["num_layers"]):
+                own = slice(k * count, (k + 1) * count)
+                self._flat_weights = before["_flat_weights"][own]
+                self._flat_weights_names = before["_flat_weights_names"][own]
+                self.num_layers, self.input_size = 1, before["input_size"] if k == 0 else self._width()
+                super().flatten_parameters()
+        finally:
+            vars(self).update(before)
 
     @classmethod
     def from_torch(cls, layer: nn.Module, *, norm: NormKind | None = "layer", **options: Any) -> Any:
@@ -180,6 +205,7 @@ class Recurrent(NotScripted, RNNBase):
             self.dropout,
             self.training,
             parameters.batch_stats_of(self, suffixes),
+            parameters.between_of(self),
         )
 
     def _warn_of_length(self, input: Tensor | PackedSequence) -> None:
@@ -199,8 +225,9 @@ class Recurrent(NotScripted, RNNBase):
             stacklevel=4,
         )
 
-    def _output_size(self) -> int:
-        return self.proj_size or self.hidden_size
+    def _width(self) -> int:
+        """Features of the output of each layer."""
+        return int(self.proj_size or self.hidden_size) * (1 + self.bidirectional)
 
     def _places(self) -> list[tuple[int, str]]:
         """(layer, suffix of its parameters' names) of each layer and direction, in torch's order."""
@@ -210,6 +237,7 @@ class Recurrent(NotScripted, RNNBase):
     def _reset_norms(self) -> None:
         for _, suffix in self._places():
             parameters.reset_norms(self, self.recurrence, suffix)
+        parameters.reset_between(self)
 
     def extra_repr(self) -> str:
         config = self.recurrence
@@ -220,6 +248,10 @@ class Recurrent(NotScripted, RNNBase):
             said += f", variant={self.variant!r}"
         if config.zoneout:
             said += f", zoneout={config.zoneout}"
+        if self.between is not None:
+            said += f", between={self.between!r}"
+        if self.residual:
+            said += f", residual={self.residual}"
         if config.norm == "batch":
             said += f", num_stat_steps={self.num_stat_steps}, momentum={self.momentum}"
         return str(super().extra_repr()) + said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from normwise.backends.protocol import Running
 from normwise.backends.recurrence import Cell, NormKind, Recurrence, Weights
 from normwise.ops import inputs
+from normwise.ops.rnn.between import Between, BetweenNorm
 from normwise.ops.rnn.presets import DEFAULTS, preset
 from normwise.ops.rnn.running_stats import BatchStats
 
@@ -176,6 +178,54 @@ def batch_stats_of(layer: Any, suffixes: tuple[str, ...]) -> BatchStats | None:
     uses_batch = layer.training or layer.stats_observer is not None
     tables = tuple(running_of(layer, config, suffix) for suffix in suffixes)
     return BatchStats(tables, suffixes, layer.momentum, uses_batch, layer.stats_observer)
+
+
+def check_between(between: Any, residual: Any, num_layers: int) -> None:
+    """ValueError or TypeError for what cannot stand between layers; a warning where there is one layer alone, as
+    torch gives for dropout."""
+    if between not in (None, "layer", "rms"):
+        raise ValueError(
+            f"between={between!r} is not known: expected 'layer', 'rms' or None, a norm of the outputs of each layer "
+            "before they go into the next"
+        )
+    if not isinstance(residual, bool):
+        raise TypeError(
+            f"residual must be True or False, whether layers from the second on add their input to their output, but "
+            f"got {type(residual).__name__}"
+        )
+    if num_layers == 1 and (between is not None or residual):
+        given = f"between={between!r}" if between is not None else "residual=True"
+        warnings.warn(f"{given} stands between layers, and num_layers=1 has no two: it changes nothing", stacklevel=4)
+
+
+def register_between(layer: Any, width: int) -> None:
+    """Give `layer` the parameters of the norms of its layers' outputs, `gain_between_l<k>` and `bias_between_l<k>`."""
+    for k in range(layer.num_layers - 1 if layer.between is not None else 0):
+        for name in ("gain", "bias") if layer.between == "layer" and layer.bias else ("gain",):
+            value = nn.Parameter(layer.weight_ih_l0.new_empty(width))
+            layer.register_parameter(f"{name}_between_l{k}", value)
+
+
+def reset_between(layer: Any) -> None:
+    """Gains between layers to 1, biases to 0."""
+    with torch.no_grad():
+        for k in range(layer.num_layers - 1):
+            _fill(layer, f"gain_between_l{k}", 1.0)
+            _fill(layer, f"bias_between_l{k}", 0.0)
+
+
+def between_of(layer: Any) -> Between | None:
+    """What stands between its layers; None if nothing does."""
+    norm: BetweenNorm | None = layer.between
+    places = range(layer.num_layers - 1)
+    if not places or (norm is None and not layer.residual):
+        return None
+    if norm is None:
+        return Between(residual=True)
+    has_bias = norm == "layer" and layer.bias
+    gains = tuple(getattr(layer, f"gain_between_l{k}") for k in places)
+    biases = tuple(getattr(layer, f"bias_between_l{k}") if has_bias else None for k in places)
+    return Between(norm, gains, biases, layer.residual)
 
 
 def copy_from_torch(layer: nn.Module, source: nn.Module, suffix: str = "") -> None:

@@ -105,7 +105,7 @@ def freeze_layer(layer: nn.Module, affine: bool) -> str:
     else:
         learned = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
         if isinstance(layer, RECURRENT):
-            learned = [name for name in learned if name.startswith("gain_")]
+            learned = [name for name in learned if name.startswith("gain_") and "between" not in name]
     for name in learned:
         layer.get_parameter(name).requires_grad_(not affine)
     vars(layer)["train"] = _StaysInEval(layer, learned)

@@ -55,7 +55,7 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
     own = {id(t): name for name, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
     if isinstance(module, (recurrent_base.Recurrent, recurrent_cells._Cell)):
         for name, parameter in module.named_parameters(recurse=False):
-            if name.startswith(("gain_", "bias_c")):
+            if name.startswith(("gain_", "bias_c", "bias_between_")):
                 yield ("gains" if name.startswith("gain_") else "biases"), name, parameter
         for name, buffer in module.named_buffers(recurse=False):
             yield "statistics", name, buffer

@@ -17,6 +17,8 @@ from normwise.surgery.select import has_norm, known_base
 
 _SIZES = ("input_size", "hidden_size")
 _LAYER = (*_SIZES, "num_layers", "batch_first", "dropout", "bidirectional")
+# What stands between layers, which torch.nn's have nothing of.
+_BETWEEN = ("between", "residual")
 # torch.nn's layers take *args and **kwargs, and refuse what is not theirs.
 _ARGUMENTS = {
     "RNN": (*_LAYER, "nonlinearity"),
@@ -39,7 +41,8 @@ def normalized(layer: nn.Module, norm: str, **options: Any) -> tuple[nn.Module, 
     if "forget_bias" in options:
         raise TypeError("convert keeps the layers' biases: set forget_bias on these")
     name = _name(layer)
-    new = rebuild(layer, getattr(ours, name), _ARGUMENTS[name], bias=layer.bias, norm=norm, **options)
+    names = (*_ARGUMENTS[name], *(_BETWEEN if isinstance(layer, Recurrent) else ()))
+    new = rebuild(layer, getattr(ours, name), names, bias=layer.bias, norm=norm, **options)
     places = [suffix for _, suffix in new._places()] if isinstance(new, Recurrent) else [""]
     summed = [s for s in places if hasattr(layer, f"bias_hh{s}") and not hasattr(new, f"bias_hh{s}")]
     biases = [(f"bias_ih{suffix}", f"bias_hh{suffix}") for suffix in summed]
@@ -59,6 +62,11 @@ def namesake(layer: nn.Module, home: ModuleType) -> tuple[nn.Module, str]:
         raise AlreadyOne()
     if has_norm(layer):
         raise Refusal(f"torch.nn has no layer with norm={layer.recurrence.norm!r} inside")
+    if isinstance(layer, Recurrent) and parameters.between_of(layer) is not None:
+        raise Refusal(
+            f"torch.nn's layer has nothing but dropout between layers, this one between={layer.between!r} and "
+            f"residual={layer.residual}"
+        )
     name = _name(layer)
     if torch_home and parametrize.is_parametrized(layer):
         raise Refusal("torch.nn's recurrent layers do not look at a parametrization: remove_parametrizations first")

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -22,10 +20,10 @@ from normwise.backends.protocol import (
 )
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.ops import custom_op, inputs
-from normwise.ops._torch_internals import constant_while_compiling
 from normwise.ops.autograd import RecurrentLayer
 from normwise.ops.dispatch import is_transforming, resolve
-from normwise.ops.rnn import arguments, packed
+from normwise.ops.rnn import arguments, autocast, packed
+from normwise.ops.rnn.between import Between, next_input
 from normwise.ops.rnn.running_stats import BatchStats
 
 State: TypeAlias = Tensor | tuple[Tensor, Tensor]
@@ -40,6 +38,7 @@ class Layers(NamedTuple):
         weights: of each layer and direction, layer by layer, forward before backward.
         bidirectional, batch_first, dropout, training: as the layer's.
         batch_stats: what a batch norm inside the recurrence keeps; None unless there is one.
+        between: what stands between layers beside dropout; None if nothing does.
     """
 
     name: str
@@ -50,6 +49,7 @@ class Layers(NamedTuple):
     dropout: float = 0.0
     training: bool = False
     batch_stats: BatchStats | None = None
+    between: Between | None = None
 
     def sizes(self, batch: int) -> list[tuple[int, int, int]]:
         """Shapes of h, and of an LSTM's c."""
@@ -87,7 +87,7 @@ def sequences(layers: Layers, x: Any, hx: Any, lengths: Any, reset: Any) -> tupl
         reset = _reset_flags(reset, steps, batch, given.x.device, batched, layers.batch_first)
     # An LSTM's output is what its backward reads, as with torch's; but rows of a PackedSequence are the caller's own.
     returns_copy = given.source is None and (layers.config.cell != "lstm" or given.packed is not None)
-    result = run(_request(layers, given, states, reset), returns_copy)
+    result = run(_request(layers, given, states, reset), returns_copy, layers.between)
     h, c = _finals(layers, given, result)
     found = packed.output(result.output, given, shape, batch_first)
     if not batched:
@@ -121,7 +121,7 @@ def step(layers: Layers, x: Any, state: Any, reset: Any, step: int | None) -> tu
     states = arguments.states(state, layers.sizes(batch), x, batched, layers.name)
     if reset is not None:
         reset = arguments.reset(reset, (batch,) if batched else (), "one for each sample", x.device).reshape(1, -1)
-    result = run(_request(layers, given, states, reset, start_step), layers.config.cell != "lstm")
+    result = run(_request(layers, given, states, reset, start_step), layers.config.cell != "lstm", layers.between)
     h, c = _finals(layers, given, result, start_step)
     if batched:
         return result.output[0], h if c is None else (h, c)
@@ -204,7 +204,7 @@ def _request(
         layers.dropout,
         layers.training,
         is_cell,
-        _autocast_dtype(x),
+        autocast.dtype_of(x),
     )
 
 
@@ -220,29 +220,33 @@ def _finals(
     return packed.restore(h, order), None if c is None else packed.restore(c, order)
 
 
-def run(request: RecurrenceRequest, returns_copy: bool = False) -> RecurrenceResult:
-    """A stack by the backend that `resolve` names; `returns_copy` as in `autograd.RecurrentLayer`."""
+def run(request: RecurrenceRequest, returns_copy: bool = False, between: Between | None = None) -> RecurrenceResult:
+    """A stack by the backend that `resolve` names; `returns_copy` as in `autograd.RecurrentLayer`.
+
+    A norm `between` layers is an operation of its own, which asks `resolve` for itself.
+    """
     backend, _ = resolve(request, "recurrence")
     whole = backend.recurrence.kernels.get("stack")
     if whole is not None and whole.supports(request) is None and not is_transforming():
+        forward = whole.forward
         if torch.compiler.is_compiling() and not request.is_cell:
-            return _run_as_it_is(whole.forward, request)  # type: ignore[no-any-return]
-        return whole.forward(request)  # type: ignore[no-any-return]
+            forward = functools.partial(_run_as_it_is, whole.forward)
+        return forward(request) if between is None else _layer_by_layer(forward, request, between)
     kernel = backend.recurrence.kernels["layer"]
-    config, x, h0, c0, weights, layout, resets, running, start_step, bidirectional, dropout, training, _, dtype = _cast(
+    config, x, h0, c0, weights, layout, resets, running, start_step, bidirectional, _, training, *_ = autocast.cast(
         request
     )
     for of_layer in weights:
         inputs.beside(x, **of_layer._asdict())
     directions = 2 if bidirectional else 1
+    output = x
     results: list[LayerResult] = []
-    with nullcontext() if dtype is None else torch.autocast(x.device.type, enabled=False):
+    returns_copy = returns_copy and directions == 1 and (between is None or not between.residual)
+    with autocast.off(request):
         for n, of_layer in enumerate(weights):
             reverse = n % directions == 1
             if n and not reverse:
-                x = _side_by_side(results, directions)
-                if training and dropout:
-                    x = F.dropout(x, dropout)
+                x = next_input(request, between, n // directions - 1, output)
             zoneout_mask = None
             if training and config.zoneout:
                 zoneout_mask = torch.rand(*x.shape[:-1], h0.shape[-1], device=x.device) < config.zoneout
@@ -250,11 +254,36 @@ def run(request: RecurrenceRequest, returns_copy: bool = False) -> RecurrenceRes
             of = LayerRequest(
                 config, x, h0[n], c, of_layer, layout, reverse, resets[reverse], zoneout_mask, table, start_step
             )
-            copies = returns_copy and directions == 1 and n + 1 == len(weights)
+            copies = returns_copy and n + 1 == len(weights)
             results.append(layer(kernel, of, copies, backend.name))
+            if n % directions == directions - 1:
+                output = _side_by_side(results, directions)
+                if between is not None:
+                    output = between.add_input(n // directions, output, x)
     h = torch.stack([r.h for r in results])
     finals = None if c0 is None else torch.stack([r.c for r in results])  # type: ignore[misc]
-    return RecurrenceResult(_side_by_side(results, directions), h, finals, [r.statistics for r in results])
+    return RecurrenceResult(output, h, finals, [r.statistics for r in results])
+
+
+def _layer_by_layer(
+    forward: Callable[[RecurrenceRequest], RecurrenceResult], request: RecurrenceRequest, between: Between
+) -> RecurrenceResult:
+    """A stack by kernels that know nothing between layers but dropout: a call for each layer."""
+    directions = 2 if request.bidirectional else 1
+    x = output = request.x
+    h, c = [], []
+    for k in range(len(request.weights) // directions):
+        own = slice(k * directions, (k + 1) * directions)
+        if k:
+            with autocast.off(request):
+                x = next_input(request, between, k - 1, output)
+        c0 = None if request.c0 is None else request.c0[own]
+        of = request._replace(x=x, h0=request.h0[own], c0=c0, weights=request.weights[own], dropout=0.0)
+        result = forward(of)
+        output = between.add_input(k, result.output, x)
+        h.append(result.h)
+        c += [] if result.c is None else [result.c]
+    return RecurrenceResult(output, torch.cat(h), torch.cat(c) if c else None, [{}] * len(request.weights))
 
 
 def _side_by_side(results: list[LayerResult], directions: int) -> Tensor:
@@ -318,33 +347,3 @@ def _enough_samples(given: packed.Sequences, config: Recurrence) -> None:
         "Ways out: norm='layer' or 'rms', which need no batch; eval mode (model.eval() "
         "uses the running statistics); or DataLoader(drop_last=True) if only the last batch is this small.",
     )
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for; None outside of it, and for float64."""
-    kind = x.device.type
-    if not _has_autocast(kind) or not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(kind)
-
-
-def _cast(request: RecurrenceRequest) -> RecurrenceRequest:
-    """Under autocast all in its dtype, as torch's own layers do; norms and states stay in float32 inside the loop."""
-    dtype = request.autocast
-    if dtype is None:
-        return request
-    weights = tuple(
-        w._replace(
-            weight_ih=w.weight_ih.to(dtype),
-            weight_hh=w.weight_hh.to(dtype),
-            weight_hr=None if w.weight_hr is None else w.weight_hr.to(dtype),
-        )
-        for w in request.weights
-    )
-    c0 = None if request.c0 is None else request.c0.to(dtype)
-    return request._replace(x=request.x.to(dtype), h0=request.h0.to(dtype), c0=c0, weights=weights)
-
-
-@constant_while_compiling
-def _has_autocast(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind)
