@@ -119,3 +119,13 @@ def test_norms_and_activations_are_fused(name, fused):
 def test_a_convnext_has_nothing_to_fuse():
     with pytest.raises(ValueError, match="fuse found nothing"):
         normwise.fuse(build("convnext_atto"), example=example("convnext_atto"))
+
+
+def test_the_layer_norms_of_a_vit_become_rms_norms_of_the_same_results():
+    model = build("vit_tiny_patch16_224").double()
+    x = torch.randn(1, 3, 224, 224, dtype=torch.float64)
+    new, report = normwise.convert(model, to="rms", exact=True, example=x)
+    assert sum(type(m) is normwise.RMSNorm for m in new.modules()) == 25
+    assert not [skip for skip in report.skipped if "does not call it" not in skip.reason]
+    with torch.no_grad():
+        assert_close(new(x), model(x), kind="composed", count=192)

@@ -8,6 +8,7 @@ from torch import nn
 
 import normwise
 from normwise.surgery import norms
+from support.real_models import IMAGE, SIZES
 from support.real_models import TRANSFORMERS as MODELS
 from support.real_models import last_hidden_state as output_of
 from support.real_models import transformer as build
@@ -109,3 +110,81 @@ def test_a_model_trains_on_after_the_exchange():
     optimizer.step()
     assert not torch.equal(gain, before)
     assert model.norm.weight is gain
+
+
+def gpt2(*, tied: bool) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    return _with_means(GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=tied)))
+
+
+def of_config(cls: str, config: str, **options: object) -> nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    return _with_means(getattr(transformers, cls)(getattr(transformers, config)(**options)))
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(1, 99, (2, 9))
+
+
+def image() -> torch.Tensor:
+    return torch.randn(IMAGE, dtype=torch.float64)
+
+
+@torch.no_grad()
+def _with_means(model: nn.Module) -> nn.Module:
+    for p in model.parameters():
+        p.add_(0.1 + 0.1 * torch.randn_like(p))
+    return model.double().eval()
+
+
+UNTIED = {"vocab_size": 99, "tie_word_embeddings": False, "num_attention_heads": 4, "num_hidden_layers": 2}
+PRE_NORM = {
+    "GPT-2": (lambda: gpt2(tied=False), tokens, 5),
+    "GPT-NeoX": (lambda: of_config("GPTNeoXForCausalLM", "GPTNeoXConfig", **{**SIZES, **UNTIED}), tokens, 5),
+    "OPT": (
+        lambda: of_config("OPTForCausalLM", "OPTConfig", hidden_size=32, ffn_dim=48, word_embed_proj_dim=32, **UNTIED),
+        tokens,
+        5,
+    ),
+    "Phi": (lambda: of_config("PhiForCausalLM", "PhiConfig", **{**SIZES, **UNTIED}), tokens, 3),
+    "ViT": (
+        lambda: of_config(
+            "ViTForImageClassification", "ViTConfig", **SIZES, image_size=64, patch_size=16, num_labels=5
+        ),
+        image,
+        5,
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "x", "count"), PRE_NORM.values(), ids=PRE_NORM)
+def test_layer_norms_become_rms_norms_of_the_same_results(model, x, count):
+    model = model()
+    new, report = normwise.convert(model, to="rms", exact=True, example=x())
+    assert not report.skipped
+    assert sum(type(m) is normwise.RMSNorm for m in new.modules()) == count
+    for _ in range(2):
+        inputs = x()
+        with torch.no_grad():
+            assert_close(new(inputs).logits, model(inputs).logits, kind="composed", count=32)
+
+
+def test_a_tied_head_is_refused_until_it_is_untied():
+    model, x = gpt2(tied=True), torch.randint(99, (2, 9))
+    with pytest.raises(ValueError, match=r"transformer.wte.weight, .* is a parameter of another layer too.*untie"):
+        normwise.convert(model, to="rms", exact=True, example=x)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    new, report = normwise.convert(model, to="rms", exact=True, example=x)
+    assert not report.skipped
+    with torch.no_grad():
+        assert_close(new(x).logits, model(x).logits, kind="composed", count=32)
+
+
+def test_a_post_norm_model_is_refused():
+    with pytest.raises(ValueError, match="as in a post-norm net"):
+        normwise.convert(build("BERT"), to="rms", exact=True, example=example("BERT"))

@@ -12,6 +12,8 @@ from torch.nn.utils import parametrize
 import normwise.nn as ours
 from normwise.surgery import norms, recurrents
 from normwise.surgery.carry import carry_mode
+from normwise.surgery.centre import in_fast_path
+from normwise.surgery.exact_rms import to_exact_rms
 from normwise.surgery.forwards import BOUND, followers, held, is_bound, overrides_forward, own_modules
 from normwise.surgery.fusing.owners import is_marked, is_touched, unfused
 from normwise.surgery.groups import Met, inputs_met
@@ -33,7 +35,9 @@ from normwise.surgery.select import (
 from normwise.surgery.targets import TARGETS, Shapes
 
 Make: TypeAlias = Callable[[nn.Module, Shapes], tuple[nn.Module, str]]
-Target: TypeAlias = Literal["batch", "frozen", "group", "layer", "normwise", "original", "renorm", "sync", "torch"]
+Target: TypeAlias = Literal[
+    "batch", "frozen", "group", "layer", "normwise", "original", "renorm", "rms", "sync", "torch"
+]
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -60,6 +64,7 @@ def convert(
     where: Where = None,
     example: Any = None,
     subclasses: bool = False,
+    exact: bool = False,
     inplace: bool = False,
     **options: Any,
 ) -> Surgery:
@@ -76,6 +81,7 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
     "batch" | BatchNorm1d/2d/3d; `spatial=`, the number of axes behind the channels, where neither the old layer \
 (SyncBatchNorm, GroupNorm) nor `example` says it | the same
     "renorm" | BatchRenorm1d/2d/3d | the same
+    "rms" | RMSNorm, without the bias: another norm; `exact=True`: with the same results | LayerNorm
     "sync" | SyncBatchNorm; `process_group=` | BatchNorm of all kinds
     "frozen" | FrozenBatchNorm1d/2d/3d: statistics, gain and bias are fixed | BatchNorm of all kinds
     "normwise" | the namesakes in normwise, recurrent layers included | torch.nn's layers
@@ -100,6 +106,14 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
     channels alone must be 16. With fewer in all there is one group. What would be a group of fewer than 4 values, or a
     LayerNorm over fewer, is skipped: it would put out next to nothing but its bias.
 
+    LayerNorm(x) = RMSNorm(x) where the features of x have mean zero. `to="rms", exact=True` makes it so in a pre-norm
+    net: what writes into the residual stream (embeddings, projections, position parameters) is centred over the
+    features, and the norms' biases go into the linear layers behind them. It follows the `example` through the model,
+    proves the result on a copy in float64 and changes a norm only where nothing but LayerNorms sees the stream. Where
+    the way through the model depends on the input, the example must take the one that is meant. The same results hold
+    in evaluation: dropout in the stream leaves it a mean, and a step of training is that of an RMSNorm net. Source:
+    Jiang, Gu, Zhu & Pan 2023.
+
     What a forward passes beyond the input (`mask=`, `lengths=`, `residual=`) the new layer must know, and torch.nn's do
     not. LayerNorm adds a residual before it normalizes, and returns the sum too; the others add it behind the norm.
 
@@ -114,6 +128,7 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
         example: the argument of one call, a tuple of them, or a mapping of them by name (as tokenizers return): the
             model runs on it once, in evaluation, and sizes are then known rather than assumed.
         subclasses: also convert layers whose class has a forward of its own, as if it had its base's.
+        exact: with `to="rms"` and an `example`: only where the results stay the same.
         inplace: change `model` itself, and return it.
         options: arguments of the new layers.
 
@@ -128,7 +143,11 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
         After an error the model is as it was.
     """
     make, kinds, verb = _plan(to, recurrent, options)
+    if exact and (to != "rms" or options or subclasses):
+        raise ValueError("exact=True is for to='rms', without options of the new layers and subclasses=")
     _convertible(model, inplace)
+    if exact:
+        return to_exact_rms(model, example, where, inplace, _to_rms)
     if not inplace:
         model = copied(model, "convert")
     if to in ("torch", "original") and where is None and any(map(is_touched, model.modules())):
@@ -152,14 +171,15 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
     meant = chosen(candidates, where)
     met = {} if example is None else inputs_met(model, (one.module for one in candidates), example)
     holders = held(model)
+    fixed = in_fast_path(model) if to == "rms" else {}
     report = Report(verb)
     made: list[tuple[Layer, nn.Module]] = []
     done = False
     for one in candidates:
         makes = _original if to == "torch" and is_marked(one.module) else make
-        result = (
-            _replaced(one, makes, met.get(id(one.module), Met()), holders, subclasses) if meant(one) else _NOT_MEANT
-        )
+        result: tuple[nn.Module, str] | Refusal = fixed.get(id(one.module), _NOT_MEANT)
+        if meant(one) and id(one.module) not in fixed:
+            result = _replaced(one, makes, met.get(id(one.module), Met()), holders, subclasses)
         if isinstance(result, Refusal):
             done |= isinstance(result, AlreadyOne)
             report.skipped.append(Skip(one.name, one.kind, str(result)))
@@ -179,6 +199,10 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
             parent, _, key = name.rpartition(".")
             model.get_submodule(parent)._modules[key] = new
     return Surgery(model, report)
+
+
+def _to_rms(model: nn.Module, names: list[str]) -> Surgery:
+    return convert(model, "rms", where=lambda name, _: name in names, inplace=True)
 
 
 def _plan(to: str | None, recurrent: str | None, options: dict[str, Any]) -> tuple[Make, tuple[type, ...], str]:

@@ -84,6 +84,22 @@ def to_layer(layer: nn.Module, met: Shapes, **options: Any) -> Made:
     return _without_statistics(layer, rebuild(layer, ours.LayerNorm, **given))
 
 
+def to_rms(layer: nn.Module, met: Shapes, **options: Any) -> Made:
+    """normwise.RMSNorm in the place of a LayerNorm, of the same gain and without its bias: another norm."""
+    if type(layer) is ours.RMSNorm and not options:
+        raise AlreadyOne()
+    if not isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        raise Refusal("it is no LayerNorm: an RMSNorm neither has a bias nor takes the mean away")
+    _whole(layer)
+    new = rebuild(layer, ours.RMSNorm, **options)
+    left = carry_tensors(layer, new, but=("bias",))
+    other = (
+        "another norm, which leaves the mean in: fine-tune, or exact=True" if isinstance(layer, nn.LayerNorm) else ""
+    )
+    dropped = "bias dropped" if getattr(layer, "bias", None) is not None else ""
+    return new, _summary(layer, new, left, *filter(None, [dropped, other]))
+
+
 def to_normwise(layer: nn.Module, met: Shapes, **options: Any) -> Made:
     """The namesake in normwise, which computes the same."""
     base = known_base(layer)
@@ -125,6 +141,7 @@ TARGETS: dict[str, Callable[..., Made]] = {
     "layer": to_layer,
     "normwise": to_normwise,
     "renorm": to_renorm,
+    "rms": to_rms,
     "sync": to_sync,
     "torch": to_torch,
 }
