@@ -20,6 +20,7 @@ from normwise.nn.construct import eps_of
 from normwise.ops import inputs, ragged
 from normwise.ops.dispatch import values_visible
 from normwise.ops.norm import running_stats
+from normwise.ops.norm.modulation import Given, by_channel, to_axis_1
 
 Loss = Callable[[Any], Tensor]
 
@@ -224,25 +225,39 @@ class _Passes:
         mask: Tensor | None = None,
         lengths: Tensor | None = None,
         residual: Any = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
     ) -> Any:
         """A layer's `forward` by the statistics of all micro-batches."""
         ragged.rank_or_rows(input, layer.ranks, "BatchNorm1d")
+        given = Given(scale, shift)
         if layer.dim != 1:
+            given = to_axis_1(given, input, layer.dim)
             moved = inputs.channels_to_axis_1("batch_norm", input, layer.dim, mask, residual)
-            y = self._by_site(layer, moved[0], mask=moved[1], lengths=lengths, residual=moved[2])
+            y = self._by_site(layer, moved[0], given, mask=moved[1], lengths=lengths, residual=moved[2])
             return y.movedim(1, layer.dim)
         if ragged.is_ragged(input):
-            rows = partial(self._by_site, layer, mask=None, lengths=None)
+            if not (scale is shift is None):
+                raise ValueError("scale and shift need a padded input: give it with mask= or lengths=")
+            rows = partial(self._by_site, layer, given=given, mask=None, lengths=None)
             return ragged.by_rows(rows, input, mask=mask, lengths=lengths, residual=residual)
-        return self._by_site(layer, input, mask=mask, lengths=lengths, residual=residual)
+        return self._by_site(layer, input, given, mask=mask, lengths=lengths, residual=residual)
 
     def _by_site(
-        self, layer: _BatchNorm, x: Tensor, *, mask: Tensor | None, lengths: Tensor | None, residual: Tensor | None
+        self,
+        layer: _BatchNorm,
+        x: Tensor,
+        given: Given,
+        *,
+        mask: Tensor | None,
+        lengths: Tensor | None,
+        residual: Tensor | None,
     ) -> Tensor:
         weight, bias, act = layer.weight, layer.bias, layer.act
         valid, _ = inputs.validate_channels(
             "batch_norm", x, None, None, weight, bias, 0.0, eps_of(layer), mask, lengths, act, residual
         )
+        gain, shift = by_channel(x, weight, bias, given, valid)
         dims = channel_dims(x)
         if running_stats.is_recomputing():
             raise RuntimeError(
@@ -262,7 +277,6 @@ class _Passes:
         if torch.is_grad_enabled():
             self._shares.append(_share(x, dims, valid, pooled, site.adjoints, shape))
         mean, var = (t.view(shape) for t in site.leaves or pooled[:2])
-        gain, shift = (None if t is None else t.view(shape) for t in (weight, bias))
         y, _ = norm(x, dims, gain, shift, mask=valid, mean=mean, var=var, eps=eps_of(layer))
         return add_residual_and_activate(y, residual, act, valid)
 

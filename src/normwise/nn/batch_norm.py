@@ -129,18 +129,24 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
         segments: Tensor | None = None,
         domain: int | Tensor | None = None,
         act: str | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
     ) -> Any:
         """act(bn(input) + residual); see `normwise.functional.batch_norm` for shapes and errors.
 
         `act` here is for this call, in the place of the layer's.
         """
-        if symbolic.is_traced(input, mask, lengths, residual, segments, domain):
+        if symbolic.is_traced(input, mask, lengths, residual, segments, domain) or (
+            not (scale is shift is None) and symbolic.is_traced(scale, shift)
+        ):
             given: dict[str, Any] = {
                 "mask": mask,
                 "lengths": lengths,
                 "residual": residual,
                 "segments": segments,
                 "act": act,
+                "scale": scale,
+                "shift": shift,
             }
             given["domain"] = domain
             return symbolic.call_layer(self, input, **given)
@@ -171,6 +177,8 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
             correction=self.correction,
             domain=domain,  # type: ignore[arg-type]
             domains=self.domains or 0,
+            scale=scale,
+            shift=shift,
         )
         if updated is not True:
             self._count_skipped(updated)
@@ -248,8 +256,8 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
 
     A drop-in for `torch.nn.BatchNorm1d`: same arguments, state_dict and results. Beyond it, in the call: `mask`
     (bool, True = valid; (N, L), or broadcastable to the input) or `lengths` (valid steps of each sample) keep padding
-    out of the statistics, `residual` is added before `act`, and `segments` (R,) makes a batch of each of the graphs or
-    clouds whose rows (R, C) come together.
+    out of the statistics, `residual` is added before `act`, `segments` (R,) makes a batch of each of the graphs or
+    clouds whose rows (R, C) come together, and `scale` and `shift` (N, C) go with the sample (conditional BatchNorm).
 
     Pitfall: with one value per channel in training there is no deviation, and with few the statistics are noisy: at
     small batches prefer LayerNorm or GroupNorm.

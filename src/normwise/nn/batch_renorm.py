@@ -83,12 +83,13 @@ class _BatchRenorm(_BatchNorm):
         segments: Tensor | None = None,
         domain: int | Tensor | None = None,
         act: str | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
     ) -> Any:
         """See `BatchRenorm1d`; shapes and errors as in `normwise.functional.batch_norm`."""
         if not self.training:
-            return super().forward(
-                input, mask=mask, lengths=lengths, residual=residual, segments=segments, domain=domain, act=act
-            )
+            given: dict[str, Any] = {"mask": mask, "lengths": lengths, "residual": residual, "segments": segments}
+            return super().forward(input, **given, domain=domain, act=act, scale=scale, shift=shift)
         if domain is not None:
             self._of_domain(domain)  # of which it has none
         if segments is not None:
@@ -96,8 +97,9 @@ class _BatchRenorm(_BatchNorm):
                 f"{type(self).__name__} corrects one batch towards running averages and takes no segments in training: "
                 "BatchNorm1d does"
             )
-        if symbolic.is_traced(input, mask, lengths, residual):
-            return symbolic.call_layer(self, input, mask=mask, lengths=lengths, residual=residual, act=act)
+        if symbolic.is_traced(input, mask, lengths, residual, scale, shift):
+            given = {"mask": mask, "lengths": lengths, "residual": residual, "scale": scale, "shift": shift}
+            return symbolic.call_layer(self, input, act=act, **given)
         weight, bias = affine(self)
         mean, var, tracked = self._running_stats()
         y, updated = batch_renorm_with_stats(
@@ -118,6 +120,8 @@ class _BatchRenorm(_BatchNorm):
             ranks=self.ranks,
             dim=self.dim,
             correction=self.correction,
+            scale=scale,
+            shift=shift,
         )
         if updated is not True:
             self._count_skipped(updated)

@@ -59,18 +59,24 @@ class FrozenBatchNorm(Activated):
         residual: Tensor | PackedSequence | None = None,
         segments: Tensor | None = None,
         act: str | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
     ) -> Any:
         """act(bn(input) + residual); see `normwise.functional.batch_norm` for shapes and errors.
 
         `act` here is for this call, in the place of the layer's.
         """
-        if symbolic.is_traced(input, mask, lengths, residual, segments):
+        if symbolic.is_traced(input, mask, lengths, residual, segments) or (
+            not (scale is shift is None) and symbolic.is_traced(scale, shift)
+        ):
             given: dict[str, Any] = {
                 "mask": mask,
                 "lengths": lengths,
                 "residual": residual,
                 "segments": segments,
                 "act": act,
+                "scale": scale,
+                "shift": shift,
             }
             return symbolic.call_layer(self, input, **given)
         return batch_norm_with_stats(
@@ -89,6 +95,8 @@ class FrozenBatchNorm(Activated):
             ranks=self.ranks,
             segments=segments,
             dim=self.dim,
+            scale=scale,
+            shift=shift,
         )[0]
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:

@@ -23,7 +23,7 @@ class GroupNorm(Activated, nn.GroupNorm):
 
     A drop-in for `torch.nn.GroupNorm`: same arguments, state_dict and results. Beyond it, in the call: `mask` (bool,
     True = valid; the input's shape without the channel axis, or broadcastable to it) or `lengths` (valid steps along
-    the last axis), and `residual`, added before `act`.
+    the last axis), `residual`, added before `act`, and `scale` and `shift` (N, C), which go with the sample.
 
     Args:
         num_groups: into how many groups of neighbouring channels C is divided.
@@ -75,14 +75,26 @@ class GroupNorm(Activated, nn.GroupNorm):
         lengths: Tensor | None = None,
         residual: Tensor | PackedSequence | None = None,
         act: str | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
     ) -> Any:
         """act(gn(input) + residual); see `normwise.functional.group_norm` for shapes and errors.
 
         `act` here is for this call, in the place of the layer's.
         """
-        if symbolic.is_traced(input, mask, lengths, residual):
+        if symbolic.is_traced(input, mask, lengths, residual) or (
+            not (scale is shift is None) and symbolic.is_traced(scale, shift)
+        ):
             node = symbolic.call_layer(
-                self, input, function=True, mask=mask, lengths=lengths, residual=residual, act=act
+                self,
+                input,
+                function=True,
+                mask=mask,
+                lengths=lengths,
+                residual=residual,
+                act=act,
+                scale=scale,
+                shift=shift,
             )
             if node is not None:
                 return node
@@ -99,6 +111,8 @@ class GroupNorm(Activated, nn.GroupNorm):
             residual=residual,
             num_channels=self.num_channels,
             dim=self.dim,
+            scale=scale,
+            shift=shift,
         )
 
     def extra_repr(self) -> str:

@@ -58,6 +58,8 @@ class _InstanceNorm(Activated, nn.modules.instancenorm._InstanceNorm):
         residual: Tensor | PackedSequence | None = None,
         segments: Tensor | None = None,
         act: str | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
     ) -> Any:
         """act(in(input) + residual); see `normwise.functional.instance_norm` for shapes and errors.
 
@@ -65,13 +67,17 @@ class _InstanceNorm(Activated, nn.modules.instancenorm._InstanceNorm):
 
         An input without batch axis is one sample, and so are then `mask` and `residual`.
         """
-        if symbolic.is_traced(input, mask, lengths, residual, segments):
+        if symbolic.is_traced(input, mask, lengths, residual, segments) or (
+            not (scale is shift is None) and symbolic.is_traced(scale, shift)
+        ):
             given: dict[str, Any] = {
                 "mask": mask,
                 "lengths": lengths,
                 "residual": residual,
                 "segments": segments,
                 "act": act,
+                "scale": scale,
+                "shift": shift,
             }
             return symbolic.call_layer(self, input, **given)
         if segments is None and not (self.affine or self.track_running_stats):
@@ -94,6 +100,8 @@ class _InstanceNorm(Activated, nn.modules.instancenorm._InstanceNorm):
             num_features=self.num_features if self.affine or self.track_running_stats else None,
             segments=segments,
             dim=self.dim,
+            scale=scale,
+            shift=shift,
         )
 
     def extra_repr(self) -> str:
@@ -123,7 +131,7 @@ class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
     ("relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "hardsigmoid", "elu", "gelu_tanh", "softplus", "mish"
     or None), and in the call: `mask` (bool, True = valid; (N, L), or broadcastable to the input) or `lengths` (valid
     steps of each sample), and `residual`, added before `act`; `segments` (R,) for the rows (R, C) of many graphs or
-    clouds, each of which is then a sample.
+    clouds, each of which is then a sample; `scale` and `shift` (N, C), which go with the sample.
 
     Source: Ulyanov, Vedaldi & Lempitsky 2016.
     """

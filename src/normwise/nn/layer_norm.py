@@ -13,7 +13,7 @@ from normwise.backends.activations import activation
 from normwise.nn.construct import Activated, affine, reset_affine
 from normwise.ops import inputs, symbolic
 from normwise.ops.distributed import StatsGroup
-from normwise.ops.norm import gain
+from normwise.ops.norm import gain, modulation
 from normwise.ops.norm.gain import Cast
 from normwise.ops.norm.layer_norm import layer_norm, rms_norm
 
@@ -26,8 +26,9 @@ class LayerNorm(Activated, nn.LayerNorm):
 
     A drop-in for `torch.nn.LayerNorm`: same arguments, state_dict and results. Beyond it: `dim` normalizes any axes,
     e.g. `LayerNorm(64, dim=1)` the channels of (N, C, H, W); `act` is applied last; in the call, `mask` (bool,
-    True = valid) or `lengths` keep padding out, with `add` the result is the pair (ln(x + add), x + add), and
-    `segments` (R,) makes the rows (R, C) of a graph or document share mean and variance.
+    True = valid) or `lengths` keep padding out, with `add` the result is the pair (ln(x + add), x + add),
+    `segments` (R,) makes the rows (R, C) of a graph or document share mean and variance, and `scale`, `shift` and
+    `gate` make it adaptive or gated: y = act((ln(x) * (1 + scale) + shift) * gate_act(gate)).
 
     Args:
         normalized_shape: sizes of the axes that are normalized together.
@@ -45,6 +46,8 @@ class LayerNorm(Activated, nn.LayerNorm):
         cast: "output" rounds to a half precision input's dtype once, behind gamma and beta, as Olmo 2's RMSNorm;
             "input" before them, as Llama's and T5's. None is "output" by the quickest backend. See
             `normwise.functional.layer_norm`.
+        gate_first: what a `gate` multiplies is the input, not the output.
+        gate_act: of a `gate`: "silu", "sigmoid", "gelu", "relu" or None.
 
     Source: Ba, Kiros & Hinton 2016.
     """
@@ -52,6 +55,8 @@ class LayerNorm(Activated, nn.LayerNorm):
     _stats_group: StatsGroup | None = None
     offset: float = 0.0
     cast: Cast | None = None
+    gate_first: bool = False
+    gate_act: str | None = "silu"
 
     def __init__(
         self,
@@ -67,6 +72,8 @@ class LayerNorm(Activated, nn.LayerNorm):
         process_group: Any = None,
         offset: float = 0.0,
         cast: Cast | None = None,
+        gate_first: bool = False,
+        gate_act: str | None = "silu",
     ) -> None:
         inputs.positive_eps(eps)
         shape = _shape(normalized_shape)
@@ -74,11 +81,13 @@ class LayerNorm(Activated, nn.LayerNorm):
         if act is not None:
             activation(act)
         gain.check(offset, cast)
+        modulation.check_gate(gate_first, gate_act)
         # Before torch's constructor, which calls reset_parameters.
         self.offset, self.cast = offset, cast
         super().__init__(shape, eps, elementwise_affine, bias, device, dtype)
         self.dim = self_dim
         self.act = act
+        self.gate_first, self.gate_act = gate_first, gate_act
         if process_group is not None:
             self._stats_group = StatsGroup(process_group)
 
@@ -95,10 +104,17 @@ class LayerNorm(Activated, nn.LayerNorm):
         add: Tensor | PackedSequence | None = None,
         segments: Tensor | None = None,
         act: str | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        gate: Tensor | None = None,
     ) -> Any:
         """See `normwise.functional.layer_norm` for shapes and errors; `act` here is for this call."""
+        given: dict[str, Any]
+        if not (scale is shift is gate is None):
+            given = {"mask": mask, "lengths": lengths, "add": add, "segments": segments, "act": act}
+            return _modulated(self, input, given | {"scale": scale, "shift": shift, "gate": gate})
         if symbolic.is_traced(input, mask, lengths, add, segments):
-            given: dict[str, Any] = {"mask": mask, "lengths": lengths, "add": add, "segments": segments, "act": act}
+            given = {"mask": mask, "lengths": lengths, "add": add, "segments": segments, "act": act}
             node = symbolic.call_layer(self, input, function=True, **given)
             if node is not None:
                 return node
@@ -135,7 +151,8 @@ class RMSNorm(Activated, nn.RMSNorm):
     y = act(gamma * x / sqrt(E[x^2] + eps)): LayerNorm that leaves the mean in and has no bias.
 
     A drop-in for `torch.nn.RMSNorm`: same arguments, state_dict and results; `eps` None stands for the machine
-    epsilon. `dim`, `act`, `mask`, `lengths`, `add` and `process_group` (one number per row) as in `LayerNorm`.
+    epsilon. `dim`, `act`, `mask`, `lengths`, `add`, `scale`, `shift`, `gate` and `process_group` (one number per row)
+    as in `LayerNorm`. With `gate` it is the gated norm of Mamba-2, whose order `gate_first` says.
 
     `offset` and `cast`, as there, make it the RMSNorm of a model of transformers, in half precision to the bit:
     cast="input" that of Llama, Mistral, Qwen and T5, cast="output" that of Olmo 2, offset=1.0 that of Gemma. See
@@ -147,6 +164,8 @@ class RMSNorm(Activated, nn.RMSNorm):
     _stats_group: StatsGroup | None = None
     offset: float = 0.0
     cast: Cast | None = None
+    gate_first: bool = False
+    gate_act: str | None = "silu"
 
     def __init__(
         self,
@@ -161,6 +180,8 @@ class RMSNorm(Activated, nn.RMSNorm):
         process_group: Any = None,
         offset: float = 0.0,
         cast: Cast | None = None,
+        gate_first: bool = False,
+        gate_act: str | None = "silu",
     ) -> None:
         if eps is not None:
             inputs.positive_eps(eps)
@@ -169,11 +190,13 @@ class RMSNorm(Activated, nn.RMSNorm):
         if act is not None:
             activation(act)
         gain.check(offset, cast)
+        modulation.check_gate(gate_first, gate_act)
         # Before torch's constructor, which calls reset_parameters.
         self.offset, self.cast = offset, cast
         super().__init__(shape, eps, elementwise_affine, device, dtype)
         self.dim = self_dim
         self.act = act
+        self.gate_first, self.gate_act = gate_first, gate_act
         if process_group is not None:
             self._stats_group = StatsGroup(process_group)
 
@@ -190,10 +213,17 @@ class RMSNorm(Activated, nn.RMSNorm):
         add: Tensor | PackedSequence | None = None,
         segments: Tensor | None = None,
         act: str | None = None,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        gate: Tensor | None = None,
     ) -> Any:
         """See `normwise.functional.rms_norm` for shapes and errors; `act` here is for this call."""
+        given: dict[str, Any]
+        if not (scale is shift is gate is None):
+            given = {"mask": mask, "lengths": lengths, "add": add, "segments": segments, "act": act}
+            return _modulated(self, input, given | {"scale": scale, "shift": shift, "gate": gate})
         if symbolic.is_traced(input, mask, lengths, add, segments):
-            given: dict[str, Any] = {"mask": mask, "lengths": lengths, "add": add, "segments": segments, "act": act}
+            given = {"mask": mask, "lengths": lengths, "add": add, "segments": segments, "act": act}
             node = symbolic.call_layer(self, input, function=True, **given)
             if node is not None:
                 return node
@@ -220,6 +250,24 @@ class RMSNorm(Activated, nn.RMSNorm):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + _extra_repr(self)
+
+
+def _modulated(layer: LayerNorm | RMSNorm, input: Any, given: dict[str, Any]) -> Any:
+    """A call with scale, shift or gate; apart, because handing these on would slow down each small call without."""
+    if symbolic.is_traced(input, *given.values()):
+        node = symbolic.call_layer(layer, input, function=True, **given)
+        if node is not None:
+            return node
+    weight, bias = affine(layer)
+    options: dict[str, Any] = {
+        name: getattr(layer, name) for name in ("dim", "act", "offset", "cast", "gate_first", "gate_act")
+    }
+    options |= {"process_group": layer._stats_group, **given}
+    options["act"] = layer.act if given["act"] is None else given["act"]
+    eps = layer.__dict__["eps"]
+    if isinstance(layer, RMSNorm):
+        return rms_norm(input, layer.normalized_shape, weight, eps, **options)
+    return layer_norm(input, layer.normalized_shape, weight, bias, eps, **options)
 
 
 def _shape(normalized_shape: int | Sequence[int]) -> list[int]:
@@ -249,5 +297,7 @@ def _extra_repr(layer: LayerNorm | RMSNorm) -> str:
         "process_group": layer._stats_group,
         "offset": layer.offset or None,
         "cast": layer.cast,
+        "gate_first": layer.gate_first or None,
+        "gate_act": None if layer.gate_act == "silu" else str(layer.gate_act),
     }
     return "".join(f", {name}={value!r}" for name, value in said.items() if value is not None)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.backends.protocol import NormConfig, NormRequest
+from normwise.backends.protocol import NormConfig, NormRequest, accumulation_dtype
 from normwise.backends.reference import combined
 from normwise.ops import inputs, ragged, symbolic
 from normwise.ops._torch_internals import readable
@@ -17,6 +17,7 @@ from normwise.ops.dispatch import jit_traces
 from normwise.ops.norm import running_stats
 from normwise.ops.norm.domains import batch_norm_of_domains
 from normwise.ops.norm.ghost_batch_norm import ghost_batch_norm
+from normwise.ops.norm.modulation import Given, of_channels
 from normwise.ops.norm.run import run, run_with_correction
 from normwise.ops.norm.running_stats import Updated
 from normwise.ops.norm.segments import segment_norm, segments_of
@@ -41,6 +42,8 @@ def batch_norm(
     segments: Tensor | None = None,
     dim: int = 1,
     correction: int = 1,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor | PackedSequence:
     r"""act(gamma * (x - mean) / sqrt(var + eps) + beta + residual), statistics a channel over batch and positions.
 
@@ -68,6 +71,8 @@ def batch_norm(
             of all rows, pooled.
         dim: the axis of the channels, e.g. -1 for (N, L, C); mask and residual are laid out as the input.
         correction: the running variance is of squares over count - correction: 1 is torch's, 0 that of Keras and Flax.
+        scale, shift: (N, C), one for each sample, or of as many axes as the input, to which it broadcasts: the
+            normalized input with gain and bias is multiplied by 1 + scale and shift is added, before the residual.
 
     Returns:
         Like the input; 0 at invalid positions, which neither enter the statistics nor receive a gradient.
@@ -80,7 +85,10 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, algorithms 1 and 2.
     """
-    if symbolic.is_traced(input, weight, mask, lengths, residual, segments):
+    modulated = not (scale is shift is None)
+    if symbolic.is_traced(input, weight, mask, lengths, residual, segments) or (
+        modulated and symbolic.is_traced(scale, shift)
+    ):
         return symbolic.call_function(  # type: ignore[no-any-return]
             batch_norm,
             input,
@@ -99,6 +107,8 @@ def batch_norm(
             segments=segments,
             dim=None if dim == 1 else dim,
             correction=None if correction == 1 else correction,
+            scale=scale,
+            shift=shift,
         )
     return batch_norm_with_stats(  # type: ignore[no-any-return]
         input,
@@ -117,6 +127,8 @@ def batch_norm(
         segments=segments,
         dim=dim,
         correction=correction,
+        scale=scale,
+        shift=shift,
     )[0]
 
 
@@ -143,6 +155,8 @@ def batch_norm_with_stats(
     correction: int = 1,
     domain: Tensor | None = None,
     domains: int = 0,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Any, Updated]:
     """`batch_norm`, and whether the running statistics were updated (True also where there are none to update).
 
@@ -154,6 +168,27 @@ def batch_norm_with_stats(
         ranks: the numbers of axes that a layer accepts.
         domain: (N,) integers: which of so many `domains` each sample is of, see `batch_norm_of_domains`.
     """
+    if not (scale is shift is None):
+        if domain is not None:
+            raise ValueError(
+                "batch_norm: scale and shift go with one domain for the whole batch, not with one for each sample"
+            )
+        call = partial(
+            batch_norm_with_stats,
+            running_mean=running_mean,
+            running_var=running_var,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            num_batches_tracked=num_batches_tracked,
+            process_group=process_group,
+            virtual_batch_size=virtual_batch_size,
+            ranks=ranks,
+            segments=segments,
+            correction=correction,
+        )
+        given = {"mask": mask, "lengths": lengths, "act": act, "residual": residual, "dim": dim}
+        return _modulated(call, input, weight, bias, Given(scale, shift), given)
     if dim != 1:
         input, mask, residual = inputs.channels_to_axis_1("batch_norm", input, dim, mask, residual)
     if domain is not None:
@@ -263,3 +298,41 @@ def batch_norm_with_stats(
         result = run(request, formula, known_readable and readable(num_batches_tracked))
         y, updated = result.y, result.stats_updated  # type: ignore[assignment]
     return (y if dim == 1 else y.movedim(1, dim)), updated
+
+
+def _modulated(
+    call: partial[tuple[Any, Updated]],
+    input: Any,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    given: Given,
+    options: dict[str, Any],
+) -> tuple[Any, Updated]:
+    """`batch_norm_with_stats`, of which `call` has the statistics, with scale or shift."""
+    said = call.keywords
+    mean, var, ranks, segments = (said[name] for name in ("running_mean", "running_var", "ranks", "segments"))
+    if segments is not None:
+        segments_of("batch_norm", segments, inputs.tensor("batch_norm", input), lengths=options["lengths"])
+    if ranks is not None:
+        ragged.rank_or_rows(input, ranks, "BatchNorm1d")
+
+    def bare(x: Tensor, mask: Tensor | None) -> tuple[Any, Updated]:
+        if mean is None or mean.dtype.itemsize >= 4:
+            return call(x, weight=None, bias=None, mask=mask)
+        # Kernels of float32 take no averages in half precision.
+        stats = {"running_mean": mean.to(x.dtype), "running_var": var.to(x.dtype)}
+        found = call(x, weight=None, bias=None, mask=mask, **stats)
+        if said["training"]:
+            mean.copy_(stats["running_mean"])
+            var.copy_(stats["running_var"])
+        return found
+
+    def fused(x: Tensor, samples: int, gain: Tensor | None, bias: Tensor | None, **options: Any) -> Any:
+        stats = (t.to(accumulation_dtype(x.dtype)).repeat(samples) for t in (mean, var))
+        fixed = {**dict(zip(("running_mean", "running_var"), stats, strict=True)), "ranks": None}
+        return call(x, weight=gain, bias=bias, **fixed, **options)[0]
+
+    moving = said["training"] or mean is None or segments is not None
+    options |= {"running": (mean, var), "momentum": said["momentum"], "eps": said["eps"]}
+    y, updated = of_channels("batch_norm", bare, None if moving else fused, input, weight, bias, given, **options)
+    return y, True if updated is None else updated

@@ -15,6 +15,7 @@ from normwise.backends.protocol import Moments, NormConfig, NormRequest, accumul
 from normwise.backends.reference import moments, renorm_correction
 from normwise.ops import inputs, ragged
 from normwise.ops.norm import running_stats
+from normwise.ops.norm.modulation import Given, of_channels
 from normwise.ops.norm.run import run, run_with_correction
 from normwise.ops.norm.running_stats import Updated
 
@@ -41,6 +42,8 @@ def batch_renorm_with_stats(
     ranks: Sequence[int] | None = None,
     dim: int = 1,
     correction: int = 1,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Any, Updated]:
     """act(gamma * ((x - mean_B) / sigma_B * r + d) + beta + residual) in training, and whether the running statistics
     were updated.
@@ -57,6 +60,16 @@ def batch_renorm_with_stats(
     """
     if ranks is not None:
         ragged.rank_or_rows(input, ranks, "BatchRenorm1d")
+    if not (scale is shift is None):
+
+        def bare(x: Tensor, mask: Tensor | None) -> tuple[Any, Updated]:
+            stats = (running_mean, running_var, None, None, momentum, eps, r_max, d_max)
+            options: dict[str, Any] = {"num_batches_tracked": num_batches_tracked, "correction": correction}
+            return batch_renorm_with_stats(x, *stats, mask=mask, **options)
+
+        given: dict[str, Any] = {"mask": mask, "lengths": lengths, "act": act, "residual": residual, "dim": dim}
+        given |= {"running": (running_mean, running_var), "momentum": momentum, "eps": eps}
+        return of_channels("batch_renorm", bare, None, input, weight, bias, Given(scale, shift), **given)
     if ragged.is_ragged(input):
         rows = partial(
             batch_renorm_with_stats,

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from normwise.backends.activations import activation
 from normwise.backends.protocol import NormConfig, NormRequest
 from normwise.ops import inputs, ragged, symbolic
+from normwise.ops.norm.modulation import Given, of_channels
 from normwise.ops.norm.run import run
 
 
@@ -27,6 +28,8 @@ def group_norm(
     act: str | None = None,
     residual: Tensor | PackedSequence | None = None,
     dim: int = 1,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Any:
     r"""act(gamma * (x - mean) / sqrt(var + eps) + beta + residual), statistics over a group of channels of a sample.
 
@@ -43,6 +46,8 @@ def group_norm(
             or "mish", applied last: torch.nn.functional's by their defaults, "gelu_tanh" gelu(approximate="tanh").
         residual: like the input, added before `act`.
         dim: the axis of the channels, e.g. -1 for (N, L, C); mask and residual are laid out as the input.
+        scale, shift: (N, C), one for each sample, or of as many axes as the input, to which it broadcasts: the
+            normalized input with gain and bias is multiplied by 1 + scale and shift is added, before the residual.
 
     Returns:
         Like the input; 0 at invalid positions, which neither enter the statistics nor receive a gradient. A sample
@@ -55,6 +60,8 @@ def group_norm(
     Source: Wu & He 2018, eq. 7.
     """
     given = {"mask": mask, "lengths": lengths, "act": act, "residual": residual, "dim": dim}
+    if not (scale is shift is None):
+        given |= {"scale": scale, "shift": shift}
     return group_norm_of(input, num_groups, weight, bias, eps, **given)  # type: ignore[arg-type]
 
 
@@ -71,11 +78,18 @@ def group_norm_of(
     residual: Tensor | PackedSequence | None = None,
     num_channels: int | None = None,
     dim: int = 1,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Any:
     """`group_norm` of an input that must have `num_channels` channels, if that is given."""
-    if symbolic.is_traced(input, weight, mask, lengths, residual):
+    modulated = not (scale is shift is None)
+    if symbolic.is_traced(input, weight, mask, lengths, residual) or (modulated and symbolic.is_traced(scale, shift)):
         given = {"mask": mask, "lengths": lengths, "act": act, "residual": residual, "dim": None if dim == 1 else dim}
+        given |= {"scale": scale, "shift": shift}
         return symbolic.call_function(group_norm, input, num_groups, weight, bias, eps, **given)
+    if modulated:
+        given = {"mask": mask, "lengths": lengths, "act": act, "residual": residual, "dim": dim}
+        return _modulated(input, num_groups, weight, bias, eps, num_channels, Given(scale, shift), **given)
     if dim != 1:
         input, mask, residual = inputs.channels_to_axis_1("group_norm", input, dim, mask, residual)
     if ragged.is_ragged(input):
@@ -119,6 +133,32 @@ def group_norm_of(
     request = NormRequest(config, inputs.dense(x), residual, weight, bias, valid)
     y = run(request, None, all_readable and valid is None).y
     return y if dim == 1 else y.movedim(1, dim)
+
+
+def _modulated(
+    input: Any,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    num_channels: int | None,
+    given: Given,
+    **options: Any,
+) -> Any:
+    """`group_norm_of` with scale or shift."""
+
+    def bare(x: Tensor, mask: Tensor | None) -> tuple[Any, None]:
+        return group_norm_of(x, num_groups, None, None, eps, mask=mask, num_channels=num_channels), None
+
+    def fused(x: Tensor, samples: int, gain: Tensor | None, bias: Tensor | None, **options: Any) -> Any:
+        channels = x.shape[1] // samples
+        if num_channels not in (None, channels) or num_groups <= 0 or channels % num_groups:
+            return None  # refused by `bare`
+        if channels // num_groups * prod(x.shape[2:]) == 1:
+            return None  # allowed of several samples only
+        return group_norm_of(x, samples * num_groups, gain, bias, eps, **options)
+
+    return of_channels("group_norm", bare, fused, input, weight, bias, given, eps=eps, **options)[0]
 
 
 def groups_divide(num_groups: int, channels: int) -> None:

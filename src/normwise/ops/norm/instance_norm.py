@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
-from normwise.backends.protocol import NormConfig, NormRequest
+from normwise.backends.protocol import NormConfig, NormRequest, accumulation_dtype
 from normwise.ops import inputs, ragged, symbolic
 from normwise.ops.norm import running_stats
+from normwise.ops.norm.modulation import Given, of_channels
 from normwise.ops.norm.run import run
 from normwise.ops.norm.segments import segment_norm, segments_of
 
@@ -33,6 +34,8 @@ def instance_norm(
     residual: Tensor | PackedSequence | None = None,
     segments: Tensor | None = None,
     dim: int = 1,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Any:
     r"""act(gamma * (x - mean) / sqrt(var + eps) + beta + residual), statistics over positions, by sample and channel.
 
@@ -53,6 +56,8 @@ def instance_norm(
         segments: (R,) integers for an input (R, C): which graph, cloud or document a row belongs to. Each segment is
             then a sample and its rows are the positions, wherever they stand; `mask` is (R,).
         dim: the axis of the channels, e.g. -1 for (N, L, C); mask and residual are laid out as the input.
+        scale, shift: (N, C), one for each sample, or of as many axes as the input, to which it broadcasts: the
+            normalized input with gain and bias is multiplied by 1 + scale and shift is added, before the residual.
 
     Returns:
         Like the input; 0 at invalid positions, which neither enter the statistics nor receive a gradient. A sample
@@ -64,7 +69,10 @@ def instance_norm(
 
     Source: Ulyanov, Vedaldi & Lempitsky 2016, eq. 2.
     """
-    if symbolic.is_traced(input, weight, mask, lengths, residual, segments):
+    modulated = not (scale is shift is None)
+    if symbolic.is_traced(input, weight, mask, lengths, residual, segments) or (
+        modulated and symbolic.is_traced(scale, shift)
+    ):
         return symbolic.call_function(
             instance_norm,
             input,
@@ -81,6 +89,8 @@ def instance_norm(
             residual=residual,
             segments=segments,
             dim=None if dim == 1 else dim,
+            scale=scale,
+            shift=shift,
         )
     return instance_norm_of(
         input,
@@ -97,6 +107,8 @@ def instance_norm(
         residual=residual,
         segments=segments,
         dim=dim,
+        scale=scale,
+        shift=shift,
     )
 
 
@@ -118,9 +130,24 @@ def instance_norm_of(
     num_features: int | None = None,
     segments: Tensor | None = None,
     dim: int = 1,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> Any:
     """`instance_norm` of a layer's input, if `rank` is given: it has as many axes, or one less where it is one sample,
     as are then `mask` and `residual`; with `num_features` channels, if that is given."""
+    if not (scale is shift is None):
+        call = partial(
+            instance_norm_of,
+            running_mean=running_mean,
+            running_var=running_var,
+            use_input_stats=use_input_stats,
+            momentum=momentum,
+            eps=eps,
+            rank=rank,
+            segments=segments,
+        )
+        given = {"mask": mask, "lengths": lengths, "act": act, "residual": residual, "dim": dim}
+        return _modulated(call, input, weight, bias, num_features, Given(scale, shift), given)
     if segments is not None:
         return _of_segments(
             input,
@@ -162,12 +189,7 @@ def instance_norm_of(
         inputs.rank(x, (rank - 1, rank))
         single = x.dim() < rank
     if single:
-        inputs.same_shape("residual", residual, x)
-        if mask is not None:
-            mask = inputs.mask_tensor(mask, x.device).unsqueeze(0)
-        if lengths is not None:
-            lengths = inputs.lengths_tensor(lengths).reshape(1)
-        x, residual = x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)  # type: ignore[union-attr]
+        x, mask, lengths, residual = _as_batch(x, mask, lengths, residual)
     if dim != 1:
         x, mask, residual = inputs.channels_to_axis_1("instance_norm", x, dim, mask, residual)
     if num_features is not None and x.shape[1] != num_features:
@@ -218,6 +240,58 @@ def instance_norm_of(
     request = NormRequest(config, inputs.dense(x), residual, weight, bias, valid, running_mean, running_var)  # type: ignore[arg-type]
     y = run(request).y
     y = y if dim == 1 else y.movedim(1, dim)
+    return y.squeeze(0) if single else y
+
+
+def _as_batch(x: Tensor, mask: Any, lengths: Any, residual: Any) -> tuple[Tensor, Any, Any, Any]:
+    """One sample and what goes with it as a batch of one."""
+    inputs.same_shape("residual", residual, x)
+    if mask is not None:
+        mask = inputs.mask_tensor(mask, x.device).unsqueeze(0)
+    if lengths is not None:
+        lengths = inputs.lengths_tensor(lengths).reshape(1)
+    return x.unsqueeze(0), mask, lengths, None if residual is None else residual.unsqueeze(0)
+
+
+def _modulated(
+    call: partial[Any],
+    x: Any,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_features: int | None,
+    given: Given,
+    options: dict[str, Any],
+) -> Any:
+    """`instance_norm_of`, of which `call` has the statistics, with scale or shift."""
+    said = call.keywords
+    mean, var, rank, segments = (said[name] for name in ("running_mean", "running_var", "rank", "segments"))
+    single = False
+    if segments is not None:
+        segments_of("instance_norm", segments, inputs.tensor("instance_norm", x), lengths=options["lengths"])
+    elif rank is not None and not ragged.is_ragged(x):
+        inputs.rank(inputs.tensor("instance_norm", x), (rank - 1, rank))
+        single = x.dim() < rank
+    if single:
+        x, *more = _as_batch(x, *(options[name] for name in ("mask", "lengths", "residual")))
+        options |= dict(zip(("mask", "lengths", "residual"), more, strict=True))
+        scale, shift = (t.unsqueeze(0) if isinstance(t, Tensor) else t for t in given[:2])
+        given = given._replace(scale=scale, shift=shift)
+
+    def bare(x: Tensor, mask: Tensor | None) -> tuple[Any, None]:
+        return call(x, weight=None, bias=None, mask=mask, num_features=num_features), None
+
+    def fused(x: Tensor, samples: int, gain: Tensor | None, bias: Tensor | None, **options: Any) -> Any:
+        if num_features not in (None, x.shape[1] // samples):
+            return None  # refused by `bare`
+        fixed = {}
+        if mean is not None:
+            wide = accumulation_dtype(x.dtype)
+            fixed = {"running_mean": mean.to(wide).repeat(samples), "running_var": var.to(wide).repeat(samples)}
+        return call(x, weight=gain, bias=bias, **fixed, **options)
+
+    moving = segments is not None or (said["use_input_stats"] and mean is not None)
+    options |= {"running": (mean, var), "momentum": said["momentum"], "eps": said["eps"]}
+    y, _ = of_channels("instance_norm", bare, None if moving else fused, x, weight, bias, given, **options)
     return y.squeeze(0) if single else y
 
 

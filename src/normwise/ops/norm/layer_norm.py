@@ -17,6 +17,7 @@ from normwise.ops import distributed, inputs, ragged, symbolic
 from normwise.ops.distributed_norm import distributed_norm
 from normwise.ops.norm import gain
 from normwise.ops.norm.gain import Cast
+from normwise.ops.norm.modulation import Given, of_features
 from normwise.ops.norm.run import run
 from normwise.ops.norm.segments import Segments, segment_norm, segments_of
 
@@ -39,6 +40,11 @@ def layer_norm(
     offset: float = 0.0,
     cast: Cast | None = None,
     segments: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_first: bool = False,
+    gate_act: str | None = "silu",
 ) -> Any:
     r"""act(gamma * (x - mean) / sqrt(var + eps) + beta), statistics over the features of one sample.
 
@@ -66,6 +72,12 @@ def layer_norm(
             so that a float32 weight gives a float32 result and offset + weight is formed in the weight's dtype.
         segments: (R,) integers for an input (R, normalized_shape): which graph, cloud or document a row belongs to.
             Mean and variance are then those of all rows and features of a segment, wherever its rows stand.
+        scale, shift: the normalized input with gain and bias is multiplied by 1 + scale and shift is added: of shape
+            (N, normalized_shape), one for each sample, also where the input is (N, ..., normalized_shape); of
+            `normalized_shape`; or of as many axes as the input, to which it then broadcasts. `act` comes after.
+        gate: like the input: that is then multiplied by gate_act(gate), before `act`; with `gate_first` what is
+            normalized, the input (or x + r), is multiplied instead.
+        gate_act: "silu", "sigmoid", "gelu", "relu" or None.
 
     Returns:
         Like the input (or the pair); 0 at invalid positions, which neither enter the statistics nor receive a gradient.
@@ -74,9 +86,12 @@ def layer_norm(
         ShapeError: shapes that do not fit. TypeError: dtypes that do not, an offset that is no number. ValueError: eps
         <= 0, lengths out of range, an offset that is not finite, an unknown cast.
 
-    Source: Ba, Kiros & Hinton 2016, eq. 3 and 4.
+    Source: Ba, Kiros & Hinton 2016, eq. 3 and 4; Perez et al. 2018 for scale and shift, Gu & Dao 2023 for the gate.
     """
-    if symbolic.is_traced(input, weight, mask, lengths, add, segments):
+    given = None
+    if not (scale is shift is gate is None):
+        given = Given(scale, shift, gate, gate_first, gate_act)
+    if symbolic.is_traced(input, weight, mask, lengths, add, segments, given):
         return symbolic.call_function(
             layer_norm,
             input,
@@ -93,13 +108,14 @@ def layer_norm(
             offset=offset,
             cast=cast,
             segments=segments,
+            **({} if given is None else given._asdict()),
         )
     config = NormConfig("layer_norm", "features", eps, act, len(normalized_shape))
     if cast is not None or type(offset) is not float or offset:
         gain.check(offset, cast)
         weight = gain.stored_around(weight, offset, cast)
     return _feature_norm(
-        config, input, normalized_shape, weight, bias, dim, mask, lengths, add, process_group, cast, segments
+        config, input, normalized_shape, weight, bias, dim, mask, lengths, add, process_group, cast, segments, given
     )
 
 
@@ -118,6 +134,11 @@ def rms_norm(
     offset: float = 0.0,
     cast: Cast | None = None,
     segments: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    gate: Tensor | None = None,
+    gate_first: bool = False,
+    gate_act: str | None = "silu",
 ) -> Any:
     r"""act(gamma * x / sqrt(mean(x^2) + eps)), the mean square over the features of one sample.
 
@@ -130,7 +151,10 @@ def rms_norm(
 
     Source: Zhang & Sennrich 2019, eq. 4.
     """
-    if symbolic.is_traced(input, weight, mask, lengths, add, segments):
+    given = None
+    if not (scale is shift is gate is None):
+        given = Given(scale, shift, gate, gate_first, gate_act)
+    if symbolic.is_traced(input, weight, mask, lengths, add, segments, given):
         return symbolic.call_function(
             rms_norm,
             input,
@@ -146,6 +170,7 @@ def rms_norm(
             offset=offset,
             cast=cast,
             segments=segments,
+            **({} if given is None else given._asdict()),
         )
     if eps is None:
         dtype = inputs.tensor("rms_norm", input.data if isinstance(input, PackedSequence) else input).dtype
@@ -157,7 +182,7 @@ def rms_norm(
         weight = gain.stored_around(weight, offset, cast)
         config = config._replace(as_written=cast is not None or bool(offset))
     return _feature_norm(
-        config, input, normalized_shape, weight, None, dim, mask, lengths, add, process_group, cast, segments
+        config, input, normalized_shape, weight, None, dim, mask, lengths, add, process_group, cast, segments, given
     )
 
 
@@ -174,6 +199,7 @@ def _feature_norm(
     process_group: Any,
     cast: Cast | None,
     segments: Any = None,
+    given: Given | None = None,
 ) -> Any:
     """y, or with `add` the pair (y, x + add)."""
     shape = tuple(normalized_shape)
@@ -185,11 +211,23 @@ def _feature_norm(
         and config.act is None
         and process_group is None
         and segments is None
+        and given is None
     ) and inputs.rows_fit(x, shape, weight, bias, config.eps):
         request = NormRequest(config, x, None, weight, bias)
         if cast != "input":
             return run(request, None, True).y
         return _run(request, None, True, gain.follows_rounding(x, weight, bias)).y
+    if given is not None:
+
+        def bare(x: Tensor, mask: Tensor | None) -> Any:
+            return _feature_norm(
+                config._replace(act=None), x, shape, None, None, dim, mask, None, None, process_group, None, segments
+            )
+
+        if segments is not None:
+            segments_of(config.op, segments, inputs.tensor(config.op, x), dim=dim, lengths=lengths)
+        options: dict[str, Any] = {"mask": mask, "lengths": lengths, "act": config.act, "add": add, "cast": cast}
+        return of_features(config.op, bare, x, shape, weight, bias, given, eps=config.eps, dim=dim, **options)
     if segments is not None:
         inputs.tensor(config.op, x)
         excluded = {"dim": dim, "lengths": lengths, "process_group": process_group}

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import normwise.nn as ours
+from normwise.nn.construct import affine
+from normwise.ops import symbolic
+from normwise.ops.norm import gain
 from normwise.ops.norm.gain import Cast
 from normwise.ops.norm.layer_norm import rms_norm
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "sigmoid": torch.sigmoid,
-    "gelu": F.gelu,
-    "relu": F.relu,
-}
+from normwise.ops.norm.modulation import Given, of_features
 
 
 class GatedRMSNorm(ours.RMSNorm):
@@ -30,7 +24,8 @@ class GatedRMSNorm(ours.RMSNorm):
     with rms(x) = x / sqrt(E[x^2] + eps) over the features, or over each `group_size` of them. Product and activation
     are computed in float32. A call without a gate leaves it out.
 
-    What stands for the gated norms of other libraries, with `offset` and `cast` as in `normwise.RMSNorm`.
+    What stands for the gated norms of other libraries: `normwise.RMSNorm(gate_first=...)(x, gate=...)` with its
+    `offset` and `cast`, the gate as second argument, and groups.
 
     Source: Gu & Dao 2023 (Mamba), Dao & Gu 2024 (Mamba-2).
     """
@@ -51,36 +46,30 @@ class GatedRMSNorm(ours.RMSNorm):
     ) -> None:
         if gate not in ("before", "after", None):
             raise ValueError(f"gate must be 'before', 'after' or None, but got {gate!r}")
-        if gate_act not in _ACTIVATIONS:
-            raise ValueError(f"gate_act must be one of {', '.join(_ACTIVATIONS)}, but got {gate_act!r}")
         if group_size is not None and (group_size < 1 or normalized_shape % group_size):
             raise ValueError(f"group_size={group_size} does not divide the {normalized_shape} features")
-        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype, offset=offset, cast=cast)
-        self.gate, self.gate_act, self.group_size = gate, gate_act, group_size
+        options: dict[str, Any] = {"gate_first": gate == "before", "gate_act": gate_act, "offset": offset, "cast": cast}
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype, **options)
+        self.gate, self.group_size = gate, group_size
 
     def forward(self, input: Tensor, gate: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """y of shape (..., features), in the dtype of the input, or in what that and the gain's dtype give where
         cast="input"; `gate` of the same shape."""
-        x = input.to(torch.promote_types(input.dtype, torch.float32))
-        opened = None if gate is None or self.gate is None else _ACTIVATIONS[self.gate_act](gate.to(x.dtype))
-        if opened is not None and self.gate == "before":
-            x = x * opened
-        size = self.group_size or x.shape[-1]
-        eps = self.__dict__["eps"]
-        z: Tensor = rms_norm(x.unflatten(-1, (-1, size)), [size], None, eps).flatten(-2)
-        if self.weight is None:
-            y = z
-        elif self.cast == "input":
-            gain = self.weight if self.offset == 0 else self.offset + self.weight
-            y = gain * z.to(input.dtype)
-        else:
-            y = (self.offset + self.weight.to(z.dtype)) * z
-        if opened is not None and self.gate == "after":
-            y = (y * opened).to(input.dtype)
-        return y if self.cast == "input" else y.to(input.dtype)
+        if symbolic.is_traced(input, gate):
+            return symbolic.call_layer(self, input, gate=gate)  # type: ignore[no-any-return]
+        eps, size = self.__dict__["eps"], self.group_size or self.normalized_shape[0]
+
+        def norm(x: Tensor, mask: None) -> Any:
+            return rms_norm(x.unflatten(-1, (-1, size)), [size], None, eps).flatten(-2)
+
+        weight = gain.stored_around(affine(self)[0], self.offset, self.cast)
+        given = Given(None, None, None if self.gate is None else gate, self.gate == "before", self.gate_act)
+        return of_features(  # type: ignore[no-any-return]
+            "rms_norm", norm, input, self.normalized_shape, weight, None, given, eps=eps, cast=self.cast
+        )
 
     def extra_repr(self) -> str:
-        said: dict[str, Any] = {"gate": self.gate, "gate_act": self.gate_act, "group_size": self.group_size}
+        said: dict[str, Any] = {"gate": self.gate, "group_size": self.group_size}
         return super().extra_repr() + "".join(
             f", {name}={value!r}" for name, value in said.items() if value is not None
         )
