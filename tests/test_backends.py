@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import nn
 
 import normwise
 from normwise.backends.cpu import library
 from normwise.backends.cpu import norms as cpu
+from normwise.backends.protocol import NormRequest
 from normwise.backends.triton import rows, tiles
-from support.backends import ran, using
+from support.backends import using
 
 needs_kernels = pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
 
@@ -45,31 +47,22 @@ def test_another_backend_than_the_named_one_is_an_error() -> None:
 
 
 def test_the_kernels_of_norms_take_the_same_arguments_on_every_backend() -> None:
-    """Those of the C++ library and of Triton; the others leave out by `*_` what they do not read."""
-    ours = {
-        cpu.features_forward: rows.forward,
-        cpu.features_backward: rows.backward,
-        cpu.groups_forward: tiles.groups_forward,
-        cpu.groups_backward: tiles.backward,
-        cpu.channels_forward: tiles.channels_forward,
-        cpu.channels_backward: tiles.backward,
-    }
-    for theirs, mine in ours.items():
-        names, others = (
-            [(name.lstrip("_"), p.annotation) for name, p in inspect.signature(f).parameters.items()]
-            for f in (theirs, mine)
-        )
-        assert names == others
+    """Those of the C++ library and of Triton; the others leave out by `*_` what they do not read. Triton's forwards
+    take the request as it is."""
 
+    def arguments(function: Callable[..., Any]) -> list[tuple[str, str]]:
+        return [(name.lstrip("_"), p.annotation) for name, p in inspect.signature(function).parameters.items()]
 
-def test_a_block_in_which_nothing_is_computed_names_no_backend() -> None:
-    with pytest.raises(AssertionError, match="asked for 'reference', but no backend ran"), using("reference"):
-        nn.LayerNorm(8)(torch.randn(4, 8))  # torch.nn's own does not count
-
-
-def test_what_the_second_derivative_computes_by_is_not_counted() -> None:
-    layer, x = normwise.LayerNorm(8), torch.randn(64, 8, requires_grad=True)
-    with ran() as found:
-        (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-        dx.square().sum().backward()
-    assert len(found) == 1
+    forwards = (cpu.features_forward, cpu.groups_forward, cpu.channels_forward)
+    of_request = [*NormRequest._fields, "needs_grad"]
+    shortened = {"mean": "running_mean", "var": "running_var", "tracked": "num_batches_tracked"}
+    for theirs in forwards:
+        assert [shortened.get(name, name) for name, _ in arguments(theirs)] == of_request
+    for mine in (rows.forward, tiles.groups_forward, tiles.channels_forward):
+        assert arguments(mine) == [("request", "NormRequest"), ("needs_grad", "bool")]
+    for theirs, mine in (
+        (cpu.features_backward, rows.backward),
+        (cpu.groups_backward, tiles.backward),
+        (cpu.channels_backward, tiles.backward),
+    ):
+        assert arguments(theirs) == arguments(mine)

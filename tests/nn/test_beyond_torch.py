@@ -117,6 +117,8 @@ def test_layer_norm_residual_gives_the_pair(norm: type[nn.Module], act: str | No
 def test_padding_stays_zero_beside_a_residual(make: Callable[[], nn.Module], backend: str, spoilt: float) -> None:
     """Whatever input, residual and upstream gradient hold there, to the second derivative."""
     layer, lengths = make(), torch.tensor([3, 5, 4])
+    if backend == "kernels" and getattr(layer, "virtual_batch_size", None):
+        pytest.skip("the kernels take one mask for all channels, and ghost batches are channels")
     padding = (torch.arange(5) >= lengths[:, None]).unsqueeze(1).expand(3, 4, 5)
     x, r, upstream = (torch.randn(3, 4, 5).masked_fill(padding, spoilt) for _ in range(3))
     leaves = [x.requires_grad_(), r.requires_grad_(), *layer.parameters()]

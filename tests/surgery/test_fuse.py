@@ -212,7 +212,7 @@ def test_a_training_goes_the_same_way():
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            trail.append(float(loss))
+            trail.append(loss.item())
         losses.append(trail)
     assert losses[0] == pytest.approx(losses[1], rel=1e-8)
 

@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 from normwise.backends.protocol import LayerRequest, Layout, RecurrenceRequest
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.triton import rnn, settings
+from normwise.backends.triton.backend import BACKEND
 from normwise.ops.rnn import stack
 from normwise.ops.rnn.presets import PRESETS
 from support.recurrences import random_weights
@@ -116,7 +117,7 @@ def test_autograd_goes_through_them(name: str) -> None:
         sample = Sample(CONFIGS[name], (2, 3, 3, 7), torch.float64, **options)
 
         def layer(request: LayerRequest, _: bool) -> Any:
-            return stack.layer(rnn.KERNELS["layer"], moved(request))
+            return stack.layer(BACKEND.recurrence.kernels["layer"], moved(request))
 
         assert sample.excess([t.cpu() for t in sample.by_layer(layer)]) <= 1
 

@@ -12,6 +12,7 @@ kernels from a call, it warns once with `KernelWarning`; NORMWISE_KERNEL_WARNING
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -156,6 +157,8 @@ def force(name: str | None) -> None:
     """Force backend `name` from now on; None lets `resolve` decide again. ValueError names the known backends."""
     if name is not None and name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(map(repr, BACKENDS))}")
+    if name == TRITON.name:  # a compiler that traces a call must find its norms' node there
+        importlib.import_module("normwise.ops.custom_op.kernel_norm")
     _forced.name = name
 
 

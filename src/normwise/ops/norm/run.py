@@ -30,7 +30,7 @@ def run(request: NormRequest, formula: Callable[..., Any] | None = None, known_r
         if backend.name == "aten" and is_masked_batch(request):
             result = masked.run(backend.norm.kernels["masked"], request, needs_grad)
         elif family.backward is not None and torch.compiler.is_compiling():
-            result = custom_op.kernel_norm(backend.name, request, needs_grad)
+            result = custom_op.norm_by_kernels(backend.name, request, needs_grad)
         elif backend.name == "aten" and (update := running_stats.kernel_for(request)) is not None:
             result = backend.norm.kernels["channels_with_stats"].forward(*request, needs_grad)
             result = result._replace(stats_updated=update(result))

@@ -12,13 +12,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from normwise.backends.protocol import LayerKernel, LayerRequest, LayerResult
+from normwise.backends.protocol import LayerRequest, LayerResult
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.triton import runtime, settings
 from normwise.backends.triton.rnn import grid, persistent, stepwise
 from normwise.backends.triton.rnn.requests import DTYPES, Readable, expect, flipped, kept, saves, supports, wide_copy
 
-__all__ = ["DTYPES", "KERNELS", "backward", "forward", "supports"]
+__all__ = ["DTYPES", "backward", "forward", "saves", "supports"]
 
 
 class Design(NamedTuple):
@@ -108,6 +108,3 @@ def _of_vectors(config: Recurrence, sums: Tensor) -> dict[str, Tensor]:
         "gain_c": sums[3 * gates + 1],
         "bias_c": sums[3 * gates + 2],
     }
-
-
-KERNELS = {"layer": LayerKernel(forward, backward, saves)}
