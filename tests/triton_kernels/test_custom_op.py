@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import normwise
+import normwise.ops.custom_op.kernel_norm
 from normwise.backends.protocol import LayerRequest, Layout, RecurrenceRequest
 from normwise.backends.recurrence import Weights
 from normwise.backends.triton import runtime
