@@ -81,7 +81,8 @@ def test_opcheck_of_the_correction_of_batch_renorm() -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck_of_a_norm_over_ranks(masked: bool, tmp_path: Path) -> None:
-    importlib.import_module("normwise.ops.distributed_custom_op")
+    for registers in ("distributed_custom_op", "custom_op.kernel_norm"):
+        importlib.import_module(f"normwise.ops.{registers}")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         name = dist.group.WORLD.group_name
@@ -101,7 +102,8 @@ def test_opcheck_of_a_norm_over_ranks(masked: bool, tmp_path: Path) -> None:
 def test_every_op_is_checked() -> None:
     """An op that is added here needs an `opcheck`: in this file, test_recurrent_custom_op.py or, of Triton's kernels,
     tests/triton_kernels/test_custom_op.py."""
-    importlib.import_module("normwise.ops.distributed_custom_op")
+    for registers in ("distributed_custom_op", "custom_op.kernel_norm"):
+        importlib.import_module(f"normwise.ops.{registers}")
     tests = Path(__file__).parent.parent
     files = [Path(__file__), Path(__file__).with_name("test_recurrent_custom_op.py")]
     files.append(tests / "triton_kernels" / "test_custom_op.py")
