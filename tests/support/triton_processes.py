@@ -6,6 +6,8 @@ What it does not show is a GPU's memory order: a processor's is stricter.
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import mmap
 import os
 import signal
@@ -17,6 +19,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -71,7 +74,7 @@ def run(launches: list[Launch], seconds: float = 30.0) -> bool:
                 failed = failed or status != 0
         time.sleep(0.005)
     for pid in children:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGABRT if late else signal.SIGKILL)  # who is late prints where it stands
         os.waitpid(pid, 0)
     assert not failed, "a program raised; its process has printed what"
     for launch in launches:
@@ -95,6 +98,8 @@ def _child(launches: list[Launch], index: tuple[int, int]) -> int:
     if pid:
         return pid
     status = 1
+    gc.disable()  # garbage of the parent may wait for a thread that the child does not have
+    faulthandler.enable()
     try:
         _run_program(launches, index)
         status = 0
@@ -116,10 +121,11 @@ def _run_program(launches: list[Launch], index: tuple[int, int]) -> None:
     def yielding(*args: Any) -> Any:
         if os.getppid() != parent:  # which was killed: nobody waits for what would wait for ever
             os._exit(1)
-        os.sched_yield()  # there may be more programs than processors
+        time.sleep(1e-4)  # there may be more programs than processors, and who waits shall not hold one
         return atomic(*args)
 
     with (
+        numpy.errstate(all="ignore"),  # as a GPU does: who reads too early may read anything
         mock.patch.object(builder, "create_atomic_rmw", yielding),
         mock.patch.object(builder, "set_grid_dim", lambda self, *_: grid_dim(self, *launches[0].grid, 1)),
         mock.patch.object(builder, "set_grid_idx", lambda self, *_: grid_idx(self, *index, 0)),
