@@ -27,7 +27,7 @@
 extern "C" {
 #endif
 
-#define NW_ABI 7 /* raised whenever a struct or function below changes or is added */
+#define NW_ABI 8 /* raised whenever a struct or function below changes or is added */
 
 enum nw_status { NW_OK = 0, NW_BAD_ARGUMENT = 1, NW_OUT_OF_MEMORY = 2, NW_STATS_NOT_UPDATED = 3 };
 enum nw_dtype { NW_FLOAT32 = 0, NW_BFLOAT16 = 1, NW_FLOAT64 = 2 };
@@ -45,7 +45,8 @@ enum nw_act {
   NW_ELU = 8,
   NW_GELU_TANH = 9,
   NW_SOFTPLUS = 10,
-  NW_MISH = 11
+  NW_MISH = 11,
+  NW_SIGMOID = 12 /* of a gate alone */
 };
 /* Which axis of a (batch, channels, positions) array comes before the other in memory. */
 enum nw_layout { NW_CHANNELS_FIRST = 0, NW_CHANNELS_LAST = 1 };
@@ -73,20 +74,28 @@ int64_t nw_struct_size(int which);
  *   y = act((s - mean) * rstd * weight + bias)
  *   mean = avg(s), rstd = 1 / sqrt(avg((s - mean)^2) + eps)        center = 1: LayerNorm
  *   mean = 0,      rstd = 1 / sqrt(avg(s^2) + eps)                 center = 0: RMSNorm
+ *
+ * Gain and bias are those of a group of `group_rows` neighbouring rows: 1 gives each row its own, `rows` all rows one.
+ * groups = rows / group_rows rounded up, and 1 without a row.
+ * With a gate the row that is normalized is s * gate_act(gate), where gate_first = 1; else y, whose act is then the
+ * identity, is times gate_act(gate).
  */
 typedef struct nw_rows_forward_args {
   const void* x;        /* T (rows, cols) */
   const void* residual; /* T (rows, cols), may be null */
   const uint8_t* mask;  /* (rows), may be null: all rows count */
-  const void* weight;   /* P (cols), may be null: 1 */
-  const void* bias;     /* P (cols), may be null: 0 */
+  const void* weight;   /* P (groups, cols), may be null: 1 */
+  const void* bias;     /* P (groups, cols), may be null: 0 */
+  const void* gate;     /* T (rows, cols), may be null: none */
   void* sum;            /* T (rows, cols): filled with s where residual is given (0 in masked rows), else unused */
   void* y;              /* T (rows, cols): filled */
   double* mean;         /* (rows): filled; 0 in masked rows and where center = 0; may be null: no backward follows */
   double* rstd;         /* (rows): filled; 0 in masked rows; null where mean is */
   int64_t rows, cols;   /* cols >= 1 */
+  int64_t group_rows;   /* >= 1 */
   double eps;
   int32_t dtype, center, act, threads;
+  int32_t gate_act, gate_first; /* gate_act: NW_IDENTITY, NW_RELU, NW_SILU, NW_GELU or NW_SIGMOID */
 } nw_rows_forward_args;
 int nw_rows_forward(const nw_rows_forward_args* args);
 
@@ -96,14 +105,16 @@ typedef struct nw_rows_backward_args {
   const void* s;        /* T (rows, cols): the forward's s */
   const uint8_t* mask;  /* as in the forward */
   const void* weight;   /* as in the forward */
-  const void* bias;     /* as in the forward; read only where act is not the identity */
+  const void* bias;     /* as in the forward; read only where act is not the identity, or a gate comes last */
+  const void* gate;     /* as in the forward */
   const double* mean;   /* (rows): from the forward */
   const double* rstd;   /* (rows): from the forward */
   void* ds;             /* T (rows, cols): filled; the gradient of x and of residual alike */
-  void* dweight;        /* P (cols): filled; may be null */
-  void* dbias;          /* P (cols): filled; may be null */
-  int64_t rows, cols;
-  int32_t dtype, center, act, threads;
+  void* dweight;        /* P (groups, cols): filled; may be null */
+  void* dbias;          /* P (groups, cols): filled; may be null */
+  void* dgate;          /* T (rows, cols): filled; null where gate is */
+  int64_t rows, cols, group_rows;
+  int32_t dtype, center, act, threads, gate_act, gate_first;
 } nw_rows_backward_args;
 int nw_rows_backward(const nw_rows_backward_args* args);
 

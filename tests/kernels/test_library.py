@@ -65,7 +65,7 @@ def test_memory_that_no_kernel_writes_is_nan(monkeypatch: pytest.MonkeyPatch) ->
 def test_unknown_codes_are_refused_before_anything_is_written() -> None:
     handle = library.load().library
     assert handle is not None
-    arguments = norms.ROWS_FORWARD.pack(*(0,) * 9, 1, 1, 1e-5, 9, 1, 0, 1)
+    arguments = norms.ROWS_FORWARD.pack(*(0,) * 10, 1, 1, 1, 1e-5, 9, 1, 0, 1, 0, 0)
     assert handle.nw_rows_forward(arguments) == 1
 
 

@@ -73,8 +73,8 @@ def test_several_python_threads_at_once(threads: int) -> None:
 def test_python_threads_run_while_a_kernel_does() -> None:
     """Nobody may take the GIL away here, so others run only where it is let go: in between, by the kernel alone."""
     x, stats = torch.randn(2, 64, 1 << 16), torch.empty(2, 64, dtype=torch.float64)
-    pointers = x[0].data_ptr(), *[0] * 5, x[1].data_ptr(), *(t.data_ptr() for t in stats)
-    arguments = norms.ROWS_FORWARD.pack(*pointers, 64, 1 << 16, 1e-5, 0, 1, 0, 1)
+    pointers = x[0].data_ptr(), *[0] * 6, x[1].data_ptr(), *(t.data_ptr() for t in stats)
+    arguments = norms.ROWS_FORWARD.pack(*pointers, 64, 1 << 16, 64, 1e-5, 0, 1, 0, 1, 0, 0)
     call = library.functions.nw_rows_forward
     call(arguments)
     ran, done = [0], threading.Event()

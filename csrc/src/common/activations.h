@@ -213,6 +213,33 @@ template <int act, class C> NW_INLINE vec<C> activation_derivative(vec<C> z, [[m
   return splat(C(1));
 }
 
+// A gate's activation and `slope`, its derivative. Mamba's is silu; the others are called by a vector.
+template <class C> NW_INLINE vec<C> open_silu(vec<C> z, vec<C>& slope) {
+  constexpr C limit = exp_limit<C>;
+  const vec<C> c = clamp(z, limit);
+  vec<C> rest;
+  const vec<C> s = logistic<C>(c, rest);
+  slope = s * (C(1) + c * rest);
+  return at_least(z, -limit) * s;
+}
+template <class C> __attribute__((noinline)) vec<C> open_by_code(vec<C> z, vec<C>& slope, int code) {
+  switch (code) {
+    case NW_RELU: slope = activation_derivative<NW_RELU, C>(z); return activate<NW_RELU, C>(z);
+    case NW_GELU: slope = activation_derivative<NW_GELU, C>(z); return activate<NW_GELU, C>(z);
+    case NW_SIGMOID: {
+      vec<C> rest;
+      const vec<C> s = logistic<C>(clamp(z, exp_limit<C>), rest);
+      slope = s * rest;
+      return s;
+    }
+  }
+  slope = splat(C(1));
+  return z;
+}
+inline bool opens_gate(int code) {
+  return code == NW_IDENTITY || code == NW_RELU || code == NW_SILU || code == NW_GELU || code == NW_SIGMOID;
+}
+
 // Calls f.operator()<T, act>() with the element type and activation that the codes of a call name and returns its
 // status, or NW_BAD_ARGUMENT if a code is unknown. NW_SUBSET leaves a few combinations that between them take every
 // path of the norms: the build with sanitizers would take minutes otherwise.

@@ -39,6 +39,14 @@ template <class F> inline void parallel_for(int64_t n, int threads, F f) {
   });
 }
 
+// f(thread, i) for i = 0 .. n-1, where thread < threads says whose scratch memory to use.
+template <class F> inline void parallel_for_threads(int64_t n, int threads, F f) {
+  parallel_region(n > 1 ? threads : 1, [&](int64_t thread, int64_t count) {
+    for (int64_t i = n * thread / count; i < n * (thread + 1) / count; ++i) f(thread, i);
+    fence_non_temporal();
+  });
+}
+
 // The same in which each thread begins with its last item: a second pass then finds the end of the first one in cache.
 template <class F> inline void parallel_for_from_end(int64_t n, int threads, F f) {
   parallel_for_ranges(n, threads, [&](int64_t begin, int64_t end) {

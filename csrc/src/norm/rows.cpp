@@ -1,4 +1,4 @@
-// LayerNorm and RMSNorm: statistics along each row, gain and bias along the columns.
+// LayerNorm and RMSNorm: statistics along each row, gain and bias along the columns, of all rows or of a group of them.
 #include "common/activations.h"
 #include "common/parallel.h"
 #include "norm/kernels.h"
@@ -12,14 +12,23 @@ template <class C> struct ParamVector {
   alignas(vector_bytes) C constant[lanes<C>];
   const C* data;
   int64_t index_mask;
-  ParamVector(const void* values, C default_value) : data(static_cast<const C*>(values)), index_mask(-1) {
-    if (data) return;
+  ParamVector(const void* values, int64_t offset, C default_value)
+      : data(static_cast<const C*>(values)), index_mask(-1) {
+    if (data) {
+      data += offset;
+      return;
+    }
     for (C& c : constant) c = default_value;
     data = constant;
     index_mask = 0;
   }
   template <class Part> NW_INLINE vec<C> at(int64_t i, Part part) const { return load(data + (i & index_mask), part); }
 };
+
+// Where the gain and bias of a row begin.
+template <class Args> NW_INLINE int64_t gain_offset(const Args& a, int64_t row) {
+  return row < a.group_rows ? 0 : row / a.group_rows * a.cols;
+}
 
 template <class T> NW_INLINE double mean_square(const T* x, int64_t n) {
   using C = compute_t<T>;
@@ -50,25 +59,33 @@ template <class C> struct Standardize {
   NW_INLINE vec<C> operator()(vec<C> x) const { return (x - mean) * rstd + shift; }
 };
 
-template <class T, int act> void forward_row(const nw_rows_forward_args& a, int64_t row, bool non_temporal) {
+// A row without statistics: padding.
+template <class T> bool skip_padding(const nw_rows_forward_args& a, int64_t row) {
+  if (!a.mask || a.mask[row]) return false;
+  zero_fill(static_cast<T*>(a.y) + row * a.cols, a.cols);
+  if (a.residual) zero_fill(static_cast<T*>(a.sum) + row * a.cols, a.cols);
+  store_statistics(a, row, 0, 0);
+  return true;
+}
+
+// s of a row: x, or the sum, which is stored.
+template <class T> const T* add_residual(const nw_rows_forward_args& a, int64_t row) {
+  using C = compute_t<T>;
+  const T* const x = static_cast<const T*>(a.x) + row * a.cols;
+  if (!a.residual) return x;
+  const T* const residual = static_cast<const T*>(a.residual) + row * a.cols;
+  T* const sum = static_cast<T*>(a.sum) + row * a.cols;
+  for_each_vector<C>(a.cols, [&](int64_t i, auto part) NW_LAMBDA {
+    store(sum + i, load(x + i, part) + load(residual + i, part), part);
+  });
+  return sum;
+}
+
+template <class T, int act>
+void normalize_row(const nw_rows_forward_args& a, int64_t row, const T* x, T* y, bool non_temporal) {
   using C = compute_t<T>;
   const int64_t n = a.cols;
-  const T* x = static_cast<const T*>(a.x) + row * n;
-  T* y = static_cast<T*>(a.y) + row * n;
-  T* sum = a.residual ? static_cast<T*>(a.sum) + row * n : nullptr;
   const T* next = x + n;
-  if (a.mask && !a.mask[row]) {
-    zero_fill(y, n);
-    if (sum) zero_fill(sum, n);
-    store_statistics(a, row, 0, 0);
-    return;
-  }
-  if (sum) {
-    const T* residual = static_cast<const T*>(a.residual) + row * n;
-    for_each_vector<C>(
-        n, [&](int64_t i, auto part) NW_LAMBDA { store(sum + i, load(x + i, part) + load(residual + i, part), part); });
-    x = sum;
-  }
   double mean = 0, rstd;
   if (a.center) {
     Moments m = region_moments(x, Region{.planes = 1, .stride = 0, .length = n});
@@ -79,13 +96,88 @@ template <class T, int act> void forward_row(const nw_rows_forward_args& a, int6
   }
   store_statistics(a, row, mean, rstd);
 
-  const ParamVector<C> weight(a.weight, C(1)), bias(a.bias, C(0));
+  const int64_t gain = gain_offset(a, row);
+  const ParamVector<C> weight(a.weight, gain, C(1)), bias(a.bias, gain, C(0));
   const Standardize<C> standardize(mean, rstd);
   for_each_vector<C>(n, [&](int64_t i, auto part) NW_LAMBDA {
     prefetch(next + i);
     vec<C> z = standardize(load(x + i, part)) * weight.at(i, part) + bias.at(i, part);
     store_output(y + i, activate<act, C>(z, a.act), part, non_temporal);
   });
+}
+
+template <class T, int act> void forward_row(const nw_rows_forward_args& a, int64_t row, bool non_temporal) {
+  if (skip_padding<T>(a, row)) return;
+  normalize_row<T, act>(a, row, add_residual<T>(a, row), static_cast<T*>(a.y) + row * a.cols, non_temporal);
+}
+
+// Calls body(i, part, opened, slope) for each vector of a gate's row.
+template <class T, class Body> NW_INLINE void for_each_gate(const T* gate, int64_t n, int code, Body body) {
+  using C = compute_t<T>;
+  if (code == NW_SILU) {
+    for_each_vector<C>(n, [&](int64_t i, auto part) NW_LAMBDA {
+      prefetch(gate + n + i);
+      vec<C> slope;
+      const vec<C> opened = open_silu<C>(load(gate + i, part), slope);
+      body(i, part, opened, slope);
+    });
+  } else {
+    for_each_vector<C>(n, [&](int64_t i, auto part) NW_LAMBDA {
+      prefetch(gate + n + i);
+      vec<C> slope;
+      const vec<C> opened = open_by_code<C>(load(gate + i, part), slope, code);
+      body(i, part, opened, slope);
+    });
+  }
+}
+
+// out = in * gate_act(gate)
+template <class T, class In, class Out>
+__attribute__((noinline)) void apply_gate(const In* in, const T* gate, Out* out, int64_t n, int code,
+                                          bool non_temporal) {
+  using C = compute_t<T>;
+  for_each_gate<T>(gate, n, code, [&](int64_t i, auto part, vec<C> opened, vec<C>) NW_LAMBDA {
+    prefetch(in + n + i);
+    store_output(out + i, load(in + i, part) * opened, part, non_temporal);
+  });
+}
+
+template <class In, class Out>
+__attribute__((noinline)) void convert_row(const In* in, Out* out, int64_t n, bool non_temporal) {
+  for_each_vector<compute_t<In>>(n, [&](int64_t i, auto part) NW_LAMBDA {
+    prefetch(in + n + i);
+    store_output(out + i, load(in + i, part), part, non_temporal);
+  });
+}
+
+// A row with a gate. What the gate gives, or gets, lies in `scratch`, two rows that stay in cache and are never rounded.
+template <class T, int act>
+void forward_gated_row(const nw_rows_forward_args& a, int64_t row, compute_t<T>* scratch, bool non_temporal) {
+  using C = compute_t<T>;
+  constexpr bool is_wide = sizeof(T) == sizeof(C);
+  if (skip_padding<T>(a, row)) return;
+  const int64_t n = a.cols;
+  const T* const s = add_residual<T>(a, row);
+  const T* const gate = static_cast<const T*>(a.gate) + row * n;
+  T* const y = static_cast<T*>(a.y) + row * n;
+  C *const input = scratch, *const output = scratch + n;
+  if (a.gate_first) {
+    apply_gate<T>(s, gate, input, n, a.gate_act, false);
+    if constexpr (is_wide) {
+      normalize_row<C, act>(a, row, input, y, non_temporal);
+    } else {
+      normalize_row<C, act>(a, row, input, output, false);
+      convert_row(output, y, n, non_temporal);
+    }
+  } else {
+    if constexpr (is_wide) {
+      normalize_row<C, act>(a, row, s, output, false);
+    } else {
+      convert_row(s, input, n, false);
+      normalize_row<C, act>(a, row, input, output, false);
+    }
+    apply_gate<T>(output, gate, y, n, a.gate_act, non_temporal);
+  }
 }
 
 // Rows up to this long are handled four at once: a short row alone mostly waits for its few dependent sums.
@@ -127,10 +219,11 @@ void forward_short_rows(const nw_rows_forward_args& a, int64_t row, bool non_tem
     rstd[r] = rstd_of((s2 - s1 * s1 / double(n)) / double(n), a.eps);
     store_statistics(a, row + r, mean[r], rstd[r]);
   }
-  const ParamVector<C> weight(a.weight, C(1)), bias(a.bias, C(0));
   // One row after the other: vectors of AVX2 are half a cache line, and non-temporal stores to several rows in turn
   // would flush half lines.
   for (int r = 0; r < R; ++r) {
+    const int64_t gain = gain_offset(a, row + r);
+    const ParamVector<C> weight(a.weight, gain, C(1)), bias(a.bias, gain, C(0));
     const T* const row_x = x + r * n;
     T* const row_y = y + r * n;
     const Standardize<C> standardize(mean[r], rstd[r]);
@@ -145,6 +238,14 @@ void forward_short_rows(const nw_rows_forward_args& a, int64_t row, bool non_tem
 template <class T, int act> int forward(const nw_rows_forward_args& a) {
   const bool non_temporal = use_non_temporal(static_cast<T*>(a.y), a.rows * a.cols, a.cols);
   const int threads = useful_threads(a.rows * a.cols, a.threads);
+  if (a.gate) {
+    Scratch<compute_t<T>> scratch(threads * 2 * a.cols);
+    if (!scratch) return NW_OUT_OF_MEMORY;
+    parallel_for_threads(a.rows, threads, [&](int64_t thread, int64_t row) {
+      forward_gated_row<T, act>(a, row, scratch.get() + thread * 2 * a.cols, non_temporal);
+    });
+    return NW_OK;
+  }
   if (a.cols > short_row || a.mask || a.residual) {
     parallel_for(a.rows, threads, [&](int64_t row) { forward_row<T, act>(a, row, non_temporal); });
     return NW_OK;
@@ -208,14 +309,15 @@ void write_input_gradient(const nw_rows_backward_args& a, int64_t row, const Row
   });
 }
 
-// R rows at once where they are only read, so that the partial sums of the gain's and bias's gradients are loaded and
+// R rows of one gain and bias at once where they are only read, so that the partial sums of the gain's and bias's gradients are loaded and
 // stored once for R rows; what is written is written one row after the other, see forward_short_rows.
 template <int R, class T, int act>
 void backward_rows(const nw_rows_backward_args& a, const int64_t* rows, compute_t<T>* dweight, compute_t<T>* dbias,
                    bool non_temporal) {
   using C = compute_t<T>;
   constexpr int64_t block = 1024;  // float sums in one accumulator stay accurate
-  const ParamVector<C> weight(a.weight, C(1)), bias(a.bias, C(0));
+  const int64_t gain = gain_offset(a, rows[0]);
+  const ParamVector<C> weight(a.weight, gain, C(1)), bias(a.bias, gain, C(0));
   const RowGradient<T, act> r0(a, rows[0]), r1(a, rows[R > 1 ? 1 : 0]), r2(a, rows[R > 1 ? 2 : 0]),
       r3(a, rows[R > 1 ? 3 : 0]);
   RowSums sums[R];
@@ -253,17 +355,100 @@ void backward_rows(const nw_rows_backward_args& a, const int64_t* rows, compute_
   }
 }
 
+// What the backward of a gate needs of a row before its norm's, in rows of `scratch`: what was normalized, its gradient's
+// upstream, where the gate comes last its own gradient, and where it comes first what the norm's gradient is times.
+template <class T>
+__attribute__((noinline)) void before_gated_row(const nw_rows_backward_args& a, int64_t row, compute_t<T>* scratch) {
+  using C = compute_t<T>;
+  const int64_t n = a.cols;
+  const T *const s = static_cast<const T*>(a.s) + row * n, *const dy = static_cast<const T*>(a.dy) + row * n;
+  const T* const gate = static_cast<const T*>(a.gate) + row * n;
+  C *const input = scratch, *const grad = scratch + n, *const of_s = scratch + 3 * n, *const of_gate = of_s + n;
+  if (a.gate_first) {
+    for_each_gate<T>(gate, n, a.gate_act, [&](int64_t i, auto part, vec<C> opened, vec<C> slope) NW_LAMBDA {
+      const vec<C> value = load(s + i, part);
+      prefetch(s + n + i);
+      prefetch(dy + n + i);
+      store(input + i, value * opened, part);
+      store(grad + i, load(dy + i, part), part);
+      store(of_s + i, opened, part);
+      store(of_gate + i, value * slope, part);
+    });
+    return;
+  }
+  const int64_t gain = gain_offset(a, row);
+  const ParamVector<C> weight(a.weight, gain, C(1)), bias(a.bias, gain, C(0));
+  const Standardize<C> standardize(a.mean[row], a.rstd[row]);
+  T* const dgate = static_cast<T*>(a.dgate) + row * n;
+  for_each_gate<T>(gate, n, a.gate_act, [&](int64_t i, auto part, vec<C> opened, vec<C> slope) NW_LAMBDA {
+    const vec<C> value = load(s + i, part), g = load(dy + i, part);
+    prefetch(s + n + i);
+    prefetch(dy + n + i);
+    store(input + i, value, part);
+    store(grad + i, g * opened, part);
+    store(dgate + i, g * slope * (standardize(value) * weight.at(i, part) + bias.at(i, part)), part);
+  });
+}
+
+// The gradients of s, and of a gate that comes first, from the norm's.
+template <class T>
+__attribute__((noinline)) void after_gated_row(const nw_rows_backward_args& a, int64_t row, const compute_t<T>* scratch,
+                                               bool non_temporal) {
+  using C = compute_t<T>;
+  const int64_t n = a.cols;
+  const C *const grad = scratch + 2 * n, *const of_s = grad + n, *const of_gate = of_s + n;
+  const T* const dsum = a.dsum ? static_cast<const T*>(a.dsum) + row * n : nullptr;
+  T *const ds = static_cast<T*>(a.ds) + row * n, *const dgate = static_cast<T*>(a.dgate) + row * n;
+  if (a.gate_first) {
+    for_each_vector<C>(n, [&](int64_t i, auto part) NW_LAMBDA {
+      store_output(dgate + i, load(grad + i, part) * load(of_gate + i, part), part, non_temporal);
+    });
+  }
+  for_each_vector<C>(n, [&](int64_t i, auto part) NW_LAMBDA {
+    vec<C> gradient = load(grad + i, part);
+    if (a.gate_first) gradient *= load(of_s + i, part);
+    if (dsum) gradient += load(dsum + i, part);
+    store_output(ds + i, gradient, part, non_temporal);
+  });
+}
+constexpr int64_t gated_scratch_rows = 5;
+
+template <class T, int act>
+void backward_gated_row(const nw_rows_backward_args& a, int64_t row, compute_t<T>* dweight, compute_t<T>* dbias,
+                        compute_t<T>* scratch, bool non_temporal) {
+  using C = compute_t<T>;
+  before_gated_row<T>(a, row, scratch);
+  const int64_t gain = gain_offset(a, row), own = 0;
+  nw_rows_backward_args norm = a;
+  norm.s = scratch;
+  norm.dy = scratch + a.cols;
+  norm.ds = scratch + 2 * a.cols;
+  norm.dsum = nullptr;
+  norm.mean = a.mean + row;
+  norm.rstd = a.rstd + row;
+  if (a.weight) norm.weight = static_cast<const C*>(a.weight) + gain;
+  if (a.bias) norm.bias = static_cast<const C*>(a.bias) + gain;
+  backward_rows<1, C, act>(norm, &own, dweight, dbias, false);
+  after_gated_row<T>(a, row, scratch, non_temporal);
+}
+
 template <class T, int act>
 void backward_chunk(const nw_rows_backward_args& a, int64_t begin, int64_t end, compute_t<T>* dweight,
-                    compute_t<T>* dbias) {
+                    compute_t<T>* dbias, compute_t<T>* gated_scratch) {
   zero_fill(dweight, a.cols);
   zero_fill(dbias, a.cols);
-  const bool non_temporal = use_non_temporal(static_cast<T*>(a.ds), a.rows * a.cols, a.cols);
+  const bool non_temporal = use_non_temporal(static_cast<T*>(a.ds), a.rows * a.cols, a.cols) &&
+                            (!a.gate || use_non_temporal(static_cast<T*>(a.dgate), a.rows * a.cols, a.cols));
   int64_t pending[4];
   int count = 0;
   for (int64_t row = begin; row < end; ++row) {
     if (a.mask && !a.mask[row]) {
       zero_fill(static_cast<T*>(a.ds) + row * a.cols, a.cols);
+      if (a.gate) zero_fill(static_cast<T*>(a.dgate) + row * a.cols, a.cols);
+      continue;
+    }
+    if (a.gate) {
+      backward_gated_row<T, act>(a, row, dweight, dbias, gated_scratch, non_temporal);
       continue;
     }
     pending[count++] = row;
@@ -292,35 +477,64 @@ void reduce_partials(const C* partial, int64_t chunks, int64_t stride, int64_t b
   }
 }
 
+inline int64_t num_groups(const nw_rows_backward_args& a) {
+  return a.rows > a.group_rows ? (a.rows + a.group_rows - 1) / a.group_rows : 1;
+}
+
+// The chunks that the rows of a group are added up in: no more than 1024 rows in floats, and about 32 in all.
+inline Chunks chunks_of_group(const nw_rows_backward_args& a) {
+  const int64_t rows = a.rows < a.group_rows ? a.rows : a.group_rows, of_1024 = rows / 1024;
+  const int64_t shared = num_groups(a) > 32 ? 1 : 32 / num_groups(a);
+  return Chunks(rows, 32, of_1024 > shared ? of_1024 : shared);
+}
+
 template <class T, int act> int backward(const nw_rows_backward_args& a) {
   using C = compute_t<T>;
   const int threads = useful_threads(a.rows * a.cols, a.threads);
-  // No more than 1024 rows are added up in floats.
-  const Chunks chunks(a.rows, 32, a.rows > 32 * 1024 ? a.rows / 1024 : 32);
-  if (chunks.count == 1 && a.dweight && a.dbias) {
-    backward_chunk<T, act>(a, 0, a.rows, static_cast<C*>(a.dweight), static_cast<C*>(a.dbias));
-    fence_non_temporal();
-    return NW_OK;
-  }
-  Scratch<C> partial(chunks.count * 2 * a.cols);
-  if (!partial) return NW_OUT_OF_MEMORY;
-  parallel_for(chunks.count, threads, [&](int64_t k) {
-    C* mine = partial.get() + k * 2 * a.cols;
-    backward_chunk<T, act>(a, chunks.begin(k), chunks.end(k), mine, mine + a.cols);
+  const Chunks chunks = chunks_of_group(a);
+  const int64_t groups = num_groups(a), of_thread = (a.gate ? gated_scratch_rows : 0) + 2;
+  // Where a group is one chunk its sums are the gradients; those that nobody wants go into the thread's scratch.
+  const bool direct = chunks.count == 1;
+  Scratch<C> scratch((a.gate || !a.dweight || !a.dbias) && (direct || a.gate) ? threads * of_thread * a.cols : 0);
+  Scratch<C> partial(direct ? 0 : groups * chunks.count * 2 * a.cols);
+  if (!scratch || !partial) return NW_OUT_OF_MEMORY;
+  parallel_for_threads(groups * chunks.count, threads, [&](int64_t thread, int64_t k) {
+    const int64_t group = k / chunks.count, first = group * a.group_rows, chunk = k % chunks.count;
+    C* const mine = scratch.get() + thread * of_thread * a.cols;
+    C *dweight = partial.get() + k * 2 * a.cols, *dbias = dweight + a.cols;
+    if (direct) {
+      dweight = a.dweight ? static_cast<C*>(a.dweight) + group * a.cols : mine;
+      dbias = a.dbias ? static_cast<C*>(a.dbias) + group * a.cols : mine + a.cols;
+    }
+    const int64_t end = first + chunks.end(chunk);
+    backward_chunk<T, act>(a, first + chunks.begin(chunk), end < a.rows ? end : a.rows, dweight, dbias,
+                           mine + 2 * a.cols);
   });
+  if (direct) return NW_OK;
   const Chunks slices(a.cols, 512, 64);
-  parallel_for(slices.count, useful_threads(chunks.count * a.cols, threads), [&](int64_t i) {
-    reduce_partials(partial.get(), chunks.count, 2 * a.cols, slices.begin(i), slices.end(i), a.dweight);
-    reduce_partials(partial.get() + a.cols, chunks.count, 2 * a.cols, slices.begin(i), slices.end(i), a.dbias);
+  parallel_for(groups * slices.count, useful_threads(groups * chunks.count * a.cols, threads), [&](int64_t i) {
+    const int64_t group = i / slices.count, begin = slices.begin(i % slices.count), end = slices.end(i % slices.count);
+    const C* const from = partial.get() + group * chunks.count * 2 * a.cols;
+    C* const outs[] = {static_cast<C*>(a.dweight), static_cast<C*>(a.dbias)};
+    for (int k = 0; k < 2; ++k) {
+      C* const out = outs[k] ? outs[k] + group * a.cols : nullptr;
+      reduce_partials(from + k * a.cols, chunks.count, 2 * a.cols, begin, end, out);
+    }
   });
   return NW_OK;
+}
+
+// Whether sizes and codes are ones that the contract knows.
+template <class Args> bool is_valid(const Args& a) {
+  if (a.rows < 0 || a.cols < 1 || a.group_rows < 1) return false;
+  return !a.gate || (opens_gate(a.gate_act) && (a.gate_first || a.act == NW_IDENTITY));
 }
 
 }  // namespace
 
 int rows_forward(const nw_rows_forward_args* args) {
   const nw_rows_forward_args& a = *args;
-  if (a.rows < 0 || a.cols < 1) return NW_BAD_ARGUMENT;
+  if (!is_valid(a)) return NW_BAD_ARGUMENT;
   return dispatch_dtype_and_act(a.dtype, a.act, [&]<class T, int act>() { return forward<T, act>(a); });
 }
 
@@ -336,7 +550,7 @@ int rows_near_zero(const float* x, int64_t rows, int64_t cols, double eps, doubl
 
 int rows_backward(const nw_rows_backward_args* args) {
   const nw_rows_backward_args& a = *args;
-  if (a.rows < 0 || a.cols < 1) return NW_BAD_ARGUMENT;
+  if (!is_valid(a) || (a.gate && !a.dgate)) return NW_BAD_ARGUMENT;
   return dispatch_dtype_and_act(a.dtype, a.act, [&]<class T, int act>() { return backward<T, act>(a); });
 }
 

@@ -30,6 +30,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softplus": F.softplus,  # beta 1; z itself above 20
     "mish": F.mish,
 }
+# Of the gate of a norm.
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
 _NOT_0_AT_0 = ("hardsigmoid", "softplus")
 
 

@@ -72,6 +72,19 @@ def momentum_now(momentum: float | Tensor | None, num_batches_tracked: Tensor | 
     return (num_batches_tracked + 1.0).to(dtype).reciprocal()  # 1.0, so that the sum is floating at once
 
 
+class Gate(NamedTuple):
+    """norm(x) * act(values), or norm(x * act(values)) with `first`.
+
+    Attributes:
+        values: like x.
+        act: a name in `activations.GATES`; None for the values themselves.
+    """
+
+    values: Tensor
+    act: str | None = "silu"
+    first: bool = False
+
+
 class NormRequest(NamedTuple):
     """One call of a norm.
 
@@ -80,7 +93,8 @@ class NormRequest(NamedTuple):
         x: the input.
         residual: like x, or None. Family "features" adds it before the statistics are taken, the others after the
             gain and bias.
-        weight, bias: gain and bias: shape of the normalized axes for "features", else (C,).
+        weight, bias: gain and bias: shape of the normalized axes for "features", else (C,). Of "features" those of a
+            sample or position too, with as many axes as x, to which they broadcast: what no ATen norm takes.
         mask: bool, True = valid, with as many axes as x and broadcastable to it.
         running_mean, running_var: (C,) float; with `batch_statistics` they are updated in place.
         num_batches_tracked: 0-d int64, counts updates.
@@ -124,12 +138,13 @@ class NormResult(NamedTuple):
 
 
 class NormGradients(NamedTuple):
-    """Of x, residual, weight and bias; None where there is none."""
+    """Of x, residual, weight, bias and the values of a gate; None where there is none."""
 
     x: Tensor
     residual: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+    gate: Tensor | None = None
 
 
 class NormFamily(NamedTuple):
@@ -138,10 +153,13 @@ class NormFamily(NamedTuple):
     forward(*request, needs_grad) -> NormResult; `needs_grad`: a backward may follow.
     backward(config, total, residual, weight, bias, mask, stats, dy, dtotal) -> NormGradients; None where `forward`
     consists of torch's operations, which autograd differentiates by itself.
+    supports_gate(config, x, gate) -> None, or why not: where both also take a last argument, a `Gate`. None where they
+    do not.
     """
 
     forward: Callable[..., NormResult]
     backward: Callable[..., NormGradients] | None = None
+    supports_gate: Callable[[NormConfig, Tensor, Gate], str | None] | None = None
 
 
 class RunningStatsRequest(NamedTuple):

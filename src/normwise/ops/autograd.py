@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.backends.protocol import LayerKernel, LayerRequest, Layout, NormFamily, NormRequest
+from normwise.backends.protocol import Gate, LayerKernel, LayerRequest, Layout, NormConfig, NormFamily, NormRequest
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.reference import rnn as reference_rnn
 from normwise.backends.reference.norms import backward as differentiable_backward
+from normwise.backends.reference.norms import gated
 from normwise.ops._torch_internals import is_plain_elsewhere, readable, readable_on_gpu
 from normwise.ops.dispatch import is_traced_or_transformed
 
@@ -101,6 +102,66 @@ class Norm(torch.autograd.Function):
             if dresidual is None:  # no activation follows it
                 dresidual = dy if mask is None else dy.masked_fill(~mask, 0)
         return None, None, grads.x, dresidual, grads.weight, grads.bias
+
+
+class GatedNorm(torch.autograd.Function):
+    """A norm of features with a gate, by kernels that autograd does not see: y, and x + residual where there is one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        family: NormFamily,
+        request: NormRequest,
+        gate_act: str | None,
+        gate_first: bool,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        values: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        config, mask = request.config, request.mask
+        gate = Gate(values, gate_act, gate_first)
+        y, total, stats, *_ = family.forward(
+            config, x, residual, weight, bias, mask, None, None, None, True, gate
+        )
+        ctx.save_for_backward(total, weight, bias, mask, values, stats)
+        ctx.family, ctx.config, ctx.gate_act, ctx.gate_first = family, config, gate_act, gate_first
+        ctx.set_materialize_grads(False)
+        return y, None if residual is None else total
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None = None) -> Any:
+        saved = ctx.saved_tensors  # once: each look at it unpacks all, and checkpointing allows one
+        total, weight, bias, mask, values, stats = saved
+        gate = Gate(values, ctx.gate_act, ctx.gate_first)
+        if dy is None:
+            dy = torch.zeros_like(total)
+        if supports_grad_output(dy, dtotal, *saved):
+            grads = ctx.family.backward(ctx.config, total, None, weight, bias, mask, stats, dy, dtotal, gate)
+            dx, _, dweight, dbias, dvalues = grads
+        else:
+            dx, dweight, dbias, dvalues = _differentiable_gated_backward(
+                ctx.config, (total, weight, bias, values), mask, gate, dy
+            )
+            if dtotal is not None:
+                dx = dx + (dtotal if mask is None else dtotal.masked_fill(~mask, 0))
+        return None, None, None, None, dx, dx if ctx.needs_input_grad[5] else None, dweight, dbias, dvalues
+
+
+def _differentiable_gated_backward(
+    config: NormConfig, tensors: tuple[Tensor | None, ...], mask: Tensor | None, gate: Gate, dy: Tensor
+) -> list[Any]:
+    """Gradients of x + residual, gain, bias and gate by the reference, which runs once more."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # A view of each, or a tensor that is given twice would get the sum of both gradients twice.
+        views = [None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors]
+        x, weight, bias, values = views
+        y = gated(config, x, weight, bias, mask, gate._replace(values=values))  # type: ignore[arg-type]
+        wanted = [t for t in views if t is not None]
+        found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
+    return [None if t is None else next(found) for t in views]
 
 
 class RecurrentLayer(torch.autograd.Function):

@@ -30,7 +30,7 @@ from normwise.backends.aten.norms import MEAN_TO_DEVIATION_LIMIT
 from normwise.backends.cpu import library
 from normwise.backends.cpu.backend import BACKEND as CPU
 from normwise.backends.devices import on_cpu
-from normwise.backends.protocol import Backend, NormRequest, RecurrenceRequest, RunningStatsRequest
+from normwise.backends.protocol import Backend, Gate, NormFamily, NormRequest, RecurrenceRequest, RunningStatsRequest
 from normwise.backends.reference.backend import BACKEND as REFERENCE
 from normwise.backends.triton import runtime
 from normwise.backends.triton.backend import BACKEND as TRITON
@@ -116,8 +116,8 @@ def _other_for_norm(request: NormRequest, known_readable: bool) -> Resolved | No
         and residual is None
         and mask is None
         and x.dtype is torch.float32
-        and (weight is None or weight.dtype is torch.float32)
-        and (bias is None or bias.dtype is torch.float32)
+        and (weight is None or (weight.dtype is torch.float32 and weight.dim() == config.axes))
+        and (bias is None or (bias.dtype is torch.float32 and bias.dim() == config.axes))
         and (x.requires_grad or any(t is not None and t.requires_grad for t in (weight, bias)))
         and x.is_contiguous()
         and (cols := prod(x.shape[x.dim() - config.axes :])) <= SHORT_ROW
@@ -208,6 +208,23 @@ def resolve(request: Any, operation: str = "norm", known_readable: bool = False)
     if _triton_obstacle(request, operation) is None:
         return _TRITON
     return Resolved(REFERENCE, obstacle)
+
+
+def modulated_kernel(request: NormRequest, gate: Gate | None) -> NormFamily | None:
+    """The C++ kernels for a norm with a gain and bias by sample or position, or with a gate, chosen or forced; None
+    where the norm runs bare, on the backend that `resolve` names, and torch's operations follow."""
+    if _forced.name not in (None, CPU.name):
+        return None
+    if request.config.as_written and request.x.dtype in (torch.bfloat16, torch.float16):
+        return None
+    if _kernel_obstacle(request, "norm") is not None:
+        return None
+    family: NormFamily = CPU.norm.kernels[request.config.family]
+    if gate is not None:
+        supports = family.supports_gate
+        if supports is None or unreadable(gate.values) or supports(request.config, request.x, gate) is not None:
+            return None
+    return family
 
 
 def running_stats_kernel(request: RunningStatsRequest) -> Callable[[RunningStatsRequest], Tensor] | None:

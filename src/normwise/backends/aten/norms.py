@@ -26,8 +26,10 @@ LARGEST_DEVIATION = 1e18
 
 def supports(request: NormRequest) -> str | None:
     """What ATen's kernels cannot do."""
-    config, x, _, weight, _, mask, running_mean, _, _ = request
+    config, x, _, weight, bias, mask, running_mean, _, _ = request
     features = config.family == "features"
+    if features and any(t is not None and t.dim() != config.axes for t in (weight, bias)):
+        return "ATen's kernels take one gain and bias for all rows"
     if mask is not None and not features:
         if on_cpu(x) or x.numel() == 0 or torch.compiler.is_compiling():
             return "ATen's kernels take no mask"

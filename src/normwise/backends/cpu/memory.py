@@ -23,6 +23,7 @@ ACTS: dict[str | None, int] = {
     "softplus": 10,
     "mish": 11,
 }
+GATE_ACTS: dict[str | None, int] = {None: 0, "relu": 1, "silu": 3, "swish": 3, "gelu": 4, "sigmoid": 12}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 CHANNELS_FIRST, CHANNELS_LAST = 0, 1
 

@@ -15,6 +15,7 @@ from normwise.backends.cpu.memory import (
     ACTS,
     CHANNELS_LAST,
     DTYPES,
+    GATE_ACTS,
     address,
     dense,
     laid_out_like,
@@ -25,6 +26,7 @@ from normwise.backends.cpu.memory import (
     vector,
 )
 from normwise.backends.protocol import (
+    Gate,
     Moments,
     NormConfig,
     NormFamily,
@@ -53,13 +55,17 @@ _empty_like, _empty, _float64, _threads = torch.empty_like, torch.empty, torch.f
 
 def supports(request: NormRequest) -> str | None:
     """What the kernels cannot do; that there are no kernels here is the last reason to be named."""
-    config, x, residual, _, _, mask, running_mean, running_var, _ = request
+    config, x, residual, weight, bias, mask, running_mean, running_var, _ = request
     if x.dtype not in DTYPES:
         return f"the C++ kernels take float32, bfloat16 and float64, not {x.dtype}"
     if x.numel() == 0 and 0 in (x.shape[x.dim() - config.axes :] if config.family == "features" else x.shape[1:2]):
         return "the C++ kernels take no input without a feature"
     if residual is not None and residual.dtype is not x.dtype:
         return f"the C++ kernels do not mix an input of {x.dtype} with a residual of {residual.dtype}"
+    if config.family == "features":
+        reason = _gain_obstacle(config, x, weight, bias)
+        if reason is not None:
+            return reason
     if mask is not None:
         together = range(x.dim() - config.axes, x.dim()) if config.family == "features" else (1,)
         if any(mask.shape[d] != 1 for d in together):
@@ -76,6 +82,40 @@ def supports(request: NormRequest) -> str | None:
     return library.missing()
 
 
+def supports_gate(config: NormConfig, x: Tensor, gate: Gate) -> str | None:
+    """What the kernels cannot do with a gate of a request that they support without it."""
+    if gate.values.dtype is not x.dtype:
+        return f"the C++ kernels do not mix an input of {x.dtype} with a gate of {gate.values.dtype}"
+    if config.act is not None and not gate.first:
+        return "the C++ kernels take no activation behind a gate that comes last"
+    return None
+
+
+def _gain_obstacle(config: NormConfig, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
+    """Gain and bias are those of all rows, or of neighbouring rows of equal number."""
+    given = weight if weight is not None else bias
+    if given is None or given.dim() == config.axes:
+        return None if bias is None or bias.dim() == config.axes else "the C++ kernels take gain and bias of one shape"
+    if weight is not None and bias is not None and weight.shape != bias.shape:
+        return "the C++ kernels take gain and bias of one shape"
+    rows = x.dim() - config.axes
+    same = 0
+    while same < rows and given.shape[same] == x.shape[same]:
+        same += 1
+    if not x.numel() or given.shape[rows:] != x.shape[rows:] or any(size != 1 for size in given.shape[same:rows]):
+        return "the C++ kernels take a gain and bias of neighbouring rows, by the first axes of the input"
+    return None
+
+
+def _gain_rows(config: NormConfig, rows: int, cols: int, weight: Tensor | None, bias: Tensor | None) -> tuple[int, int]:
+    """(rows that share a gain and bias, elements of the gain)."""
+    given = weight if weight is not None else bias
+    if given is None or given.dim() == config.axes:
+        return rows or 1, cols
+    size = given.numel()
+    return rows * cols // size, size
+
+
 def features_forward(
     config: NormConfig,
     x: Tensor,
@@ -87,14 +127,17 @@ def features_forward(
     _var: Tensor | None,
     _tracked: Tensor | None,
     needs_grad: bool,
+    gate: Gate | None = None,
 ) -> NormResult:
-    """LayerNorm and RMSNorm of the last `config.axes` axes."""
+    """LayerNorm and RMSNorm of the last `config.axes` axes, by a gain and bias of all rows or of neighbouring ones."""
     x = x.contiguous()
     cols = x.shape[-1] if config.axes == 1 else prod(x.shape[x.dim() - config.axes :])
     rows = x.numel() // cols
     dtype = x.dtype
     wide = parameter_dtype(dtype)
-    gain, shift = vector(weight, wide, cols), vector(bias, wide, cols)
+    group_rows, size = _gain_rows(config, rows, cols, weight, bias)
+    gain, shift = vector(weight, wide, size), vector(bias, wide, size)
+    opened = None if gate is None else laid_out_like(gate.values, x)
     total = x
     if residual is not None:
         residual, total = laid_out_like(residual, x), _empty_like(x)
@@ -110,17 +153,21 @@ def features_forward(
             address(mask),
             address(gain),
             address(shift),
+            address(opened),
             total.data_ptr(),
             y.data_ptr(),
             at_stats,
             at_stats + 8 * rows if needs_grad else 0,
             rows,
             cols,
+            group_rows,
             config.eps,
             DTYPES[dtype],
             config.center,
             ACTS[config.act],
             _threads(),
+            0 if gate is None else GATE_ACTS[gate.act],
+            0 if gate is None else gate.first,
         )
     )
     if status:
@@ -138,6 +185,7 @@ def features_backward(
     stats: Tensor,
     dy: Tensor,
     dtotal: Tensor | None,
+    gate: Gate | None = None,
 ) -> NormGradients:
     total = total.contiguous()
     cols = total.shape[-1] if config.axes == 1 else prod(total.shape[total.dim() - config.axes :])
@@ -145,7 +193,9 @@ def features_backward(
     stats = statistics(stats, rows)
     dtype = total.dtype
     wide = parameter_dtype(dtype)
-    gain, shift = vector(weight, wide, cols), vector(bias, wide, cols)
+    group_rows, size = _gain_rows(config, rows, cols, weight, bias)
+    gain, shift = vector(weight, wide, size), vector(bias, wide, size)
+    opened = None if gate is None else laid_out_like(gate.values, total)
     dy = laid_out_like(dy, total)
     if dtotal is not None:
         dtotal = laid_out_like(dtotal, total)
@@ -153,6 +203,7 @@ def features_backward(
         mask = _of_rows(config, mask, total)
     dx = _empty_like(total)
     dweight, dbias = (None if t is None else _empty_like(t) for t in (gain, shift))
+    dgate = None if opened is None else _empty_like(total)
     at_stats = stats.data_ptr()
     status = library.functions.nw_rows_backward(
         ROWS_BACKWARD.pack(
@@ -162,22 +213,27 @@ def features_backward(
             address(mask),
             address(gain),
             address(shift),
+            address(opened),
             at_stats,
             at_stats + 8 * rows,
             dx.data_ptr(),
             address(dweight),
             address(dbias),
+            address(dgate),
             rows,
             cols,
+            group_rows,
             DTYPES[dtype],
             config.center,
             ACTS[config.act],
             _threads(),
+            0 if gate is None else GATE_ACTS[gate.act],
+            0 if gate is None else gate.first,
         )
     )
     if status:
         library.raise_fault(status)
-    return NormGradients(dx, dx, of_parameter(dweight, weight), of_parameter(dbias, bias))
+    return NormGradients(dx, dx, of_parameter(dweight, weight), of_parameter(dbias, bias), dgate)
 
 
 def groups_forward(
@@ -429,7 +485,7 @@ def _of_positions(mask: Tensor, x: Tensor) -> Tensor:
 
 
 FAMILIES = {
-    "features": NormFamily(features_forward, features_backward),
+    "features": NormFamily(features_forward, features_backward, supports_gate),
     "groups": NormFamily(groups_forward, groups_backward),
     "channels": NormFamily(channels_forward, channels_backward),
 }

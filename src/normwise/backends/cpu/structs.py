@@ -32,15 +32,15 @@ def _int32(names: str) -> Fields:
 
 
 ROWS_FORWARD = (
-    *_pointers("x residual mask weight bias sum y mean rstd"),
-    *_int64("rows cols"),
+    *_pointers("x residual mask weight bias gate sum y mean rstd"),
+    *_int64("rows cols group_rows"),
     *_double("eps"),
-    *_int32("dtype center act threads"),
+    *_int32("dtype center act threads gate_act gate_first"),
 )
 ROWS_BACKWARD = (
-    *_pointers("dy dsum s mask weight bias mean rstd ds dweight dbias"),
-    *_int64("rows cols"),
-    *_int32("dtype center act threads"),
+    *_pointers("dy dsum s mask weight bias gate mean rstd ds dweight dbias dgate"),
+    *_int64("rows cols group_rows"),
+    *_int32("dtype center act threads gate_act gate_first"),
 )
 GROUPS_FORWARD = (
     *_pointers("x residual mask weight bias y mean rstd"),

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.backends.activations import ACTIVATIONS, add_residual_and_activate, channels_laid_out_like
+from normwise.backends.activations import ACTIVATIONS, GATES, add_residual_and_activate, channels_laid_out_like
 from normwise.backends.channels import channel_dims, channel_shape
-from normwise.backends.protocol import Moments, NormConfig, NormFamily, NormGradients, NormResult
+from normwise.backends.protocol import Gate, Moments, NormConfig, NormFamily, NormGradients, NormResult, accumulation_dtype
 from normwise.backends.reference.norm import norm, norm_backward
 
 Formula = Callable[..., tuple[Tensor, Moments]]
@@ -83,6 +83,25 @@ def backward(
         None if dweight is None or weight is None else dweight.reshape(weight.shape),
         None if dbias is None or bias is None else dbias.reshape(bias.shape),
     )
+
+
+def gated(
+    config: NormConfig,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    gate: Gate,
+) -> Tensor:
+    """y of the family "features" with a gate, rounded once, to the dtype of `x`."""
+    wide, values = (t.to(accumulation_dtype(x.dtype)) for t in (x, gate.values))
+    if mask is not None:
+        wide, values = wide.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
+    opened = values if gate.act is None else GATES[gate.act](values)
+    form = _Form(config, wide * opened if gate.first else wide, weight, bias, mask)
+    y, _ = norm(form.x, form.dims, weight, bias, mask=mask, eps=config.eps, center=config.center)
+    y = y if gate.first else y * opened
+    return add_residual_and_activate(y, None, config.act, mask).to(x.dtype)
 
 
 def _as_autocast(config: NormConfig, x: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ def supports(request: NormRequest) -> str | None:
     if residual is not None and residual.dtype is not x.dtype:
         return f"the Triton kernels do not mix an input of {x.dtype} with a residual of {residual.dtype}"
     if config.family == "features":
+        if any(t is not None and t.dim() != config.axes for t in (weight, bias)):
+            return "the Triton kernels take one gain and bias for all rows"
         cols = prod(x.shape[x.dim() - config.axes :])
         if cols > LONGEST_ROW:
             return f"the Triton kernels hold a row whole, and take up to {LONGEST_ROW} elements, not {cols}"

@@ -227,6 +227,7 @@ def _feature_norm(
         if segments is not None:
             segments_of(config.op, segments, inputs.tensor(config.op, x), dim=dim, lengths=lengths)
         options: dict[str, Any] = {"mask": mask, "lengths": lengths, "act": config.act, "add": add, "cast": cast}
+        options["config"] = config if process_group is None and segments is None else None
         return of_features(config.op, bare, x, shape, weight, bias, given, eps=config.eps, dim=dim, **options)
     if segments is not None:
         inputs.tensor(config.op, x)

@@ -1,7 +1,7 @@
 """Where the affine part comes from, if not from parameters alone: scale, shift and gate given in the call.
 
-The fourth answer of a norm. Gain and bias times 1 + scale, plus shift, are a gain and bias by sample (or by position),
-which one multiply-add behind the bare norm applies, for all norms alike."""
+The fourth answer of a norm. Gain and bias times 1 + scale, plus shift, are a gain and bias by sample (or by position).
+One kernel applies it where there is one; else one multiply-add behind the bare norm does, for all norms alike."""
 
 from __future__ import annotations
 
@@ -9,22 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from normwise.backends.activations import activation, add_residual_and_activate
-from normwise.backends.protocol import accumulation_dtype
+from normwise.backends.activations import GATES, activation, add_residual_and_activate
+from normwise.backends.protocol import Gate, NormConfig, NormRequest, NormResult, accumulation_dtype
 from normwise.ops import dispatch, inputs, ragged
 from normwise.ops.norm import gain
-
-GATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "sigmoid": torch.sigmoid,
-    "gelu": F.gelu,
-    "relu": F.relu,
-}
-
+from normwise.ops.norm.run import run_modulated
 
 class Given(NamedTuple):
     """What a call of a norm gives besides the parameters.
@@ -66,6 +57,7 @@ def of_features(
     act: str | None = None,
     add: Tensor | None = None,
     cast: gain.Cast | None = None,
+    config: NormConfig | None = None,
 ) -> Any:
     """A norm of features with all that is `given`: y in the dtype of the input, or with `add` the pair (y, x + add).
 
@@ -75,6 +67,7 @@ def of_features(
     Args:
         norm: `norm(x, mask=...)`, without gain and bias, of a tensor in float32 or float64.
         weight, bias: of the normalized `shape`.
+        config: the whole norm, where its statistics are those of rows of this input: a kernel may then run all at once.
     """
     shape = tuple(shape)
     x = _padded(op, x, given)
@@ -89,7 +82,8 @@ def of_features(
     inputs.beside(x, mask=mask, **together, scale=given.scale, shift=given.shift, gate=given.gate)
     if act is not None:
         activation(act)
-    dims = inputs.feature_dims(x, shape, dim) or inputs.trailing_dims(x, len(shape))
+    trailing = inputs.trailing_dims(x, len(shape))
+    dims = inputs.feature_dims(x, shape, dim) or trailing
     valid = None
     if mask is not None or lengths is not None:
         inputs.not_along_features(lengths, x, dims)
@@ -98,10 +92,16 @@ def of_features(
         _kept(_by_feature(name, getattr(given, name), x, shape, dims), valid) for name in ("scale", "shift")
     )
     weight, bias = (None if t is None else _placed(t, x, dims) for t in (weight, bias))
+    wide = accumulation_dtype(x.dtype)
+    if cast != "input":
+        rows_gain, rows_bias = by_sample(weight, bias, scale, shift, wide)
+        if config is not None and dims == trailing:
+            found = _by_kernel(config, x, add, rows_gain, rows_bias, valid, given)
+            if found is not None:
+                return found.y if add is None else (found.y, found.total)
     total = x if add is None else x + add
     if valid is not None and (add is not None or given.gate_first):
         total = total.masked_fill(~valid, 0)
-    wide = accumulation_dtype(x.dtype)
     gate = None
     if given.gate is not None:
         gate = _kept(given.gate, valid).to(wide)  # type: ignore[union-attr]
@@ -114,12 +114,33 @@ def of_features(
         y = y if shift is None else y + shift
         dtype = y.dtype if gate is None or gated_first else x.dtype
     else:
-        y = _affine(z, *by_sample(weight, bias, scale, shift, wide))
+        y = _affine(z, rows_gain, rows_bias)
         dtype = _result_dtype(x)
     y = y if gate is None or gated_first else y * gate
     y = y if valid is None else y.masked_fill(~valid, 0)
     y = add_residual_and_activate(y, None, act, valid).to(dtype)
     return y if add is None else (y, total)
+
+
+def _by_kernel(
+    config: NormConfig,
+    x: Tensor,
+    add: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    valid: Tensor | None,
+    given: Given,
+) -> NormResult | None:
+    """All of it by one kernel, gain and bias with as many axes as `x`; None where there is none for it."""
+    rows = x.dim() - config.axes
+    full = x.shape[rows:]
+    if weight is not None and bias is not None and weight.shape != bias.shape:
+        weight, bias = torch.broadcast_tensors(weight, bias)
+    weight, bias = (
+        None if t is None else t if t.shape[rows:] == full else t.expand(*t.shape[:rows], *full) for t in (weight, bias)
+    )
+    gate = None if given.gate is None else Gate(given.gate, given.gate_act, given.gate_first)
+    return run_modulated(NormRequest(config, x.contiguous(), add, weight, bias, valid), gate)
 
 
 def of_channels(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normwise.backends import reference
 from normwise.backends.devices import on_cpu
-from normwise.backends.protocol import Moments, NormRequest, NormResult, accumulation_dtype
+from normwise.backends.protocol import Gate, Moments, NormRequest, NormResult, accumulation_dtype
 from normwise.ops import autograd, custom_op, dispatch
 from normwise.ops.dispatch import is_masked_batch, resolve
 from normwise.ops.norm import masked, running_stats
@@ -47,6 +47,23 @@ def run(request: NormRequest, formula: Callable[..., Any] | None = None, known_r
     if result.stats_updated is None:
         result = result._replace(stats_updated=running_stats.update(request, result))
     return result
+
+
+def run_modulated(request: NormRequest, gate: Gate | None) -> NormResult | None:
+    """A norm of features with a gain and bias by sample or position, and a gate, by one kernel; None where there is
+    none for it."""
+    family = dispatch.modulated_kernel(request, gate)
+    if family is None:
+        return None
+    needs_grad = torch.is_grad_enabled() and autograd.requires_grad(request)
+    if gate is None:
+        if needs_grad:
+            return NormResult(*autograd.Norm.apply(family, request, *request[1:5]))
+        return family.forward(*request, False)
+    if needs_grad or (torch.is_grad_enabled() and gate.values.requires_grad):
+        y, total = autograd.GatedNorm.apply(family, request, gate.act, gate.first, *request[1:5], gate.values)
+        return NormResult(y, request.x if total is None else total)
+    return family.forward(*request, False, gate)
 
 
 def run_with_correction(
