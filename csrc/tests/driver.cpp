@@ -69,6 +69,7 @@ double activate(int act, double z) {
     case NW_GELU_TANH: return 0.5 * z * (1 + std::tanh(std::sqrt(2 / M_PI) * (z + 0.044715 * z * z * z)));
     case NW_SOFTPLUS: return std::log(1 + std::exp(z));
     case NW_MISH: return z * std::tanh(std::log(1 + std::exp(z)));
+    case NW_SIGMOID: return 1 / (1 + std::exp(-z));
   }
   return z;
 }
@@ -163,14 +164,17 @@ void verify(const std::string& what, const Problem& p, const Tensors& t, const B
   }
 }
 
-void check_rows(size_t rows, size_t cols, int dtype, int act, bool center, bool masked, bool minimal = false) {
+// `groups` of neighbouring rows have a gain and bias each.
+void check_rows(size_t rows, size_t cols, int dtype, int act, bool center, bool masked, bool minimal = false,
+                size_t groups = 1) {
+  const size_t group_rows = rows > 0 ? rows / groups : 1;
   std::unique_ptr<uint8_t[]> mask(new uint8_t[rows]);
   for (size_t i = 0; i < rows; ++i) mask[i] = uint8_t(i % 3 != 1);
   Problem p{.elements = rows * cols,
             .stats = rows,
-            .params = cols,
+            .params = groups * cols,
             .stat = [=](size_t i) { return i / cols; },
-            .param = [=](size_t i) { return i % cols; },
+            .param = [=](size_t i) { return i / cols / group_rows * cols + i % cols; },
             .valid = [&](size_t i) { return !masked || mask[i / cols]; },
             .center = center,
             .add_before = true,
@@ -189,17 +193,21 @@ void check_rows(size_t rows, size_t cols, int dtype, int act, bool center, bool 
                          .mask = m,
                          .weight = t.weight.data_or_null(!minimal),
                          .bias = t.bias.data_or_null(!minimal),
+                         .gate = nullptr,
                          .sum = sum.data_or_null(!minimal),
                          .y = t.y.data(),
                          .mean = t.mean.data(),
                          .rstd = t.rstd.data(),
                          .rows = int64_t(rows),
                          .cols = int64_t(cols),
+                         .group_rows = int64_t(group_rows),
                          .eps = p.eps,
                          .dtype = dtype,
                          .center = center,
                          .act = act,
-                         .threads = 3};
+                         .threads = 3,
+                         .gate_act = NW_IDENTITY,
+                         .gate_first = 0};
   check_status("rows forward", nw_rows_forward(&f));
   nw_rows_backward_args b{.dy = t.dy.data(),
                           .dsum = t.dsum.data_or_null(!minimal),
@@ -207,19 +215,87 @@ void check_rows(size_t rows, size_t cols, int dtype, int act, bool center, bool 
                           .mask = m,
                           .weight = t.weight.data_or_null(!minimal),
                           .bias = t.bias.data_or_null(!minimal),
+                          .gate = nullptr,
                           .mean = t.mean.data(),
                           .rstd = t.rstd.data(),
                           .ds = t.dx.data(),
                           .dweight = t.dweight.data_or_null(!minimal),
                           .dbias = t.dbias.data_or_null(!minimal),
+                          .dgate = nullptr,
                           .rows = int64_t(rows),
                           .cols = int64_t(cols),
+                          .group_rows = int64_t(group_rows),
                           .dtype = dtype,
                           .center = center,
                           .act = act,
-                          .threads = 3};
+                          .threads = 3,
+                          .gate_act = NW_IDENTITY,
+                          .gate_first = 0};
   check_status("rows backward", nw_rows_backward(&b));
   verify("rows", p, t, s);
+}
+
+// LayerNorm of two groups of rows with a gate, in plain loops.
+void check_gated_rows(size_t rows, size_t cols, int dtype, int gate_act, bool first, bool masked) {
+  const size_t n = rows * cols, half = rows / 2;
+  const double eps = 1e-3;
+  const int wide = dtype == NW_FLOAT64 ? NW_FLOAT64 : NW_FLOAT32;
+  Buffer x(dtype, n), gate(dtype, n), dy(dtype, n), y(dtype, n), dx(dtype, n), dgate(dtype, n);
+  Buffer weight(wide, 2 * cols), bias(wide, 2 * cols), dweight(wide, 2 * cols), dbias(wide, 2 * cols);
+  for (Buffer* b : {&x, &gate, &dy, &weight, &bias}) b->fill();
+  std::vector<double> mean(rows, NAN), rstd(rows, NAN), want_dweight(2 * cols), want_dbias(2 * cols);
+  std::unique_ptr<uint8_t[]> mask(new uint8_t[rows]);
+  for (size_t i = 0; i < rows; ++i) mask[i] = uint8_t(i % 3 != 1);
+  const uint8_t* m = masked ? mask.get() : nullptr;
+  nw_rows_forward_args f{};
+  f.x = x.data(), f.mask = m, f.weight = weight.data(), f.bias = bias.data(), f.gate = gate.data(), f.y = y.data();
+  f.mean = mean.data(), f.rstd = rstd.data(), f.rows = int64_t(rows), f.cols = int64_t(cols);
+  f.group_rows = int64_t(half), f.eps = eps, f.dtype = dtype, f.center = 1, f.threads = 3;
+  f.gate_act = gate_act, f.gate_first = first;
+  check_status("gated rows forward", nw_rows_forward(&f));
+  nw_rows_backward_args b{};
+  b.dy = dy.data(), b.s = x.data(), b.mask = m, b.weight = weight.data(), b.bias = bias.data(), b.gate = gate.data();
+  b.mean = mean.data(), b.rstd = rstd.data(), b.ds = dx.data(), b.dweight = dweight.data(), b.dbias = dbias.data();
+  b.dgate = dgate.data(), b.rows = int64_t(rows), b.cols = int64_t(cols), b.group_rows = int64_t(half);
+  b.dtype = dtype, b.center = 1, b.threads = 3, b.gate_act = gate_act, b.gate_first = first;
+  check_status("gated rows backward", nw_rows_backward(&b));
+  for (size_t row = 0; row < rows; ++row) {
+    const size_t at = row * cols, gain = row / half * cols;
+    std::vector<double> u(cols), z(cols), open(cols), gw(cols);
+    double avg = 0, var = 0, sum_g = 0, sum_gz = 0;
+    for (size_t j = 0; j < cols; ++j) {
+      if (masked && !mask[row]) {
+        for (const Buffer* out : {&y, &dx, &dgate}) close("gated padding", dtype, out->get(at + j), 0, 0);
+        continue;
+      }
+      open[j] = activate(gate_act, gate.get(at + j));
+      u[j] = x.get(at + j) * (first ? open[j] : 1);
+      avg += u[j] / double(cols);
+    }
+    if (masked && !mask[row]) continue;
+    for (size_t j = 0; j < cols; ++j) var += std::pow(u[j] - avg, 2) / double(cols);
+    const double r = 1 / std::sqrt(var + eps);
+    for (size_t j = 0; j < cols; ++j) {
+      z[j] = (u[j] - avg) * r;
+      const double g = dy.get(at + j) * (first ? 1 : open[j]);
+      gw[j] = g * weight.get(gain + j);
+      sum_g += gw[j] / double(cols), sum_gz += gw[j] * z[j] / double(cols);
+      want_dweight[gain + j] += g * z[j], want_dbias[gain + j] += g;
+    }
+    for (size_t j = 0; j < cols; ++j) {
+      const double normed = z[j] * weight.get(gain + j) + bias.get(gain + j), du = (gw[j] - sum_g - z[j] * sum_gz) * r;
+      const double gate_slope = slope(gate_act, gate.get(at + j));
+      close("gated y", dtype, y.get(at + j), normed * (first ? 1 : open[j]), 3);
+      close("gated dx", dtype, dx.get(at + j), du * (first ? open[j] : 1), 10 * r);
+      if (std::fabs(gate.get(at + j)) < 1e-4) continue;  // relu's difference quotient is meaningless there
+      const double towards_gate = first ? du * x.get(at + j) : dy.get(at + j) * normed;
+      close("gated dgate", dtype, dgate.get(at + j), towards_gate * gate_slope, 10 * (r + 1));
+    }
+  }
+  for (size_t k = 0; k < 2 * cols; ++k) {
+    close("gated dweight", wide, dweight.get(k), want_dweight[k], double(rows));
+    close("gated dbias", wide, dbias.get(k), want_dbias[k], double(rows));
+  }
 }
 
 void positions_masked(size_t n, size_t positions, std::unique_ptr<uint8_t[]>& mask) {
@@ -406,6 +482,16 @@ void check_norms() {
     check_channels(0, 7, 5, layout, NW_FLOAT32, NW_MISH, true);
   }
   check_rows(0, 7, NW_FLOAT32, NW_MISH, true, true);
+  for (int dtype : dtypes) {
+    check_rows(6, 63, dtype, NW_MISH, true, true, false, 3);
+    check_rows(7, 600, dtype, NW_IDENTITY, false, false, false, 7);
+    for (bool first : {true, false}) {
+      for (int gate_act : {NW_IDENTITY, NW_RELU, NW_SILU, NW_GELU, NW_SIGMOID}) {
+        check_gated_rows(6, 63, dtype, gate_act, first, gate_act == NW_SILU);
+      }
+    }
+  }
+  check_gated_rows(140, 300, NW_FLOAT32, NW_SILU, true, true);
   // Large enough for several threads, blocks and chunks.
   check_rows(70, 600, NW_FLOAT32, NW_IDENTITY, true, true);
   check_groups(2, 4, 5001, 2, NW_CHANNELS_FIRST, NW_FLOAT32, NW_MISH, true);

@@ -36,6 +36,24 @@ def test_random_rows_match_the_formula(isa, rows, cols, dtype, center, dsum, opt
 
 @FUZZ
 @given(
+    groups=st.integers(1, 40),
+    each=st.one_of(st.integers(1, 5), st.integers(6, 70)),
+    cols=st.one_of(SIZES, st.integers(71, 2000)),
+    dtype=st.sampled_from(truth.DTYPES),
+    center=st.booleans(),
+    gate=st.sampled_from([None, True, False]),
+    gate_act=st.sampled_from([None, "silu", "sigmoid", "gelu", "relu"]),
+    options=st.fixed_dictionaries(OPTIONS),
+)
+def test_random_gains_of_groups_and_gates_match_the_formula(isa, groups, each, cols, dtype, center, gate, gate_act, options):
+    if gate is False:
+        options["act"] = None
+    given = {"groups": groups, "gate_first": gate, "gate_act": gate_act, "dsum": options["residual"], **options}
+    check_rows(groups * each, cols, dtype, center=center, **given)
+
+
+@FUZZ
+@given(
     batch=st.integers(1, 5),
     groups=st.integers(1, 4),
     each=st.integers(1, 4),

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 import normwise
 from normwise import functional
+from normwise.backends.cpu import library
 from support.backends import using
 from support.tolerances import assert_close
 
@@ -251,6 +252,82 @@ def test_a_gate_in_padding_is_not_seen(first):
     for g in torch.autograd.grad(y.square().sum(), spoilt):
         assert not g[~mask].any()
         assert g[mask].all()
+
+
+def modulated(kind: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
+    """A layer, the tensors of a call and its options."""
+    first = kind == "gate first"
+    layer = normwise.RMSNorm(21, eps=1e-5, gate_first=first) if "gate" in kind else normwise.LayerNorm(21, act="silu")
+    for p in layer.parameters():
+        nn.init.uniform_(p, 0.5, 1.5)
+    x = torch.randn(N, 9, 21)
+    mask = torch.rand(N, 9) < 0.7
+    shape = (N, 9, 21) if "position" in kind else (N, 1, 21)
+    given = {"scale": torch.randn(shape), "shift": torch.randn(shape)}
+    given |= {"gate": torch.randn_like(x)} if "gate" in kind else {}
+    if kind == "shift":
+        del given["scale"]
+    tensors = {"input": x, "add": torch.randn_like(x), **given}
+    return layer.to(dtype), {k: t.to(dtype).requires_grad_() for k, t in tensors.items()}, {"mask": mask}
+
+
+KINDS = ["sample", "position", "shift", "gate first", "gate last", "gate by position"]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "chosen", "no kernels", "aten", "reference"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_backend_equals_the_reference_in_float64(kind, backend):
+    layer, tensors, options = modulated(kind, torch.float32)
+    exact, truth = copy.deepcopy(layer).double(), {k: leaves(t, dtype=torch.float64)[0] for k, t in tensors.items()}
+    upstream = torch.randn(2, *tensors["input"].shape)
+    with using(backend):
+        outputs = layer(**tensors, **options)
+        found = torch.autograd.grad(outputs, [*tensors.values(), *layer.parameters()], list(upstream))
+    with normwise.backend("reference"):
+        expected = exact(**truth, **options)
+        true = torch.autograd.grad(expected, [*truth.values(), *exact.parameters()], list(upstream.double()))
+    for a, b in zip((*outputs, *found), (*expected, *true), strict=True):
+        assert_close(a, b, kind="composed", count=a.numel(), scale=float(b.detach().abs().max()))
+
+
+@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_kernel_does_all(kind):
+    layer, tensors, options = modulated(kind, torch.bfloat16)
+    name = "GatedNormBackward" if "gate" in kind else "NormBackward"
+    assert type(layer(**tensors, **options)[0].grad_fn).__name__ == name
+    assert type(layer(**{**tensors, "input": tensors["input"].float()}, **options)[0].grad_fn).__name__ != name
+    with normwise.backend("reference"):
+        assert type(layer(**tensors, **options)[0].grad_fn).__name__ != name
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_second_derivatives_of_a_gate_with_a_mask_and_a_sum(first):
+    layer = normwise.LayerNorm(C, gate_first=first, act="silu" if first else None, dtype=torch.float64)
+    given = leaves(*torch.randn(3, 2, 3, C, dtype=torch.float64), dtype=torch.float64)
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+
+    def call(x: Tensor, add: Tensor, gate: Tensor) -> Any:
+        return layer(x, add=add, gate=gate, mask=mask)
+
+    assert gradcheck(call, given, fast_mode=True, check_batched_grad=True)
+    assert gradgradcheck(call, given, fast_mode=True)
+
+
+def test_a_gate_changed_in_place_before_the_backward_is_noticed():
+    x, gate = torch.randn(2, N, 5, C)
+    y = normwise.RMSNorm(C)(x, gate=gate.requires_grad_())
+    with torch.no_grad():
+        gate.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_one_tensor_as_input_and_gate_gets_both_gradients():
+    layer = normwise.RMSNorm(C, eps=1e-5, dtype=torch.float64)
+    x = torch.randn(N, 5, C, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda x: layer(x, gate=x), x)
+    assert gradgradcheck(lambda x: layer(x, gate=x), x)
 
 
 SECOND = ["layer", "layer, dim=1", "rms", "group", "instance2d", "batch1d", "batch2d", "frozen"]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from normwise.backends.cpu.memory import parameter_dtype
 from normwise.backends.cpu.norms import FAMILIES
-from normwise.backends.protocol import NormConfig
+from normwise.backends.protocol import Gate, NormConfig
 
 
 def _wide(t: Tensor | None, x: Tensor) -> Tensor | None:
@@ -33,14 +33,29 @@ def rows_forward(
     act: str | None = None,
     residual: Tensor | None = None,
     mask: Tensor | None = None,
+    gate: Gate | None = None,
 ) -> Rows:
-    """LayerNorm, or RMSNorm if not `center`, of the last axis of x (rows, cols); mask (rows,)."""
+    """LayerNorm, or RMSNorm if not `center`, of the last axis of x (rows, cols); mask (rows,); gain and bias (cols,),
+    or (groups, 1, cols) of groups of rows."""
     assert x.shape[1] == cols
     config = NormConfig("layer_norm", "features", eps, act, center=center)
-    valid = None if mask is None else mask[:, None]
-    found = FAMILIES["features"].forward(config, x.contiguous(), residual, weight, bias, valid, None, None, None, True)
+    x, residual, mask, gate = _grouped(x.contiguous(), residual, mask, gate, weight)
+    found = FAMILIES["features"].forward(config, x, residual, weight, bias, mask, None, None, None, True, gate)
     assert found.stats is not None
-    return Rows(found.y, found.total, found.stats)
+    return Rows(found.y.view(-1, cols), found.total.view(-1, cols), found.stats)
+
+
+def _grouped(
+    x: Tensor, residual: Tensor | None, mask: Tensor | None, gate: Gate | None, weight: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Gate | None]:
+    """(rows, cols), and what goes with it, with an axis for the groups that have a gain each."""
+    mask = None if mask is None else mask[:, None]
+    if weight is None or weight.dim() == 1:
+        return x, residual, mask, gate
+    shape = (len(weight), -1, x.shape[1])
+    gate = None if gate is None else gate._replace(values=gate.values.view(shape))
+    mask = None if mask is None else mask.view(*shape[:2], 1)
+    return x.view(shape), None if residual is None else residual.view(shape), mask, gate
 
 
 def rows_backward(
@@ -55,14 +70,17 @@ def rows_backward(
     act: str | None = None,
     mask: Tensor | None = None,
     dsum: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(ds, dweight, dbias)."""
+    gate: Gate | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(ds, dweight, dbias, gradient of the gate)."""
     config = NormConfig("layer_norm", "features", 1e-5, act, center=center)
-    valid = None if mask is None else mask[:, None]
     backward = FAMILIES["features"].backward
     assert backward is not None
-    found = backward(config, s.contiguous(), None, _wide(weight, s), _wide(bias, s), valid, stats, dy, dsum)
-    return found.x, found.weight, found.bias
+    s, dsum, mask, gate = _grouped(s.contiguous(), dsum, mask, gate, weight)
+    dy = dy.view(s.shape)
+    found = backward(config, s, None, _wide(weight, s), _wide(bias, s), mask, stats, dy, dsum, gate)
+    dgate = None if found.gate is None else found.gate.view(-1, cols)
+    return found.x.view(-1, cols), found.weight, found.bias, dgate
 
 
 def groups_forward(

@@ -6,6 +6,7 @@ from math import prod
 
 import torch
 
+from normwise.backends.protocol import Gate
 from support import kernel_truth as truth
 from support.kernel_calls import (
     channels_backward,
@@ -38,34 +39,51 @@ def check_rows(
     dsum: bool = False,
     offset: int = 0,
     threads: int = 1,
+    groups: int | None = None,
+    gate_first: bool | None = None,
+    gate_act: str | None = "silu",
 ) -> None:
-    """One call forward and backward, every output against the truth."""
+    """One call forward and backward, every output against the truth.
+
+    `groups`: how many groups of rows have a gain and bias each; `gate_first`: None for no gate.
+    """
     torch.set_num_threads(threads)
     x = truth.tensor(rows, cols, dtype=dtype, offset=offset)
     r = truth.tensor(rows, cols, dtype=dtype) if residual else None
     dy = truth.tensor(rows, cols, dtype=dtype, offset=offset)
     ds = truth.tensor(rows, cols, dtype=dtype) if dsum else None
-    weight, bias = torch.randn(2, cols).to(dtype) if affine else (None, None)
+    of_gain = (cols,) if groups is None else (groups, 1, cols)
+    weight, bias = torch.randn(2, *of_gain).to(dtype) if affine else (None, None)
+    gate = None
+    if gate_first is not None:
+        gate = Gate(truth.tensor(rows, cols, dtype=dtype, offset=offset), gate_act, gate_first)
     mask = torch.rand(rows) < 0.6 if masked else None
     if mask is not None:
         x[~mask] = float("nan")
         dy[~mask] = float("inf")
+        if gate is not None:
+            gate.values[~mask] = float("nan")
 
-    out = rows_forward(x, cols, weight, bias, EPS, center=center, act=act, residual=r, mask=mask)
-    got = rows_backward(dy, out.sum, out.stats, cols, weight, bias, center=center, act=act, mask=mask, dsum=ds)
+    given = {"center": center, "act": act, "mask": mask, "gate": gate}
+    out = rows_forward(x, cols, weight, bias, EPS, residual=r, **given)
+    got = rows_backward(dy, out.sum, out.stats, cols, weight, bias, dsum=ds, **given)
 
     added = (
         x if r is None else (x.double() + r.double()).to(torch.float32 if dtype == torch.bfloat16 else dtype).to(dtype)
     )
     s, w, b = truth.leaf(added), truth.leaf(weight), truth.leaf(bias)
     valid = None if mask is None else mask[:, None]
-    z, mean, rstd = truth.standardize(s, [1], valid, EPS, center)
+    values = None if gate is None else truth.leaf(gate.values)
+    opened = torch.ones(()) if values is None else truth.opened(values, gate_act, valid)
+    u = s if not gate_first else (s if valid is None else torch.where(valid, s, 0)) * opened
+    z, mean, rstd = truth.standardize(u, [1], valid, EPS, center)
     if w is not None:
-        z = z * w + b
-    y = truth.activate(z, act, valid)
+        z = z * _of_rows(w, rows) + _of_rows(b, rows)
+    y = truth.activate(z if gate_first else z * opened, act, valid)
     upstream = dy.double() if valid is None else torch.where(valid, dy.double(), 0)
-    leaves = [t for t in (s, w, b) if t is not None]
-    expected = dict(zip(("ds", "dweight", "dbias"), torch.autograd.grad(y, leaves, upstream), strict=False))
+    leaves = {"ds": s, "dweight": w, "dbias": b, "dgate": values}
+    leaves = {name: t for name, t in leaves.items() if t is not None}
+    expected = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), upstream), strict=True))
     if ds is not None:
         expected["ds"] = expected["ds"] + (ds.double() if valid is None else torch.where(valid, ds.double(), 0))
 
@@ -78,14 +96,23 @@ def check_rows(
         stat = stat[:, 0] if mask is None else torch.where(mask, stat[:, 0], 0)
         assert_close(got_one, stat, dtype=wide(dtype), count=cols, scale=added_up, name="stats")
     # What an input gradient adds up and subtracts; of a single column the exact sum is 0.
-    scale = float((upstream * rstd * (1 if w is None else w)).detach().abs().max()) if rows else 0.0
-    for name, g in zip(("ds", "dweight", "dbias"), got, strict=True):
+    of_u = (upstream * rstd * (1 if w is None else _of_rows(w, rows))).detach().abs()
+    scale = float((of_u * opened.detach().abs()).max()) if rows else 0.0
+    # Slopes are at most 1.13; of a gate that comes first they are times the input, of one that comes last the norm.
+    of_gate = of_u * torch.nan_to_num(added.double()).abs() if gate_first else upstream * z.detach()
+    sizes = {"ds": scale, "dgate": float(of_gate.abs().max()) if rows else 0.0}
+    for name, g in zip(("ds", "dweight", "dbias", "dgate"), got, strict=True):
         if name in expected:
-            kind_dtype = dtype if name == "ds" else wide(dtype)
-            size = scale if name == "ds" else None
+            kind_dtype = dtype if name in sizes else wide(dtype)
+            size = sizes.get(name)
             assert_close(g, expected[name], kind="grad", dtype=kind_dtype, count=max(rows, cols), scale=size, name=name)
         else:
             assert g is None
+
+
+def _of_rows(t: torch.Tensor, rows: int) -> torch.Tensor:
+    """A gain of (cols,), or (groups, 1, cols) spread over the rows of each group."""
+    return t if t.dim() == 1 else t.expand(-1, rows // len(t), -1).flatten(0, 1)
 
 
 def check_groups(

@@ -51,6 +51,13 @@ def activate(z: Tensor, act: str | None, mask: Tensor | None) -> Tensor:
     return y if mask is None else torch.where(mask, y, 0)
 
 
+def opened(values: Tensor, act: str | None, mask: Tensor | None) -> Tensor:
+    """What a gate multiplies by; invalid rows, whatever they hold, give a number."""
+    values = values if mask is None else torch.where(mask, values, 0)
+    gates = {None: lambda v: v, "silu": F.silu, "swish": F.silu, "sigmoid": torch.sigmoid, "gelu": F.gelu}
+    return {**gates, "relu": F.relu}[act](values)
+
+
 def tensor(*shape: int, dtype: torch.dtype, offset: int = 0, channels_last: bool = False) -> Tensor:
     """Random numbers whose storage starts `offset` elements late, so that no vector load is aligned."""
     size = 1

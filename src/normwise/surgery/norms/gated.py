@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import normwise.nn as ours
+from normwise.backends.protocol import NormConfig
 from normwise.nn.construct import affine
 from normwise.ops import symbolic
 from normwise.ops.norm import gain
@@ -64,8 +65,13 @@ class GatedRMSNorm(ours.RMSNorm):
 
         weight = gain.stored_around(affine(self)[0], self.offset, self.cast)
         given = Given(None, None, None if self.gate is None else gate, self.gate == "before", self.gate_act)
+        whole = None
+        if self.group_size in (None, self.normalized_shape[0]) and eps is not None:
+            as_written = self.cast is not None or bool(self.offset)
+            whole = NormConfig("rms_norm", "features", eps, center=False, as_written=as_written)
+        options: dict[str, Any] = {"eps": eps, "cast": self.cast, "config": whole}
         return of_features(  # type: ignore[no-any-return]
-            "rms_norm", norm, input, self.normalized_shape, weight, None, given, eps=eps, cast=self.cast
+            "rms_norm", norm, input, self.normalized_shape, weight, None, given, **options
         )
 
     def extra_repr(self) -> str:
