@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 import normwise
 from benchmarks.case import Case
@@ -13,6 +14,8 @@ from benchmarks.layers import layer_case, tensor
 
 IMAGES = [(32, 64, 56, 56), (128, 256, 14, 14), (2, 64, 112, 112)]
 GROUPED = (8, 128, 56, 56)
+DIT = [(16, 256, 384), (16, 256, 768), (32, 256, 1152)]  # images, patches, features of S/2, B/2 and XL/2
+MAMBA = [(8, 512, 1536), (8, 512, 2048)]
 ROWS = [(8192, 768), (4096, 4096), (32768, 256), (512, 64), (1, 4096)]
 
 
@@ -31,6 +34,14 @@ def cases() -> Iterator[Case]:
         yield instance_norm(channels_last=last)
     yield layer_norm((8192, 768), dtype=torch.bfloat16)
     yield batch_norm(IMAGES[0], dtype=torch.bfloat16)
+    for shape in DIT:
+        yield adaptive_layer_norm(shape, must=0.60, aim=0.40)
+    yield adaptive_layer_norm(DIT[1], dtype=torch.bfloat16)
+    yield adaptive_layer_norm(DIT[1], by_position=True)
+    for shape in MAMBA:
+        yield gated_rms_norm(shape, gate_first=True, must=0.40, aim=0.25)
+    yield gated_rms_norm(MAMBA[0], gate_first=False, must=0.40, aim=0.25)
+    yield gated_rms_norm(MAMBA[0], gate_first=True, dtype=torch.bfloat16)
     # Small ones, where the call itself is what costs.
     for rows in [(1, 64), (32, 128)]:
         yield layer_norm(rows, must=1.0)
@@ -59,6 +70,80 @@ def layer_norm(
     ours, theirs = (library.LayerNorm(shape[1]).to(dtype) for library in (normwise, nn))
     name = f"LayerNorm {shape}" + _suffix(dtype)
     return layer_case(name, ours, theirs, [tensor(shape, dtype=dtype)], must=must, aim=aim)
+
+
+def adaptive_layer_norm(
+    shape: tuple[int, int, int],
+    *,
+    by_position: bool = False,
+    dtype: torch.dtype = torch.float32,
+    must: float | None = None,
+    aim: float | None = None,
+) -> Case:
+    """adaLN: scale and shift by sample or position, against a multiplication and an addition behind the norm."""
+    samples, _, features = shape
+    ours, theirs = (library.LayerNorm(features, elementwise_affine=False) for library in (normwise, nn))
+    of_scale = shape if by_position else (samples, 1, features)
+    given = [tensor(shape, dtype=dtype), *(tensor(of_scale, dtype=dtype) for _ in range(2))]
+    name = f"LayerNorm, scale and shift by {'position' if by_position else 'sample'} {shape}" + _suffix(dtype)
+    return layer_case(
+        name,
+        ours,
+        theirs,
+        given,
+        our_step=_modulated,
+        their_step=_then_modulated,
+        tensors_moved=9 if by_position else 5,
+        must=must,
+        aim=aim,
+    )
+
+
+def gated_rms_norm(
+    shape: tuple[int, int, int],
+    *,
+    gate_first: bool,
+    dtype: torch.dtype = torch.float32,
+    must: float | None = None,
+    aim: float | None = None,
+) -> Case:
+    """Mamba-2's gated norm, in both orders."""
+    ours = normwise.RMSNorm(shape[-1], eps=1e-5, gate_first=gate_first).to(dtype)
+    theirs = nn.RMSNorm(shape[-1], eps=1e-5).to(dtype)
+    name = f"RMSNorm, gate {'first' if gate_first else 'last'} {shape}" + _suffix(dtype)
+    return layer_case(
+        name,
+        ours,
+        theirs,
+        [tensor(shape, dtype=dtype), tensor(shape, dtype=dtype)],
+        our_step=_gated,
+        their_step=_after_gate if gate_first else _before_gate,
+        tensors_moved=8,
+        must=must,
+        aim=aim,
+    )
+
+
+def _modulated(layer: nn.Module, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    x, scale, shift = inputs
+    return (layer(x, scale=scale, shift=shift),)
+
+
+def _then_modulated(layer: nn.Module, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    x, scale, shift = inputs
+    return (layer(x) * (1 + scale) + shift,)
+
+
+def _gated(layer: nn.Module, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    return (layer(inputs[0], gate=inputs[1]),)
+
+
+def _after_gate(layer: nn.Module, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    return (layer(inputs[0] * F.silu(inputs[1])),)
+
+
+def _before_gate(layer: nn.Module, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    return (layer(inputs[0]) * F.silu(inputs[1]),)
 
 
 def group_norm(*, channels_last: bool) -> Case:

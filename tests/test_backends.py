@@ -48,7 +48,7 @@ def test_another_backend_than_the_named_one_is_an_error() -> None:
 
 def test_the_kernels_of_norms_take_the_same_arguments_on_every_backend() -> None:
     """Those of the C++ library and of Triton; the others leave out by `*_` what they do not read. Triton's forwards
-    take the request as it is."""
+    take the request as it is; the C++ norm of features takes a gate, last."""
 
     def arguments(function: Callable[..., Any]) -> list[tuple[str, str]]:
         return [(name.lstrip("_"), p.annotation) for name, p in inspect.signature(function).parameters.items()]
@@ -57,12 +57,14 @@ def test_the_kernels_of_norms_take_the_same_arguments_on_every_backend() -> None
     of_request = [*NormRequest._fields, "needs_grad"]
     shortened = {"mean": "running_mean", "var": "running_var", "tracked": "num_batches_tracked"}
     for theirs in forwards:
-        assert [shortened.get(name, name) for name, _ in arguments(theirs)] == of_request
+        gate = [("gate", "Gate | None")] if theirs is cpu.features_forward else []
+        assert arguments(theirs)[len(of_request) :] == gate
+        assert [shortened.get(name, name) for name, _ in arguments(theirs)[: len(of_request)]] == of_request
     for mine in (rows.forward, tiles.groups_forward, tiles.channels_forward):
         assert arguments(mine) == [("request", "NormRequest"), ("needs_grad", "bool")]
     for theirs, mine in (
-        (cpu.features_backward, rows.backward),
         (cpu.groups_backward, tiles.backward),
         (cpu.channels_backward, tiles.backward),
     ):
         assert arguments(theirs) == arguments(mine)
+    assert arguments(cpu.features_backward) == [*arguments(rows.backward), ("gate", "Gate | None")]

@@ -45,7 +45,9 @@ def test_random_rows_match_the_formula(isa, rows, cols, dtype, center, dsum, opt
     gate_act=st.sampled_from([None, "silu", "sigmoid", "gelu", "relu"]),
     options=st.fixed_dictionaries(OPTIONS),
 )
-def test_random_gains_of_groups_and_gates_match_the_formula(isa, groups, each, cols, dtype, center, gate, gate_act, options):
+def test_random_gains_of_groups_and_gates_match_the_formula(
+    isa, groups, each, cols, dtype, center, gate, gate_act, options
+):
     if gate is False:
         options["act"] = None
     given = {"groups": groups, "gate_first": gate, "gate_act": gate_act, "dsum": options["residual"], **options}

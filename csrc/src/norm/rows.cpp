@@ -75,9 +75,8 @@ template <class T> const T* add_residual(const nw_rows_forward_args& a, int64_t 
   if (!a.residual) return x;
   const T* const residual = static_cast<const T*>(a.residual) + row * a.cols;
   T* const sum = static_cast<T*>(a.sum) + row * a.cols;
-  for_each_vector<C>(a.cols, [&](int64_t i, auto part) NW_LAMBDA {
-    store(sum + i, load(x + i, part) + load(residual + i, part), part);
-  });
+  for_each_vector<C>(a.cols, [&](int64_t i, auto part)
+                                 NW_LAMBDA { store(sum + i, load(x + i, part) + load(residual + i, part), part); });
   return sum;
 }
 

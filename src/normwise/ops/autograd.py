@@ -122,9 +122,7 @@ class GatedNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         config, mask = request.config, request.mask
         gate = Gate(values, gate_act, gate_first)
-        y, total, stats, *_ = family.forward(
-            config, x, residual, weight, bias, mask, None, None, None, True, gate
-        )
+        y, total, stats, *_ = family.forward(config, x, residual, weight, bias, mask, None, None, None, True, gate)
         ctx.save_for_backward(total, weight, bias, mask, values, stats)
         ctx.family, ctx.config, ctx.gate_act, ctx.gate_first = family, config, gate_act, gate_first
         ctx.set_materialize_grads(False)
@@ -156,7 +154,9 @@ def _differentiable_gated_backward(
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # A view of each, or a tensor that is given twice would get the sum of both gradients twice.
-        views = [None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors]
+        views = [
+            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in tensors
+        ]
         x, weight, bias, values = views
         y = gated(config, x, weight, bias, mask, gate._replace(values=values))  # type: ignore[arg-type]
         wanted = [t for t in views if t is not None]

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from normwise.backends.activations import ACTIVATIONS, GATES, add_residual_and_activate, channels_laid_out_like
 from normwise.backends.channels import channel_dims, channel_shape
-from normwise.backends.protocol import Gate, Moments, NormConfig, NormFamily, NormGradients, NormResult, accumulation_dtype
+from normwise.backends.protocol import (
+    Gate,
+    Moments,
+    NormConfig,
+    NormFamily,
+    NormGradients,
+    NormResult,
+    accumulation_dtype,
+)
 from normwise.backends.reference.norm import norm, norm_backward
 
 Formula = Callable[..., tuple[Tensor, Moments]]

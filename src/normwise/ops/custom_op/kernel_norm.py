@@ -157,7 +157,7 @@ def _run_backward(*arguments: Any) -> tuple[Tensor, ...]:
     family, config = _family(arguments[8:])
     assert family.backward is not None
     total, residual = arguments[:2]
-    dx, dresidual, dweight, dbias = family.backward(config, *arguments[:8])
+    dx, dresidual, dweight, dbias, _ = family.backward(config, *arguments[:8])
     found = (dx, None if residual is None else dresidual, dweight, dbias)
     return tuple(total.new_empty(0) if t is None else t for t in found)
 
@@ -189,7 +189,7 @@ def _differentiate_backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ..
                 saved[n] = saved[n].detach().requires_grad_()
         first = differentiable_backward(ctx.config, *saved)
         outputs, grads = [], []
-        for f, u in zip(first, upstream, strict=True):
+        for f, u in zip(first[:4], upstream, strict=True):
             if f is not None and u is not None and u.numel() == f.numel() and f.requires_grad:
                 outputs.append(f)
                 grads.append(u)

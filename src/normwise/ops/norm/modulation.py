@@ -17,6 +17,7 @@ from normwise.ops import dispatch, inputs, ragged
 from normwise.ops.norm import gain
 from normwise.ops.norm.run import run_modulated
 
+
 class Given(NamedTuple):
     """What a call of a norm gives besides the parameters.
 
