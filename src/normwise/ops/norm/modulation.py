@@ -80,7 +80,7 @@ def of_features(
     inputs.same_shape("add", add, x)
     inputs.same_shape("gate", given.gate, x)
     together = {"add": add, "weight": weight, "bias": bias}
-    inputs.beside(x, mask=mask, **together, scale=given.scale, shift=given.shift, gate=given.gate)
+    readable = inputs.beside(x, mask=mask, **together, scale=given.scale, shift=given.shift, gate=given.gate)
     if act is not None:
         activation(act)
     trailing = inputs.trailing_dims(x, len(shape))
@@ -97,7 +97,7 @@ def of_features(
     if cast != "input":
         rows_gain, rows_bias = by_sample(weight, bias, scale, shift, wide)
         if config is not None and dims == trailing:
-            found = _by_kernel(config, x, add, rows_gain, rows_bias, valid, given)
+            found = _by_kernel(config, x, add, rows_gain, rows_bias, valid, given, readable and valid is None)
             if found is not None:
                 return found.y if add is None else (found.y, found.total)
     total = x if add is None else x + add
@@ -131,6 +131,7 @@ def _by_kernel(
     bias: Tensor | None,
     valid: Tensor | None,
     given: Given,
+    known_readable: bool,
 ) -> NormResult | None:
     """All of it by one kernel, gain and bias with as many axes as `x`; None where there is none for it."""
     rows = x.dim() - config.axes
@@ -141,7 +142,7 @@ def _by_kernel(
         None if t is None else t if t.shape[rows:] == full else t.expand(*t.shape[:rows], *full) for t in (weight, bias)
     )
     gate = None if given.gate is None else Gate(given.gate, given.gate_act, given.gate_first)
-    return run_modulated(NormRequest(config, x.contiguous(), add, weight, bias, valid), gate)
+    return run_modulated(NormRequest(config, x.contiguous(), add, weight, bias, valid), gate, known_readable)
 
 
 def of_channels(
@@ -214,7 +215,9 @@ def by_sample(
     weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, wide: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gain weight * (1 + scale) and the bias bias * (1 + scale) + shift; None where they are 1 or 0."""
-    weight, bias, scale, shift = (None if t is None else t.to(wide) for t in (weight, bias, scale, shift))
+    weight, bias, scale, shift = (
+        t if t is None or t.dtype is wide else t.to(wide) for t in (weight, bias, scale, shift)
+    )
     if scale is not None:
         scale = 1 + scale
         weight = scale if weight is None else weight * scale

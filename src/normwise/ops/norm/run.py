@@ -49,10 +49,10 @@ def run(request: NormRequest, formula: Callable[..., Any] | None = None, known_r
     return result
 
 
-def run_modulated(request: NormRequest, gate: Gate | None) -> NormResult | None:
+def run_modulated(request: NormRequest, gate: Gate | None, known_readable: bool) -> NormResult | None:
     """A norm of features with a gain and bias by sample or position, and a gate, by one kernel; None where there is
     none for it."""
-    family = dispatch.modulated_kernel(request, gate)
+    family = dispatch.modulated_kernel(request, gate, known_readable)
     if family is None:
         return None
     needs_grad = torch.is_grad_enabled() and autograd.requires_grad(request)
