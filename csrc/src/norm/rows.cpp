@@ -12,15 +12,15 @@ template <class C> struct ParamVector {
   alignas(vector_bytes) C constant[lanes<C>];
   const C* data;
   int64_t index_mask;
-  ParamVector(const void* values, int64_t offset, C default_value)
-      : data(static_cast<const C*>(values)), index_mask(-1) {
-    if (data) {
-      data += offset;
-      return;
-    }
+  ParamVector(const void* values, int64_t offset, C default_value) : data(constant), index_mask(0) {
+    start_at(values, offset);
+    if (values) return;
     for (C& c : constant) c = default_value;
-    data = constant;
-    index_mask = 0;
+  }
+  NW_INLINE void start_at(const void* values, int64_t offset) {
+    if (!values) return;
+    data = static_cast<const C*>(values) + offset;
+    index_mask = -1;
   }
   template <class Part> NW_INLINE vec<C> at(int64_t i, Part part) const { return load(data + (i & index_mask), part); }
 };
@@ -218,11 +218,15 @@ void forward_short_rows(const nw_rows_forward_args& a, int64_t row, bool non_tem
     rstd[r] = rstd_of((s2 - s1 * s1 / double(n)) / double(n), a.eps);
     store_statistics(a, row + r, mean[r], rstd[r]);
   }
+  ParamVector<C> weight(a.weight, 0, C(1)), bias(a.bias, 0, C(0));
   // One row after the other: vectors of AVX2 are half a cache line, and non-temporal stores to several rows in turn
   // would flush half lines.
   for (int r = 0; r < R; ++r) {
-    const int64_t gain = gain_offset(a, row + r);
-    const ParamVector<C> weight(a.weight, gain, C(1)), bias(a.bias, gain, C(0));
+    if (a.group_rows < a.rows) {
+      const int64_t gain = gain_offset(a, row + r);
+      weight.start_at(a.weight, gain);
+      bias.start_at(a.bias, gain);
+    }
     const T* const row_x = x + r * n;
     T* const row_y = y + r * n;
     const Standardize<C> standardize(mean[r], rstd[r]);

@@ -62,7 +62,9 @@ def supports(request: NormRequest) -> str | None:
         return "the C++ kernels take no input without a feature"
     if residual is not None and residual.dtype is not x.dtype:
         return f"the C++ kernels do not mix an input of {x.dtype} with a residual of {residual.dtype}"
-    if config.family == "features":
+    if config.family == "features" and (
+        (weight is not None and weight.dim() != config.axes) or (bias is not None and bias.dim() != config.axes)
+    ):
         reason = _gain_obstacle(config, x, weight, bias)
         if reason is not None:
             return reason
@@ -92,10 +94,10 @@ def supports_gate(config: NormConfig, x: Tensor, gate: Gate) -> str | None:
 
 
 def _gain_obstacle(config: NormConfig, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
-    """Gain and bias are those of all rows, or of neighbouring rows of equal number."""
+    """What keeps the kernels from a gain and bias that are not those of all rows: they may be those of neighbouring
+    rows of equal number."""
     given = weight if weight is not None else bias
-    if given is None or given.dim() == config.axes:
-        return None if bias is None or bias.dim() == config.axes else "the C++ kernels take gain and bias of one shape"
+    assert given is not None
     if weight is not None and bias is not None and weight.shape != bias.shape:
         return "the C++ kernels take gain and bias of one shape"
     rows = x.dim() - config.axes
@@ -105,15 +107,6 @@ def _gain_obstacle(config: NormConfig, x: Tensor, weight: Tensor | None, bias: T
     if not x.numel() or given.shape[rows:] != x.shape[rows:] or any(size != 1 for size in given.shape[same:rows]):
         return "the C++ kernels take a gain and bias of neighbouring rows, by the first axes of the input"
     return None
-
-
-def _gain_rows(config: NormConfig, rows: int, cols: int, weight: Tensor | None, bias: Tensor | None) -> tuple[int, int]:
-    """(rows that share a gain and bias, elements of the gain)."""
-    given = weight if weight is not None else bias
-    if given is None or given.dim() == config.axes:
-        return rows or 1, cols
-    size = given.numel()
-    return rows * cols // size, size
 
 
 def features_forward(
@@ -135,7 +128,11 @@ def features_forward(
     rows = x.numel() // cols
     dtype = x.dtype
     wide = parameter_dtype(dtype)
-    group_rows, size = _gain_rows(config, rows, cols, weight, bias)
+    group_rows, size = rows or 1, cols
+    given = bias if weight is None else weight
+    if given is not None and given.dim() != config.axes:
+        size = given.numel()
+        group_rows = rows * cols // size
     gain, shift = vector(weight, wide, size), vector(bias, wide, size)
     opened = None if gate is None else laid_out_like(gate.values, x)
     total = x
@@ -193,7 +190,11 @@ def features_backward(
     stats = statistics(stats, rows)
     dtype = total.dtype
     wide = parameter_dtype(dtype)
-    group_rows, size = _gain_rows(config, rows, cols, weight, bias)
+    group_rows, size = rows or 1, cols
+    given = bias if weight is None else weight
+    if given is not None and given.dim() != config.axes:
+        size = given.numel()
+        group_rows = rows * cols // size
     gain, shift = vector(weight, wide, size), vector(bias, wide, size)
     opened = None if gate is None else laid_out_like(gate.values, total)
     dy = laid_out_like(dy, total)
