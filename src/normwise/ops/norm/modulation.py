@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from normwise.backends.activations import GATES, activation, add_residual_and_activate
+from normwise.backends.devices import on_cpu
 from normwise.backends.protocol import Gate, NormConfig, NormRequest, NormResult, accumulation_dtype
 from normwise.ops import dispatch, inputs, ragged
 from normwise.ops.norm import gain
@@ -134,6 +135,8 @@ def _by_kernel(
     known_readable: bool,
 ) -> NormResult | None:
     """All of it by one kernel, gain and bias with as many axes as `x`; None where there is none for it."""
+    if not on_cpu(x) or torch.compiler.is_compiling() or dispatch.is_traced_or_transformed():
+        return None  # before anything is made for a kernel that will not run
     rows = x.dim() - config.axes
     full = x.shape[rows:]
     if weight is not None and bias is not None and weight.shape != bias.shape:
