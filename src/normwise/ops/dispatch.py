@@ -92,9 +92,10 @@ FEW_PRODUCTS = 1 << 13
 
 
 # Elements, and elements of a row, up to which ATen's LayerNorm, whose gradient needs no Python, takes less time than
-# our kernel, a look at the values included: forward and backward take 1.5 to 1.7 times as long as torch.nn's with
-# ATen's and 2.0 to 2.2 times with ours, from (1, 64) to (64, 64) and (2, 2048).
-FEW_ELEMENTS, SHORT_ROW = 1 << 12, 1 << 11
+# our kernel, a look at the values included: forward and backward take 1.4 to 1.7 times as long as torch.nn's with
+# ATen's and 1.7 to 2.3 times with ours, from (32, 128) to (128, 512); at (1024, 64) both take 1.7 on two threads, 1.4
+# and 1.7 on one. With an activation ours takes less from 16k elements on, and keeps half the memory.
+FEW_ELEMENTS, SHORT_ROW = 1 << 16, 1 << 11
 
 
 def _other_for_norm(request: NormRequest, known_readable: bool) -> Resolved | None:

@@ -152,7 +152,7 @@ def features(
     # ATen's kernels read gains, biases and averages as if they were contiguous.
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     if config.center:
-        if weight is not None and bias is not None:
+        if weight is not None and bias is not None and bias.dtype is not weight.dtype:
             bias = bias.to(weight.dtype)  # the two may differ from the input's dtype, but not from one another's
         y = torch.layer_norm(x, shape, weight, bias, config.eps, torch.backends.cudnn.enabled)
     elif config.as_written or (weight is not None and weight.dtype != x.dtype):
