@@ -104,7 +104,7 @@ template <class T, int act> int backward(const nw_channels_backward_args& a) {
     parallel_for(a.channels, threads, [&](int64_t c) {
       const Affine<C> affine = affine_of<C>(a, c);
       const GradCoeffs<C> coeffs =
-          finish_channel<C>(a, c, region_grad_sums<act>(gradient, c * a.positions, all, affine), count);
+          finish_channel<C>(a, c, region_grad_sums<act>(gradient, c * a.positions, all, affine, dx), count);
       input_gradient<act>(gradient, c * a.positions, all, affine, coeffs, dx, dresidual, a.positions, non_temporal);
     });
     return NW_OK;
@@ -115,7 +115,8 @@ template <class T, int act> int backward(const nw_channels_backward_args& a) {
   parallel_for(tasks, threads, [&](int64_t task) {
     int64_t offset, c = task / blocks.count;
     Region block = blocks.at(all, task % blocks.count, offset);
-    partial.get()[task] = block_grad_sums<act>(gradient, c * a.positions + offset, block, affine_of<C>(a, c));
+    partial.get()[task] =
+        block_grad_sums<act>(gradient, c * a.positions + offset, block, affine_of<C>(a, c), dx);
   });
   for (int64_t c = 0; c < a.channels; ++c) {
     GradSums sums;

@@ -79,8 +79,8 @@ template <class T, int act> int backward(const nw_groups_backward_args& a) {
   GradSums* const sums = sums_memory.get();
 
   const auto sum_plane = [&](int64_t plane) {
-    sums[plane] =
-        region_grad_sums<act>(gradient, plane * a.positions, plane_region(a, masks, plane), plane_affine<C>(a, plane));
+    sums[plane] = region_grad_sums<act>(gradient, plane * a.positions, plane_region(a, masks, plane),
+                                        plane_affine<C>(a, plane), dx);
   };
   const auto coeffs_of = [&](int64_t group) {
     return GroupGradCoeffs<C>(a, group, sums + group * channels, count_elements(a, group / a.groups));

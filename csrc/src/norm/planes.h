@@ -76,22 +76,30 @@ template <class T> struct PlaneGradient {
         residual(static_cast<const T*>(a.residual)),
         code(a.act) {}
 
-  // For element i of the run that begins at `start`: the gradient g of z, 0 in padding, and the deviation of x from the
-  // mean, in padding that of x = 0.
+  // For element i of the run that begins at `start`, in padding as if x and dy were 0: the deviation of x from the
+  // mean, ...
+  template <class Part>
+  NW_INLINE vec<C> deviation_at(int64_t start, int64_t i, Part part, const Affine<C>& affine,
+                                const uint64_t* mask) const {
+    return affine.mean.deviation(read(x + start, i, part, mask));
+  }
+  // ... and the gradient g of z.
   template <int act, class Part>
   NW_INLINE vec<C> at(int64_t start, int64_t i, Part part, const Affine<C>& affine, const uint64_t* mask,
                       vec<C>& deviation) const {
-    const auto read = [&](const T* p) NW_LAMBDA {
-      return mask ? load(p + start + i, part, load_valid_lanes<C>(mask, i)) : load(p + start + i, part);
-    };
-    deviation = affine.mean.deviation(read(x));
-    vec<C> g = read(dy);
+    deviation = deviation_at(start, i, part, affine, mask);
+    vec<C> g = read(dy + start, i, part, mask);
     if constexpr (act != NW_IDENTITY) {
       vec<C> z = deviation * affine.scale + affine.shift;
-      if (residual) z += read(residual);
+      if (residual) z += read(residual + start, i, part, mask);
       g *= activation_derivative<act, C>(z, code);
     }
     return clear_tail<C>(g, part);
+  }
+
+ private:
+  template <class Part> NW_INLINE static vec<C> read(const T* p, int64_t i, Part part, const uint64_t* mask) {
+    return mask ? load(p + i, part, load_valid_lanes<C>(mask, i)) : load(p + i, part);
   }
 };
 
@@ -109,9 +117,10 @@ template <class C> struct GradCoeffs {
   C gain, offset = 0, slope = 0;
 };
 
+// The sums of a block. Where `act` is expensive, g is left in dx, for input_gradient to find.
 template <int act, class T>
 GradSums block_grad_sums(const PlaneGradient<T>& gradient, int64_t start, const Region& r,
-                         const Affine<compute_t<T>>& affine) {
+                         const Affine<compute_t<T>>& affine, [[maybe_unused]] T* dx) {
   using C = compute_t<T>;
   vec<C> sum_g[4] = {}, sum_gd[4] = {};
   for (int64_t p = 0; p < r.planes; ++p) {
@@ -122,6 +131,7 @@ GradSums block_grad_sums(const PlaneGradient<T>& gradient, int64_t start, const 
       vec<C> g = gradient.template at<act>(at, i, part, affine, mask, deviation);
       sum_g[k] += g;
       sum_gd[k] += g * deviation;
+      if constexpr (keeps_gradient<T, act>) store(dx + at + i, g, part);
     });
   }
   return {.grad = double(sum_lanes<C>(sum_g)), .grad_deviation = double(sum_lanes<C>(sum_gd))};
@@ -129,29 +139,36 @@ GradSums block_grad_sums(const PlaneGradient<T>& gradient, int64_t start, const 
 
 template <int act, class T>
 GradSums region_grad_sums(const PlaneGradient<T>& gradient, int64_t start, const Region& r,
-                          const Affine<compute_t<T>>& affine) {
+                          const Affine<compute_t<T>>& affine, T* dx) {
   Blocks blocks(r);
   GradSums all;
   for (int64_t i = 0; i < blocks.count; ++i) {
     int64_t offset;
     Region block = blocks.at(r, i, offset);
-    all.add(block_grad_sums<act>(gradient, start + offset, block, affine));
+    all.add(block_grad_sums<act>(gradient, start + offset, block, affine, dx));
   }
   return all;
 }
 
-// Writes dx and dresidual, from the last plane to the first: the last ones are still in cache.
+// Writes dx and dresidual, after block_grad_sums of all; from the last plane to the first: the last ones are still in
+// cache.
 template <int act, class T>
 void input_gradient(const PlaneGradient<T>& gradient, int64_t start, const Region& r,
                     const Affine<compute_t<T>>& affine, const GradCoeffs<compute_t<T>>& coeffs, T* dx, T* dresidual,
                     int64_t prefetch_offset, bool non_temporal) {
   using C = compute_t<T>;
+  if (keeps_gradient<T, act>) non_temporal = false;  // where g lies in the caches dx takes its place
   for (int64_t p = r.planes - 1; p >= 0; --p) {
     const int64_t at = start + p * r.stride;
     const uint64_t* mask = r.mask ? r.mask + p * r.mask_stride : nullptr;
     for_each_vector<C>(r.length, [&](int64_t i, auto part) NW_LAMBDA {
-      vec<C> deviation;
-      vec<C> g = gradient.template at<act>(at, i, part, affine, mask, deviation);
+      vec<C> deviation, g;
+      if constexpr (keeps_gradient<T, act>) {
+        deviation = gradient.deviation_at(at, i, part, affine, mask);
+        g = load(dx + at + i, part);
+      } else {
+        g = gradient.template at<act>(at, i, part, affine, mask, deviation);
+      }
       vec<C> d = g * coeffs.gain - coeffs.offset - deviation * coeffs.slope;
       if (prefetch_offset) {
         prefetch_l2(gradient.x + at + i + prefetch_offset);
