@@ -274,9 +274,10 @@ template <class T, int act> struct RowGradient {
         standardize(a.mean[row], a.rstd[row]),
         code(a.act) {}
 
+  template <class Part> NW_INLINE vec<C> x_hat_at(int64_t i, Part part) const { return standardize(load(s + i, part)); }
   template <class Part>
   NW_INLINE vec<C> at(int64_t i, Part part, vec<C> weight, const ParamVector<C>& bias, vec<C>& x_hat) const {
-    x_hat = standardize(load(s + i, part));
+    x_hat = x_hat_at(i, part);
     vec<C> g = load(dy + i, part);
     if constexpr (act != NW_IDENTITY) g *= activation_derivative<act, C>(x_hat * weight + bias.at(i, part), code);
     return g;
@@ -288,7 +289,7 @@ struct RowSums {
   double grad = 0, grad_x_hat = 0;
 };
 
-// Writes ds = rstd * weight * g - offset - x_hat * slope of one row. `prefetch_offset`: how far away the row lies that
+// Writes ds = rstd * weight * g - offset - x_hat * slope of one row, in which g may wait, see keeps_gradient. `prefetch_offset`: how far away the row lies that
 // is read after it.
 template <class T, int act>
 void write_input_gradient(const nw_rows_backward_args& a, int64_t row, const RowSums& sums,
@@ -300,10 +301,16 @@ void write_input_gradient(const nw_rows_backward_args& a, int64_t row, const Row
   const C offset = a.center ? C(rstd * sums.grad / n) : C(0), slope = C(rstd * sums.grad_x_hat / n);
   const T* const dsum = a.dsum ? static_cast<const T*>(a.dsum) + row * a.cols : nullptr;
   T* const ds = static_cast<T*>(a.ds) + row * a.cols;
+  if (keeps_gradient<T, act>) non_temporal = false;  // where g lies in the caches ds takes its place
   for_each_vector<C>(a.cols, [&](int64_t i, auto part) NW_LAMBDA {
     const vec<C> w = weight.at(i, part);
-    vec<C> x_hat;
-    const vec<C> g = r.at(i, part, w, bias, x_hat);
+    vec<C> x_hat, g;
+    if constexpr (keeps_gradient<T, act>) {
+      x_hat = r.x_hat_at(i, part);
+      g = load(ds + i, part);
+    } else {
+      g = r.at(i, part, w, bias, x_hat);
+    }
     vec<C> gradient = g * w * r.standardize.rstd - offset - x_hat * slope;
     if (dsum) gradient += load(dsum + i, part);
     store_output(ds + i, gradient, part, non_temporal);
@@ -332,6 +339,7 @@ void backward_rows(const nw_rows_backward_args& a, const int64_t* rows, compute_
       const auto add = [&](const RowGradient<T, act>& r, int k, vec<C>& dw) NW_LAMBDA {
         vec<C> x_hat;
         const vec<C> g = r.at(i, part, w, bias, x_hat), gw = g * w;
+        if constexpr (keeps_gradient<T, act>) store(static_cast<T*>(a.ds) + rows[k] * a.cols + i, g, part);
         grad[k] += gw;
         grad_x_hat[k] += gw * x_hat;
         dw = g * x_hat;
