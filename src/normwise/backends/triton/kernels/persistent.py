@@ -14,17 +14,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from normwise.backends.triton.kernels.cells import cell_backward, cell_forward, gru_gates, standardize_cell
-from normwise.backends.triton.kernels.gates import (
-    add_sums,
-    hidden_backward,
-    input_backward,
-    load_gates,
-    sigmoid,
-    store_gates,
-    tanh,
-    terms,
+from normwise.backends.triton.kernels.cells import (
+    cell_backward,
+    cell_forward,
+    gru_gates,
+    lstm_cell,
+    lstm_gates,
+    normed_cell,
+    statistics_of_cell,
 )
+from normwise.backends.triton.kernels.gates import load_gates, store_gates
+from normwise.backends.triton.kernels.terms import add_sums, hidden_backward, input_backward, terms
 
 # Of which no value is worth a compilation.
 _SIZES = ("steps", "batch", "first_row", "row_step")
@@ -428,8 +428,9 @@ def rows_of_sequence_backward(
         if gain_c is not None:
             dshown = tl.load(dshown_ptr + of_units + cols, mask, other=0)
             before = tl.load(c_ptr + of_units + cols, mask, other=0)
-            c = sigmoid(p[1] + q[1]) * before + sigmoid(p[0] + q[0]) * tanh(p[2] + q[2])
-            cell_normed, _ = standardize_cell(tl.where(mask, c, 0), UNITS, mask, EPS, CENTER)
+            c = lstm_cell(lstm_gates(p, q), before)
+            mean, rstd = statistics_of_cell(c, UNITS, mask, EPS, CENTER)
+            cell_normed = normed_cell(c, mean, rstd, mask, CENTER)
         if dp_ptr is not None:
             dp = input_backward(
                 d, dq, p_normed, p_rstd, gain_ih, gain_sum, UNITS, cols, mask, GATES, GROUPS, COUNTS, CENTER, WIDE

@@ -15,14 +15,8 @@ import triton
 import triton.language as tl
 
 from normwise.backends.triton.kernels.cells import cell_backward, cell_forward
-from normwise.backends.triton.kernels.gates import (
-    add_sums,
-    hidden_backward,
-    input_backward,
-    load_gates,
-    store_gates,
-    terms,
-)
+from normwise.backends.triton.kernels.gates import load_gates, store_gates
+from normwise.backends.triton.kernels.terms import add_sums, hidden_backward, input_backward, terms
 
 # What changes from step to step, of which no value is worth a compilation.
 _OF_FORWARD = ("row", "next_row", "state_row", "next_state_row", "wide_row", "next_wide_row", "alive_next")

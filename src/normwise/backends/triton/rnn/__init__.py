@@ -31,7 +31,7 @@ class Design(NamedTuple):
 
 
 DESIGNS = {
-    "grid": Design(grid.obstacle, grid.forward, None),
+    "grid": Design(grid.obstacle, grid.forward, grid.backward),
     "persistent": Design(persistent.obstacle, persistent.forward, persistent.backward),
     "stepwise": Design(stepwise.obstacle, stepwise.forward, stepwise.backward),
 }
