@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+NO_MODIFIER = tl.constexpr("")
+
 
 @triton.jit
 def sigmoid(x):
@@ -40,7 +42,14 @@ def row_sum(v):
 
 @triton.jit
 def load_gates(
-    ptr, offset, UNITS: tl.constexpr, cols, mask, GATES: tl.constexpr, WIDE: tl.constexpr, CACHE: tl.constexpr = ""
+    ptr,
+    offset,
+    UNITS: tl.constexpr,
+    cols,
+    mask,
+    GATES: tl.constexpr,
+    WIDE: tl.constexpr,
+    CACHE: tl.constexpr = NO_MODIFIER,
 ):
     a = tl.load(ptr + offset + cols, mask, other=0, cache_modifier=CACHE).to(WIDE)
     b = tl.zeros_like(a)
