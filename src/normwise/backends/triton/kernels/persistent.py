@@ -24,7 +24,8 @@ from normwise.backends.triton.kernels.cells import (
     statistics_of_cell,
 )
 from normwise.backends.triton.kernels.gates import load_gates, store_gates
-from normwise.backends.triton.kernels.terms import add_sums, hidden_backward, input_backward, terms
+from normwise.backends.triton.kernels.sums import add_inner_sums, add_sums
+from normwise.backends.triton.kernels.terms import hidden_backward, input_backward, terms
 
 # Of which no value is worth a compilation.
 _SIZES = ("steps", "batch", "first_row", "row_step")
@@ -395,6 +396,7 @@ def rows_of_sequence_backward(
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < UNITS
+    of_sums = sums + program * (3 * GATES + 3) * UNITS
     for row in range(program, rows, tl.num_programs(0)):
         of_gates = row * GATES * UNITS
         of_units = row * UNITS
@@ -437,10 +439,9 @@ def rows_of_sequence_backward(
             )
             store_gates(dp_ptr, of_gates, UNITS, cols, mask, dp, GATES)
         add_sums(
-            sums + program * (3 * GATES + 3) * UNITS,
+            of_sums,
             d,
             d_hidden,
-            dq,
             p_normed,
             q_normed,
             dshown,
@@ -450,7 +451,6 @@ def rows_of_sequence_backward(
             gain_ih,
             gain_hh,
             gain_sum,
-            bias_inner,
             gain_c,
             bias_c,
             UNITS,
@@ -461,4 +461,5 @@ def rows_of_sequence_backward(
             RESET_AFTER,
             WIDE,
         )
+        add_inner_sums(of_sums, dq, bias_inner, UNITS, cols, mask, GATES, WIDE)
         tl.debug_barrier()  # a thread may load a sum that another one stored

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from normwise.backends.triton.kernels.gates import add_gates, load_gates, means, plus, row_sum, times, with_bias
+from normwise.backends.triton.kernels.gates import load_gates, means, plus, row_sum, times, with_bias
 
 
 @triton.jit
@@ -297,53 +297,3 @@ def input_backward(
         d = times(d, load_gates(gain_ih, 0, UNITS, cols, mask, GATES, WIDE))
         d = standardize_backward(d, p_normed, p_rstd, UNITS, mask, GATES, GROUPS, COUNTS, CENTER)
     return d
-
-
-@triton.jit
-def add_sums(
-    sums,
-    d,
-    d_hidden,
-    dq,
-    p_normed,
-    q_normed,
-    dshown,
-    cell_normed,
-    bias_ih,
-    bias_hh,
-    gain_ih,
-    gain_hh,
-    gain_sum,
-    bias_inner,
-    gain_c,
-    bias_c,
-    UNITS: tl.constexpr,
-    cols,
-    mask,
-    CELL: tl.constexpr,
-    GATES: tl.constexpr,
-    RESET_AFTER: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """One row's share of the gradients of gains and biases, added to the sums of `rnn.requests.SUMS`: from the
-    gradients of the input term (or the sum) `d`, of the hidden term, and of what the cell shows to its output."""
-    if bias_ih is not None or bias_hh is not None:
-        add_gates(sums, 0, UNITS, cols, mask, d, GATES, WIDE)
-        if CELL == "gru" and RESET_AFTER:
-            at = sums + 3 * GATES * UNITS + cols
-            tl.store(at, tl.load(at, mask, other=0) + d_hidden[2], mask)
-    if gain_sum is not None:
-        add_gates(sums, GATES * UNITS, UNITS, cols, mask, times(d, p_normed), GATES, WIDE)
-        if bias_inner is not None:
-            add_gates(sums, 2 * GATES * UNITS, UNITS, cols, mask, dq, GATES, WIDE)
-    else:
-        if gain_hh is not None:
-            add_gates(sums, GATES * UNITS, UNITS, cols, mask, times(d_hidden, q_normed), GATES, WIDE)
-        if gain_ih is not None:
-            add_gates(sums, 2 * GATES * UNITS, UNITS, cols, mask, times(d, p_normed), GATES, WIDE)
-    if gain_c is not None:
-        at = sums + (3 * GATES + 1) * UNITS + cols
-        tl.store(at, tl.load(at, mask, other=0) + dshown * cell_normed, mask)
-        if bias_c is not None:
-            at += UNITS
-            tl.store(at, tl.load(at, mask, other=0) + dshown, mask)
