@@ -3,6 +3,7 @@ that a meeting left out would show."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -67,27 +68,38 @@ class Backward:
 
 @in_processes
 def test_every_recurrence_is_the_reference() -> None:
-    """Of three programs the last has one unit, and so has the second half of h."""
+    """Of two programs the last has one unit, and so has the second half of h."""
     samples = {name: Sample(config, (2, 3, 2, 9), ragged=True, resets=True) for name, config in RECURRENCES.items()}
-    with settings.recurrent_settings(share=4, grid_units=((4, 16),)):
+    with settings.recurrent_settings(share=8, grid_units=((4, 16),)):
         calls = {name: launched(sample) for name, sample in samples.items()}
         launches = [launch for _, made in calls.values() for launch in made]
-        assert {launch.grid for launch in launches} == {(1, 3)}
+        assert {launch.grid for launch in launches} == {(1, 2)}
         assert triton_processes.run(launches, 240)
         backward = {name: Backward(sample, calls[name][0][0]) for name, sample in samples.items()}
         launches = [made.launch for made in backward.values()]
-        assert {launch.grid for launch in launches} == {(1, 3)}
+        assert {launch.grid for launch in launches} == {(1, 2)}
         assert triton_processes.run(launches, 240)
         excess = {name: sample.excess(backward[name].found()) for name, sample in samples.items()}
     assert max(excess.values()) <= 1, excess
 
 
 @on_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["lstm ba2016", "lstm unnormalized", "gru ba2016", "rnn ba2016"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("lstm ba2016", torch.float32),
+        ("lstm ba2016", torch.bfloat16),
+        ("lstm icefall", torch.float16),
+        ("lstm unnormalized", torch.bfloat16),
+        ("gru ba2016", torch.float16),
+        ("gru ba2016", torch.bfloat16),
+        ("rnn ba2016", torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_one_program_a_tile(name: str, dtype: torch.dtype) -> None:
     """Which waits for nobody; backwards, and two tiles of samples."""
-    sample = Sample(RECURRENCES[name], (3, 17, 5, 13), dtype, ragged=True, resets=True, reverse=True)
+    sample = Sample(RECURRENCES[name], (2, 17, 2, 13), dtype, ragged=True, resets=True, reverse=True)
     for direction in ("forward", "backward"):
         assert rnn.chosen(requests.Readable.of(moved(sample.given)), direction) == ("grid", {})
     assert sample.excess(by_triton(sample)) <= 1
@@ -125,8 +137,8 @@ def test_programs_wait_for_one_another(
 
 
 def planted(is_there: Meetings, programs: int, missing: int = 0) -> Any:
-    """In place of `kernels.grid.meet`: programs arrive, but do not wait where a meeting is not there, and never for the
-    last `missing` ones."""
+    """In place of `meet`: programs arrive, but do not wait where a meeting is not there, and never for the last
+    `missing` ones. One of them is slow after each meeting, so that the others would not wait for it by chance alone."""
     import triton.language as tl
 
     def meet(counter: Any, arrivals: Any) -> None:
@@ -134,6 +146,8 @@ def planted(is_there: Meetings, programs: int, missing: int = 0) -> Any:
         tl.atomic_add(counter, 1, sem="release", scope="gpu")
         while is_there(before) and tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < arrivals - missing:
             pass
+        if int(tl.program_id(1).handle.data.item()) == 0:
+            time.sleep(0.02)
 
     return meet
 
@@ -156,7 +170,7 @@ def test_a_missing_meeting_shows(monkeypatch: pytest.MonkeyPatch, fault: str) ->
     monkeypatch.setattr(kernels, "meet", planted(is_there, 3, missing))
     sample = Sample(RECURRENCES["rnn ba2016"], (3, 3, 1, 12))
     with settings.recurrent_settings(share=4):
-        results, launches = launched(sample, 10)
+        results, launches = launched(sample, 3)
         assert triton_processes.run(launches, 240)
     truth = sample.truth[0]
     right = [bool(((sample.padded(r.output).double() - truth).abs() < 1e-4).all()) for r in results]
@@ -173,7 +187,7 @@ def test_so_does_one_of_the_backward(monkeypatch: pytest.MonkeyPatch, fault: str
     with settings.recurrent_settings(share=4):
         backward = Backward(sample, result)
         monkeypatch.setattr(backward.kernels, "meet", planted(is_there, 3, missing))
-        launches = [backward.launch.again() for _ in range(10)]
+        launches = [backward.launch.again() for _ in range(3)]
         assert triton_processes.run(launches, 240)
     of_h = backward.launch.kernel.arg_names.index("dh_ptr")
     truth = sample.truth[3]

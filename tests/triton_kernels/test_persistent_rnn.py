@@ -28,7 +28,7 @@ ODD_SIZES = [
     ((2, 3, 4, 33), {"ragged": True, "resets": True}),
     ((1, 3, 2, 64), {"resets": True}),
     ((2, 0, 3, 5), {}),
-    ((5, 35, 1, 3), {"ragged": True}),
+    ((2, 35, 1, 3), {"ragged": True}),
 ]
 
 
