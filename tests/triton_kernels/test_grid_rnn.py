@@ -39,7 +39,7 @@ def launched(sample: Sample, times: int = 1) -> tuple[list[LayerResult], list[tr
     from normwise.backends.triton.kernels import grid as kernels
 
     request = sample.given
-    assert rnn.chosen(requests.Readable.of(request), "forward") == ("grid", {})
+    assert rnn.chosen(requests.Readable.of(request)) == ("grid", {})
     with triton_processes.recorded(kernels, "grid_forward") as launches:
         results = [rnn.forward(request, True) for _ in range(times)]
     return results, launches
@@ -52,7 +52,6 @@ class Backward:
         from normwise.backends.triton.kernels import grid_backward as kernels
 
         self.sample, self.result, self.kernels = sample, result, kernels
-        assert rnn.chosen(requests.Readable.of(sample.given), "backward") == ("grid", {})
         self.launch = triton_processes.launch_of(kernels, "grid_backward", self.gradients)
 
     def gradients(self) -> list[torch.Tensor | None]:
@@ -100,8 +99,7 @@ def test_every_recurrence_is_the_reference() -> None:
 def test_one_program_a_tile(name: str, dtype: torch.dtype) -> None:
     """Which waits for nobody; backwards, and two tiles of samples."""
     sample = Sample(RECURRENCES[name], (2, 17, 2, 13), dtype, ragged=True, resets=True, reverse=True)
-    for direction in ("forward", "backward"):
-        assert rnn.chosen(requests.Readable.of(moved(sample.given)), direction) == ("grid", {})
+    assert rnn.chosen(requests.Readable.of(moved(sample.given))) == ("grid", {})
     assert sample.excess(by_triton(sample)) <= 1
 
 
@@ -211,7 +209,6 @@ def test_what_it_cannot_run_is_refused_with_the_reason(size: tuple[int, ...], dt
     if not runtime.interpreted():
         pytest.skip("a GPU has more multiprocessors")
     request = Sample(Recurrence("rnn", None), size, dtype).given
-    name, refused = rnn.chosen(requests.Readable.of(request), "forward")
+    name, refused = rnn.chosen(requests.Readable.of(request))
     assert name != "grid"
     assert reason in refused["grid"]
-    assert rnn.chosen(requests.Readable.of(request), "backward") == (name, refused)
