@@ -30,16 +30,11 @@ ALLOWED = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 4e-3, "tf32": 4e-3}
 
 
 def designs() -> dict[str, Callable[[], AbstractContextManager[object]]]:
-    """For each design of the kernels, what makes `normwise.backend("triton")` take it alone, or refuse. A backward that
-    a design leaves to another is that other's."""
-    default = rnn.chosen
+    """For each design of the kernels, what makes `normwise.backend("triton")` take it alone, or refuse."""
 
     def only(name: str) -> AbstractContextManager[object]:
-        def chosen(at: Any, direction: Any) -> tuple[str, dict[str, str]]:
-            design = rnn.DESIGNS[name]
-            if getattr(design, direction) is None:
-                return default(at, direction)
-            reason = design.obstacle(at)
+        def chosen(at: Any) -> tuple[str, dict[str, str]]:
+            reason = rnn.DESIGNS[name].obstacle(at)
             if reason is not None:
                 raise BackendError(reason)
             return name, {}

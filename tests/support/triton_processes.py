@@ -13,8 +13,8 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -32,11 +32,15 @@ class Launch:
         self.own = args
         self.args = [_shared(t) if isinstance(t, Tensor) else t for t in args]
 
-    def collect(self) -> None:
-        """Copy what the processes wrote to where the caller of the kernel looks for it."""
-        for own, shared in zip(self.own, self.args, strict=True):
+    def collect(self, into: tuple[Any, ...] | None = None) -> None:
+        """Copy what the processes wrote to where the caller of the kernel looks for it, or into another call's."""
+        for own, shared in zip(self.own if into is None else into, self.args, strict=True):
             if isinstance(own, Tensor):
                 own.copy_(shared)
+
+    def again(self) -> Launch:
+        """The same launch, on tensors of its own."""
+        return Launch(self.kernel, self.grid, self.own, self.kwargs)
 
 
 def _shared(t: Tensor) -> Tensor:
@@ -45,17 +49,49 @@ def _shared(t: Tensor) -> Tensor:
 
 
 @contextmanager
+def _in_place_of(module: ModuleType, name: str, launch: Callable[..., None]) -> Iterator[None]:
+    """Of the launches of the module's kernel: `launch(grid, args, kwargs)`."""
+
+    class Launcher:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *args, **kwargs: launch(grid, args, kwargs)
+
+    with mock.patch.object(module, name, Launcher()):
+        yield
+
+
+@contextmanager
 def recorded(module: ModuleType, name: str) -> Iterator[list[Launch]]:
     """Launches of the module's kernel are listed instead of made."""
     launches: list[Launch] = []
     kernel = getattr(module, name)
-
-    class Recording:
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            return lambda *args, **kwargs: launches.append(Launch(kernel, grid, args, kwargs))
-
-    with mock.patch.object(module, name, Recording()):
+    with _in_place_of(module, name, lambda grid, *given: launches.append(Launch(kernel, grid, *given))):
         yield launches
+
+
+class _Recorded(Exception):
+    """A call has come to its launch."""
+
+
+def launch_of(module: ModuleType, name: str, call: Callable[[], object]) -> Launch:
+    """The launch of the module's kernel that `call` makes; what would come after it is not computed."""
+    found: list[Launch] = []
+    kernel = getattr(module, name)
+
+    def stop(grid: tuple[int, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(Launch(kernel, grid, args, kwargs))
+        raise _Recorded
+
+    with _in_place_of(module, name, stop), suppress(_Recorded):
+        call()
+    return found[0]
+
+
+@contextmanager
+def replayed(module: ModuleType, name: str, launch: Launch) -> Iterator[None]:
+    """The launch of the module's kernel gives what `launch` gave, which has run."""
+    with _in_place_of(module, name, lambda grid, args, kwargs: launch.collect(args)):
+        yield
 
 
 def run(launches: list[Launch], seconds: float = 30.0) -> bool:

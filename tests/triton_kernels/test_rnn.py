@@ -52,7 +52,7 @@ EXACT = [
     ((1, 1, 1, 1), {}),
     ((7, 3, 2, 5), ROWS),
     ((2, 3, 4, 33), {"resets": True, "reverse": True}),
-    ((1, 17, 3, 64), {"resets": True}),
+    ((1, 3, 3, 64), {"resets": True}),
     ((2, 0, 3, 5), {}),
 ]
 
@@ -78,7 +78,7 @@ def test_they_lose_no_more_digits_than_a_loop_of_torch(dtype: torch.dtype, name:
 @on_kernels
 @pytest.mark.parametrize("name", ["lstm ba2016", "gru ba2016", "rnn ba2016"])
 def test_more_samples_and_steps(name: str) -> None:
-    sample = Sample(CONFIGS[name], (7, 17, 5, 33), torch.float32, **ROWS)
+    sample = Sample(CONFIGS[name], (4, 17, 5, 33), torch.float32, **ROWS)
     assert sample.excess(by_triton(sample)) <= 1
 
 

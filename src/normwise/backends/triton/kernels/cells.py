@@ -5,14 +5,102 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from normwise.backends.triton.kernels.gates import sigmoid, standardize, standardize_backward, tanh
+from normwise.backends.triton.kernels.gates import sigmoid, tanh
+from normwise.backends.triton.kernels.terms import projections, statistics
 
 
 @triton.jit
-def standardize_cell(c, UNITS: tl.constexpr, mask, EPS: tl.constexpr, CENTER: tl.constexpr):
-    """One vector, for which it is more than enough to have one gate."""
-    normed, rstd = standardize((c, c, c, c), UNITS, mask, EPS, 1, 0, 1, CENTER)
-    return normed[0], rstd[0]
+def statistics_of_cell(c, UNITS: tl.constexpr, mask, EPS: tl.constexpr, CENTER: tl.constexpr):
+    """Of one vector, for which it is more than enough to have one gate: its mean and 1 / sqrt(var + eps)."""
+    c = tl.where(mask, c, 0)
+    mean, rstd = statistics((c, c, c, c), UNITS, mask, EPS, 1, 0, 1, CENTER)
+    return mean[0], rstd[0]
+
+
+@triton.jit
+def normed_cell(c, mean, rstd, mask, CENTER: tl.constexpr):
+    if CENTER:
+        c -= mean
+    return tl.where(mask, c, 0) * rstd
+
+
+@triton.jit
+def projections_of_cell(dnormed, normed, UNITS: tl.constexpr, CENTER: tl.constexpr):
+    """As `projections`, of the gradient of the norm's values."""
+    dy = (dnormed, dnormed, dnormed, dnormed)
+    along, mean = projections(dy, (normed, normed, normed, normed), UNITS, 1, 0, 1, CENTER)
+    return along[0], mean[0]
+
+
+@triton.jit
+def projected_cell(dnormed, normed, rstd, along, mean, mask, CENTER: tl.constexpr):
+    """The gradient of c from that of the norm's values."""
+    d = dnormed - normed * along
+    if CENTER:
+        d = tl.where(mask, d - mean, 0)
+    return d * rstd
+
+
+@triton.jit
+def shown_cell(normed, gain_c, bias_c, cols, mask, WIDE: tl.constexpr):
+    """What the cell shows to its output: of its norm's values, after gain and bias."""
+    shown = normed * tl.load(gain_c + cols, mask, other=0).to(WIDE)
+    if bias_c is not None:
+        shown += tl.load(bias_c + cols, mask, other=0).to(WIDE)
+    return shown
+
+
+@triton.jit
+def lstm_gates(p, q):
+    return sigmoid(p[0] + q[0]), sigmoid(p[1] + q[1]), tanh(p[2] + q[2]), sigmoid(p[3] + q[3])
+
+
+@triton.jit
+def lstm_cell(gates, before):
+    return gates[1] * before + gates[0] * gates[2]
+
+
+@triton.jit
+def lstm_gate_gradients(gates, before, dc, do):
+    """Of the summed inputs, linear in those of c and of the output gate."""
+    i, f, g, o = gates
+    return dc * g * i * (1.0 - i), dc * before * f * (1.0 - f), dc * i * (1.0 - g * g), do * o * (1.0 - o)
+
+
+@triton.jit
+def lstm_of_output(
+    gates,
+    before,
+    dh,
+    dc,
+    mean,
+    rstd,
+    gain_c,
+    bias_c,
+    cols,
+    mask,
+    CENTER: tl.constexpr,
+    CELL_NORM: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """The gradient of the output gate; that of what the cell shows, and of its norm's values; what of the gradient of c
+    does not come through the norm; and the norm's values."""
+    shown = lstm_cell(gates, before)
+    normed = tl.zeros_like(dh)
+    if gain_c is not None:
+        normed = normed_cell(shown, mean, rstd, mask, CENTER)
+        shown = shown_cell(normed, gain_c, bias_c, cols, mask, WIDE)
+    shown = tanh(shown)
+    dshown = dh * gates[3] * (1.0 - shown * shown)
+    dnormed = dshown
+    if gain_c is not None:
+        if CELL_NORM == "state":
+            dshown += dc
+            dc = tl.zeros_like(dh)
+        dnormed = dshown * tl.load(gain_c + cols, mask, other=0).to(WIDE)
+    else:
+        dc += dshown
+    return dh * shown, dshown, dnormed, dc, normed
 
 
 @triton.jit
@@ -51,16 +139,15 @@ def cell_forward(
     """The input and the hidden term -> h, and c of an LSTM."""
     c = tl.zeros_like(p[0])
     if CELL == "lstm":
-        c = sigmoid(p[1] + q[1]) * before + sigmoid(p[0] + q[0]) * tanh(p[2] + q[2])
+        gates = lstm_gates(p, q)
+        c = lstm_cell(gates, before)
         shown = c
         if gain_c is not None:
-            shown, _ = standardize_cell(tl.where(mask, c, 0), UNITS, mask, EPS, CENTER)
-            shown *= tl.load(gain_c + cols, mask, other=0).to(WIDE)
-            if bias_c is not None:
-                shown += tl.load(bias_c + cols, mask, other=0).to(WIDE)
+            mean, rstd = statistics_of_cell(c, UNITS, mask, EPS, CENTER)
+            shown = shown_cell(normed_cell(c, mean, rstd, mask, CENTER), gain_c, bias_c, cols, mask, WIDE)
             if CELL_NORM == "state":
                 c = shown
-        h = sigmoid(p[3] + q[3]) * tanh(shown)
+        h = gates[3] * tanh(shown)
     elif CELL == "gru":
         _, z, n, _ = gru_gates(p, q, UPDATE_OFFSET, RESET_AFTER)
         if PAPER_GATE:
@@ -102,33 +189,19 @@ def cell_backward(
     dshown = nothing
     normed = nothing
     if CELL == "lstm":
-        i = sigmoid(p[0] + q[0])
-        f = sigmoid(p[1] + q[1])
-        g = tanh(p[2] + q[2])
-        o = sigmoid(p[3] + q[3])
-        c = f * before + i * g
-        shown = c
+        gates = lstm_gates(p, q)
+        mean = nothing
+        rstd = nothing
         if gain_c is not None:
-            normed, rstd = standardize_cell(tl.where(mask, c, 0), UNITS, mask, EPS, CENTER)
-            gain = tl.load(gain_c + cols, mask, other=0).to(WIDE)
-            shown = normed * gain
-            if bias_c is not None:
-                shown += tl.load(bias_c + cols, mask, other=0).to(WIDE)
-        shown = tanh(shown)
-        dshown = dh * o * (1.0 - shown * shown)
+            mean, rstd = statistics_of_cell(lstm_cell(gates, before), UNITS, mask, EPS, CENTER)
+        do, dshown, dnormed, dc, normed = lstm_of_output(
+            gates, before, dh, dc, mean, rstd, gain_c, bias_c, cols, mask, CENTER, CELL_NORM, WIDE
+        )
         if gain_c is not None:
-            if CELL_NORM == "state":
-                dshown += dc
-                dc = nothing
-            d = dshown * gain
-            d, _, _, _ = standardize_backward(
-                (d, d, d, d), (normed, normed, normed, normed), (rstd, rstd, rstd, rstd), UNITS, mask, 1, 0, 1, CENTER
-            )
-            dc += d
-        else:
-            dc += dshown
-        dbefore = dc * f
-        dp = (dc * g * i * (1.0 - i), dc * before * f * (1.0 - f), dc * i * (1.0 - g * g), dh * shown * o * (1.0 - o))
+            along, of_mean = projections_of_cell(dnormed, normed, UNITS, CENTER)
+            dc += projected_cell(dnormed, normed, rstd, along, of_mean, mask, CENTER)
+        dbefore = dc * gates[1]
+        dp = lstm_gate_gradients(gates, before, dc, do)
         dq = dp
     elif CELL == "gru":
         r, z, n, gated = gru_gates(p, q, UPDATE_OFFSET, RESET_AFTER)

@@ -14,17 +14,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from normwise.backends.triton.kernels.cells import cell_backward, cell_forward, gru_gates, standardize_cell
-from normwise.backends.triton.kernels.gates import (
-    add_sums,
-    hidden_backward,
-    input_backward,
-    load_gates,
-    sigmoid,
-    store_gates,
-    tanh,
-    terms,
+from normwise.backends.triton.kernels.cells import (
+    cell_backward,
+    cell_forward,
+    gru_gates,
+    lstm_cell,
+    lstm_gates,
+    normed_cell,
+    statistics_of_cell,
 )
+from normwise.backends.triton.kernels.gates import load_gates, store_gates
+from normwise.backends.triton.kernels.sums import add_inner_sums, add_sums
+from normwise.backends.triton.kernels.terms import hidden_backward, input_backward, terms
 
 # Of which no value is worth a compilation.
 _SIZES = ("steps", "batch", "first_row", "row_step")
@@ -395,6 +396,7 @@ def rows_of_sequence_backward(
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < UNITS
+    of_sums = sums + program * (3 * GATES + 3) * UNITS
     for row in range(program, rows, tl.num_programs(0)):
         of_gates = row * GATES * UNITS
         of_units = row * UNITS
@@ -428,18 +430,18 @@ def rows_of_sequence_backward(
         if gain_c is not None:
             dshown = tl.load(dshown_ptr + of_units + cols, mask, other=0)
             before = tl.load(c_ptr + of_units + cols, mask, other=0)
-            c = sigmoid(p[1] + q[1]) * before + sigmoid(p[0] + q[0]) * tanh(p[2] + q[2])
-            cell_normed, _ = standardize_cell(tl.where(mask, c, 0), UNITS, mask, EPS, CENTER)
+            c = lstm_cell(lstm_gates(p, q), before)
+            mean, rstd = statistics_of_cell(c, UNITS, mask, EPS, CENTER)
+            cell_normed = normed_cell(c, mean, rstd, mask, CENTER)
         if dp_ptr is not None:
             dp = input_backward(
                 d, dq, p_normed, p_rstd, gain_ih, gain_sum, UNITS, cols, mask, GATES, GROUPS, COUNTS, CENTER, WIDE
             )
             store_gates(dp_ptr, of_gates, UNITS, cols, mask, dp, GATES)
         add_sums(
-            sums + program * (3 * GATES + 3) * UNITS,
+            of_sums,
             d,
             d_hidden,
-            dq,
             p_normed,
             q_normed,
             dshown,
@@ -449,7 +451,6 @@ def rows_of_sequence_backward(
             gain_ih,
             gain_hh,
             gain_sum,
-            bias_inner,
             gain_c,
             bias_c,
             UNITS,
@@ -460,4 +461,5 @@ def rows_of_sequence_backward(
             RESET_AFTER,
             WIDE,
         )
+        add_inner_sums(of_sums, dq, bias_inner, UNITS, cols, mask, GATES, WIDE)
         tl.debug_barrier()  # a thread may load a sum that another one stored

@@ -15,14 +15,9 @@ import triton
 import triton.language as tl
 
 from normwise.backends.triton.kernels.cells import cell_backward, cell_forward
-from normwise.backends.triton.kernels.gates import (
-    add_sums,
-    hidden_backward,
-    input_backward,
-    load_gates,
-    store_gates,
-    terms,
-)
+from normwise.backends.triton.kernels.gates import load_gates, store_gates
+from normwise.backends.triton.kernels.sums import add_inner_sums, add_sums
+from normwise.backends.triton.kernels.terms import hidden_backward, input_backward, terms
 
 # What changes from step to step, of which no value is worth a compilation.
 _OF_FORWARD = ("row", "next_row", "state_row", "next_state_row", "wide_row", "next_wide_row", "alive_next")
@@ -246,20 +241,11 @@ def step_backward(
         tl.store(dc_ptr + of_state + cols, dbefore, mask)
     elif CELL == "gru":
         tl.store(dh_direct + of_state + cols, dbefore, mask)
-    dq = hidden_backward(
-        d_hidden, q_normed, q_rstd, gain_hh, gain_sum, UNITS, cols, mask, GATES, GROUPS, COUNTS, CENTER, WIDE
-    )
-    store_gates(dq_ptr, of_gates, UNITS, cols, mask, dq, GATES)
-    if dp_ptr is not None:
-        dp = input_backward(
-            d, dq, p_normed, p_rstd, gain_ih, gain_sum, UNITS, cols, mask, GATES, GROUPS, COUNTS, CENTER, WIDE
-        )
-        store_gates(dp_ptr, of_gates, UNITS, cols, mask, dp, GATES)
+    of_sums = sums + sample * (3 * GATES + 3) * UNITS
     add_sums(
-        sums + sample * (3 * GATES + 3) * UNITS,
+        of_sums,
         d,
         d_hidden,
-        dq,
         p_normed,
         q_normed,
         dshown,
@@ -269,7 +255,6 @@ def step_backward(
         gain_ih,
         gain_hh,
         gain_sum,
-        bias_inner,
         gain_c,
         bias_c,
         UNITS,
@@ -280,3 +265,13 @@ def step_backward(
         RESET_AFTER,
         WIDE,
     )
+    dq = hidden_backward(
+        d_hidden, q_normed, q_rstd, gain_hh, gain_sum, UNITS, cols, mask, GATES, GROUPS, COUNTS, CENTER, WIDE
+    )
+    store_gates(dq_ptr, of_gates, UNITS, cols, mask, dq, GATES)
+    if dp_ptr is not None:
+        dp = input_backward(
+            d, dq, p_normed, p_rstd, gain_ih, gain_sum, UNITS, cols, mask, GATES, GROUPS, COUNTS, CENTER, WIDE
+        )
+        store_gates(dp_ptr, of_gates, UNITS, cols, mask, dp, GATES)
+    add_inner_sums(of_sums, dq, bias_inner, UNITS, cols, mask, GATES, WIDE)

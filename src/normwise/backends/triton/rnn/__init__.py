@@ -22,27 +22,27 @@ __all__ = ["DTYPES", "backward", "forward", "saves", "supports"]
 
 
 class Design(NamedTuple):
-    """A way to compute all steps. `obstacle`: why it does not take a call, or None. `backward` may be missing: another
-    design's does as well, as all keep the same tensors."""
+    """A way to compute all steps. `obstacle`: why it does not take a call, or None. All keep the same tensors, so that
+    any design's backward follows any other's forward."""
 
     obstacle: Callable[[Readable], str | None]
     forward: Callable[..., Any]
-    backward: Callable[..., Any] | None
+    backward: Callable[..., Any]
 
 
 DESIGNS = {
-    "grid": Design(grid.obstacle, grid.forward, None),
+    "grid": Design(grid.obstacle, grid.forward, grid.backward),
     "persistent": Design(persistent.obstacle, persistent.forward, persistent.backward),
     "stepwise": Design(stepwise.obstacle, stepwise.forward, stepwise.backward),
 }
 
 
-def chosen(at: Readable, direction: Literal["forward", "backward"]) -> tuple[str, dict[str, str]]:
-    """The design that computes a call, and why those before it in `settings.Recurrent.designs` do not."""
+def chosen(at: Readable) -> tuple[str, dict[str, str]]:
+    """The design that computes a call, forward and backward, and why those before it in `settings.Recurrent.designs` do
+    not."""
     refused: dict[str, str] = {}
     for name in settings.recurrent().designs:
-        design = DESIGNS[name]
-        reason = design.obstacle(at) if getattr(design, direction) else f"has no {direction}"
+        reason = DESIGNS[name].obstacle(at)
         if reason is None:
             return name, refused
         refused[name] = reason
@@ -51,7 +51,7 @@ def chosen(at: Readable, direction: Literal["forward", "backward"]) -> tuple[str
 
 def computed(at: Readable, direction: Literal["forward", "backward"], *args: Any) -> Any:
     """What the chosen design gives."""
-    name, _ = chosen(at, direction)
+    name, _ = chosen(at)
     with runtime.on_device_of(at.x):
         return getattr(DESIGNS[name], direction)(at, *args)
 

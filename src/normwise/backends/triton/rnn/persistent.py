@@ -118,12 +118,8 @@ def backward(
     """The gradients of p and q, and sums (see `SUMS`, and any number of rows); `dh` and `dc` become those of h0, c0."""
     from normwise.backends.triton.kernels import persistent as kernels
 
-    options, w, rows = constants_of(at), at.weights, len(at.x)
-    dq = torch.empty_like(p)
-    needs_rows = not at.shares_gradient or any(t is not None for t in at.parameters)
-    dp = dq if at.shares_gradient else torch.empty_like(p)
-    d = torch.empty_like(p, dtype=at.wide) if needs_rows else None
-    dshown = None if w.gain_c is None else dh.new_empty((rows, at.units))
+    options = constants_of(at)
+    d, dq, dshown = gradients_of(at, p)
     if at.batch:
         table, sizes = rows_of_steps(at, options["SAMPLES"])
         kernels.sequence_backward[(blocks(at.batch, options["SAMPLES"]),)](
@@ -136,7 +132,7 @@ def backward(
             dc,
             at.resets,
             table,
-            w.weight_hh,
+            at.weights.weight_hh,
             *at.parameters,
             d,
             dq,
@@ -144,23 +140,24 @@ def backward(
             *sizes,
             **options,
         )
-    return dp, dq, of_rows(at, p, q, c, d, dq, dshown, dp)
+    return of_rows(at, p, q, c, d, dq, dshown)
+
+
+def gradients_of(at: Readable, p: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """For the gradients of the input term (where `of_rows` needs them), of q and of what an LSTM's cell norm shows."""
+    needs_rows = not at.shares_gradient or any(t is not None for t in at.parameters)
+    d = torch.empty_like(p, dtype=at.wide) if needs_rows else None
+    dshown = None if at.weights.gain_c is None else at.x.new_empty((len(at.x), at.units), dtype=at.wide)
+    return d, torch.empty_like(p), dshown
 
 
 def of_rows(
-    at: Readable,
-    p: Tensor,
-    q: Tensor,
-    c: Tensor | None,
-    d: Tensor | None,
-    dq: Tensor,
-    dshown: Tensor | None,
-    dp: Tensor,
-) -> Tensor:
-    """Fills the gradient of p, and gives sums (see `SUMS`)."""
+    at: Readable, p: Tensor, q: Tensor, c: Tensor | None, d: Tensor | None, dq: Tensor, dshown: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of p and q, and sums (see `SUMS`), once all steps are done."""
     from normwise.backends.triton.kernels import persistent as kernels
 
-    rows = len(at.x)
+    rows, dp = len(at.x), dq if at.shares_gradient else torch.empty_like(p)
     programs = min(rows, settings.recurrent().row_programs)
     sums = dq.new_zeros((programs, SUMS[at.config.gates], at.units), dtype=at.wide)
     if programs and d is not None:
@@ -180,4 +177,4 @@ def of_rows(
             BLOCK=block,
             num_warps=max(block // 128, 1),
         )
-    return sums
+    return dp, dq, sums
