@@ -21,8 +21,8 @@ from benchmarks.measure import PAIRS, Probe, ratio, rounds
 from benchmarks.nets import NETS, Inputs, Net
 
 # A result may be so many times as far from float64's as torch.nn's own is, or this far, as a share of its norm. A sum
-# that is rounded to the other side of a ReLU's kink moves gradients by a thousandth, in torch.nn's run or in ours: torch
-# is asked with weights and inputs an ulp from their own too, so often that each sum so near a kink has been on both.
+# that is rounded to the other side of a ReLU's kink moves gradients by a thousandth, in torch.nn's run or in ours:
+# torch is asked with weights and inputs an ulp from their own too, so often that each such sum has been on both sides.
 TIMES_TORCH, ALLOWED, MOVED = 5.0, 1e-5, 8
 # Of an LSTM that torch.nn lacks: roundings add up over the steps.
 ALLOWED_RECURRENT = 1e-4

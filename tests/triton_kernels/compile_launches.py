@@ -118,6 +118,8 @@ def make_updates() -> None:
             saved = RunningStatsRequest(*averages, momentum, batch[0], rstd=batch[1], count=12_544, eps=1e-5)
             running_stats.update(saved)
         running_stats.update(RunningStatsRequest(*averages, 0.1, batch[0], batch[1], batch[1]))
+        each = RunningStatsRequest(*averages[:2], None, 0.1, batch, batch, batch[:, :1].expand(-1, channels))
+        running_stats.update_over_samples(each)
 
 
 def make_recurrent_launches() -> None:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import normwise
 from normwise.backends.protocol import Moments, RunningStatsRequest
-from normwise.backends.triton.running_stats import supports, update
+from normwise.backends.triton.running_stats import supports, update, update_over_samples
 from normwise.ops import dispatch
 from normwise.ops.norm import running_stats
 from support.backends import DTYPES
@@ -48,6 +48,7 @@ LIMITS = {
     "batch, mask, evaluation": (4, 3),
     "group, mask": (3, 4),
     "instance, mask": (3, 4),
+    "instance, lengths, averages": (6, 4),
     "ghost batches": (27, 6),
     "ghost batches, mask": (31, 9),
     "renorm": (29, 5),
@@ -161,6 +162,31 @@ def test_the_kernel_moves_averages_as_they_are_defined(
     for ours, expected in zip(mine, truth, strict=False):
         held_to = max(dtype, torch.float32, key=lambda d: torch.finfo(d).eps)
         assert_close(ours, expected, kind="composed", dtype=held_to, count=C, scale=8.0)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("momentum", [0.3, torch.tensor(0.25)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_samples_move_averages_by_the_mean_of_those_that_have_moments(
+    dtype: torch.dtype, momentum: float | Tensor
+) -> None:
+    """Counts of one sample for all channels and of each channel; more channels than one program has."""
+    channels = 131
+    mean, var, count = torch.randn(5, channels) * 3, torch.rand(5, channels) * 4, torch.randint(2, 9, (5, channels))
+    count[0], count[1] = 0, 1
+    count[:, 3] = 0
+    count[:, 130] = 1
+    mean[2, 1], var[2, 2], mean[:, 4] = torch.nan, torch.inf, -torch.inf
+    for counts in (count, count[:, :1].expand(-1, channels)):
+        mine = torch.randn(channels).to(dtype), (torch.rand(channels) + 0.5).to(dtype)
+        truth = mine[0].double(), mine[1].double()
+        request = RunningStatsRequest(*mine, None, momentum, mean, var, counts)
+        assert supports(request) is None
+        update_over_samples(request)
+        running_stats.update_over_samples(*truth, Moments(mean.double(), var.double(), counts), float(momentum))
+        for ours, expected in zip(mine, truth, strict=True):
+            held_to = max(dtype, torch.float32, key=lambda d: torch.finfo(d).eps)
+            assert_close(ours, expected, kind="composed", dtype=held_to, count=channels, scale=8.0)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

@@ -163,7 +163,7 @@ class NormFamily(NamedTuple):
 
 
 class RunningStatsRequest(NamedTuple):
-    """One update of the running averages of a BatchNorm by what a batch had, on a device.
+    """One update of the running averages of a BatchNorm, or an InstanceNorm, by what a batch had, on a device.
 
     running <- running + momentum * (batch - running), with the variance unbiased, and the batch counted. A channel
     without an element keeps its averages, and one with a single element its variance. If anything would become NaN or
@@ -173,7 +173,9 @@ class RunningStatsRequest(NamedTuple):
         running_mean, running_var: (C,) float, updated in place.
         num_batches_tracked: 0-d int64, updated in place, or None.
         momentum: see `NormConfig`.
-        mean, var, count: (C,) of the batch, the variance biased; the count of each channel, or one for all.
+        mean, var, count: (C,) of the batch, the variance biased; the count of each channel, or one for all. For
+            "update_over_samples" (N, C), of each sample: the average over those that have moments moves each average,
+            and nothing is counted.
         rstd, eps: where there is no `var`: 1 / sqrt(var + eps), which norms save for their backward.
     """
 

@@ -234,8 +234,8 @@ def modulated_kernel(request: NormRequest, gate: Gate | None, known_readable: bo
     return family
 
 
-def running_stats_kernel(request: RunningStatsRequest) -> Callable[[RunningStatsRequest], Tensor] | None:
-    """The kernel that updates running averages in one launch, or None: torch's operations do it then.
+def running_stats_kernel(request: RunningStatsRequest, kernel: str = "update") -> Callable[..., Any] | None:
+    """The kernel of this name that updates running averages in one launch, or None: torch's operations do it then.
 
     On a GPU alone, and not where another backend than its own is forced.
     """
@@ -243,7 +243,7 @@ def running_stats_kernel(request: RunningStatsRequest) -> Callable[[RunningStats
     assert operation is not None
     if _forced.name not in (None, TRITON.name) or on_cpu(request.running_mean):
         return None
-    return None if _triton_obstacle(request, "running_stats") is not None else operation.kernels["update"]
+    return None if _triton_obstacle(request, "running_stats") is not None else operation.kernels[kernel]
 
 
 def _resolve_forced(request: Any, operation: str) -> Resolved:

@@ -38,5 +38,9 @@ BACKEND = Backend(
     runtime.missing,
     Operation(norms.supports, no_shortcoming, norms.FAMILIES),
     Operation(_rnn_supports, no_shortcoming, {"layer": LayerKernel(_rnn_forward, _rnn_backward, _rnn_saves)}),
-    Operation(running_stats.supports, no_shortcoming, {"update": running_stats.update}),
+    Operation(
+        running_stats.supports,
+        no_shortcoming,
+        {"update": running_stats.update, "update_over_samples": running_stats.update_over_samples},
+    ),
 )

@@ -1,4 +1,4 @@
-"""Running averages of a BatchNorm, guarded and moved in one launch, whose kernel is imported with the first tensor."""
+"""Running averages, moved in one launch, of a BatchNorm guarded; the kernels are imported with the first tensor."""
 
 from __future__ import annotations
 
@@ -46,12 +46,8 @@ def update(request: RunningStatsRequest) -> Tensor:
     assert mean is not None
     channels = running_mean.numel()
     counts = count.expand(channels) if isinstance(count, Tensor) else None
-    of_tensor = isinstance(momentum, Tensor)
-    exact = 0.0 if momentum is None or isinstance(momentum, Tensor) else float(momentum)
-    rounded = c_float(exact).value  # a float reaches a kernel in float32: float64 averages want the rest as well
     updated = torch.empty((), dtype=torch.bool, device=running_mean.device)
-    # For what a graph has saved of them, as torch's own operations do it.
-    torch.autograd.graph.increment_version([t for t in (running_mean, running_var, counter) if t is not None])
+    _tell_of_change(running_mean, running_var, counter)
     with runtime.on_device_of(running_mean):
         update_running[(1,)](
             mean.contiguous(),
@@ -60,15 +56,53 @@ def update(request: RunningStatsRequest) -> Tensor:
             running_mean,
             running_var,
             counter,
-            momentum if of_tensor else None,
+            momentum if isinstance(momentum, Tensor) else None,
             updated.view(torch.uint8),
             channels,
             0 if isinstance(count, Tensor) else count,
             0 if counts is None else counts.stride(0),
-            rounded,
-            exact - rounded,
+            *_in_two_floats(momentum),
             EPS=eps if var is None else None,
             CUMULATIVE=momentum is None,
             BLOCK=min(runtime.power_of_2(channels), 1024),
         )
     return updated
+
+
+def update_over_samples(request: RunningStatsRequest) -> None:
+    """By moments (N, C) of each sample's own."""
+    from normwise.backends.triton.kernels.running_stats import update_running_over_samples
+
+    running_mean, running_var, _, momentum, mean, var, count, *_ = request
+    assert mean is not None
+    assert var is not None
+    assert isinstance(count, Tensor)
+    samples, channels = mean.shape
+    block = min(runtime.power_of_2(channels), 128)
+    _tell_of_change(running_mean, running_var)
+    with runtime.on_device_of(running_mean):
+        update_running_over_samples[(-(-channels // block),)](
+            mean.contiguous(),
+            var.contiguous(),
+            count,
+            running_mean,
+            running_var,
+            momentum if isinstance(momentum, Tensor) else None,
+            samples,
+            channels,
+            *count.stride(),
+            *_in_two_floats(momentum),
+            BLOCK=block,
+        )
+
+
+def _tell_of_change(*changed: Tensor | None) -> None:
+    """For what a graph has saved of them, as torch's own operations do it."""
+    torch.autograd.graph.increment_version([t for t in changed if t is not None])
+
+
+def _in_two_floats(momentum: float | Tensor | None) -> tuple[float, float]:
+    """A float reaches a kernel in float32: float64 averages want the rest as well."""
+    exact = 0.0 if momentum is None or isinstance(momentum, Tensor) else float(momentum)
+    rounded = c_float(exact).value
+    return rounded, exact - rounded

@@ -195,6 +195,13 @@ def update_over_samples(running_mean: Tensor, running_var: Tensor, moments: Mome
     the average, as are samples whose moments are NaN or infinite. Where no sample is left, the running average stays.
     """
     require_writable(running_mean, running_var)
+    if not on_cpu(running_mean):
+        mean, var, count = (m.expand_as(moments.mean).reshape(-1, *running_mean.shape) for m in moments)
+        wanted = RunningStatsRequest(running_mean, running_var, None, momentum, mean, var, count)
+        kernel = running_stats_kernel(wanted, "update_over_samples")
+        if kernel is not None:
+            kernel(wanted)
+            return
     with torch.no_grad():
         var = corrected_var(moments)
         finite = moments.mean.isfinite() & var.isfinite()

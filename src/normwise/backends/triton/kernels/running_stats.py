@@ -1,4 +1,5 @@
-"""Running averages of a BatchNorm, guarded and moved, and the batch counted: one program, since all channels decide."""
+"""Running averages: of a BatchNorm guarded and moved, and the batch counted, by one program, since all channels decide;
+of an InstanceNorm moved by the average over the samples that have moments."""
 
 from __future__ import annotations
 
@@ -32,6 +33,16 @@ def _moved(batch, counts, running, c, channels, momentum, elements, count_stride
 
 
 @triton.jit
+def _weight(momentum, momentum_rest, momentum_tensor):
+    """In float64, of which a number has come in two floats."""
+    if momentum_tensor is not None:
+        weight = tl.load(momentum_tensor).to(tl.float64)
+    else:
+        weight = tl.sum((momentum + tl.zeros([1], tl.float64)) + momentum_rest, 0)
+    return weight
+
+
+@triton.jit
 def update_running(
     means, spreads, counts, running_mean, running_var, num_batches_tracked, momentum_tensor, updated, channels,
     elements, count_stride, momentum, momentum_rest, EPS: tl.constexpr, CUMULATIVE: tl.constexpr, BLOCK: tl.constexpr,
@@ -42,11 +53,8 @@ def update_running(
     The momentum is momentum + momentum_rest, or the tensor, or, CUMULATIVE, 1 / (num_batches_tracked + 1)."""
     if CUMULATIVE:
         weight = 1.0 / (tl.load(num_batches_tracked).to(tl.float64) + 1.0)
-    elif momentum_tensor is not None:
-        weight = tl.load(momentum_tensor).to(tl.float64)
     else:
-        weight = (momentum + tl.zeros([1], tl.float64)) + momentum_rest
-        weight = tl.sum(weight, 0)
+        weight = _weight(momentum, momentum_rest, momentum_tensor)
     check = tl.sum(tl.zeros([BLOCK], tl.float64), 0)
     for start in range(0, channels, BLOCK):
         c = start + tl.arange(0, BLOCK).to(tl.int64)
@@ -65,3 +73,43 @@ def update_running(
         tl.debug_barrier()  # another warp may not have read it yet
         tl.store(num_batches_tracked, tl.load(num_batches_tracked) + finite.to(tl.int64))
     tl.store(updated, finite.to(tl.uint8))
+
+
+@triton.jit
+def _move_by_average(running, c, there, total, having, weight):
+    old = tl.load(running + c, mask=there, other=0).to(tl.float64)
+    now = old + weight * (total / tl.maximum(having, 1.0) - old)
+    tl.store(running + c, in_dtype_of(running, tl.where(having > 0.5, now, old)), mask=there)
+
+
+@triton.jit
+def update_running_over_samples(
+    means, variances, counts, running_mean, running_var, momentum_tensor, samples, channels, count_strides_0,
+    count_strides_1, momentum, momentum_rest, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Move the running averages of a block of channels by the average over samples of their own moments, (samples,
+    channels): of those that are finite and of an element, or for the variance, made unbiased, of two. Where no sample
+    is left a running average stays."""
+    c = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    there = c < channels
+    zero = tl.zeros([BLOCK], tl.float64)
+    mean_total = zero
+    means_there = zero
+    var_total = zero
+    vars_there = zero
+    for sample in range(samples):
+        at = tl.cast(sample, tl.int64) * channels + c
+        mean = tl.load(means + at, mask=there, other=0).to(tl.float64)
+        var = tl.load(variances + at, mask=there, other=0).to(tl.float64)
+        count = tl.load(counts + sample * count_strides_0 + c * count_strides_1, mask=there, other=0).to(tl.float64)
+        var = var * (count / tl.maximum(count - 1.0, 1.0))
+        finite = (mean * 0.0 + var * 0.0) == 0.0  # 0 * NaN and 0 * inf are NaN
+        has_mean = finite & (count > 0.5)
+        has_var = finite & (count > 1.5)
+        mean_total += tl.where(has_mean, mean, 0.0)
+        means_there += tl.where(has_mean, 1.0, 0.0)
+        var_total += tl.where(has_var, var, 0.0)
+        vars_there += tl.where(has_var, 1.0, 0.0)
+    weight = _weight(momentum, momentum_rest, momentum_tensor)
+    _move_by_average(running_mean, c, there, mean_total, means_there, weight)
+    _move_by_average(running_var, c, there, var_total, vars_there, weight)
