@@ -157,7 +157,7 @@ def _run_program(launches: list[Launch], index: tuple[int, int]) -> None:
     def yielding(*args: Any) -> Any:
         if os.getppid() != parent:  # which was killed: nobody waits for what would wait for ever
             os._exit(1)
-        time.sleep(1e-4)  # there may be more programs than processors, and who waits shall not hold one
+        time.sleep(1e-3)  # there may be more programs than processors, and who waits shall not hold one
         return atomic(*args)
 
     with (

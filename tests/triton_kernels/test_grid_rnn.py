@@ -116,7 +116,7 @@ def test_programs_wait_for_one_another(
     name: str, size: tuple[int, int, int, int], grid: tuple[int, int], repeats: int
 ) -> None:
     """A hundred launches in all, half of them backward, and each time the same bits."""
-    sample = Sample(RECURRENCES[name], size)
+    sample = Sample(RECURRENCES[name], size, reverse=True)
     with settings.recurrent_settings(share=4):
         results, launches = launched(sample, repeats)
         assert launches[0].grid == grid
