@@ -240,11 +240,12 @@ def small_layer_norm(**changed: object) -> str:
         {"weight": torch.ones(128, dtype=torch.float64, requires_grad=True)},
         {"residual": torch.randn(32, 128)},
         {"mask": torch.ones(32, 1, dtype=torch.bool)},
-        {"act": "relu"},
+        {"tensor": torch.randn(129, 128), "act": "relu"},
     ],
 )
 def test_a_small_layer_norm_is_atens_only_where_it_is_right_and_faster(changed: dict[str, object]) -> None:
     assert small_layer_norm() == "aten"
+    assert small_layer_norm(act="relu") == "aten"
     assert small_layer_norm(**changed) == "cpu"
     with torch.no_grad():
         assert small_layer_norm() == "cpu"
