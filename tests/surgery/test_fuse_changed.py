@@ -227,3 +227,21 @@ def test_names_that_torch_fx_cannot_write(name):
 
     _, report = fused(Model(), IMAGES)
     assert "cannot write down" in reason(report, f"table.{name}")
+
+
+class Starred(Block):
+    def forward(self, x, *more, gain=1.0, **named):
+        y = self.body(x) * gain
+        for other in (*more, *named.values()):
+            y = y + other
+        return y
+
+
+@pytest.mark.parametrize("example", [None, IMAGES])
+def test_more_arguments_than_were_followed(example):
+    model = Starred()
+    new, report = normwise.fuse(model, example=example)
+    assert set(done(report)) == {"norm"}
+    assert new(IMAGES).grad_fn is not None
+    for args, named in (((), {}), ((IMAGES,), {}), ((IMAGES, 2.0), {"gain": 3.0}), ((), {"other": IMAGES})):
+        torch.testing.assert_close(new(IMAGES, *args, **named), model(IMAGES, *args, **named))

@@ -94,11 +94,13 @@ def plainly_given(module: nn.Module) -> Given:
         Refusal: there is none.
     """
     traced: dict[str, type] = {}
-    fixed = {}
+    fixed: dict[str, Any] = {}
     for p in inspect.signature(module.forward).parameters.values():
         if p.default is not p.empty:
             fixed[p.name] = p.default
-        elif p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+        elif p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            fixed[p.name] = () if p.kind is p.VAR_POSITIONAL else {}
+        else:
             traced[p.name] = Tensor
     return Given(traced, fixed)
 
@@ -165,6 +167,11 @@ class _Proxy(fx.Proxy):
                 raise Refusal("its forward asks of what class a result is")
             return kind
         return type(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if _is_users(sys._getframe(1)):
+            raise Refusal(f"its forward sets {name} of a tensor")
+        super().__setattr__(name, value)
 
     def __iadd__(self, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", calls.iadd, (self, other), {})
@@ -244,7 +251,8 @@ def _probe(module: nn.Module, given: Given) -> nn.Module:
         for name in parameters
         if (name in positional or name in given.traced)
     )
-    keywords = {name: value for name, value in given.fixed.items() if name not in positional}
+    starred = {n for n, p in parameters.items() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}  # of which none came
+    keywords = {name: value for name, value in given.fixed.items() if name not in {*positional, *starred}}
     source = f"def forward(self, {', '.join(names)}):\n    return _forward(self, {passed}, **_keywords)\n"
     scope = {"_forward": type(module).forward, "_fixed": given.fixed, "_keywords": keywords, "__name__": __name__}
     exec(source, scope)

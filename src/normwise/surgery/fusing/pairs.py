@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -168,6 +168,9 @@ class Graph:
         assert isinstance(x, fx.Node)
         between = [other for other in self._between(node, last) if other not in path]
         norm = self.module(node)
+        assert norm is not None
+        if between and any(map(self._is_statistic_of(norm), self.graph.nodes)):
+            raise Refusal("its running statistics are looked at in the same forward")
         if any(norm in self._reached(other) for other in between):
             raise Refusal("it is called once more before what stands behind it")
         if any(map(self._may_write, between)) and not (_is_fresh(self, x, node) and not self._is_summed_early(path)):
@@ -227,6 +230,18 @@ class Graph:
             return [found] if isinstance(found, nn.Module) else []
         module = self.module(node)
         return [] if module is None else list(module.modules())
+
+    def _is_statistic_of(self, norm: nn.Module) -> Callable[[fx.Node], bool]:
+        """Whether a node is one of the norm's buffers, which its call changes."""
+        buffers = {id(buffer) for buffer in norm.buffers()}
+
+        def is_one(node: fx.Node) -> bool:
+            if node.op != "get_attr":
+                return False
+            owner, _, name = str(node.target).rpartition(".")
+            return id(getattr(self.owner.get_submodule(owner), name)) in buffers
+
+        return is_one
 
     def _erase(self, path: list[fx.Node]) -> None:
         for node in reversed(path):
