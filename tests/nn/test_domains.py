@@ -318,3 +318,79 @@ def test_after_an_error_the_model_is_as_it_was():
 def test_a_model_without_anything_to_adapt_is_refused():
     with pytest.raises(ValueError, match="running statistics"):
         normwise.adapt(nn.Linear(3, 3), [torch.randn(4, 3)])
+
+
+def two_norms() -> nn.Sequential:
+    layers = (nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.LayerNorm(8))
+    return nn.Sequential(*layers, nn.Linear(8, 3)).eval()
+
+
+def moved_by(model: nn.Module, **options: Any) -> set[str]:
+    """The layers in which something is another than before."""
+    before = copy.deepcopy(model.state_dict())
+    options = {"lr": 0.1, "batches": torch.randn(96, 4).split(32)} | options
+    report = normwise.adapt(model, entropy=True, **options)
+    assert str(report).startswith("adapt:")
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def of_norm(*layers: int) -> set[str]:
+    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    return {f"{i}.{name}" for i in layers for name in (names if i != 5 else names[:2])}
+
+
+def test_where_names_the_norms_whose_gains_and_statistics_are_adapted():
+    assert moved_by(two_norms()) == of_norm(1, 4, 5)
+    assert moved_by(two_norms(), where="1") == of_norm(1)
+    assert moved_by(two_norms(), where=nn.BatchNorm1d) == of_norm(1, 4)
+
+
+def test_what_is_frozen_stays():
+    model = two_norms()
+    normwise.freeze(model, where="1")
+    assert moved_by(model) == of_norm(4, 5)
+    model = two_norms()
+    normwise.freeze(model, where="1", affine=False)
+    assert moved_by(model) == of_norm(4, 5) | {"1.weight", "1.bias"}
+
+
+def test_gradients_are_turned_on_where_they_are_off():
+    model = two_norms().requires_grad_(False)
+    with torch.no_grad():
+        assert moved_by(model) == of_norm(1, 4, 5)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_takes_small_steps_too(dtype):
+    model = two_norms()
+    data = torch.randn(96, 4)
+    half = copy.deepcopy(model).to(dtype)
+    for one, to in ((model, torch.float32), (half, dtype)):
+        normwise.adapt(one, data.to(to).split(4), entropy=True, lr=1e-3)
+    for name, p in half.named_parameters():
+        assert p.isfinite().all(), name
+    moved = [float((one[1].weight.detach().float() - 1).abs().max()) for one in (model, half)]
+    assert min(moved) > 5e-3  # 24 steps of 1e-3, each of which bfloat16 would round off
+
+
+def test_a_class_ruled_out_by_its_logit_adds_nothing():
+    model = two_norms()
+    never = torch.tensor([False, False, True])
+    moved_by(model, logits=lambda out: out.masked_fill(never, -torch.inf))
+    assert all(p.isfinite().all() for p in model.parameters())
+    with pytest.raises(ValueError, match="not finite"):
+        moved_by(two_norms(), logits=lambda out: out.masked_fill(never, torch.inf))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"lr": 0.0}, r"lr=0\.0"),
+        ({"batches": iter([torch.randn(8, 4)])}, "DataLoader"),
+    ],
+)
+def test_an_adaptation_that_would_do_nothing_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        moved_by(two_norms(), **options)

@@ -229,6 +229,18 @@ def test_names_that_torch_fx_cannot_write(name):
     assert "cannot write down" in reason(report, f"table.{name}")
 
 
+@pytest.mark.parametrize("name", ["norm", "relu"])
+def test_a_forward_bound_to_a_layer_later_is_called(name):
+    """As accelerate's hooks bind theirs."""
+    model = Parts()
+    new, _ = fused(model, IMAGES)
+    for one in (model, new):
+        layer = getattr(one, name)
+        layer.forward = lambda x, own=layer: type(own).forward(own, x) * 3
+        one.eval()
+    torch.testing.assert_close(new(IMAGES), model(IMAGES))
+
+
 class Starred(Block):
     def forward(self, x, *more, gain=1.0, **named):
         y = self.body(x) * gain

@@ -14,6 +14,7 @@ from torch.fx import Proxy
 
 import normwise.nn as ours
 from normwise.backends.activations import ACTIVATIONS
+from normwise.surgery.forwards import is_bound
 from normwise.surgery.fusing.activations import is_hooked, named
 
 WITH_RESIDUAL = (
@@ -80,6 +81,7 @@ def _takes(norm: nn.Module, more: tuple[type[nn.Module], ...], x: Any) -> bool:
         (kind in WITH_RESIDUAL or kind in more)
         and norm.act is None
         and not is_hooked(norm)
+        and not is_bound(norm)
         and not isinstance(x, Proxy)
     )
 

@@ -49,8 +49,8 @@ class Given(NamedTuple):
 
 class Read(NamedTuple):
     """An attribute that the forward went by: of which module inside (its name, "" for the module itself), and its
-    value then (`InModule` of a global name); of a container's `_modules` the number of them. Of a part or tensor it is `Present`, and `OfClass` where
-    the forward may ask for its class; of what there was not, `MISSING`."""
+    value then (`InModule` of a global name); of a container's `_modules` the number of them. Of a part or tensor it is
+    `Present`, and `OfClass` where the forward may ask for its class; of what there was not, `MISSING`."""
 
     owner: str
     name: str

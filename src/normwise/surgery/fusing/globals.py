@@ -81,9 +81,8 @@ def _reads(code: CodeType, home: ModuleType) -> Iterator[Global]:
         if is_marker or callable(value) or isinstance(value, (ModuleType, *_HARMLESS)):
             continue
         if not can_be_compared(value):
-            raise Refusal(
-                f"its forward goes by {name}, a {type(value).__name__} of {owner.__name__}, of which nobody can tell when it changes"
-            )
+            what = f"{name}, a {type(value).__name__} of {owner.__name__}"
+            raise Refusal(f"its forward goes by {what}, of which nobody can tell when it changes")
         if sys.modules.get(owner.__name__) is owner:
             yield Global(owner.__name__, name, value.copy() if type(value) in MUTABLE else value)
 
