@@ -95,7 +95,7 @@ class RunningNorm(nn.Module):
             ShapeError: an input that does not end in `shape`, or without an axis of steps where `per_instance`.
         """
         if symbolic.is_traced(input, mask, lengths):
-            return symbolic.call_layer(self, input, mask=mask, lengths=lengths)
+            return symbolic.call_layer(self, input, mask=mask, lengths=lengths)  # type: ignore[no-any-return]
         y, scale = running_norm.running_norm(
             input,
             self.shape,
@@ -138,7 +138,7 @@ class RunningNorm(nn.Module):
             ShapeError: an input of other instances.
         """
         if symbolic.is_traced(input, scale):
-            return symbolic.call_method(self, "inverse", input, scale=scale, shift=shift)
+            return symbolic.call_method(self, "inverse", input, scale=scale, shift=shift)  # type: ignore[no-any-return]
         running_norm.valid_elements(input, self.shape, None, None)
         if scale is None:
             scale = self.scale if self.per_instance else self._scale_of_all()

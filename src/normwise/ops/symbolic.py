@@ -38,7 +38,7 @@ def call_method(layer: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any
     None are left out. Raises what `call_layer` does."""
     proxy = _proxy((*args, *kwargs.values()))
     assert proxy is not None
-    owner = proxy.tracer.create_proxy("get_attr", _path(layer, proxy, False), (), {})
+    owner = proxy.tracer.create_proxy("get_attr", str(_path(layer, proxy, False)), (), {})
     return proxy.tracer.create_proxy("call_method", method, (owner, *args), _given(kwargs))
 
 

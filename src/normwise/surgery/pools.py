@@ -103,10 +103,13 @@ class _OfBatchNorm(_OfInputs):
             return
         x, mask, _ = inputs.channels_to_axis_1("recalibrate", x, channel_axis(self.layer), mask, None)
         valid = inputs.validity(x, mask, lengths, channel_dim=1)
-        domain, domains = one_for_all(domain), getattr(self.layer, "domains", None)
-        if (domain is None) is not (domains is None) or (isinstance(domain, int) and not 0 <= domain < domains):
+        domain = one_for_all(domain)
+        domains = getattr(self.layer, "domains", None)
+        if (domain is None) is not (domains is None):
             return  # the layer is about to say what is wrong
-        if not isinstance(domain, int | None):
+        if domains is not None and isinstance(domain, int) and not 0 <= domain < domains:
+            return
+        if domains is not None and not isinstance(domain, int):
             of_each = one_domain_each(domain, x.shape[0], domains, x.device)
             for one in of_each.unique().tolist():
                 mine = (of_each == one).nonzero().flatten()

@@ -266,14 +266,13 @@ def _reads_noted(
     module: nn.Module, probe: nn.Module, tracer: _Tracer, reads: dict[tuple[int, str], Read]
 ) -> Iterator[None]:
     """Notes what is read of the modules inside, other than parts and tensors, while code of theirs runs."""
-    names = {id(part): name for name, part in module.named_modules()} | {id(probe): ""}
+    names: dict[int, str] = {id(part): name for name, part in module.named_modules()} | {id(probe): ""}
     plain = object.__getattribute__
 
     def owner_of(part: nn.Module) -> str:
-        owner = names.get(id(part))
-        if owner is None:
+        if id(part) not in names:
             raise Refusal("its forward asks a module that is no part of it")
-        return owner
+        return names[id(part)]
 
     def note(part: nn.Module, name: str, value: Any) -> None:
         owner = owner_of(part)

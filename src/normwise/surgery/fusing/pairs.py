@@ -154,7 +154,7 @@ class Graph:
         with self.graph.inserting_before(total):
             norm = self.graph.get_attr(str(path[0].target))
             arguments = (norm, a, b) if act is None else (norm, a, b, self._act(act))
-            into = {"into": 0} if _writes(total) else {}
+            into: dict[str, Any] = {"into": 0} if _writes(total) else {}
             both = self.graph.call_function(calls.add_then_norm, arguments, into)
             y, new = (self.graph.call_function(operator.getitem, (both, n)) for n in (0, 1))
         path[-1].replace_all_uses_with(y)
@@ -179,7 +179,9 @@ class Graph:
             arguments = (self.graph.get_attr(str(node.target)), x, None if act is None else self._act(act))
             if residual is not None:
                 arguments = (*arguments, residual)  # type: ignore[assignment]
-            into = {"into": int(total.args[0] is residual)} if total is not None and _writes(total) else {}
+            into: dict[str, Any] = (
+                {"into": int(total.args[0] is residual)} if total is not None and _writes(total) else {}
+            )
             y = self.graph.call_function(calls.norm_then, arguments, into)
         last.replace_all_uses_with(y)
         self._erase(path)
