@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import normwise
@@ -85,6 +87,42 @@ def test_a_mixed_batch_is_normalized_domain_by_domain(options, dtype):
         assert_close(norm.running_var[i], twins[i].running_var)
     assert norm.num_batches_tracked.tolist() == [1, 0, 1]
     assert (norm.running_mean[1] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mixed_batch_in_half_precision_is_rounded_once(dtype, training):
+    norm = layer(act="silu", domain_affine=True).to(dtype).train(training)
+    x, residual = (torch.randn(64, CHANNELS, 7).to(dtype) for _ in range(2))
+    domain = torch.randint(DOMAINS, (64,))
+    exact = copy.deepcopy(norm).double()(x.double(), domain=domain, residual=residual.double()).to(dtype)
+    y = norm(x, domain=domain, residual=residual)
+    assert (y != exact).float().mean() < 0.01  # ties of the last rounding; rounding twice differs in a fifth
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_checkpoint_runs_a_mixed_batch_twice_and_counts_it_once(reentrant, momentum):
+    norm = layer(momentum=momentum)
+    twin = copy.deepcopy(norm)
+    domain = torch.tensor([0, 1, 0, 1, 0, 1])
+    x = torch.randn(6, CHANNELS, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(lambda t: norm(t, domain=domain).sigmoid().exp(), x, use_reentrant=reentrant)
+    y.backward(torch.randn_like(y))
+    twin(x.detach(), domain=domain)
+    for name, value in norm.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("one", [torch.tensor(2), np.int64(2), np.array(2), torch.tensor(2, dtype=torch.int32)])
+def test_one_domain_is_a_number_of_any_kind(one):
+    norm = layer()
+    twin = copy.deepcopy(norm)
+    x = torch.randn(6, CHANNELS)
+    assert torch.equal(norm(x, domain=one), twin(x, domain=2))
+    assert torch.equal(norm.running_mean, twin.running_mean)
+    compiled = torch.compile(copy.deepcopy(norm).eval(), backend="eager", fullgraph=True)
+    assert_close(compiled(x, domain=torch.tensor(2)), norm.eval()(x, domain=2))
 
 
 def test_second_derivatives_of_a_mixed_batch():
@@ -173,12 +211,33 @@ def test_recalibration_by_domain():
         assert (net.norm.running_var[2] == 1).all()
 
 
+@pytest.mark.parametrize("domain", [None, 3, -1, torch.tensor([0, 1, 5])])
+def test_recalibration_leaves_it_to_the_layer_to_say_what_is_wrong_with_a_domain(domain):
+    net = Net()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ValueError, match="domain") as own:
+        net(torch.randn(3, CHANNELS), domain)
+    with pytest.raises(ValueError, match="domain") as error:
+        normwise.recalibrate(net, [(torch.randn(3, CHANNELS), domain)], forward=lambda model, batch: model(*batch))
+    assert str(error.value) == str(own.value)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("domains", [1, 2])
+def test_several_domains_are_not_folded_into_one_weight(domains):
+    net = nn.Sequential(nn.Linear(4, CHANNELS), normwise.BatchNorm1d(CHANNELS, domains=domains)).eval()
+    with pytest.raises(ValueError, match=f"statistics of {domains} domains"):
+        normwise.fold(net)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
         (lambda x: normwise.BatchNorm1d(CHANNELS)(x, domain=0), ValueError, "one set of statistics"),
         (lambda x: layer()(x), ValueError, "say of which"),
         (lambda x: layer()(x, domain=3), ValueError, r"\[0, 3\)"),
+        (lambda x: layer()(x, domain=-1), ValueError, r"\[0, 3\)"),
+        (lambda x: layer()(x, domain=True), TypeError, "number"),
         (lambda x: layer()(x, domain=torch.tensor([0, 1])), normwise.ShapeError, "one for each sample"),
         (lambda x: layer()(x, domain=torch.zeros(4)), TypeError, "integer"),
         (lambda x: layer()(x, domain=torch.tensor([0, 1, 5, 0])), ValueError, "from 0 to 5"),
@@ -259,3 +318,79 @@ def test_after_an_error_the_model_is_as_it_was():
 def test_a_model_without_anything_to_adapt_is_refused():
     with pytest.raises(ValueError, match="running statistics"):
         normwise.adapt(nn.Linear(3, 3), [torch.randn(4, 3)])
+
+
+def two_norms() -> nn.Sequential:
+    layers = (nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.LayerNorm(8))
+    return nn.Sequential(*layers, nn.Linear(8, 3)).eval()
+
+
+def moved_by(model: nn.Module, **options: Any) -> set[str]:
+    """The layers in which something is another than before."""
+    before = copy.deepcopy(model.state_dict())
+    options = {"lr": 0.1, "batches": torch.randn(96, 4).split(32)} | options
+    report = normwise.adapt(model, entropy=True, **options)
+    assert str(report).startswith("adapt:")
+    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def of_norm(*layers: int) -> set[str]:
+    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    return {f"{i}.{name}" for i in layers for name in (names if i != 5 else names[:2])}
+
+
+def test_where_names_the_norms_whose_gains_and_statistics_are_adapted():
+    assert moved_by(two_norms()) == of_norm(1, 4, 5)
+    assert moved_by(two_norms(), where="1") == of_norm(1)
+    assert moved_by(two_norms(), where=nn.BatchNorm1d) == of_norm(1, 4)
+
+
+def test_what_is_frozen_stays():
+    model = two_norms()
+    normwise.freeze(model, where="1")
+    assert moved_by(model) == of_norm(4, 5)
+    model = two_norms()
+    normwise.freeze(model, where="1", affine=False)
+    assert moved_by(model) == of_norm(4, 5) | {"1.weight", "1.bias"}
+
+
+def test_gradients_are_turned_on_where_they_are_off():
+    model = two_norms().requires_grad_(False)
+    with torch.no_grad():
+        assert moved_by(model) == of_norm(1, 4, 5)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_takes_small_steps_too(dtype):
+    model = two_norms()
+    data = torch.randn(96, 4)
+    half = copy.deepcopy(model).to(dtype)
+    for one, to in ((model, torch.float32), (half, dtype)):
+        normwise.adapt(one, data.to(to).split(4), entropy=True, lr=1e-3)
+    for name, p in half.named_parameters():
+        assert p.isfinite().all(), name
+    moved = [float((one[1].weight.detach().float() - 1).abs().max()) for one in (model, half)]
+    assert min(moved) > 5e-3  # 24 steps of 1e-3, each of which bfloat16 would round off
+
+
+def test_a_class_ruled_out_by_its_logit_adds_nothing():
+    model = two_norms()
+    never = torch.tensor([False, False, True])
+    moved_by(model, logits=lambda out: out.masked_fill(never, -torch.inf))
+    assert all(p.isfinite().all() for p in model.parameters())
+    with pytest.raises(ValueError, match="not finite"):
+        moved_by(two_norms(), logits=lambda out: out.masked_fill(never, torch.inf))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 0}, "steps=0"),
+        ({"lr": 0.0}, r"lr=0\.0"),
+        ({"batches": iter([torch.randn(8, 4)])}, "DataLoader"),
+    ],
+)
+def test_an_adaptation_that_would_do_nothing_is_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        moved_by(two_norms(), **options)

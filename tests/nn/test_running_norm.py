@@ -130,6 +130,58 @@ def test_there_and_back_of_a_constant_is_not_crushed():
         assert_close(norm.inverse(torch.ones(1, 2, 1)), torch.full((1, 2, 1), 1.1))
 
 
+@pytest.mark.parametrize("options", [{}, {"per_instance": True}])
+def test_a_deviation_that_is_small_beside_the_mean_is_one_nevertheless(options):
+    """Seconds since 1970 over an hour, in float64; and the same number a million times, in pieces."""
+    x = 1.7e9 + 3600 * torch.rand(2, 500, 1, dtype=torch.float64)
+    x[1] = 1.7e9 + torch.rand(500, 1, dtype=torch.float64)
+    for part in x.split(1):
+        norm = RunningNorm(1, **options)
+        y = norm(part)
+        assert_close(y.std(correction=0), torch.ones((), dtype=torch.float64), kind="grad")
+        assert_close(norm.inverse(y), part)
+    norm = RunningNorm(1, **options)
+    for n in (1, 999, 300_000, 3):
+        x = torch.full((1, n, 1), 0.1, dtype=torch.float64)
+        assert norm(x).abs().max() < 1e-9
+        assert_close(norm.inverse(torch.ones(1, 2, 1)), torch.full((1, 2, 1), 1.1))
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3)])
+def test_one_observation_without_a_batch(shape):
+    norm, twin = RunningNorm(shape), RunningNorm(shape)
+    for x in torch.randn(5, *shape):
+        assert torch.equal(norm(x), twin(x[None])[0])
+    mask = torch.rand(shape) < 0.5
+    norm(x, mask=mask), twin(x[None], mask=mask)
+    for name, value in norm.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("options", [{}, {"per_instance": True}])
+def test_torch_fx_sees_one_node_there_and_one_back(options):
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = RunningNorm(3, **options), torch.nn.Linear(3, 3)
+            self.bn = torch.nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(self.norm(x).flatten(0, 1))
+            return self.norm.inverse(self.bn(y).unflatten(0, (4, 5)))
+
+    net = Net()
+    x = torch.randn(4, 5, 3) * 3 + 1
+    net(x)
+    net.eval()
+    graph = torch.fx.symbolic_trace(net)
+    assert [node.target for node in graph.graph.nodes if "norm" in str(node.target)] == ["norm", "norm"]
+    assert torch.equal(graph(x), net(x))
+    folded, report = normwise.fold(net, x)
+    assert [change.name for change in report.changed] == ["bn"]
+    assert_close(folded(x), net(x), kind="composed")
+
+
 def test_other_units_give_the_same():
     x = torch.randn(4, 12, 2, dtype=torch.float64)
     for make in (lambda: RunningNorm(2), lambda: RunningNorm(2, per_instance=True)):

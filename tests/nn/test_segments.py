@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,17 @@ def test_each_segment_is_normalized_as_if_alone(name, dtype):
     assert_close(y, whole, kind="composed")
     for a, b in zip(found, expected, strict=True):
         assert_close(a, b, kind="composed", count=len(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["instance", "batch"])
+def test_half_precision_is_rounded_once(name, dtype):
+    layer, _ = made(name, dtype)
+    x, residual = (torch.randn(400, WIDTH).to(dtype) for _ in range(2))
+    segments = torch.randint(9, (400,))
+    exact = copy.deepcopy(layer).double()(x.double(), segments=segments, residual=residual.double(), act="silu")
+    y = layer(x, segments=segments, residual=residual, act="silu")
+    assert (y != exact.to(dtype)).float().mean() < 0.01  # rounding twice makes another number of a third
 
 
 @pytest.mark.parametrize("name", layers())
@@ -185,6 +197,12 @@ def test_half_precision_of_a_model_with_a_cast():
         (lambda x, s: normwise.LayerNorm(WIDTH)(x, segments=s.float()), TypeError, "integer"),
         (lambda x, s: normwise.LayerNorm(WIDTH)(x, segments=s - 1), ValueError, "0 or larger"),
         (lambda x, s: normwise.LayerNorm(WIDTH, dim=1)(x, segments=s), ValueError, "together with dim"),
+        (lambda x, s: normwise.LayerNorm(WIDTH)(torch.stack([x, x], 1), segments=s), normwise.ShapeError, "flatten"),
+        (
+            lambda x, s: normwise.RMSNorm(WIDTH)(torch.stack([x, x], 1), segments=s, scale=x),
+            normwise.ShapeError,
+            "flatten",
+        ),
         (lambda x, s: normwise.InstanceNorm2d(WIDTH)(x, segments=s), normwise.ShapeError, "InstanceNorm1d"),
         (
             lambda x, s: normwise.InstanceNorm1d(WIDTH, affine=True)(x[:, :4], segments=s),

@@ -92,9 +92,24 @@ def into_what_others_hold(self, x):
     return F.relu(x) + held.view_as(x)
 
 
+def looks_at_statistics_in_between(self, x):
+    y = self.norm(x)
+    mean = self.norm.running_mean.clone()
+    return F.relu(y) + mean[:, None, None]
+
+
+def looks_at_statistics_before(self, x):
+    mean = self.norm.running_mean
+    y = self.norm(x)
+    mean = mean * 2
+    return F.relu(y) + mean[:, None, None]
+
+
 @pytest.mark.parametrize(
     ("function", "why"),
     [
+        (looks_at_statistics_in_between, "statistics are looked at"),
+        (looks_at_statistics_before, "statistics are looked at"),
         (returned, "goes into relu and what the forward returns"),
         (used_twice, "goes into nn.ReLU relu and nn.Conv2d conv"),
         (used_after_it_was_changed, "goes into relu and sigmoid"),
@@ -353,6 +368,12 @@ def asks_what_came_out(self, x):
     return F.relu(y) if isinstance(y, torch.Tensor) else y[0]
 
 
+def sets_the_data(self, x):
+    y = F.relu(self.norm(x))
+    y.data = y.data * 2
+    return y
+
+
 def another_operator(self, x):
     y = F.relu(self.norm(x))
     y //= 2
@@ -376,6 +397,7 @@ def another_operator(self, x):
         makes_a_tensor,
         asks_what_came_out,
         another_operator,
+        sets_the_data,
     ],
 )
 def test_forwards_that_are_not_followed(function):

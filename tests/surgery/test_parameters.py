@@ -49,6 +49,24 @@ def test_names_of_other_peoples_layers():
     assert len(found.statistics) >= 2
 
 
+@pytest.mark.parametrize("shape", [(8,), (8, 1, 1), (1, 8, 1, 1)])
+def test_a_gain_of_any_shape_is_the_models_own(shape):
+    class ChannelRMSNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gamma = nn.Parameter(torch.ones(shape))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x * torch.rsqrt(x.square().mean(1, keepdim=True) + 1e-6)
+            return y * self.gamma.view(-1, 1, 1)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), ChannelRMSNorm())
+    assert normwise.norm_parameters(model).gains == {"1.gamma": model[1].gamma}
+    decayed, rest = normwise.decay_groups(model, 0.1)
+    assert [id(p) for p in decayed["params"]] == [id(model[0].weight)]
+    assert {id(p) for p in rest["params"]} == {id(model[0].bias), id(model[1].gamma)}
+
+
 def test_statistics_of_all_that_was_seen():
     assert set(normwise.norm_parameters(normwise.RunningNorm(3, affine=True)).statistics) == {"mean", "var", "count"}
 

@@ -16,6 +16,7 @@ from normwise.ops import dispatch, inputs, symbolic
 from normwise.ops.distributed import StatsGroup
 from normwise.ops.norm import running_stats
 from normwise.ops.norm.batch_norm import batch_norm_with_stats
+from normwise.ops.norm.domains import one_for_all
 from normwise.ops.norm.running_stats import Updated
 
 Layer = TypeVar("Layer", bound="_BatchNorm")
@@ -101,9 +102,10 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
                 f"the layer has the statistics of {self.domains} domains: say of which the batch is, by domain=, a "
                 "number or one for each sample"
             )
+        domain = one_for_all(domain)
         if not isinstance(domain, int | torch.SymInt):
             return tensors, domain
-        if not -self.domains <= domain < self.domains:
+        if not 0 <= domain < self.domains:
             raise ValueError(f"domain must lie in [0, {self.domains}), but got {domain}")
         of_all = (False, False, False, not self.domain_affine, not self.domain_affine)
         return tuple(t if t is None or all_ else t[domain] for t, all_ in zip(tensors, of_all, strict=True)), None

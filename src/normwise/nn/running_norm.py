@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.backends.protocol import Moments
-from normwise.ops import inputs
+from normwise.ops import inputs, symbolic
 from normwise.ops.norm import running_norm
 from normwise.ops.norm.running_norm import Scale
 
@@ -94,6 +94,8 @@ class RunningNorm(nn.Module):
         Raises:
             ShapeError: an input that does not end in `shape`, or without an axis of steps where `per_instance`.
         """
+        if symbolic.is_traced(input, mask, lengths):
+            return symbolic.call_layer(self, input, mask=mask, lengths=lengths)  # type: ignore[no-any-return]
         y, scale = running_norm.running_norm(
             input,
             self.shape,
@@ -135,6 +137,8 @@ class RunningNorm(nn.Module):
             RuntimeError: `per_instance`, and nothing was normalized yet.
             ShapeError: an input of other instances.
         """
+        if symbolic.is_traced(input, scale):
+            return symbolic.call_method(self, "inverse", input, scale=scale, shift=shift)  # type: ignore[no-any-return]
         running_norm.valid_elements(input, self.shape, None, None)
         if scale is None:
             scale = self.scale if self.per_instance else self._scale_of_all()

@@ -29,11 +29,26 @@ def call_layer(layer: nn.Module, *args: Any, function: bool = False, **kwargs: A
     """
     proxy = _proxy((*args, *kwargs.values()))
     assert proxy is not None
+    path = _path(layer, proxy, function)
+    return None if path is None else proxy.tracer.create_proxy("call_module", path, args, _given(kwargs))
+
+
+def call_method(layer: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
+    """The node of this call of a `method` of `layer`, some of whose arguments are Proxies; keyword arguments that are
+    None are left out. Raises what `call_layer` does."""
+    proxy = _proxy((*args, *kwargs.values()))
+    assert proxy is not None
+    owner = proxy.tracer.create_proxy("get_attr", str(_path(layer, proxy, False)), (), {})
+    return proxy.tracer.create_proxy("call_method", method, (owner, *args), _given(kwargs))
+
+
+def _path(layer: nn.Module, proxy: Proxy, optional: bool) -> str | None:
+    """The name of `layer` in what is traced; None where it has none and that is `optional`."""
     path_of = getattr(proxy.tracer, "path_of_module", None)
     path = path_of(layer) if path_of is not None else ""
     name = type(layer).__name__
     if not path:
-        if function:
+        if optional:
             return None
         raise TypeError(
             f"torch.fx looks inside the module that it is given, and cannot inside {name}: trace a model of which the "
@@ -45,7 +60,7 @@ def call_layer(layer: nn.Module, *args: Any, function: bool = False, **kwargs: A
             "once more when the graph runs: remove them first, or use a Tracer whose is_leaf_module is true of this "
             "layer"
         )
-    return proxy.tracer.create_proxy("call_module", path, args, _given(kwargs))
+    return str(path)
 
 
 def call_function(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

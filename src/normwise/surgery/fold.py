@@ -173,6 +173,8 @@ def _foldable(norm: nn.Module, ways: list[Calls]) -> None:
         raise Refusal("it is in training mode: call model.eval()")
     if channel_axis(norm) != 1:
         raise Refusal(f"its channels are on axis {channel_axis(norm)} (dim=), those of the layer beside it on axis 1")
+    if getattr(norm, "domains", None) is not None:
+        raise Refusal(f"it keeps the statistics of {norm.domains} domains, of which a weight could hold those of one")
     if isinstance(norm, BATCH) and norm.running_mean is None:
         raise Refusal("track_running_stats=False: it follows its batches in evaluation too")
     if isinstance(norm, _BY_FEATURES) and (norm.weight is None or len(norm.normalized_shape) != 1):

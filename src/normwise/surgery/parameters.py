@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normwise.nn import recurrent_base, recurrent_cells
 from normwise.nn.running_norm import RunningNorm
-from normwise.surgery.norms.recognize import stands_for
+from normwise.surgery.norms.recognize import recognize, stands_for
 from normwise.surgery.select import require_module
 
 
@@ -52,7 +52,6 @@ def norm_parameters(model: nn.Module) -> NormParameters:
 
 def tensors_of(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
     """(kind, name, tensor) of what a layer has of a norm: a field of `NormParameters`, the layer's own name for it."""
-    own = {id(t): name for name, t in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
     if isinstance(module, (recurrent_base.Recurrent, recurrent_cells._Cell)):
         for name, parameter in module.named_parameters(recurse=False):
             if name.startswith(("gain_", "bias_c", "bias_between_")):
@@ -63,11 +62,16 @@ def tensors_of(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
     norm = module if isinstance(module, RunningNorm) else stands_for(module)
     if norm is None:
         return
-    # A layer of another class has the very tensors, under names of its own.
+    if norm is not module:  # a layer of another class: its tensors, which the norm may hold in another shape
+        for theirs, mine in recognize(module).form.names.items():
+            tensor = getattr(module, theirs)
+            kind = "biases" if mine == "bias" else "gains"
+            yield (kind if isinstance(tensor, nn.Parameter) else "statistics"), theirs, tensor
+        return
     for name, parameter in norm.named_parameters(recurse=False):
-        yield ("biases" if "bias" in name else "gains"), own.get(id(parameter), name), parameter
+        yield ("biases" if "bias" in name else "gains"), name, parameter
     for name, buffer in norm.named_buffers(recurse=False):
-        yield "statistics", own.get(id(buffer), name), buffer
+        yield "statistics", name, buffer
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from normwise.backends.reference import Moments, combined, moments
 from normwise.nn import recurrent_base, recurrent_cells
 from normwise.nn.construct import channel_axis
 from normwise.ops import inputs, ragged
+from normwise.ops.norm.domains import one_domain_each, one_for_all
 from normwise.ops.norm.running_stats import corrected_var
 from normwise.surgery.select import INSTANCE
 
@@ -102,9 +103,16 @@ class _OfBatchNorm(_OfInputs):
             return
         x, mask, _ = inputs.channels_to_axis_1("recalibrate", x, channel_axis(self.layer), mask, None)
         valid = inputs.validity(x, mask, lengths, channel_dim=1)
-        if isinstance(domain, Tensor | list | tuple):
-            for one in torch.as_tensor(domain).unique().tolist():
-                mine = (torch.as_tensor(domain, device=x.device) == one).nonzero().flatten()
+        domain = one_for_all(domain)
+        domains = getattr(self.layer, "domains", None)
+        if (domain is None) is not (domains is None):
+            return  # the layer is about to say what is wrong
+        if domains is not None and isinstance(domain, int) and not 0 <= domain < domains:
+            return
+        if domains is not None and not isinstance(domain, int):
+            of_each = one_domain_each(domain, x.shape[0], domains, x.device)
+            for one in of_each.unique().tolist():
+                mine = (of_each == one).nonzero().flatten()
                 part = None if valid is None else valid.expand(x.shape[0], *valid.shape[1:])[mine]
                 self._add(x[mine], part, one)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,30 @@ from normwise.ops.norm.running_stats import Updated
 from normwise.ops.norm.segments import Segments, segment_norm
 
 
+def one_for_all(domain: Any) -> Any:
+    """`domain` as Python's own number, if it is one number that can be seen; otherwise as it is.
+
+    Raises:
+        TypeError: a bool.
+    """
+    if isinstance(domain, bool):
+        raise TypeError(f"domain must be a number, or integers, one for each sample, but got {domain}")
+    if isinstance(domain, Tensor):
+        one = domain.dim() == 0 and domain.dtype in _INTEGERS and dispatch.values_visible(domain)
+        return int(domain) if one else domain
+    if domain is None or isinstance(domain, int | torch.SymInt | Sequence):
+        return domain
+    try:
+        return operator.index(domain)
+    except TypeError:
+        return domain
+
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
 def one_domain_each(domain: Any, samples: int, domains: int, device: torch.device) -> Tensor:
-    """`domain` as a tensor of one number in [0, domains) for each sample.
+    """`domain`, also one number for all, as a tensor of one number in [0, domains) for each sample.
 
     Raises:
         TypeError: not integers. ShapeError: not one for each sample. ValueError: out of range, on the CPU: elsewhere a
@@ -27,6 +50,8 @@ def one_domain_each(domain: Any, samples: int, domains: int, device: torch.devic
     found = inputs.as_tensor("domain", domain, "a number, or integers, one for each sample")
     if found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
         raise TypeError(f"domain must be of an integer dtype, but got {found.dtype}: give the number of the domain")
+    if found.dim() == 0:
+        found = found.expand(samples)
     if tuple(found.shape) != (samples,):
         raise inputs.ShapeError(
             f"domain must be one number, or of shape ({samples},), one for each sample, but got {tuple(found.shape)}"
@@ -94,10 +119,13 @@ def batch_norm_of_domains(
 
     of_row = domain.repeat_interleave(positions.numel()) if positions.numel() != 1 else domain
     flags = None if valid is None else rows(valid.expand(x.shape[0], valid.shape[1], *positions))
+    more = None if residual is None else rows(residual)
+    gain, shift = (t if t is None or t.dim() == 1 else t.index_select(0, of_row) for t in (weight, bias))
     batch_statistics = training or running_mean is None
     if batch_statistics:
+        options: dict[str, Any] = {"weight": gain, "bias": shift, "valid": flags, "act": act, "residual": more}
         y, moments = segment_norm(
-            "batch_norm", rows(x), Segments(of_row, domains), across_features=False, eps=eps, valid=flags
+            "batch_norm", rows(x), Segments(of_row, domains), across_features=False, eps=eps, **options
         )
     else:
         assert running_var is not None
@@ -105,13 +133,12 @@ def batch_norm_of_domains(
         mean, var = (t.to(wide).index_select(0, of_row) for t in (running_mean, running_var))  # type: ignore[union-attr]
         values = rows(x).to(wide)
         y = ((values if flags is None else values.masked_fill(~flags, 0)) - mean) * rstd_of(var, eps)
-    gain, shift = (t if t is None or t.dim() == 1 else t.index_select(0, of_row) for t in (weight, bias))
-    y = y if gain is None else y * gain
-    y = y if shift is None else y + shift
-    y = (y if flags is None else y.masked_fill(~flags, 0)).to(x.dtype)
+        y = y if gain is None else y * gain
+        y = y if shift is None else y + shift
+        y = y if flags is None else y.masked_fill(~flags, 0)
+        y = add_residual_and_activate(y, more, act, flags).to(x.dtype)
     y = y.reshape(x.shape[0], *positions, x.shape[1]).movedim(-1, 1)
-    y = add_residual_and_activate(y, residual, act, valid)
-    if not batch_statistics or running_mean is None or running_var is None:
+    if not batch_statistics or running_mean is None or running_var is None or running_stats.is_recomputing():
         return y, True
     return y, _update(running_mean, running_var, num_batches_tracked, momentum, moments, correction)
 

@@ -225,12 +225,14 @@ def _feature_norm(
             )
 
         if segments is not None:
-            segments_of(config.op, segments, inputs.tensor(config.op, x), dim=dim, lengths=lengths)
+            _one_row_each(shape, inputs.tensor(config.op, x))
+            segments_of(config.op, segments, x, dim=dim, lengths=lengths)
         options: dict[str, Any] = {"mask": mask, "lengths": lengths, "act": config.act, "add": add, "cast": cast}
         options["config"] = config if process_group is None and segments is None else None
         return of_features(config.op, bare, x, shape, weight, bias, given, eps=config.eps, dim=dim, **options)
     if segments is not None:
         inputs.tensor(config.op, x)
+        _one_row_each(shape, x)
         excluded = {"dim": dim, "lengths": lengths, "process_group": process_group}
         found = segments_of(config.op, segments, x, **excluded)
     if ragged.is_ragged(x):
@@ -273,6 +275,16 @@ def _feature_norm(
     if not channels_last:
         outputs = tuple(t.contiguous() for t in outputs)
     return outputs[0] if add is None else outputs
+
+
+def _one_row_each(shape: tuple[int, ...], x: Tensor) -> None:
+    """With segments there is nothing between the axis of the rows and those of the features."""
+    if x.dim() > 1 + len(shape):
+        raise inputs.ShapeError(
+            f"segments number the rows of an input (R, {', '.join(map(str, shape))}), but got one of shape "
+            f"{tuple(x.shape)}: make its leading axes one of rows, x.flatten(0, {x.dim() - len(shape) - 1}), and give "
+            f"the segment of each, or name all of {tuple(x.shape[1:])} as normalized_shape"
+        )
 
 
 def _of_segments(

@@ -22,14 +22,14 @@ class Scale(NamedTuple):
     deviation: Tensor
 
 
-# The deviation of a constant is what rounding leaves of it: for float32 numbers up to 6e-8 of the mean.
-_ROUNDING = 1e-7
+# The deviation of a constant is what rounding leaves of it, by the dtype of the moments: a small share of the mean.
+_ROUNDING = {torch.float32: 1e-7, torch.float64: 1e-12}
 
 
 def deviation_of(mean: Tensor, var: Tensor, eps: float) -> Tensor:
     """sqrt(var + eps), and 1 for a constant: it has no scale, and what comes back must not be crushed to it."""
     deviation = (var + eps).sqrt()
-    return torch.where(deviation > _ROUNDING * mean.abs(), deviation, torch.ones_like(deviation))
+    return torch.where(deviation > _ROUNDING[var.dtype] * mean.abs(), deviation, torch.ones_like(deviation))
 
 
 def valid_elements(x: Tensor, shape: tuple[int, ...], mask: Any, lengths: Any) -> Tensor | None:
@@ -79,6 +79,8 @@ def see(seen: Moments, x: Tensor, valid: Tensor | None, across_ranks: bool, proc
     """
     dims = tuple(range(x.dim() - seen.mean.dim()))
     with torch.no_grad():
+        if not dims:  # one observation: torch takes no axes for all of them
+            x, valid, dims = x[None], None if valid is None else valid[None], (0,)
         batch = moments(x.detach().to(seen.mean.dtype), dims, valid)
         batch = Moments(*(t.expand_as(batch.mean).reshape(seen.mean.shape) for t in batch))
         if across_ranks:

@@ -71,6 +71,7 @@ def segment_norm(
     Args:
         across_features: one mean and variance for all features of a segment; otherwise one for each feature.
         center: False leaves the mean in and divides by the root of the mean square.
+        weight, bias: of one row, or as `x`.
         valid: bool, broadcastable to `x`, with as many axes.
     """
     dispatch.reference_only(op, "statistics of segments are the reference's alone")
@@ -101,8 +102,8 @@ def segment_norm(
         y = y * weight
     if bias is not None:
         y = y + bias
-    y = (y if valid is None else y.masked_fill(~valid, 0)).to(x.dtype)
-    return add_residual_and_activate(y, residual, act, valid), Moments(mean.detach(), var.detach(), count)
+    y = y if valid is None else y.masked_fill(~valid, 0)
+    return add_residual_and_activate(y, residual, act, valid).to(x.dtype), Moments(mean.detach(), var.detach(), count)
 
 
 def _sums(values: Tensor, segments: Segments) -> Tensor:

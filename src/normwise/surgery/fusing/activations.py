@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from normwise.backends.activations import ACTIVATIONS
+from normwise.surgery.forwards import is_bound
 
 # For each activation of the kernels, what its arguments must be: where they are not, it is another function.
 _NEEDS: dict[str, dict[str, Any]] = {
@@ -56,7 +57,7 @@ _BUILTIN = {
 
 def named(module: nn.Module) -> str | None:
     """What `act=` calls the activation that a module of torch.nn is; None where it is none that the kernels have, with
-    its arguments, or where hooks look on."""
+    its arguments, or where hooks look on or a forward is bound to it."""
     cls = type(module)
     if cls is nn.Hardtanh:
         found = "relu6" if module.min_val == 0 and module.max_val == 6 else None
@@ -65,7 +66,7 @@ def named(module: nn.Module) -> str | None:
         needs = {} if found is None else _NEEDS[found]
         if any(getattr(module, name) != value for name, value in needs.items()):
             found = "gelu_tanh" if found == "gelu" and module.approximate == "tanh" else None
-    return found if found in ACTIVATIONS and not is_hooked(module) else None
+    return found if found in ACTIVATIONS and not is_hooked(module) and not is_bound(module) else None
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch.fx import Proxy
 
 import normwise.nn as ours
 from normwise.backends.activations import ACTIVATIONS
+from normwise.surgery.forwards import is_bound
 from normwise.surgery.fusing.activations import is_hooked, named
 
 WITH_RESIDUAL = (
@@ -35,8 +36,14 @@ WITH_RESIDUAL = (
 WITH_ADD = (ours.LayerNorm, ours.RMSNorm)
 
 
-def norm_then(norm: nn.Module, x: Any, act: nn.Module | str | None, residual: Any = None) -> Any:
-    """act(norm(x) + residual), with `act` a module, a name of `ACTIVATIONS` or None."""
+def norm_then(
+    norm: nn.Module, x: Any, act: nn.Module | str | None, residual: Any = None, into: int | None = None
+) -> Any:
+    """act(norm(x) + residual), with `act` a module, a name of `ACTIVATIONS` or None.
+
+    Args:
+        into: which of the two the sum was written into, 0 or 1, whose dtype it then has; None: something new.
+    """
     name = named(act) if isinstance(act, nn.Module) else act
     if (act is None or name is not None) and _takes(norm, WITH_ADD if residual is None else (), x):
         if residual is None:
@@ -44,11 +51,13 @@ def norm_then(norm: nn.Module, x: Any, act: nn.Module | str | None, residual: An
         if _alike(residual, x) and not (isinstance(norm, nn.GroupNorm) and _autocasts(x)):
             return norm(x, residual=residual, act=name)
     y = norm(x)
-    return _activated(y if residual is None else y + residual, act)
+    return _activated(y if residual is None else _sum(y, residual, into), act)
 
 
-def add_then_norm(norm: nn.Module, a: Any, b: Any, act: nn.Module | str | None = None) -> tuple[Any, Any]:
-    """(act(norm(a + b)), a + b), with `act` as in `norm_then`."""
+def add_then_norm(
+    norm: nn.Module, a: Any, b: Any, act: nn.Module | str | None = None, into: int | None = None
+) -> tuple[Any, Any]:
+    """(act(norm(a + b)), a + b), with `act` and `into` as in `norm_then`."""
     name = named(act) if isinstance(act, nn.Module) else act
     if (
         (act is None or name is not None)
@@ -58,8 +67,12 @@ def add_then_norm(norm: nn.Module, a: Any, b: Any, act: nn.Module | str | None =
         and not _autocasts(a)
     ):
         return norm(a, add=b, act=name)  # type: ignore[no-any-return]
-    total = a + b
+    total = _sum(a, b, into)
     return _activated(norm(total), act), total
+
+
+def _sum(a: Any, b: Any, into: int | None) -> Any:
+    return a + b if into is None else iadd(b, a) if into else iadd(a, b)
 
 
 def _takes(norm: nn.Module, more: tuple[type[nn.Module], ...], x: Any) -> bool:
@@ -68,6 +81,7 @@ def _takes(norm: nn.Module, more: tuple[type[nn.Module], ...], x: Any) -> bool:
         (kind in WITH_RESIDUAL or kind in more)
         and norm.act is None
         and not is_hooked(norm)
+        and not is_bound(norm)
         and not isinstance(x, Proxy)
     )
 

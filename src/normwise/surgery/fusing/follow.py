@@ -16,7 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from types import BuiltinFunctionType, FrameType, FunctionType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -25,16 +25,19 @@ from torch import Tensor, fx, nn
 
 from normwise.ops._torch_internals import any_autocast_enabled
 from normwise.surgery.fusing import calls
+from normwise.surgery.fusing.globals import MUTABLE, can_be_compared, code_noted, globals_read
 from normwise.surgery.report import Refusal
+from normwise.surgery.select import class_of
 
 # What every module keeps, and what containers are made of.
 _BOOKKEEPING = {*vars(nn.Module()), "__dict__", "__class__"} - {"training"}
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 # Asked by a forward, they say what a graph does not: it would hold for the answer of now.
 _QUESTIONS = ("is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled")
+# A forward with one of these may go by the class of a part.
+_ASKS_FOR_CLASSES = {"isinstance", "type", "issubclass", "__class__"}
 # Code that changes what is computed inside it without a trace in the graph.
 _WRAPPERS = ("torch.utils.checkpoint",)
-_MUTABLE = (list, dict, set, deque)
 
 
 class Given(NamedTuple):
@@ -46,11 +49,33 @@ class Given(NamedTuple):
 
 class Read(NamedTuple):
     """An attribute that the forward went by: of which module inside (its name, "" for the module itself), and its
-    value then; of a container's `_modules` the number of them."""
+    value then (`InModule` of a global name); of a container's `_modules` the number of them. Of a part or tensor it is
+    `Present`, and `OfClass` where the forward may ask for its class; of what there was not, `MISSING`."""
 
     owner: str
     name: str
     value: Any
+
+
+class Present(NamedTuple):
+    """Not None, in the module's dictionary of that name."""
+
+    slot: str
+
+
+class InModule(NamedTuple):
+    """The value of a global name, of the Python module that is the owner of the `Read`."""
+
+    value: Any
+
+
+class OfClass(NamedTuple):
+    """A part of this class, or of one derived from it."""
+
+    cls: type
+
+
+MISSING = object()
 
 
 class Followed(NamedTuple):
@@ -69,11 +94,13 @@ def plainly_given(module: nn.Module) -> Given:
         Refusal: there is none.
     """
     traced: dict[str, type] = {}
-    fixed = {}
+    fixed: dict[str, Any] = {}
     for p in inspect.signature(module.forward).parameters.values():
         if p.default is not p.empty:
             fixed[p.name] = p.default
-        elif p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+        elif p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            fixed[p.name] = () if p.kind is p.VAR_POSITIONAL else {}
+        else:
             traced[p.name] = Tensor
     return Given(traced, fixed)
 
@@ -89,11 +116,12 @@ def follow(module: nn.Module, given: Given, *, training: bool) -> Followed:
         (value, value.copy())
         for _, attributes in before.values()
         for name, value in attributes.items()
-        if name not in _BOOKKEEPING and type(value) in _MUTABLE
+        if name not in _BOOKKEEPING and type(value) in MUTABLE
     ]
     drawn = _random_state()
     tracer = _Tracer(module, given)
     reads: dict[tuple[int, str], Read] = {}
+    ran: dict[CodeType, dict[str, Any]] = {}
     try:
         for part, _ in before.values():
             part.__dict__["training"] = training
@@ -102,6 +130,7 @@ def follow(module: nn.Module, given: Given, *, training: bool) -> Followed:
         with ExitStack() as stack:
             stack.enter_context(_questions_refused())
             stack.enter_context(_reads_noted(module, probe, tracer, reads))
+            stack.enter_context(code_noted(ran, lambda frame: not tracer.busy and _is_users(frame)))
             graph = tracer.trace(probe)
     except Refusal:
         raise
@@ -117,7 +146,13 @@ def follow(module: nn.Module, given: Given, *, training: bool) -> Followed:
         raise Refusal(f"the forward of its {type(module).__name__} makes tensors that do not come from its input")
     if tracer.escaped():
         raise Refusal(f"the forward of its {type(module).__name__} keeps a result for later")
-    return Followed(graph, given, list(reads.values()))
+    try:
+        compile(graph.python_code("self").src, "<graph>", "exec")
+    except SyntaxError:  # a layer called "from", or a number with a representation of its own (IntEnum)
+        raise Refusal(f"torch.fx cannot write down what the forward of its {type(module).__name__} does") from None
+    return Followed(
+        graph, given, [*reads.values(), *(Read(one.module, one.name, InModule(one.value)) for one in globals_read(ran))]
+    )
 
 
 class _Proxy(fx.Proxy):
@@ -132,6 +167,11 @@ class _Proxy(fx.Proxy):
                 raise Refusal("its forward asks of what class a result is")
             return kind
         return type(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if _is_users(sys._getframe(1)):
+            raise Refusal(f"its forward sets {name} of a tensor")
+        super().__setattr__(name, value)
 
     def __iadd__(self, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", calls.iadd, (self, other), {})
@@ -211,7 +251,8 @@ def _probe(module: nn.Module, given: Given) -> nn.Module:
         for name in parameters
         if (name in positional or name in given.traced)
     )
-    keywords = {name: value for name, value in given.fixed.items() if name not in positional}
+    starred = {n for n, p in parameters.items() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}  # of which none came
+    keywords = {name: value for name, value in given.fixed.items() if name not in {*positional, *starred}}
     source = f"def forward(self, {', '.join(names)}):\n    return _forward(self, {passed}, **_keywords)\n"
     scope = {"_forward": type(module).forward, "_fixed": given.fixed, "_keywords": keywords, "__name__": __name__}
     exec(source, scope)
@@ -225,26 +266,47 @@ def _reads_noted(
     module: nn.Module, probe: nn.Module, tracer: _Tracer, reads: dict[tuple[int, str], Read]
 ) -> Iterator[None]:
     """Notes what is read of the modules inside, other than parts and tensors, while code of theirs runs."""
-    names = {id(part): name for name, part in module.named_modules()} | {id(probe): ""}
+    names: dict[int, str] = {id(part): name for name, part in module.named_modules()} | {id(probe): ""}
     plain = object.__getattribute__
 
-    def note(part: nn.Module, name: str, value: Any) -> None:
-        owner = names.get(id(part))
-        if owner is None:
+    def owner_of(part: nn.Module) -> str:
+        if id(part) not in names:
             raise Refusal("its forward asks a module that is no part of it")
+        return names[id(part)]
+
+    def note(part: nn.Module, name: str, value: Any) -> None:
+        owner = owner_of(part)
         if not can_be_compared(value):
             raise Refusal(
                 f"its forward goes by {name}, a {type(value).__name__}, of which nobody can tell when it changes"
             )
-        reads.setdefault((id(part), name), Read(owner, name, value.copy() if type(value) in _MUTABLE else value))
+        reads.setdefault((id(part), name), Read(owner, name, value.copy() if type(value) in MUTABLE else value))
+
+    def looked_up(part: nn.Module, name: str, frame: FrameType) -> None:
+        """Of what torch keeps in dictionaries, or nobody does."""
+        slots = {slot: plain(part, "__dict__").get(slot, {}) for slot in ("_modules", "_parameters", "_buffers")}
+        found = next((slot for slot, content in slots.items() if name in content), None)
+        if found is not None and slots[found][name] is None:
+            note(part, name, None)
+        elif not _is_users(frame):
+            return
+        elif found is None:
+            if any("__getattr__" in vars(cls) for cls in type(part).__mro__[: type(part).__mro__.index(nn.Module)]):
+                raise Refusal(f"its forward asks for {name}, which a __getattr__ of its class may give")
+            reads.setdefault((id(part), name), Read(owner_of(part), name, MISSING))
+        else:
+            owner = owner_of(part)
+            reads.setdefault((id(part), name), Read(owner, name, Present(found)))
+            if found == "_modules" and _ASKS_FOR_CLASSES & {*frame.f_code.co_names}:
+                cls = class_of(slots[found][name])
+                reads.setdefault((id(part), f"{name}.__class__"), Read(owner, name, OfClass(cls)))
 
     def noticed(part: nn.Module, name: str) -> Any:
         try:
             value = plain(part, name)
         except AttributeError:
-            slots = [plain(part, "__dict__").get(slot, {}) for slot in ("_modules", "_parameters", "_buffers")]
-            if not tracer.busy and any(name in slot and slot[name] is None for slot in slots):
-                note(part, name, None)
+            if not tracer.busy:
+                looked_up(part, name, sys._getframe(1))
             raise
         if tracer.busy:
             return value
@@ -272,18 +334,6 @@ def _is_code(cls: type, name: str) -> bool:
         if name in vars(base):
             return callable(vars(base)[name]) or hasattr(vars(base)[name], "__get__")
     return True
-
-
-def can_be_compared(value: Any) -> bool:
-    """Whether it can be told of a value that it is the same as before."""
-    if isinstance(value, (tuple, list, set, frozenset, deque)):
-        return all(map(can_be_compared, value))
-    if isinstance(value, dict):
-        return all(map(can_be_compared, value.values()))
-    return value is None or isinstance(
-        value,
-        (bool, int, float, str, torch.dtype, torch.device, FunctionType, BuiltinFunctionType, type, inspect.Parameter),
-    )
 
 
 def _is_users(frame: FrameType) -> bool:

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import keyword
 import linecache
+import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import Enum
 from types import ModuleType
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -16,7 +19,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from normwise.surgery.fusing.follow import Followed, Given, Read
+from normwise.surgery.fusing.follow import MISSING, Followed, Given, InModule, OfClass, Present, Read
 from normwise.surgery.fusing.observe import InNorm, unswap
 
 
@@ -197,7 +200,7 @@ def _way(followed: Followed) -> _Way:
 
     terms = [
         *_of_arguments(followed.given, constant),
-        *(_of_read(read, constant) for read in sorted(followed.reads, key=lambda read: read.name != "training")),
+        *(_of_read(read, constant) for read in sorted(followed.reads, key=lambda read: read[:2] != ("", "training"))),
         *(f"type({_path(name)}) is {constant(nn.Identity)}" for name in dict.fromkeys(followed.identities)),
     ]
     constants["@traced"] = tuple(followed.given.traced)
@@ -214,18 +217,29 @@ def _of_arguments(given: Given, constant: Any) -> list[str]:
 
 
 def _of_read(read: Read, constant: Any) -> str:
+    if isinstance(read.value, InModule):
+        return _same(f"{constant(sys.modules[read.owner])}.{read.name}", read.value.value, constant)
     path = _path(read.owner)
     if read.name == "_modules":
         return f"len({path}._modules) == {read.value}"
+    if isinstance(read.value, Present):
+        return f"{path}.{read.value.slot}.get({read.name!r}) is not None"
+    if isinstance(read.value, OfClass):
+        return f"isinstance({path}._modules[{read.name!r}], {constant(read.value.cls)})"
+    if read.value is MISSING:
+        return f"not hasattr({path}, {read.name!r})"
     return _same(f"{path}.{read.name}", read.value, constant)
+
+
+_EQUAL = (int, str, float, tuple, list, dict, set, frozenset, deque, torch.dtype, torch.device)
 
 
 def _same(text: str, value: Any, constant: Any) -> str:
     if value is None or isinstance(value, bool):
         return f"{text} is {value}"
-    if isinstance(value, (int, str)):
+    if type(value) in (int, str):
         return f"{text} == {value!r}"
-    if isinstance(value, (float, tuple, list, dict, set, frozenset, deque, torch.dtype, torch.device)):
+    if isinstance(value, _EQUAL) and not isinstance(value, Enum):
         return f"{text} == {constant(value)}"
     return f"{text} is {constant(value)}"
 
@@ -233,7 +247,7 @@ def _same(text: str, value: Any, constant: Any) -> str:
 def _path(name: str) -> str:
     text = "self"
     for part in filter(None, name.split(".")):
-        text = f"{text}.{part}" if part.isidentifier() else f"{text}._modules[{part!r}]"
+        text = f"{text}.{part}" if part.isidentifier() and not keyword.iskeyword(part) else f"{text}._modules[{part!r}]"
     return text
 
 
@@ -258,8 +272,14 @@ def _stable(value: Any) -> Any:
 
 def _portable(recipe: Recipe) -> Recipe:
     """The recipe with modules by their names, which pickle cannot keep."""
-    ways = tuple(way._replace(names={name: _packed(value) for name, value in way.names.items()}) for way in recipe.ways)
+    ways = tuple(
+        way._replace(names=_each(_packed, way.names), constants=_each(_packed, way.constants)) for way in recipe.ways
+    )
     return recipe._replace(ways=ways)
+
+
+def _each(function: Callable[[Any], Any], values: dict[str, Any]) -> dict[str, Any]:
+    return {name: function(value) for name, value in values.items()}
 
 
 class _Named(NamedTuple):
@@ -277,7 +297,9 @@ def _unpacked(value: Any) -> Any:
 def _blank(recipe: Recipe) -> nn.Module:
     """An empty module of the fused class, for pickle and copy to fill."""
     ways = tuple(
-        way._replace(names={name: _unpacked(value) for name, value in way.names.items()}) for way in recipe.ways
+        way._replace(names=_each(_unpacked, way.names), constants=_each(_unpacked, way.constants))
+        for way in recipe.ways
     )
-    cls = _class(recipe._replace(ways=ways))
+    # The defaults are those of the class as it is here: a copy of a marker such as object() would be another one.
+    cls = _class(recipe._replace(constants=_signature(recipe.base)[2], ways=ways))
     return cls.__new__(cls)

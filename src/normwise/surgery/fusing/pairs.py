@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -154,7 +154,8 @@ class Graph:
         with self.graph.inserting_before(total):
             norm = self.graph.get_attr(str(path[0].target))
             arguments = (norm, a, b) if act is None else (norm, a, b, self._act(act))
-            both = self.graph.call_function(calls.add_then_norm, arguments)
+            into: dict[str, Any] = {"into": 0} if _writes(total) else {}
+            both = self.graph.call_function(calls.add_then_norm, arguments, into)
             y, new = (self.graph.call_function(operator.getitem, (both, n)) for n in (0, 1))
         path[-1].replace_all_uses_with(y)
         self._erase(path)
@@ -163,9 +164,13 @@ class Graph:
 
     def _behind_norm(self, node: fx.Node, path: list[fx.Node], act: fx.Node | None, residual: fx.Node | None) -> None:
         x, last = node.args[0], path[-1]
+        total = next((other for other in path if _terms(other) is not None), None)
         assert isinstance(x, fx.Node)
         between = [other for other in self._between(node, last) if other not in path]
         norm = self.module(node)
+        assert norm is not None
+        if between and any(map(self._is_statistic_of(norm), self.graph.nodes)):
+            raise Refusal("its running statistics are looked at in the same forward")
         if any(norm in self._reached(other) for other in between):
             raise Refusal("it is called once more before what stands behind it")
         if any(map(self._may_write, between)) and not (_is_fresh(self, x, node) and not self._is_summed_early(path)):
@@ -174,7 +179,10 @@ class Graph:
             arguments = (self.graph.get_attr(str(node.target)), x, None if act is None else self._act(act))
             if residual is not None:
                 arguments = (*arguments, residual)  # type: ignore[assignment]
-            y = self.graph.call_function(calls.norm_then, arguments)
+            into: dict[str, Any] = (
+                {"into": int(total.args[0] is residual)} if total is not None and _writes(total) else {}
+            )
+            y = self.graph.call_function(calls.norm_then, arguments, into)
         last.replace_all_uses_with(y)
         self._erase(path)
 
@@ -224,6 +232,18 @@ class Graph:
             return [found] if isinstance(found, nn.Module) else []
         module = self.module(node)
         return [] if module is None else list(module.modules())
+
+    def _is_statistic_of(self, norm: nn.Module) -> Callable[[fx.Node], bool]:
+        """Whether a node is one of the norm's buffers, which its call changes."""
+        buffers = {id(buffer) for buffer in norm.buffers()}
+
+        def is_one(node: fx.Node) -> bool:
+            if node.op != "get_attr":
+                return False
+            owner, _, name = str(node.target).rpartition(".")
+            return id(getattr(self.owner.get_submodule(owner), name)) in buffers
+
+        return is_one
 
     def _erase(self, path: list[fx.Node]) -> None:
         for node in reversed(path):

@@ -14,7 +14,8 @@ from torch.nn.utils import parametrize
 from normwise.measure.snapshot import dry_run
 from normwise.surgery.batches import call
 from normwise.surgery.forwards import BOUND, is_bound
-from normwise.surgery.fusing.follow import Followed, Given, can_be_compared, follow, plainly_given
+from normwise.surgery.fusing.follow import Followed, Given, follow, plainly_given
+from normwise.surgery.fusing.globals import can_be_compared
 from normwise.surgery.fusing.owners import is_fused
 from normwise.surgery.fusing.pairs import Graph, Pair
 from normwise.surgery.report import Refusal

@@ -57,7 +57,7 @@ def exchange(layer: nn.Module, calls: Sequence[Call] = ()) -> Exchange:
     form = one.form if one.form.family not in ("batch", "frozen") else _of_rank(one.form, calls)
     norm = form.build(layer, features)
     following = [layer.get_submodule(name) for name in one.form.followers]
-    names = _names(one.form)
+    names = one.form.names
     _carry_plain(layer, norm)
     notes = [proved(layer, norm, following, names, calls), _rounding(one, norm)]
     if one.entry is not None and one.entry.note:
@@ -102,21 +102,6 @@ def restored(new: nn.Module) -> nn.Module:
     for name in HOOKS:
         setattr(old, name, getattr(new, name))
     return old.train(new.training)
-
-
-def _names(form: Form) -> dict[str, str]:
-    pairs = (
-        (form.gain, "weight"),
-        (form.bias, "bias"),
-        (form.mean, "running_mean"),
-        (form.var, "running_var"),
-        (form.batches, "num_batches_tracked"),
-    )
-    return {
-        theirs: mine
-        for theirs, mine in pairs
-        if theirs is not None and not (mine == "num_batches_tracked" and form.family == "frozen")
-    }
 
 
 def _of_rank(form: Form, calls: Sequence[Call]) -> Form:

@@ -63,6 +63,22 @@ class Form(NamedTuple):
             return True
         return rank == self.spatial + 2 or (self.spatial == 1 and rank == 2)
 
+    @property
+    def names(self) -> dict[str, str]:
+        """By the layer's names of its tensors those of normwise."""
+        pairs = (
+            (self.gain, "weight"),
+            (self.bias, "bias"),
+            (self.mean, "running_mean"),
+            (self.var, "running_var"),
+            (self.batches, "num_batches_tracked"),
+        )
+        return {
+            theirs: mine
+            for theirs, mine in pairs
+            if theirs is not None and not (mine == "num_batches_tracked" and self.family == "frozen")
+        }
+
     def build(self, layer: nn.Module, features: int) -> nn.Module:
         """The layer of normwise that computes this with the very tensors of `layer`, in its mode."""
         tensors = [t for t in (*layer.parameters(), *layer.buffers()) if t.is_floating_point()]
