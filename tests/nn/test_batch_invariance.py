@@ -34,7 +34,7 @@ def batches(samples: int) -> list[tuple[int, Tensor]]:
     several times."""
     backwards, some = list(range(samples))[::-1], list(range(samples // 2 + 1))
     of_one_thread = [[0], [samples - 1], some, backwards, [1, 0, 0, samples - 1, 1]]
-    of_several = [(2, [samples - 1]), (2, backwards), (3, some), (3, backwards)]
+    of_several = [(2, [samples - 1]), (3, some), (2, backwards)]
     return [(n, torch.tensor(rows)) for n, rows in [*((1, rows) for rows in of_one_thread), *of_several]]
 
 
@@ -71,7 +71,7 @@ def check(layer: nn.Module, x: Tensor, given: dict[str, Any]) -> None:
 
 # Short rows go four at once, long ones alone; 33,000 elements are the first that several threads share.
 ROWS = [(7, 5), (6, 63), (3, 5, 33), (6, 513), (70, 480), (5, 3, 1023)]
-IMAGES = [(5, 6, 7), (4, 6, 5, 3), (9, 4, 17, 13), (3, 32, 30, 31), (2, 12, 3, 4, 5), (3, 2, 20000)]
+IMAGES = [(5, 6, 7), (4, 6, 5, 3), (9, 4, 17, 13), (3, 32, 30, 31), (2, 12, 3, 4, 5), (3, 2, 9000)]
 ARGUMENTS = ["bare", "mask", "residual", "mask and residual", "scale and shift"]
 
 
@@ -92,7 +92,7 @@ def arguments(names: str, x: Tensor, positions: tuple[int, ...], channels: int, 
 @pytest.mark.parametrize("cls", [normwise.LayerNorm, normwise.RMSNorm])
 def test_of_features(cls: type[nn.Module], names: str, dtype: torch.dtype, level: str) -> None:
     for shape in ROWS:
-        for act in (None, "relu") if "scale" in names else (None, "silu", "hardswish"):
+        for act in (None, "relu") if "scale" in names else ("silu",):
             layer = randomize(cls(shape[-1], act=act, dtype=dtype))
             x = (3 * torch.randn(shape) + 1).to(dtype)
             check(layer, x, arguments(names, x, shape[:-1], shape[-1], layer))
@@ -151,7 +151,7 @@ RECURRENT = [
     ("RNN", {"norm": "layer", "num_layers": 2, "between": "rms"}),
 ]
 # (steps, batch, inputs, units): odd; few inputs, which cells take directly; threads share samples, and share units.
-SIZES = [(7, 5, 9, 13), (5, 19, 3, 40), (12, 33, 70, 65), (3, 9, 200, 256), (4, 6, 128, 160)]
+SIZES = [(7, 5, 9, 13), (5, 19, 3, 40), (3, 33, 70, 65), (3, 9, 128, 200)]
 
 
 @each_level(LEVELS)
