@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import normwise
 from support.norm_cases import randomize
+from support.recurrent_cases import away_from_start
 from support.tolerances import assert_close
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the extra normwise[onnx] and onnxruntime are not installed")
@@ -116,6 +117,19 @@ def test_a_normalized_lstm_is_unrolled_without_the_operator_lstm(tmp_path):
     assert found["LSTM"] == found["Loop"] == found["Scan"] == 0
     assert found["LayerNormalization"] == 1 + 2 * len(x)  # over all inputs at once; then over h and c in each step
     assert_close(run(x), layer(x)[0], kind="composed", count=60)
+
+
+@pytest.mark.parametrize(
+    ("norm", "options"),
+    [("layer", {"between": "layer", "residual": True}), (None, {"between": "rms"}), ("rms", {"residual": True})],
+    ids=str,
+)
+def test_norms_and_skips_between_the_layers_of_a_stack(norm, options, tmp_path):
+    layer, x = normwise.LSTM(4, 6, 3, norm=norm, bidirectional=True, **options), torch.randn(SERIES)
+    away_from_start(layer)
+    found, run = exported(layer, (x,), tmp_path)
+    assert norm is not None or found["LSTM"] == 3
+    assert_close(run(x), layer(x)[0], kind="composed", count=60, scale=2.0)
 
 
 def test_masks_lengths_and_residuals(tmp_path):

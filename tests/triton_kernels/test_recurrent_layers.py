@@ -68,6 +68,18 @@ def test_stacks_in_both_directions(cell: str, way: str) -> None:
     same(lambda x: CALLS[way](layer, x), layer, torch.randn(3, 3, 4, dtype=torch.float64))
 
 
+@pytest.mark.parametrize(
+    ("cell", "options"),
+    [("lstm", {"between": "layer", "residual": True}), ("gru", {"between": "rms"}), ("rnn", {"residual": True})],
+    ids=str,
+)
+@pytest.mark.parametrize("way", ["dense", "lengths and resets"])
+def test_norms_and_skips_between_layers(way: str, cell: str, options: dict[str, Any]) -> None:
+    """The norms between are Triton's too: nothing else runs."""
+    layer = away_from_start(LAYERS[cell](4, 5, num_layers=3, **options).double())
+    same(lambda x: CALLS[way](layer, x), layer, torch.randn(3, 3, 4, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_cells(cell: str) -> None:
     module = away_from_start(CELLS[cell](4, 5).double())

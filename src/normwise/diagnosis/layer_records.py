@@ -43,8 +43,9 @@ class Norm:
         batch_statistics: in train mode they are taken over the batch.
         was_training: the layer was in train mode when the model was given.
         trainable: its gain or bias has `requires_grad`; None without these.
-        values: the fewest values that one statistic came from, over all batches.
-        samples: the fewest samples that entered.
+        values: the fewest values that one statistic came from, over all batches; with `segments=` those of a batch's
+            median segment.
+        samples: the fewest samples that entered; with `segments=` as `values`.
         lengths: the shortest and longest L among inputs (N, C, L).
         masked: every call came with a mask or lengths, or with ragged input.
         padding: share of the positions that are padding and enter the statistics nevertheless.
@@ -61,6 +62,7 @@ class Norm:
         dead_gains: indices of channels whose gain is next to nothing beside the median's.
         removes_bias_of: the layer whose output comes in as it is and whose bias this norm takes away again.
         inside_recurrence: its output goes into its own input at a later call of the same pass.
+        segments: every call came with `segments=`.
         running: None without running statistics.
     """
 
@@ -87,6 +89,7 @@ class Norm:
     dead_gains: list[int]
     removes_bias_of: str | None
     inside_recurrence: bool
+    segments: bool
     running: Running | None
 
 

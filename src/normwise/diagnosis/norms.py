@@ -44,6 +44,7 @@ class NormWatch:
         self.total_samples = 0
         self.lengths: list[int] | None = None
         self.masked: list[bool] = []
+        self.segmented: list[bool] = []
         self.padding: list[float] = []
         self.padding_shift: list[float] = []
         self.noise = self.needed_eps = 0.0
@@ -65,6 +66,8 @@ class NormWatch:
         given = kwargs.get("mask") is not None or kwargs.get("lengths") is not None
         ragged = x.is_nested or any(isinstance(a, PackedSequence) for a in args)
         self.masked.append(given or ragged)
+        segments = kwargs.get("segments")
+        self.segmented.append(segments is not None)
         if x.is_nested or not x.numel() or x.dim() < 2:
             return
         if self.kind in _OF_CHANNELS and (axis := channel_axis(self.norm)) != 1:
@@ -81,16 +84,29 @@ class NormWatch:
             within = None if mask is None else mask.movedim(1, 0).flatten(1)
             values = rows.shape[1] if within is None else int(within.sum(1).min())
             if values and not (given and mask is None):
-                self._count(x[0, 0].numel() if self.kind == "instance" else values, samples)
+                if segments is not None:
+                    self._count(*[_rows_of_a_segment(segments, within)] * 2)
+                else:
+                    self._count(x[0, 0].numel() if self.kind == "instance" else values, samples)
                 if not self.moments.count.dim() or len(self.moments.mean) == len(rows):
                     add_rows(self.moments, rows, within)
                     self.total_samples += samples
         if not given and not ragged and self.kind in ("batch", "renorm", "instance", "group") and valid is not None:
             self._look_for_padding(x, valid)
-        if not lean:
-            self._look_at_rounding(x)
+        if not lean and (normalized := self._normalized(x, kwargs)) is not None:
+            self._look_at_rounding(normalized)
             if not given:
-                self._look_at_size(x)
+                self._look_at_size(normalized)
+
+    def _normalized(self, x: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """What a call takes statistics of, each of them of a part that its shape tells; None where other parts, or
+        another tensor, are meant: segments, what a gate has multiplied."""
+        if kwargs.get("segments") is not None:
+            return None
+        if kwargs.get("gate") is not None and getattr(self.norm, "gate_first", False):
+            return None
+        added = kwargs.get("add")
+        return x + added.detach() if isinstance(added, Tensor) and added.shape == x.shape else x
 
     def _count(self, values: int, samples: int) -> None:
         part = getattr(self.module, "virtual_batch_size", None)
@@ -207,6 +223,7 @@ class NormWatch:
             dead_gains=dead_gains(gain),
             removes_bias_of=feeding.pop() if len(feeding) == 1 else None,
             inside_recurrence=self.inside_recurrence,
+            segments=bool(self.segmented) and all(self.segmented),
             running=self._running(),
         )
 
@@ -238,6 +255,14 @@ def dead_gains(gain: Tensor | None) -> list[int]:
     size = gain.detach().abs().flatten()
     reference = size.median() if bool(size.median() > 0) else size.max()
     return torch.nonzero(size <= DEAD_GAIN * reference).flatten().tolist()[:256]
+
+
+def _rows_of_a_segment(segments: Any, within: Tensor | None) -> int:
+    """How many valid rows the median segment has. `within`: (C, R), which elements count."""
+    numbers = torch.as_tensor(segments).flatten()
+    if within is not None:
+        numbers = numbers[within.any(0).to(numbers.device)]
+    return int(torch.unique(numbers, return_counts=True)[1].median())
 
 
 def _positions(x: Tensor, valid: Valid) -> Tensor | None:

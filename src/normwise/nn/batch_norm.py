@@ -15,7 +15,7 @@ from normwise.nn.skipped import CountsSkipped
 from normwise.ops import dispatch, inputs, symbolic
 from normwise.ops.distributed import StatsGroup
 from normwise.ops.norm import running_stats
-from normwise.ops.norm.batch_norm import batch_norm_with_stats
+from normwise.ops.norm.batch_norm_with_stats import batch_norm_with_stats
 from normwise.ops.norm.domains import one_for_all
 from normwise.ops.norm.running_stats import Updated
 

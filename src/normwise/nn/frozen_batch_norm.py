@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from normwise.backends.activations import activation
 from normwise.nn.construct import Activated
 from normwise.ops import inputs, symbolic
-from normwise.ops.norm.batch_norm import batch_norm_with_stats
+from normwise.ops.norm.batch_norm_with_stats import batch_norm_with_stats
 
 
 class FrozenBatchNorm(Activated):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Set
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import normwise.nn as ours
+from normwise.nn import BatchRenorm1d, SyncBatchNorm
 from normwise.surgery import norms, recurrents
 from normwise.surgery.carry import carry_mode
 from normwise.surgery.centre import in_fast_path
@@ -114,8 +116,9 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
     in evaluation: dropout in the stream leaves it a mean, and a step of training is that of an RMSNorm net. Source:
     Jiang, Gu, Zhu & Pan 2023.
 
-    What a forward passes beyond the input (`mask=`, `lengths=`, `residual=`) the new layer must know, and torch.nn's do
-    not. LayerNorm adds a residual before it normalizes, and returns the sum too; the others add it behind the norm.
+    What a forward passes beyond the input (`mask=`, `lengths=`, `residual=`, `segments=`, `domain=`, `scale=`,
+    `shift=`, `gate=`) the new layer must know, and torch.nn's do not: with an `example` such a layer is skipped.
+    LayerNorm adds a residual before it normalizes, and returns the sum too; the others add it behind the norm.
 
     Args:
         model: left as it is, unless `inplace`.
@@ -335,6 +338,8 @@ def _made(one: Layer, make: Make, met: Met, source: _Source) -> tuple[nn.Module,
     elif behind is None:
         notes.append(f"converted as a {known_base(old).__name__}: what its own forward does else is gone")
     new = nn.Sequential(norm, *following) if following else norm
+    if source.exchange is None:
+        _takes(new, met.given)
     new.training = old.training
     if not behind:
         notes.append(_carry_modules(old, new))
@@ -344,6 +349,26 @@ def _made(one: Layer, make: Make, met: Met, source: _Source) -> tuple[nn.Module,
     if getattr(old, "_compiled_call_impl", None) is not None:
         notes.append("it was compiled by itself: call its compile() again")
     return new, "; ".join(filter(None, notes))
+
+
+def _takes(new: nn.Module, given: Set[str]) -> None:
+    """Raises `Refusal` where the calls of the example give by name what the new layer does not take."""
+    known = inspect.signature(new.forward).parameters
+    norm = new[0] if isinstance(new, nn.Sequential) else new
+    # Segments are batches of their own in training, which these do not know; they take the argument to say so.
+    refused = {"segments"} if isinstance(norm, (BatchRenorm1d, SyncBatchNorm)) else set()
+    unknown = [f"{name}=" for name in sorted(given) if name not in known or name in refused]
+    if unknown:
+        behind = ", with what follows it," if norm is not new else ""
+        raise Refusal(
+            f"it is called with {', '.join(unknown)}, which {kind_of(norm)}{behind} does not take: the forward that "
+            "calls it has to do that otherwise first"
+        )
+    if "segments" in given and isinstance(norm, (nn.LayerNorm, nn.RMSNorm)) and option(norm, "dim") is not None:
+        raise Refusal(
+            "it is called with segments=, of whose rows (R, C) a LayerNorm takes the last axis, without dim=: put "
+            f"{kind_of(norm)}({tuple(norm.normalized_shape)}) there yourself"
+        )
 
 
 def _norm(one: Layer, make: Make, met: Met, source: _Source) -> tuple[nn.Module, str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm
+from normwise.nn.running_norm import RunningNorm
 from normwise.surgery.norms.recognize import stands_for
 from normwise.surgery.report import Change, Report, Skip
 from normwise.surgery.select import BATCH, INSTANCE, RECURRENT, Where, chosen, has_norm, layers, require_module
@@ -28,7 +29,7 @@ class _StaysInEval:
 
 
 def freeze(model: nn.Module, *, affine: bool = True, where: Where = None) -> Report:
-    """Fix the running statistics of a model's batch norms, in place, until `unfreeze`.
+    """Fix the running statistics of a model's batch norms and RunningNorms, in place, until `unfreeze`.
 
     A frozen layer normalizes by its running statistics in training as in evaluation, and they stay as they are, also
     after `model.train()`, which would wake a layer that was merely put into evaluation. Copies and pickles of the model
@@ -137,7 +138,7 @@ def _may_be_frozen(layer: nn.Module) -> bool:
     """Whether one may think of a layer, of whatever class, as keeping running statistics."""
     if isinstance(layer, RECURRENT):
         return has_norm(layer)
-    return isinstance(stands_for(layer), (*BATCH, *INSTANCE))
+    return isinstance(layer, RunningNorm) or isinstance(stands_for(layer), (*BATCH, *INSTANCE))
 
 
 def _why_not(layer: nn.Module) -> str | None:
@@ -151,6 +152,8 @@ def _why_not(layer: nn.Module) -> str | None:
             return "its norms have no running statistics"
         if getattr(layer, "dropout", 0) or config.zoneout:
             return "kept in evaluation it would lose its dropout or zoneout too"
+    elif isinstance(layer, RunningNorm):
+        return "per_instance=True: it has no running statistics" if layer.per_instance else None
     elif isinstance(norm, FrozenBatchNorm):
         return "its statistics are fixed as it is"
     elif norm._buffers.get("running_mean") is None:

@@ -5,7 +5,7 @@ Of n values a norm leaves n - 2 degrees of freedom: of one the bias, of two +1 a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -83,11 +83,12 @@ def _counted(groups: int) -> str:
 
 
 class Met(NamedTuple):
-    """What a layer is called with in an example: the shapes of all calls, channels on axis 1, and the first calls
-    themselves where the layer is of a class of its own."""
+    """What a layer is called with in an example: the shapes of all calls, channels on axis 1, the first calls
+    themselves where the layer is of a class of its own, and what any call gives by name."""
 
     shapes: Sequence[torch.Size] = ()
     calls: Sequence[Call] = ()
+    given: Set[str] = frozenset()
 
 
 def inputs_met(model: nn.Module, layers: Iterable[nn.Module], example: Any) -> dict[int, Met]:
@@ -98,7 +99,8 @@ def inputs_met(model: nn.Module, layers: Iterable[nn.Module], example: Any) -> d
     met: dict[int, Met] = {}
 
     def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found = met.setdefault(id(layer), Met([], []))
+        found = met.setdefault(id(layer), Met([], [], set()))
+        found.given.update(name for name, value in kwargs.items() if value is not None)  # type: ignore[attr-defined]
         if not is_own(layer) and len(found.calls) < _CALLS:
             found.calls.append(calls_of(args, kwargs))  # type: ignore[attr-defined]
         x = args[0] if args else kwargs.get("input")

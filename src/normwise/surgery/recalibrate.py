@@ -13,6 +13,7 @@ from normwise.backends.reference import Moments
 from normwise.measure.eager import run_eagerly
 from normwise.measure.snapshot import Values, modes_kept, state_of
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm
+from normwise.nn.running_norm import RunningNorm
 from normwise.ops import distributed
 from normwise.surgery.batches import Forward, run
 from normwise.surgery.forwards import normalizes_its_input
@@ -250,6 +251,8 @@ def _may_keep(layer: nn.Module) -> bool:
     """Whether one may think of a layer as keeping running statistics."""
     if isinstance(layer, RECURRENT):
         return has_norm(layer) and layer.recurrence.norm == "batch"
+    if isinstance(layer, RunningNorm):
+        return not layer.per_instance
     norm = stands_for(layer)
     return isinstance(norm, BATCH) or (isinstance(norm, INSTANCE) and norm.running_mean is not None)
 
@@ -261,6 +264,8 @@ def _norm(layer: nn.Module) -> nn.Module:
 
 def _why_not(layer: nn.Module) -> str | None:
     norm = _norm(layer)
+    if isinstance(layer, RunningNorm):
+        return "its statistics are those of all that it has seen: reset_running_stats() and then update(x) take others"
     if isinstance(norm, FrozenBatchNorm):
         return "its statistics are fixed"
     if is_frozen(layer):

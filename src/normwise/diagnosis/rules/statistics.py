@@ -61,6 +61,8 @@ def _few(values: int, samples: int, instead: str) -> dict[str, Any]:
 
 def _instead(layer: Layer) -> str:
     """A norm that needs no batch, unless `normwise.convert` would refuse it for what it would have to go by."""
+    if layer.norm is not None and layer.norm.segments:
+        return "LayerNorm with segments=, whose statistics are those of all features of a segment"
     shape = layer.input.shape if layer.input is not None else []
     renorm = "model, _ = normwise.convert(model, to='renorm'), which leans on running statistics"
     if 1 < len(shape) < 4 and shape[1] < FEWEST_IN_A_GROUP:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.backends.protocol import NormConfig, NormRequest, accumulation_dtype
-from normwise.backends.reference import combined
-from normwise.ops import inputs, ragged, symbolic
-from normwise.ops._torch_internals import readable
-from normwise.ops.dispatch import jit_traces
+from normwise.ops import inputs, symbolic
+from normwise.ops.dispatch import is_traced_or_transformed
 from normwise.ops.norm import running_stats
-from normwise.ops.norm.domains import batch_norm_of_domains
-from normwise.ops.norm.ghost_batch_norm import ghost_batch_norm
-from normwise.ops.norm.modulation import Given, of_channels
-from normwise.ops.norm.run import run, run_with_correction
-from normwise.ops.norm.running_stats import Updated
-from normwise.ops.norm.segments import segment_norm, segments_of
-from normwise.ops.norm.sync_batch_norm import over_ranks
+from normwise.ops.norm.batch_norm_with_stats import batch_norm_with_stats
+
+
+class BatchNormOutput(NamedTuple):
+    """What `batch_norm(..., return_stats=True)` returns: the output, and the running statistics after the call.
+
+    In training the statistics are new tensors, without a gradient and in the dtype of those given, of which none has
+    changed; in evaluation they are those given. Where a batch moves nothing (its statistics are not finite, or it is
+    empty), they are copies.
+    """
+
+    output: Any
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor | None = None
 
 
 def batch_norm(
@@ -31,7 +35,7 @@ def batch_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
-    momentum: float | Tensor = 0.1,
+    momentum: float | Tensor | None = 0.1,
     eps: float = 1e-5,
     *,
     mask: Tensor | None = None,
@@ -44,7 +48,9 @@ def batch_norm(
     correction: int = 1,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
-) -> Tensor | PackedSequence:
+    num_batches_tracked: Tensor | None = None,
+    return_stats: bool = False,
+) -> Any:
     r"""act(gamma * (x - mean) / sqrt(var + eps) + beta + residual), statistics a channel over batch and positions.
 
     In training the statistics are the batch's (biased variance), and the running averages, if given, move towards it
@@ -52,12 +58,20 @@ def batch_norm(
     statistics are the running averages, or the batch's where there are none. A batch whose statistics are NaN or
     infinite in any channel moves no running average.
 
+    With `return_stats` nothing that is given changes, and the new running statistics are values beside the output:
+    for `torch.func` (grad, vmap, jacrev), and for several forwards in training before one backward.
+
+    The running statistics of one of several domains are simply those that are passed, so that there is no `domain`
+    here: `running_mean[k]`, a view, is moved in place, and with `return_stats` the caller puts the new ones where they
+    belong. A batch of mixed domains takes a layer, `BatchNorm1d(C, domains=K)`.
+
     Args:
         input: (N, C) or (N, C, ...); or a PackedSequence or jagged nested tensor of rows of C features.
-        running_mean, running_var: (C,), changed in place in training.
+        running_mean, running_var: (C,), changed in place in training, but for `return_stats`.
         weight, bias: (C,): gamma and beta.
         training: use the batch's statistics.
-        momentum: weight of the new batch in the running averages, in [0, 1].
+        momentum: weight of the new batch in the running averages, in [0, 1]; None for a cumulative average, the mean of
+            all batches, for which `num_batches_tracked` is needed.
         eps: added to the variance.
         mask: bool, True = valid: (N, ...), the input without its channel axis, or broadcastable to the input.
         lengths: (N,) integers, valid steps along the last axis of (N, C, ..., L).
@@ -73,13 +87,18 @@ def batch_norm(
         correction: the running variance is of squares over count - correction: 1 is torch's, 0 that of Keras and Flax.
         scale, shift: (N, C), one for each sample, or of as many axes as the input, to which it broadcasts: the
             normalized input with gain and bias is multiplied by 1 + scale and shift is added, before the residual.
+        num_batches_tracked: 0-d int64: the batches seen so far; in training this one is counted, in place but for
+            `return_stats`.
+        return_stats: return a `BatchNormOutput`.
 
     Returns:
-        Like the input; 0 at invalid positions, which neither enter the statistics nor receive a gradient.
+        Like the input; 0 at invalid positions, which neither enter the statistics nor receive a gradient. With
+        `return_stats` a `BatchNormOutput` (output, running_mean, running_var, num_batches_tracked).
 
     Raises:
         ValueError: one value per channel in training, no valid element in a channel, eps <= 0, momentum outside
-            [0, 1], lengths out of range. (What only values show, of a mask or lengths, is checked on the CPU alone.)
+            [0, 1], lengths out of range, momentum=None without a count of batches, return_stats without running
+            statistics. (What only values show, of a mask or lengths, is checked on the CPU alone.)
         ShapeError: shapes that do not fit.
         TypeError: an input that is not floating, a mask that is not bool, lengths that are not integers.
 
@@ -89,7 +108,7 @@ def batch_norm(
     if symbolic.is_traced(input, weight, mask, lengths, residual, segments) or (
         modulated and symbolic.is_traced(scale, shift)
     ):
-        return symbolic.call_function(  # type: ignore[no-any-return]
+        return symbolic.call_function(
             batch_norm,
             input,
             running_mean,
@@ -109,16 +128,31 @@ def batch_norm(
             correction=None if correction == 1 else correction,
             scale=scale,
             shift=shift,
+            num_batches_tracked=num_batches_tracked,
+            return_stats=return_stats or None,
         )
-    return batch_norm_with_stats(  # type: ignore[no-any-return]
+    if num_batches_tracked is not None:
+        _check_count(num_batches_tracked)
+    stats = running_mean, running_var, num_batches_tracked
+    if return_stats:
+        if running_mean is None or running_var is None:
+            raise ValueError(
+                "batch_norm: return_stats=True returns running statistics, but got none: give running_mean and "
+                "running_var (of zeros and ones, and with momentum=1.0, they become the batch's own)"
+            )
+        if training:
+            stats = tuple(_copied(t, (input, mask, lengths, segments, momentum)) for t in stats)  # type: ignore[assignment]
+    if momentum is None:
+        momentum = _cumulative(num_batches_tracked) if training and running_mean is not None else 0.0
+    output, _ = batch_norm_with_stats(
         input,
-        running_mean,
-        running_var,
+        *stats[:2],
         weight,
         bias,
         training,
         momentum,
         eps,
+        num_batches_tracked=stats[2],
         mask=mask,
         lengths=lengths,
         act=act,
@@ -129,210 +163,41 @@ def batch_norm(
         correction=correction,
         scale=scale,
         shift=shift,
-    )[0]
-
-
-def batch_norm_with_stats(
-    input: Tensor | PackedSequence,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    training: bool,
-    momentum: float | Tensor | None,
-    eps: float,
-    *,
-    num_batches_tracked: Tensor | None = None,
-    mask: Tensor | None = None,
-    lengths: Tensor | None = None,
-    act: str | None = None,
-    residual: Tensor | PackedSequence | None = None,
-    process_group: Any = None,
-    virtual_batch_size: int | None = None,
-    ranks: Sequence[int] | None = None,
-    segments: Tensor | None = None,
-    dim: int = 1,
-    correction: int = 1,
-    domain: Tensor | None = None,
-    domains: int = 0,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> tuple[Any, Updated]:
-    """`batch_norm`, and whether the running statistics were updated (True also where there are none to update).
-
-    Args:
-        momentum: also None, for that of a cumulative average, if there is `num_batches_tracked`.
-        num_batches_tracked: 0-d int64, counts updates.
-        process_group: a torch.distributed group, or a layer's `StatsGroup`.
-        virtual_batch_size: statistics of virtual batches of so many samples, see `ghost_batch_norm`.
-        ranks: the numbers of axes that a layer accepts.
-        domain: (N,) integers: which of so many `domains` each sample is of, see `batch_norm_of_domains`.
-    """
-    if not (scale is shift is None):
-        if domain is not None:
-            raise ValueError(
-                "batch_norm: scale and shift go with one domain for the whole batch, not with one for each sample"
-            )
-        call = partial(
-            batch_norm_with_stats,
-            running_mean=running_mean,
-            running_var=running_var,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            num_batches_tracked=num_batches_tracked,
-            process_group=process_group,
-            virtual_batch_size=virtual_batch_size,
-            ranks=ranks,
-            segments=segments,
-            correction=correction,
-        )
-        given = {"mask": mask, "lengths": lengths, "act": act, "residual": residual, "dim": dim}
-        return _modulated(call, input, weight, bias, Given(scale, shift), given)
-    if dim != 1:
-        input, mask, residual = inputs.channels_to_axis_1("batch_norm", input, dim, mask, residual)
-    if domain is not None:
-        excluded = {"segments": segments, "process_group": process_group, "virtual_batch_size": virtual_batch_size}
-        y, updated = batch_norm_of_domains(
-            input,
-            domain,
-            running_mean,
-            running_var,
-            weight,
-            bias,
-            training,
-            momentum,
-            eps,
-            num_batches_tracked=num_batches_tracked,
-            mask=mask,
-            lengths=lengths,
-            act=act,
-            residual=residual,
-            correction=correction,
-            domains=domains,
-            ranks=ranks,
-            excluded=excluded,
-        )
-        return (y if dim == 1 else y.movedim(1, dim)), updated
-    found = None
-    if segments is not None:
-        excluded = {"lengths": lengths, "process_group": process_group, "virtual_batch_size": virtual_batch_size}
-        found = segments_of("batch_norm", segments, inputs.tensor("batch_norm", input), **excluded)
-        inputs.rank(input, (2,))  # type: ignore[arg-type]
-    if ranks is not None:
-        ragged.rank_or_rows(input, ranks, "BatchNorm1d")
-    if ragged.is_ragged(input):
-        if virtual_batch_size is not None:
-            raise ValueError(
-                f"virtual_batch_size={virtual_batch_size} counts samples, which rows of a ragged input do not tell "
-                "apart: give a padded input with lengths="
-            )
-        rows = partial(
-            batch_norm_with_stats,
-            running_mean=running_mean,
-            running_var=running_var,
-            weight=weight,
-            bias=bias,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            num_batches_tracked=num_batches_tracked,
-            act=act,
-            process_group=process_group,
-        )
-        return ragged.by_rows(rows, input, mask=mask, lengths=lengths, residual=residual)  # type: ignore[no-any-return]
-    x = inputs.tensor("batch_norm", input)
-    valid, known_readable = inputs.validate_channels(
-        "batch_norm", x, running_mean, running_var, weight, bias, momentum, eps, mask, lengths, act, residual
+        stats_are_copies=return_stats,
     )
-    batch_statistics = training or running_mean is None
-    if training and virtual_batch_size is not None and jit_traces():
-        raise RuntimeError(
-            "torch.jit.trace cannot follow BatchNorm in training with virtual_batch_size=, which goes by the sizes of "
-            "each batch: trace it in eval mode, or use torch.compile"
+    return BatchNormOutput(output, *stats) if return_stats else output  # type: ignore[arg-type]
+
+
+def _check_count(tracked: Any) -> None:
+    if not isinstance(tracked, Tensor) or tracked.dtype != torch.int64:
+        found = tracked.dtype if isinstance(tracked, Tensor) else type(tracked).__name__
+        raise TypeError(
+            f"num_batches_tracked must be a tensor of int64, but got {found}: give torch.tensor(0) at the start"
         )
-    if training and running_mean is not None and running_stats.is_recomputing():
-        # What there is to learn, the first run has learnt; clones, because it must run as it ran then.
-        running_mean, running_var = running_mean.clone(), running_var.clone()  # type: ignore[union-attr]
-        num_batches_tracked = None if num_batches_tracked is None else num_batches_tracked.clone()
-    if momentum is None and training and running_mean is not None and num_batches_tracked is None:
-        raise ValueError(
-            "momentum=None is the weight of a cumulative average, for which a layer counts its batches: give a number, "
-            "1 / (the number of batches with this one)"
+    if tracked.dim():
+        raise inputs.ShapeError(
+            f"num_batches_tracked must be one number, of shape (), but got {tuple(tracked.shape)}: one of a layer's "
+            "domains is num_batches_tracked[k]"
         )
-    if found is not None and batch_statistics and x.numel():
-        options: dict[str, Any] = {"weight": weight, "bias": bias, "valid": valid, "act": act, "residual": residual}
-        y, parts = segment_norm("batch_norm", x, found, across_features=False, eps=eps, **options)
-        y = y if dim == 1 else y.movedim(1, dim)
-        if running_mean is None or running_var is None:
-            return y, True
-        config = NormConfig("batch_norm", "channels", eps, act, momentum=momentum)
-        stats = (running_mean, running_var, num_batches_tracked)
-        return y, running_stats.update_from_moments(config, *stats, combined(parts), correction)
-    formula = None
-    if training and process_group is not None:
-        formula = over_ranks(process_group, x, valid)
-    if batch_statistics and formula is None:
-        inputs.enough_values(x, valid, needed=2 if training else 1)
-        if x.numel() == 0:
-            if num_batches_tracked is not None:
-                num_batches_tracked.add_(1)
-            running_mean = running_var = num_batches_tracked = None  # nothing to learn from an empty batch, as in torch
-    config = NormConfig("batch_norm", "channels", eps, act, batch_statistics=batch_statistics, momentum=momentum)
-    request = NormRequest(
-        config,
-        inputs.dense(x),
-        residual,  # type: ignore[arg-type]
-        weight,
-        bias,
-        valid,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-    )
-    if training and virtual_batch_size is not None:
-        y, updated = ghost_batch_norm(request, virtual_batch_size, correction)
-    elif correction != 1 and batch_statistics and request.running_mean is not None:
-        y, updated = run_with_correction(request, formula, correction)
-    else:
-        result = run(request, formula, known_readable and readable(num_batches_tracked))
-        y, updated = result.y, result.stats_updated  # type: ignore[assignment]
-    return (y if dim == 1 else y.movedim(1, dim)), updated
 
 
-def _modulated(
-    call: partial[tuple[Any, Updated]],
-    input: Any,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    given: Given,
-    options: dict[str, Any],
-) -> tuple[Any, Updated]:
-    """`batch_norm_with_stats`, of which `call` has the statistics, with scale or shift."""
-    said = call.keywords
-    mean, var, ranks, segments = (said[name] for name in ("running_mean", "running_var", "ranks", "segments"))
-    if segments is not None:
-        segments_of("batch_norm", segments, inputs.tensor("batch_norm", input), lengths=options["lengths"])
-    if ranks is not None:
-        ragged.rank_or_rows(input, ranks, "BatchNorm1d")
+def _cumulative(tracked: Tensor | None) -> float | None:
+    """The weight of the next batch in a cumulative average; None where ops have to take it from the count."""
+    if tracked is None or not running_stats.can_read_now(tracked):
+        return None
+    return 1.0 / (int(tracked) + 1)
 
-    def bare(x: Tensor, mask: Tensor | None) -> tuple[Any, Updated]:
-        if mean is None or mean.dtype.itemsize >= 4:
-            return call(x, weight=None, bias=None, mask=mask)
-        # Kernels of float32 take no averages in half precision.
-        stats = {"running_mean": mean.to(x.dtype), "running_var": var.to(x.dtype)}
-        found = call(x, weight=None, bias=None, mask=mask, **stats)
-        if said["training"]:
-            mean.copy_(stats["running_mean"])
-            var.copy_(stats["running_var"])
-        return found
 
-    def fused(x: Tensor, samples: int, gain: Tensor | None, bias: Tensor | None, **options: Any) -> Any:
-        stats = (t.to(accumulation_dtype(x.dtype)).repeat(samples) for t in (mean, var))
-        fixed = {**dict(zip(("running_mean", "running_var"), stats, strict=True)), "ranks": None}
-        return call(x, weight=gain, bias=bias, **fixed, **options)[0]
-
-    moving = said["training"] or mean is None or segments is not None
-    options |= {"running": (mean, var), "momentum": said["momentum"], "eps": said["eps"]}
-    y, updated = of_channels("batch_norm", bare, None if moving else fused, input, weight, bias, given, **options)
-    return y, True if updated is None else updated
+def _copied(t: Tensor | None, others: tuple[Any, ...]) -> Tensor | None:
+    """A copy of `t` to be changed in place."""
+    if t is None:
+        return None
+    t = t.detach()
+    if not torch.compiler.is_compiling() and not is_traced_or_transformed():
+        return t.clone()
+    # Under vmap what is changed in place must be batched where anything is that it will be changed by.
+    for other in others:
+        other = other.data if isinstance(other, PackedSequence) else other
+        if isinstance(other, Tensor):
+            t = t + other.new_zeros((), dtype=t.dtype, device=t.device)
+    return t
