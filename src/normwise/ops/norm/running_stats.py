@@ -66,7 +66,8 @@ def update_from_moments(
         wanted = RunningStatsRequest(running_mean, running_var, num_batches_tracked, momentum, mean, var, count)
         kernel = running_stats_kernel(wanted)
         if kernel is not None:
-            return kernel(wanted)
+            updated: Updated = kernel(wanted)
+            return updated
     momentum = momentum_now(momentum, num_batches_tracked, running_mean.dtype)
     updated = update_averages(running_mean, running_var, moments, momentum, correction)
     return _count(num_batches_tracked, updated)
