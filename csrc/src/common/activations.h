@@ -214,8 +214,8 @@ template <int act, class C> NW_INLINE vec<C> activation_derivative(vec<C> z, [[m
 }
 
 // Whether a backward in two passes computes g = dy * activation_derivative once and keeps it where its result will be,
-// for the second pass: that takes less time than to compute it again, where a store keeps all digits. Vectors of 64 bytes
-// compute a logistic function in the time of the store.
+// for the second pass: that takes less time than to compute it again, where a store keeps all digits. Vectors of 64
+// bytes compute a logistic function in the time of the store.
 template <class T, int act>
 constexpr bool keeps_gradient = sizeof(T) == sizeof(compute_t<T>) &&
                                 (act == NW_GELU || act == act_by_code || (act == NW_SILU && vector_bytes < 64));

@@ -9,8 +9,8 @@
 namespace NW_ISA {
 namespace {
 
-// 1 / sqrt(var + eps). A variance that overflowed its sum gives NaN, which shows that an input exploded; 1 over infinity
-// would turn every output into zero.
+// 1 / sqrt(var + eps). A variance that overflowed its sum gives NaN, which shows that an input exploded; 1 over
+// infinity would turn every output into zero.
 template <class C> NW_INLINE C rstd_of(C var, C eps) {
   return var < std::numeric_limits<C>::infinity() ? C(1) / std::sqrt(var + eps) : std::numeric_limits<C>::quiet_NaN();
 }

@@ -42,8 +42,8 @@ template <class C> NW_INLINE double parameter(const void* p, int64_t i, double d
   return p ? double(static_cast<const C*>(p)[i]) : default_value;
 }
 
-// Writes y = act(z + residual) for a region; `code` is the activation's. `prefetch_offset`: how far away the run lies that is read next, 0 for
-// none; it is prefetched while this one is written.
+// Writes y = act(z + residual) for a region; `code` is the activation's. `prefetch_offset`: how far away the run lies
+// that is read next, 0 for none; it is prefetched while this one is written.
 template <int act, class T>
 void normalize(const T* x, const T* residual, T* y, const Region& r, const Affine<compute_t<T>>& affine, int code,
                int64_t prefetch_offset, bool non_temporal) {

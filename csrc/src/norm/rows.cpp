@@ -149,7 +149,8 @@ __attribute__((noinline)) void convert_row(const In* in, Out* out, int64_t n, bo
   });
 }
 
-// A row with a gate. What the gate gives, or gets, lies in `scratch`, two rows that stay in cache and are never rounded.
+// A row with a gate. What the gate gives, or gets, lies in `scratch`, two rows that stay in cache and are never
+// rounded.
 template <class T, int act>
 void forward_gated_row(const nw_rows_forward_args& a, int64_t row, compute_t<T>* scratch, bool non_temporal) {
   using C = compute_t<T>;
@@ -289,8 +290,8 @@ struct RowSums {
   double grad = 0, grad_x_hat = 0;
 };
 
-// Writes ds = rstd * weight * g - offset - x_hat * slope of one row, in which g may wait, see keeps_gradient. `prefetch_offset`: how far away the row lies that
-// is read after it.
+// Writes ds = rstd * weight * g - offset - x_hat * slope of one row, in which g may wait, see keeps_gradient.
+// `prefetch_offset`: how far away the row lies that is read after it.
 template <class T, int act>
 void write_input_gradient(const nw_rows_backward_args& a, int64_t row, const RowSums& sums,
                           const ParamVector<compute_t<T>>& weight, const ParamVector<compute_t<T>>& bias,
@@ -319,8 +320,9 @@ void write_input_gradient(const nw_rows_backward_args& a, int64_t row, const Row
   });
 }
 
-// R rows of one gain and bias at once where they are only read, so that the partial sums of the gain's and bias's gradients are loaded and
-// stored once for R rows; what is written is written one row after the other, see forward_short_rows.
+// R rows of one gain and bias at once where they are only read, so that the partial sums of the gain's and bias's
+// gradients are loaded and stored once for R rows; what is written is written one row after the other, see
+// forward_short_rows.
 template <int R, class T, int act>
 void backward_rows(const nw_rows_backward_args& a, const int64_t* rows, compute_t<T>* dweight, compute_t<T>* dbias,
                    bool non_temporal) {
@@ -366,8 +368,9 @@ void backward_rows(const nw_rows_backward_args& a, const int64_t* rows, compute_
   }
 }
 
-// What the backward of a gate needs of a row before its norm's, in rows of `scratch`: what was normalized, its gradient's
-// upstream, where the gate comes last its own gradient, and where it comes first what the norm's gradient is times.
+// What the backward of a gate needs of a row before its norm's, in rows of `scratch`: what was normalized, its
+// gradient's upstream, where the gate comes last its own gradient, and where it comes first what the norm's gradient is
+// times.
 template <class T>
 __attribute__((noinline)) void before_gated_row(const nw_rows_backward_args& a, int64_t row, compute_t<T>* scratch) {
   using C = compute_t<T>;
