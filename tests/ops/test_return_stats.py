@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import normwise
 from normwise.functional import BatchNormOutput, batch_norm
 from support.backends import using
+from support.on_ranks import on_ranks
 from support.tolerances import assert_close
 
 C = 4
@@ -268,3 +270,28 @@ def test_what_is_refused() -> None:
         batch_norm(x, mean, var, training=True, num_batches_tracked=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"num_batches_tracked\[k\]"):
         batch_norm(x, mean, var, training=True, num_batches_tracked=torch.zeros(3, dtype=torch.int64))
+
+
+def stats_on_rank(rows: list[int]) -> tuple[Tensor, ...]:
+    """On each rank its part of a batch, twice: the statistics that it is given stay, those it gets are used."""
+    torch.manual_seed(3)
+    x, start, rank = torch.randn(sum(rows), C, 5) * 2 + 1, fresh(), dist.get_rank()
+    first = sum(rows[:rank])
+    given = [t.clone() for t in start]
+    mine = x[first : first + rows[rank]]
+    y, *stats, _ = batch_norm(mine, *given, training=True, return_stats=True, process_group=dist.group.WORLD)
+    again = batch_norm(mine, *stats, training=True, return_stats=True, process_group=dist.group.WORLD)
+    assert all(torch.equal(now, before) for now, before in zip(given, start, strict=True))
+    return x, *start, y, *again[1:3]
+
+
+@pytest.mark.parametrize("rows", [[3, 2], [1, 4]], ids=str)
+def test_those_of_several_ranks_are_those_of_the_whole_batch(rows: list[int]) -> None:
+    found = on_ranks(2, stats_on_rank, rows)
+    x, mean, var = found[0][:3]
+    y, *stats, _ = batch_norm(x, mean, var, training=True, return_stats=True)
+    expected = batch_norm(x, *stats, training=True, return_stats=True)
+    assert_close(torch.cat([part[3] for part in found]), y, count=25)
+    for part in found:
+        assert_close(part[4], expected.running_mean, count=25)
+        assert_close(part[5], expected.running_var, count=25)
