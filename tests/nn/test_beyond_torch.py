@@ -237,7 +237,7 @@ def test_functional_is_what_the_layers_do() -> None:
         "layer_norm": (normwise.LayerNorm(5, elementwise_affine=False), ((5,),)),
         "rms_norm": (normwise.RMSNorm(5, elementwise_affine=False), ((5,),)),
     }
-    assert sorted(layers) == sorted(f.__all__)
+    assert sorted(layers) == sorted(name for name in f.__all__ if name.endswith("_norm"))
     for name, (layer, args) in layers.items():
         torch.testing.assert_close(getattr(f, name)(x, *args), layer(x))
         torch.testing.assert_close(getattr(f, name)(x, *args), getattr(F, name)(x, *args))

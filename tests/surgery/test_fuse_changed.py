@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import enum
+import gc
 import pickle
 import sys
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 import normwise
+from normwise.surgery.fusing.follow import follow, plainly_given
 from support.fusing import assert_same_runs, done, fused, reason
 
 IMAGES = torch.randn(3, 4, 5, 5)
@@ -257,3 +259,26 @@ def test_more_arguments_than_were_followed(example):
     assert new(IMAGES).grad_fn is not None
     for args, named in (((), {}), ((IMAGES,), {}), ((IMAGES, 2.0), {"gain": 3.0}), ((), {"other": IMAGES})):
         torch.testing.assert_close(new(IMAGES, *args, **named), model(IMAGES, *args, **named))
+
+
+collections = 0
+
+
+def told_of_garbage(phase: str, info: dict[str, int]) -> None:
+    global collections
+    collections += 1
+
+
+def test_what_is_told_of_garbage_is_no_part_of_a_forward() -> None:
+    """As hypothesis is, for one, from within whatever runs."""
+    module, threshold = Parts(), gc.get_threshold()
+    gc.callbacks.append(told_of_garbage)
+    gc.set_threshold(1)
+    try:
+        followed = follow(module, plainly_given(module), training=True)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(told_of_garbage)
+    assert collections > 0
+    assert gc.isenabled()
+    assert "collections" not in {read.name for read in followed.reads}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import enum
+import gc
 import inspect
 import logging
 import sys
@@ -34,19 +35,25 @@ class Global(NamedTuple):
 
 @contextmanager
 def code_noted(ran: dict[CodeType, dict[str, Any]], is_users: Callable[[FrameType], bool]) -> Iterator[None]:
-    """Notes the code of the user's functions that are called while it is open, with their global names."""
+    """Notes the code of the user's functions that are called while it is open, with their global names.
+
+    No garbage is collected meanwhile: what others have asked to be told of it would be called from within a forward.
+    """
 
     def called(frame: FrameType, event: str, argument: Any) -> None:
         home = str(frame.f_globals.get("__name__", "")).partition(".")[0]
         if event == "call" and is_users(frame) and home not in sys.stdlib_module_names:
             ran[frame.f_code] = frame.f_globals
 
-    before = sys.getprofile()
+    before, collects = sys.getprofile(), gc.isenabled()
+    gc.disable()
     sys.setprofile(called)
     try:
         yield
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
 
 
 def globals_read(ran: Mapping[CodeType, Mapping[str, Any]]) -> list[Global]:
