@@ -163,8 +163,7 @@ def _with_rows(t: Tensor, rows: int) -> Tensor:
     return t if len(t) == rows else F.pad(t, (0, 0, 0, rows - len(t)))
 
 
-@torch.library.register_fake("normwise::recurrence")
-def _(*arguments: Any) -> tuple[Tensor, ...]:
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, (*described, save) = arguments[:DIFFERENTIABLE], arguments[DIFFERENTIABLE:]
     x, h0, c0, *_ = tensors
     rows, units = x.shape[0] * x.shape[1], h0.shape[1]
@@ -176,6 +175,9 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     kept += [x.new_empty(0) for _ in range(_MOST_SAVED - len(kept))]
     output = x.new_empty(*x.shape[:2], units)
     return output, x.new_empty(h0.shape), x.new_empty(0 if c0 is None else c0.shape), *kept
+
+
+torch.library.register_fake("normwise::recurrence", _fake)  # handed over, see custom_op/norm.py
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -234,8 +236,7 @@ def _apart(tensors: list[Tensor]) -> list[Tensor]:
     return found
 
 
-@torch.library.register_fake("normwise::recurrence_backward")
-def _(*arguments: Any) -> list[Tensor]:
+def _fake_backward(*arguments: Any) -> list[Tensor]:
     _, tensors, (*_, needs) = _split(arguments)
     first = 3  # x, h0 and c0
     wanted = [needs[0], True, True, *[any(needs[first:])] * (len(tensors) - first)]
@@ -245,6 +246,9 @@ def _(*arguments: Any) -> list[Tensor]:
         torch.empty_like(t, memory_format=torch.contiguous_format) if t is not None and want else x.new_empty(0)
         for t, want in zip(tensors, wanted, strict=True)
     ]
+
+
+torch.library.register_fake("normwise::recurrence_backward", _fake_backward)
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...], tuple[Any, ...]]:

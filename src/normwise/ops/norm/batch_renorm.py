@@ -148,8 +148,7 @@ def _correction(
 
 # A compiled backward may compute again what is cheap; r and d would then come from averages that have moved. The
 # result of an op that the compiler does not know is kept.
-@torch.library.custom_op("normwise::renorm_correction", mutates_args=())
-def _renorm_correction(
+def _run_renorm_correction(
     batch_mean: Tensor,
     batch_var: Tensor,
     running_mean: Tensor,
@@ -160,6 +159,10 @@ def _renorm_correction(
 ) -> tuple[Tensor, Tensor]:
     batch = Moments(batch_mean, batch_var, torch.ones_like(batch_mean))
     return renorm_correction(batch, running_mean, running_var, r_max, d_max, eps)
+
+
+# Handed over, see ops/custom_op/norm.py.
+_renorm_correction = torch.library.custom_op("normwise::renorm_correction", _run_renorm_correction, mutates_args=())
 
 
 @_renorm_correction.register_fake
