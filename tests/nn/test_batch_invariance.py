@@ -173,11 +173,11 @@ def test_of_recurrent_layers(
             lengths[[0, -1]] = steps
 
         def run(rows: Tensor) -> list[Tensor]:
-            leaves = [chosen(t, rows, 1).requires_grad_() for t in (x, *hx)]  # noqa: B023
+            leaves = [chosen(t, rows, 1).requires_grad_() for t in (x, *hx)]  # noqa: B023  of this turn
             state = leaves[1] if len(leaves) == 2 else tuple(leaves[1:])
-            found, last = layer(leaves[0], state, lengths=None if lengths is None else lengths[rows])  # noqa: B023
+            found, last = layer(leaves[0], state, lengths=None if lengths is None else lengths[rows])  # noqa: B023  of this turn
             outputs = [found, *(last if isinstance(last, tuple) else (last,))]
-            gradients = torch.autograd.grad(outputs, leaves, [chosen(t, rows, 1) for t in upstream])  # noqa: B023
+            gradients = torch.autograd.grad(outputs, leaves, [chosen(t, rows, 1) for t in upstream])  # noqa: B023  of this turn
             return [*(t.detach() for t in outputs), *gradients]
 
         with using("cpu"):
