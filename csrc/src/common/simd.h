@@ -174,12 +174,13 @@ NW_INLINE void store(bf16* p, vec<float> v, Partial part) {
 inline int64_t non_temporal_bytes() { return l2_cache_bytes > 1 << 20 ? 2 * l2_cache_bytes : 2 << 20; }
 template <class T> constexpr int64_t store_bytes = lanes<compute_t<T>> * int64_t(sizeof(T));
 
-// Whether an output of `elements`, written in runs of `run` neighbours, takes non-temporal stores: it is large, and
-// each of its vectors is aligned.
+// Whether an output of `elements`, written in runs of `run` neighbours, takes non-temporal stores: it is large, and each
+// of its vectors is aligned and half a cache line at least. (Two threads that write quarters, as bfloat16 does with AVX2,
+// flush write-combining buffers before they are full: up to three times the time.)
 template <class T> inline bool use_non_temporal(const T* out, int64_t elements, int64_t run) {
 #if defined(__SSE2__)
-  return elements * int64_t(sizeof(T)) >= non_temporal_bytes() && uintptr_t(out) % store_bytes<T> == 0 &&
-         run * int64_t(sizeof(T)) % store_bytes<T> == 0;
+  return store_bytes<T> >= 32 && elements * int64_t(sizeof(T)) >= non_temporal_bytes() &&
+         uintptr_t(out) % store_bytes<T> == 0 && run * int64_t(sizeof(T)) % store_bytes<T> == 0;
 #else
   return false;
 #endif

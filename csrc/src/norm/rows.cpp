@@ -25,6 +25,15 @@ template <class C> struct ParamVector {
   template <class Part> NW_INLINE vec<C> at(int64_t i, Part part) const { return load(data + (i & index_mask), part); }
 };
 
+// Whether rows `begin` to `end` of an output take non-temporal stores. Fresh memory is in the caches anyway: there such
+// stores take 1.1 to 1.2 times as long as others, elsewhere 0.75.
+template <class T, class Args>
+inline bool past_the_caches(const void* output, const Args& a, int64_t begin, int64_t end) {
+  const T* rows = static_cast<const T*>(output);
+  return use_non_temporal(rows, a.rows * a.cols, a.cols) &&
+         !is_fresh(rows + begin * a.cols, (end - begin) * a.cols * int64_t(sizeof(T)));
+}
+
 // Where the gain and bias of a row begin.
 template <class Args> NW_INLINE int64_t gain_offset(const Args& a, int64_t row) {
   return row < a.group_rows ? 0 : row / a.group_rows * a.cols;
@@ -240,7 +249,7 @@ void forward_short_rows(const nw_rows_forward_args& a, int64_t row, bool non_tem
 }
 
 template <class T, int act> int forward(const nw_rows_forward_args& a) {
-  const bool non_temporal = use_non_temporal(static_cast<T*>(a.y), a.rows * a.cols, a.cols);
+  const bool non_temporal = past_the_caches<T>(a.y, a, 0, a.rows);
   const int threads = useful_threads(a.rows * a.cols, a.threads);
   if (a.gate) {
     Scratch<compute_t<T>> scratch(threads * 2 * a.cols);
@@ -451,8 +460,8 @@ void backward_chunk(const nw_rows_backward_args& a, int64_t begin, int64_t end, 
                     compute_t<T>* dbias, compute_t<T>* gated_scratch) {
   zero_fill(dweight, a.cols);
   zero_fill(dbias, a.cols);
-  const bool non_temporal = use_non_temporal(static_cast<T*>(a.ds), a.rows * a.cols, a.cols) &&
-                            (!a.gate || use_non_temporal(static_cast<T*>(a.dgate), a.rows * a.cols, a.cols));
+  const bool non_temporal =
+      past_the_caches<T>(a.ds, a, begin, end) && (!a.gate || past_the_caches<T>(a.dgate, a, begin, end));
   int64_t pending[4];
   int count = 0;
   for (int64_t row = begin; row < end; ++row) {
