@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= normwise-out
 STAMP := $(VENV)/.installed
 
-.PHONY: compare test test-all-kernels test-without-kernels test-models test-triton triton-budgets lint format bench docs clean
+.PHONY: compare test test-all-kernels test-without-kernels test-models test-trainers test-triton triton-budgets lint format bench docs clean
 
 compare: $(STAMP)
 	$(BIN)/normwise compare --out $(OUT)
@@ -23,6 +23,10 @@ test-without-kernels: $(STAMP)
 # Models of transformers, timm and diffusers, made from their configurations: nothing is downloaded but the libraries.
 test-models: $(VENV)/.models
 	$(BIN)/python -m pytest -n auto tests/models
+
+# Callbacks and loggers in Lightning, transformers' Trainer, TensorBoard and Weights & Biases (offline).
+test-trainers: $(VENV)/.trainers
+	$(BIN)/python -m pytest -n auto tests/trainers
 
 # The GPU kernels without a GPU: run by Triton's interpreter on the CPU, and compiled for three GPUs.
 test-triton: $(VENV)/.triton $(VENV)/.triton-3.6
@@ -45,6 +49,10 @@ $(VENV)/.triton-3.6: $(STAMP)
 
 $(VENV)/.models: $(STAMP)
 	$(BIN)/python scripts/install_extra.py models --quiet -c constraints.txt
+	touch $@
+
+$(VENV)/.trainers: $(STAMP)
+	$(BIN)/python scripts/install_extra.py trainers --quiet -c constraints.txt
 	touch $@
 
 lint: $(STAMP)

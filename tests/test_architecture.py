@@ -1,12 +1,12 @@
 """The rooms of src/normwise import downwards only:
 
-    cli -> lab, diagnosis -> surgery -> measure -> nn -> ops -> backends
+    cli -> integrations -> lab, diagnosis -> surgery -> measure -> nn -> ops -> backends
 
 Rooms on one level do not know each other: neither lab and diagnosis nor one backend and another, which share what lies
-at the top of backends/. The package's own modules (`functional.py`) stand between nn and the rooms
-above it; only its front, `normwise/__init__.py`, which names what users call, imports surgery. Every import statement
-counts, wherever it stands: at the top, inside a function, under TYPE_CHECKING, relative, or as a string given to
-`import_module`.
+at the top of backends/. Nor do integrations know the lab. The package's own modules (`functional.py`) stand between nn
+and the rooms above it; only its front, `normwise/__init__.py`, which names what users call, imports surgery. Every
+import statement counts, wherever it stands: at the top, inside a function, under TYPE_CHECKING, relative, or as a
+string given to `import_module`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ PACKAGE = "normwise"
 FRONT = f"{PACKAGE}/__init__.py"
 BACKENDS = ("backends/reference", "backends/aten", "backends/cpu", "backends/triton")
 LEVEL = {
-    "cli": 8,
+    "cli": 9,
+    "integrations": 8,
     "lab": 7,
     "diagnosis": 7,
     "surgery": 6,
@@ -47,6 +48,7 @@ OUTSIDE = {
     "cli": {"typer", "rich"},
     "lab": {"numpy", "rich", "jinja2", "joblib", "distributed", "pyarrow"},
     "diagnosis": {"numpy", "rich", "jinja2"},
+    "integrations": {"lightning", "transformers", "wandb"},
     "surgery": {"rich"},
     "backends/triton": {"triton"},
 }
@@ -80,7 +82,7 @@ def forbidden(importer: str, imported: str, source: Path) -> str | None:
         importer = PACKAGE
         if target in ("surgery", "diagnosis"):
             return None
-    if importer == target or LEVEL[target] < LEVEL[importer]:
+    if (importer, target) != ("integrations", "lab") and (importer == target or LEVEL[target] < LEVEL[importer]):
         return None
     return f"{importer} may not import {imported}: {target} is not below it"
 
@@ -178,6 +180,10 @@ def test_imports_point_downwards():
         ("lab/planted.py", "from normwise.diagnosis import collect", "normwise.diagnosis"),
         ("lab/planted.py", "import pandas", "pandas"),
         ("diagnosis/planted.py", "from normwise.lab import run", "normwise.lab"),
+        ("diagnosis/planted.py", "from normwise.integrations import hook", "normwise.integrations"),
+        ("diagnosis/planted.py", "import wandb", "wandb"),
+        ("integrations/planted.py", "from normwise.lab import run", "normwise.lab"),
+        ("integrations/planted.py", "import pandas", "pandas"),
         ("measure/planted.py", "from normwise.diagnosis import records", "normwise.diagnosis"),
         ("measure/planted.py", "from ..lab.tasks import Task", "normwise.lab"),
         ("measure/planted.py", "def late():\n    from normwise.surgery.select import layers", "normwise.surgery"),
@@ -211,6 +217,7 @@ def test_a_planted_violation_is_caught(tmp_path, file, line, named):
 def test_what_the_design_allows_passes(tmp_path):
     source = tmp_path / PACKAGE
     allowed = {
+        "integrations/i.py": "import wandb\nfrom normwise.diagnosis import g\nfrom normwise.surgery import h\n",
         "diagnosis/g.py": "import numpy\nfrom normwise.surgery import h\nfrom normwise.measure import m\n",
         "surgery/h.py": "from normwise.nn import c\nfrom normwise.measure import m\n",
         "measure/m.py": "from normwise.nn import c\nfrom normwise.backends.reference import e\n",
@@ -237,6 +244,7 @@ def test_what_is_imported_from_outside_is_declared():
     """Everything that OUTSIDE allows is in an extra."""
     needed = [requirement.partition(";") for requirement in requires(PACKAGE) or []]
     assert [name.split(">")[0] for name, _, condition in needed if not condition] == ["torch"]
-    ours = re.compile("extra == .(lab|cluster|parquet|triton)")
+    ours = re.compile("extra == .(lab|cluster|parquet|triton|lightning|wandb|models)\\b")
     used = {name.split(">")[0] for name, _, condition in needed if ours.search(condition)}
-    assert set().union(*OUTSIDE.values()) == used - {"normwise[lab]"}
+    # The tests are about these; torch itself imports tensorboard.
+    assert set().union(*OUTSIDE.values()) == used - {"normwise[lab]", "timm", "diffusers", "torchvision"}

@@ -108,6 +108,7 @@ __all__ = [
 # Loaded at first use: who builds and trains a model need not wait for what looks at one or changes it.
 _AT_FIRST_USE = {
     "diagnosis": ("Diagnosis", "Monitor", "diagnose", "recommend"),
+    "integrations": (),
     "surgery": (
         "adapt",
         "convert",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import pytest
@@ -138,5 +139,141 @@ def test_what_does_not_fit_is_refused():
             normwise.Monitor(net(), Writer(), every=every)
     with pytest.raises(DiagnosisError, match=r"writer must have add_scalar\(tag, value, step\).*got str"):
         normwise.Monitor(net(), "runs/1")
-    with pytest.raises(DiagnosisError, match="compiled model"):
-        normwise.Monitor(torch.compile(net(), backend="eager"), Writer())
+
+
+def test_a_healthy_training_raises_nothing():
+    """From the first step on: running statistics that are still near their start are not judged."""
+    model, x, target = net(), torch.randn(64, 6) * 5 + 3, torch.randint(3, (64,))
+    monitor = normwise.Monitor(model, every=1)
+    train(model, monitor, 60, x, target)
+    assert monitor.findings == []
+
+
+@pytest.mark.parametrize(("batches", "found"), [(28, []), (29, ["NW002"])])
+def test_running_statistics_are_judged_once_their_start_is_gone(batches, found):
+    """0.9^29 is the first below 5 %."""
+    model = net()
+    model[1].num_batches_tracked.fill_(batches)
+    monitor = normwise.Monitor(model)
+    cross_entropy(model(torch.randn(64, 6) * 99 + 99), torch.randint(3, (64,))).backward()
+    monitor.step()
+    assert [finding.code for finding in monitor.findings] == found
+
+
+def test_a_gradient_that_is_not_finite():
+    model, x, target = net(), torch.randn(20, 6), torch.randint(3, (20,))
+    monitor = normwise.Monitor(model, every=1, ignore=["NW003"])
+    train(model, monitor, 1, x, target)
+    with torch.no_grad():
+        model[3].weight[0, 0] = math.inf
+    train(model, monitor, 1, x, target)
+    (finding,) = [finding for finding in monitor.findings if finding.code == "NW017"]
+    assert finding.layer == "3"
+    assert "gradients of" in finding.cause
+
+
+def test_what_cannot_be_seen_in_a_step_is_not_said():
+    """Norms of unknown classes, and a stack that has them: NW014 would say that there is no norm."""
+
+    class MyNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(x) * self.gain
+
+    layers = [layer for _ in range(10) for layer in (nn.Linear(8, 8), MyNorm())]
+    model = nn.Sequential(*layers, nn.Linear(8, 3))
+    with torch.no_grad():
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                layer.weight.mul_(0.3)
+    monitor = normwise.Monitor(model, ignore=["NW013"])
+    train(model, monitor, 1, torch.randn(20, 8), torch.randint(3, (20,)))
+    assert monitor.findings == []
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def compiled_by(how: str, backend: Any) -> tuple[nn.Module, nn.Module]:
+    """(what is called, the eager model inside)."""
+    model = Net()
+    if how == "outside":
+        return torch.compile(model, backend=backend), model
+    if how == "in place":
+        model.compile(backend=backend)
+    else:
+        model.net[3] = torch.compile(model.net[3], backend=backend)
+    return model, model
+
+
+# Of the compiler, which asks each tensor for its gradient.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("how", ["outside", "in place", "in part"])
+def test_a_compiled_model_is_looked_at_eagerly_and_compiled_once(how):
+    graphs, runs = [], []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return lambda *args: runs.append(1) or graph.forward(*args)
+
+    torch._dynamo.reset()
+    called, inner = compiled_by(how, backend)
+    plain, x, target = Net(), torch.randn(20, 6), torch.randint(3, (20,))
+    with torch.no_grad():
+        for own, other in zip(plain.parameters(), inner.parameters(), strict=True):
+            own.copy_(other)
+    writers = [Writer(), Writer()]
+    for model, writer in zip((called, plain), writers, strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        monitor = normwise.Monitor(model, writer, every=3)
+        for _ in range(7):
+            optimizer.zero_grad()
+            cross_entropy(model(x), target).backward()
+            optimizer.step()
+            monitor.step()
+        monitor.close()
+    assert (len(graphs), len(runs)) == (1, 4)  # of 7 steps, 3 were looked at
+    found, expected = (
+        {tag.replace("._orig_mod", ""): values for tag, values in writer.scalars.items()} for writer in writers
+    )
+    assert found.keys() == expected.keys()
+    for tag, values in expected.items():
+        assert [step for step, _ in found[tag]] == [step for step, _ in values] == [0, 3, 6]
+        assert [value for _, value in found[tag]] == pytest.approx([value for _, value in values], rel=1e-4, abs=1e-6)
+
+
+def test_gradients_without_the_factor_of_a_scaler():
+    writers = []
+    for scale in (1.0, 1024.0):
+        torch.manual_seed(0)
+        model, writer, x, target = net(), Writer(), torch.randn(20, 6), torch.randint(3, (20,))
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with normwise.Monitor(model, writer, scaler=scaler) as monitor:
+            scaler.scale(cross_entropy(model(x), target)).backward()
+            scaler.step(optimizer)
+            monitor.step()
+        writers.append(writer)
+    for tag in ("normwise/0/gradient", "normwise/0/gradient/weight", "normwise/1/gradient"):
+        assert writers[0].scalars[tag][0][1] == pytest.approx(writers[1].scalars[tag][0][1], rel=1e-5)
+
+
+def test_micro_batches_are_one_step():
+    model, writer, x, target = net(), Writer(), torch.randn(20, 6), torch.randint(3, (20,))
+    with normwise.Monitor(model, writer) as monitor:
+        for part in (slice(0, 10), slice(10, 20)):
+            (cross_entropy(model(x[part]), target[part]) / 2).backward()
+        look = monitor.step()
+    assert {layer.calls for layer in look.layers} == {2}
+    assert look.scalars["normwise/0/mean"] == pytest.approx(float(model[0](x).detach().mean()), abs=1e-6)
+    expected = float(model[3].weight.grad.norm())
+    assert look.scalars["normwise/3/gradient/weight"] == pytest.approx(expected, rel=1e-5)

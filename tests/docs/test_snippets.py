@@ -11,7 +11,17 @@ import pytest
 
 from normwise.cli.app import app
 from normwise.cli.main import main
-from support.pages import PAGES, ROOT, blocks, each_of, name_of, needed_by, run_python_blocks
+from support.pages import (
+    PAGES,
+    ROOT,
+    blocks,
+    each_of,
+    libraries_of,
+    name_of,
+    needed_by,
+    run_python_blocks,
+    suite_of,
+)
 
 GROUPS = {group.name for group in app.registered_groups}
 each_page = each_of(PAGES)
@@ -28,17 +38,18 @@ def output_of(arguments: list[str]) -> str:
 @each_page
 def test_python_blocks_run(page):
     if libraries := needed_by(page):
-        pytest.skip(f"needs {', '.join(libraries)}: runs in tests/models/ (make test-models)")
+        suite = suite_of(page)
+        pytest.skip(f"needs {', '.join(libraries)}: runs in tests/{suite}/ (make test-{suite})")
     run_python_blocks(page)
 
 
 @each_of([page for page in PAGES if needed_by(page)])
 def test_a_page_that_needs_libraries_is_about_them(page):
     """A needless mark, or one with a slip of the pen, would leave a page's blocks out of this suite for nothing."""
-    (extra,) = re.findall(r"^models = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    extra = libraries_of(suite_of(page))
     code = "\n".join(text for _, text in blocks(page, "python"))
     for library in needed_by(page):
-        assert library in re.findall(r"\w+", extra)
+        assert library in extra
         assert re.search(rf"^(import|from) {library}\b", code, re.MULTILINE), f"{name_of(page)} never imports {library}"
 
 

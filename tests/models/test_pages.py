@@ -6,10 +6,10 @@ import importlib.util
 
 import pytest
 
-from support.pages import PAGES, each_of, needed_by, run_python_blocks
+from support.pages import PAGES, each_of, needed_by, run_python_blocks, suite_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
-HERE = [page for page in PAGES if needed_by(page)]
+HERE = [page for page in PAGES if needed_by(page) and suite_of(page) == "models"]
 
 
 @each_of(HERE)

@@ -28,10 +28,21 @@ def blocks(page: Path, *languages: str) -> list[tuple[int, str]]:
 
 
 def needed_by(page: Path) -> list[str]:
-    """The libraries of the extra `models` without which the page's blocks cannot run: `<!-- needs: timm -->` on its
-    first line. Such a page runs in tests/models/."""
+    """The libraries without which the page's blocks cannot run: `<!-- needs: timm -->` on its first line. Such a page
+    runs in `suite_of(page)`."""
     found = re.match(r"<!-- needs: (.+?) -->\n", page.read_text(encoding="utf-8"))
     return found[1].split(", ") if found else []
+
+
+def libraries_of(extra: str) -> list[str]:
+    """What an extra of pyproject.toml brings."""
+    (entries,) = re.findall(rf"^{extra} = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    return re.findall(r'"(\w+)', entries)
+
+
+def suite_of(page: Path) -> str:
+    """ "models" or "trainers": the folder of tests/ where the page runs, and the extra that it needs."""
+    return "models" if set(needed_by(page)) <= set(libraries_of("models")) else "trainers"
 
 
 def run_python_blocks(page: Path) -> None:

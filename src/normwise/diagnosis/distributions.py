@@ -15,7 +15,7 @@ from normwise.measure.axes import by_axis
 
 BINS = 40
 PART, SMALL_PART = 8192, 2048  # values a batch that percentiles are taken of; in a hurry
-PARTS = 65536  # and in all
+PARTS = 65536  # and in all; in a hurry also those that a mean and a deviation are taken of
 LONGEST = 1024  # time steps that are followed
 
 
@@ -27,6 +27,15 @@ class Layout(NamedTuple):
     time: int | None = None
 
 
+def spread(x: Tensor, most: int) -> Tensor:
+    """At most so many values of a flat tensor, evenly spaced; the step has no factor in common with its size, so that
+    it does not meet the same few features again and again."""
+    step = max(1, math.ceil(x.numel() / most))
+    while math.gcd(step, x.numel()) > 1:
+        step += 1
+    return x[::step]
+
+
 def distribution(values: Tensor | Sequence[float]) -> Distribution:
     """Of all the values, in float64."""
     x = torch.as_tensor(values, dtype=torch.float64).detach().flatten().cpu()
@@ -36,10 +45,15 @@ def distribution(values: Tensor | Sequence[float]) -> Distribution:
 
 
 class Gathered:
-    """The distribution of values that come in batches."""
+    """The distribution of values that come in batches.
 
-    def __init__(self, part: int = PART) -> None:
-        self.part = part
+    Args:
+        part: how many values of a batch percentiles are taken of.
+        moments_of: how many mean and deviation are taken of; None for all.
+    """
+
+    def __init__(self, part: int = PART, moments_of: int | None = None) -> None:
+        self.part, self.moments_of = part, moments_of
         self.moments = Moments()
         self.nonfinite = 0
         self.minimum, self.maximum = math.inf, -math.inf
@@ -52,19 +66,24 @@ class Gathered:
         x = values.detach().reshape(-1)
         if not x.is_floating_point():
             x = x.to(torch.float32)
-        finite = torch.isfinite(x)
-        all_finite = bool(finite.all())
+        if not x.numel():
+            return 0.0
+        # A NaN anywhere comes out of this as NaN.
+        low, high = map(float, torch.aminmax(x))
+        all_finite = math.isfinite(low) and math.isfinite(high)
         if not all_finite:
+            finite = torch.isfinite(x)
             self.nonfinite += int((~finite).sum())
             x = x[finite]
-        if not x.numel():
-            return 0.0 if all_finite else math.nan
-        low, high = map(float, torch.aminmax(x))
+            if not x.numel():
+                return math.nan
+            low, high = map(float, torch.aminmax(x))
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
-        var, mean = torch.var_mean(x if x.dtype == torch.float64 else x.float(), correction=0)
+        some = x if self.moments_of is None else spread(x, self.moments_of)
+        var, mean = torch.var_mean(some if x.dtype == torch.float64 else some.float(), correction=0)
         self.moments.add(torch.tensor(x.numel()), mean.double().cpu(), var.double().cpu())
         if self.kept < PARTS:
-            part = x[:: max(1, math.ceil(x.numel() / self.part))].double().cpu()
+            part = spread(x, self.part).double().cpu()
             self.parts.append(part)
             self.kept += len(part)
         return max(abs(low), abs(high)) if all_finite else math.nan
@@ -135,8 +154,8 @@ class Moments:
 class Watched:
     """A layer's input or output over several calls."""
 
-    def __init__(self, part: int = PART) -> None:
-        self.all = Gathered(part)
+    def __init__(self, part: int = PART, moments_of: int | None = None) -> None:
+        self.all = Gathered(part, moments_of)
         self.features: Moments | None = None
         self.sample_means: list[Tensor] = []
         self.sample_stds: list[Tensor] = []
@@ -149,8 +168,7 @@ class Watched:
     def add(self, x: Tensor, layout: Layout, valid: Tensor | None = None) -> float:
         """One call's `x`; what is not `valid`, a bool tensor like it, does not count. Returns what `Gathered` does."""
         x = x.detach()
-        if not self.shape:
-            self.shape, self.dtype = list(x.shape), str(x.dtype).removeprefix("torch.")
+        self.note(x)
         size = self.all.add(x if valid is None else x[valid])
         if not x.numel() or not x.is_floating_point():
             return size
@@ -166,6 +184,11 @@ class Watched:
             steps = _rows(valid, layout.time)
             self._add_time(by_axis(x, layout.time)[:LONGEST], None if steps is None else steps[:LONGEST])
         return size
+
+    def note(self, x: Tensor) -> None:
+        """Shape and dtype of the first call."""
+        if not self.shape:
+            self.shape, self.dtype = list(x.shape), str(x.dtype).removeprefix("torch.")
 
     def _add_time(self, rows: Tensor, valid: Tensor | None) -> None:
         if self.time is None or len(rows) > len(self.time.mean):

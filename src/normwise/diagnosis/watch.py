@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from normwise.diagnosis.attention import AttentionWatch
 from normwise.diagnosis.batches import Batch, Loss, scalar
 from normwise.diagnosis.cells import CellWatch
-from normwise.diagnosis.distributions import PART, SMALL_PART, Layout, Watched
+from normwise.diagnosis.distributions import PART, PARTS, SMALL_PART, Layout, Watched
 from normwise.diagnosis.errors import DiagnosisError
 from normwise.diagnosis.layers import Layouts, Named, layers_of, own_parameters, tensors_in
 from normwise.diagnosis.modes import count_nonfinite
@@ -30,11 +31,12 @@ from normwise.measure.saturation import Saturation, is_saturated, nonlinearity_o
 class Seen:
     """One layer over all batches."""
 
-    def __init__(self, named: Named, was_training: bool, part: int) -> None:
+    def __init__(self, named: Named, was_training: bool, lean: bool) -> None:
         self.name, self.module, self.role = named
         self.order: int | None = None
         self.calls = self.most_calls = 0
-        self.input, self.output = Watched(part), Watched(part)
+        settings = (SMALL_PART, PARTS) if lean else (PART, None)
+        self.input, self.output = Watched(*settings), Watched(*settings)
         self.nonlinearity = nonlinearity_of(self.module)
         self.saturation = Saturation()
         self.norm = NormWatch(self.module, was_training) if self.role == "norm" else None
@@ -66,11 +68,18 @@ class Produced(NamedTuple):
 class Watch:
     """Gathers while open, `with Watch(model, modes) as watch: watch.train_pass(batch, loss)`; no hook stays behind."""
 
-    def __init__(self, model: nn.Module, was_training: dict[str, bool], *, lean: bool = False) -> None:
-        """`lean`: outputs as a whole, units, norms and gates alone, which is what a training step can spare."""
-        self.model, self.lean = model, lean
-        part = SMALL_PART if lean else PART
-        self.layers = {named.name: Seen(named, was_training[named.name], part) for named in layers_of(model)}
+    def __init__(
+        self,
+        model: nn.Module,
+        was_training: dict[str, bool],
+        *,
+        lean: bool = False,
+        scale: Callable[[], float] = lambda: 1.0,
+    ) -> None:
+        """`lean`: outputs as a whole, units, norms and gates alone, which is what a training step can spare.
+        `scale`: the factor that the loss is multiplied by on the way back, in mixed precision."""
+        self.model, self.lean, self.scale, self.modes = model, lean, scale, was_training
+        self.layers = {named.name: Seen(named, was_training[named.name], lean) for named in layers_of(model)}
         self.handles: list[Any] = []
         self.recording = self.backward = False
         self.produced: dict[int, Produced] = {}
@@ -98,6 +107,7 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         for handle in self.handles:
             handle.remove()
+        self.handles.clear()
 
     def train_pass(self, batch: Batch, loss: Loss | None) -> tuple[Any, float, dict[str, Tensor]]:
         """One batch forward and backward: (output, loss, gradient of each parameter by name). `grad` is left alone.
@@ -170,13 +180,17 @@ class Watch:
 
     def end(self, gradients: dict[str, Tensor]) -> None:
         """After a pass and its way back, with the gradients of the parameters."""
+        self.end_with({name: self._square(gradient) for name, gradient in gradients.items()})
+
+    def end_with(self, squares: dict[str, float]) -> None:
+        """As `end`, with the squared norms of these gradients."""
         for seen in self.layers.values():
             if seen.arrived:
                 seen.output_gradient.append(seen.squares)
             for name, _ in own_parameters(seen.module):
-                gradient = gradients.get(f"{seen.name}.{name}" if seen.name else name)
-                if gradient is not None:
-                    seen.weight_gradients.setdefault(name, []).append(self._square(gradient))
+                square = squares.get(f"{seen.name}.{name}" if seen.name else name)
+                if square is not None:
+                    seen.weight_gradients.setdefault(name, []).append(square)
             seen.most_calls = max(seen.most_calls, seen.calls)
             seen.first_output = seen.last_input = None
             if seen.recurrent is not None:
@@ -197,12 +211,14 @@ class Watch:
         if not x.is_nested and not self.lean:
             size = seen.input.add(x, layout, counted(module, x, kwargs) if seen.norm is not None else None)
             seen.spoilt_input = not math.isfinite(size)
+        elif not x.is_nested:
+            seen.input.note(x)
         if seen.nonlinearity is not None:
             seen.saturation.add(is_saturated(x.detach(), seen.nonlinearity), layout.feature)
         if seen.norm is not None:
             seen.norm.add(x, kwargs, args, self.samples, self.valid, lean=self.lean)
             seen.norm.fed_by.append(self._producer(seen, x))
-            seen.last_input = x if seen.calls > 1 else None
+            seen.last_input = x if seen.calls > 1 and not self.lean else None
 
     def _after(self, seen: Seen, module: nn.Module, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         if not self._counts():
@@ -216,7 +232,7 @@ class Watch:
             valid = counted(module, y, kwargs) if seen.norm is not None else None
             size = seen.output.add(y, Layout() if self.lean else self._layout(seen, y), valid)
             self.forward_trail.add(seen.name, size, comes_in=seen.spoilt_input)
-        if seen.norm is not None and seen.calls == 1:
+        if seen.norm is not None and seen.calls == 1 and not self.lean:
             seen.first_output = y
         if y.requires_grad and y.grad_fn is not None:
             y.register_hook(functools.partial(self._arrived, seen, self._layout(seen, y)))
@@ -271,7 +287,7 @@ class Watch:
         if not self.backward or gradient is None:
             return
         seen.arrived = True
-        square = self._square(gradient)
+        square = self._square(gradient) / self.scale() ** 2
         seen.squares += square
         self.backward_trail.add(seen.name, math.sqrt(square) if square >= 0 else math.nan)
         if self._has_bias(seen) and layout.feature is not None:

@@ -13,9 +13,10 @@ def gradient_norm(gradient: Tensor, *, fast: bool = False) -> float:
     """The Euclidean norm.
 
     In float64, since that of a vanishing gradient in float32 would be 0: its squares are too small for that. `fast`
-    stays in the gradient's own dtype.
+    stays in the gradient's own dtype, but for half precision, in which a norm is soon infinite.
     """
-    return float(torch.linalg.vector_norm(gradient, dtype=None if fast else torch.float64))
+    dtype = torch.promote_types(gradient.dtype, torch.float32) if fast else torch.float64
+    return float(torch.linalg.vector_norm(gradient, dtype=dtype))
 
 
 def squared_norm(gradient: Tensor, *, fast: bool = False) -> float:

@@ -24,7 +24,7 @@ def preserved(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, 
     own generator.
     """
     with ExitStack() as undo:
-        undo.callback(RandomState(_generators(loader)).restore)
+        undo.callback(RandomState(generators_of(loader)).restore)
         # Modules first, tensors after them: `_attributes` brings back the tensors whose values then return.
         stepped = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
         parameters = [*model.parameters(), *stepped]
@@ -127,8 +127,11 @@ def _optimizer(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     return restore
 
 
-def _generators(loader: Any) -> list[torch.Generator]:
-    """A loader's own."""
-    sampler = getattr(loader, "sampler", None)
-    found = (getattr(loader, "generator", None), getattr(sampler, "generator", None))
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """A loader's own, and those of its samplers, which may be wrapped."""
+    owners = [loader]
+    for owner in owners:
+        inner = (getattr(owner, name, None) for name in ("sampler", "batch_sampler"))
+        owners += [one for one in inner if one is not None and not any(one is known for known in owners)]
+    found = [getattr(owner, "generator", None) for owner in owners]
     return [g for g in {id(g): g for g in found}.values() if isinstance(g, torch.Generator)]

@@ -127,6 +127,11 @@ def recalibrate(
     return report
 
 
+def has_running_statistics(model: nn.Module) -> bool:
+    """Whether `recalibrate` has anything to do in a model."""
+    return any(_may_keep(one.module) and _why_not(one.module) is None for one in layers(model, (nn.Module,)))
+
+
 def _recalibrate(run: _Run, wanted: list[Layer], exact: bool, report: Report) -> None:
     with run.restoring(wanted):
         found = run.layer_by_layer(wanted) if exact else run.at_once(wanted)
