@@ -14,6 +14,8 @@ from benchmarks.layers import layer_case, tensor
 
 IMAGES = [(32, 64, 56, 56), (128, 256, 14, 14), (2, 64, 112, 112)]
 GROUPED = (8, 128, 56, 56)
+SMALL_PLANES = [(16, 576, 6, 6), (16, 960, 3, 3), (64, 512, 4, 4)]
+CONDITIONAL = [(32, 64, 28, 28), (16, 128, 14, 14)]
 DIT = [(16, 256, 384), (16, 256, 768), (32, 256, 1152)]  # images, patches, features of S/2, B/2 and XL/2
 MAMBA = [(8, 512, 1536), (8, 512, 2048)]
 ROWS = [(8192, 768), (4096, 4096), (32768, 256), (512, 64), (1, 4096)]
@@ -25,6 +27,12 @@ def cases() -> Iterator[Case]:
     for shape in IMAGES:
         yield batch_norm(shape, channels_last=True, must=0.80, aim=0.65)
     yield batch_norm((4096, 512), must=0.80, aim=0.65)
+    for shape in SMALL_PLANES:
+        yield batch_norm(shape, must=0.60, aim=0.45)
+    for shape in CONDITIONAL:
+        for last in (False, True):
+            yield conditional_batch_norm(shape, channels_last=last, must=0.70, aim=0.40)
+    yield conditional_batch_norm((4096, 512), must=0.90, aim=0.70)
     for rows in ROWS:
         yield layer_norm(rows, must=0.85, aim=0.70)
     yield layer_case("RMSNorm (8192, 768)", normwise.RMSNorm(768), nn.RMSNorm(768), [tensor((8192, 768))])
@@ -94,6 +102,26 @@ def adaptive_layer_norm(
         our_step=_modulated,
         their_step=_then_modulated,
         tensors_moved=9 if by_position else 5,
+        must=must,
+        aim=aim,
+    )
+
+
+def conditional_batch_norm(
+    shape: tuple[int, ...], *, channels_last: bool = False, must: float | None = None, aim: float | None = None
+) -> Case:
+    """Scale and shift by sample and channel, against a multiplication and an addition behind the norm."""
+    kind = "BatchNorm2d" if len(shape) == 4 else "BatchNorm1d"
+    ours, theirs = (getattr(library, kind)(shape[1], affine=False) for library in (normwise, nn))
+    by_sample = (*shape[:2], *(1,) * (len(shape) - 2))
+    given = [tensor(shape, channels_last=channels_last), tensor(by_sample), tensor(by_sample)]
+    return layer_case(
+        f"BatchNorm, scale and shift by sample {shape}" + (" channels-last" if channels_last else ""),
+        ours,
+        theirs,
+        given,
+        our_step=_modulated,
+        their_step=_then_modulated,
         must=must,
         aim=aim,
     )

@@ -27,7 +27,7 @@
 extern "C" {
 #endif
 
-#define NW_ABI 8 /* raised whenever a struct or function below changes or is added */
+#define NW_ABI 9 /* raised whenever a struct or function below changes or is added */
 
 enum nw_status { NW_OK = 0, NW_BAD_ARGUMENT = 1, NW_OUT_OF_MEMORY = 2, NW_STATS_NOT_UPDATED = 3 };
 enum nw_dtype { NW_FLOAT32 = 0, NW_BFLOAT16 = 1, NW_FLOAT64 = 2 };
@@ -165,13 +165,15 @@ int nw_groups_backward(const nw_groups_backward_args* args);
  *     is updated if one would become NaN or infinite (NW_STATS_NOT_UPDATED); variances are not where count = 1.
  *   training = 0: mean = running_mean, rstd = 1 / sqrt(running_var + eps).
  *   x is (batch, channels, positions) in memory, or (batch, positions, channels) with layout NW_CHANNELS_LAST.
+ *   Gain and bias are those of a group of `group_samples` neighbouring samples: 1 gives each its own, `batch` all
+ *   samples one. groups = batch / group_samples rounded up, and 1 without a sample.
  */
 typedef struct nw_channels_forward_args {
   const void* x;        /* T, shape above */
   const void* residual; /* T, x's shape and layout, may be null */
   const uint8_t* mask;  /* (batch, positions), may be null */
-  const void* weight;   /* P (channels), may be null: 1 */
-  const void* bias;     /* P (channels), may be null: 0 */
+  const void* weight;   /* P (groups, channels), may be null: 1 */
+  const void* bias;     /* P (groups, channels), may be null: 0 */
   void* running_mean;   /* P (channels): updated in training, may be null there; read in eval */
   void* running_var;    /* P (channels): as running_mean */
   void* y;              /* T, x's shape and layout: filled */
@@ -179,6 +181,7 @@ typedef struct nw_channels_forward_args {
   double* rstd;         /* (channels): filled; 1 / sqrt(eps) in training where nothing is valid */
   int64_t* num_batches_tracked; /* (1): incremented when running statistics are updated; may be null */
   int64_t batch, channels, positions;
+  int64_t group_samples; /* >= 1 */
   double eps, momentum;
   int32_t dtype, layout, training, act, threads;
 } nw_channels_forward_args;
@@ -195,9 +198,10 @@ typedef struct nw_channels_backward_args {
   const double* rstd;   /* (channels): from the forward */
   void* dx;             /* T: filled */
   void* dresidual;      /* T: filled; may be null */
-  void* dweight;        /* P (channels): filled; may be null */
-  void* dbias;          /* P (channels): filled; may be null */
+  void* dweight;        /* P (groups, channels): filled; may be null */
+  void* dbias;          /* P (groups, channels): filled; may be null */
   int64_t batch, channels, positions;
+  int64_t group_samples; /* >= 1 */
   int32_t dtype, layout, training, act, threads;
 } nw_channels_backward_args;
 int nw_channels_backward(const nw_channels_backward_args* args);

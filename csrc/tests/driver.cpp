@@ -369,8 +369,10 @@ void check_groups(size_t n, size_t channels, size_t positions, size_t count, int
   verify(last ? "groups last" : "groups first", p, t, t.x);
 }
 
+// `groups` of neighbouring samples have a gain and bias each.
 void check_channels(size_t n, size_t channels, size_t positions, int layout, int dtype, int act, bool masked,
-                    bool training = true, bool minimal = false) {
+                    bool training = true, bool minimal = false, size_t groups = 1) {
+  const size_t group_samples = n > 0 ? (n + groups - 1) / groups : 1, sample = channels * positions;
   std::unique_ptr<uint8_t[]> mask;
   positions_masked(n, positions, mask);
   const bool last = layout == NW_CHANNELS_LAST;
@@ -382,9 +384,9 @@ void check_channels(size_t n, size_t channels, size_t positions, int layout, int
   for (size_t c = 0; c < channels; ++c) running_var.set(c, 0.5 + std::fabs(running_var.get(c)));
   Problem p{.elements = n * channels * positions,
             .stats = channels,
-            .params = channels,
+            .params = groups * channels,
             .stat = channel,
-            .param = channel,
+            .param = [=](size_t i) { return i / sample / group_samples * channels + channel(i); },
             .valid =
                 [&](size_t i) {
                   return !masked || mask[last ? i / channels : i / (channels * positions) * positions + i % positions];
@@ -415,6 +417,7 @@ void check_channels(size_t n, size_t channels, size_t positions, int layout, int
                              .batch = int64_t(n),
                              .channels = int64_t(channels),
                              .positions = int64_t(positions),
+                             .group_samples = int64_t(group_samples),
                              .eps = p.eps,
                              .momentum = 0.1,
                              .dtype = dtype,
@@ -439,6 +442,7 @@ void check_channels(size_t n, size_t channels, size_t positions, int layout, int
                               .batch = int64_t(n),
                               .channels = int64_t(channels),
                               .positions = int64_t(positions),
+                              .group_samples = int64_t(group_samples),
                               .dtype = dtype,
                               .layout = layout,
                               .training = training,
@@ -471,6 +475,7 @@ void check_norms() {
             for (bool training : {true, false}) {
               check_channels(5, 7, positions, layout, dtype, act, masked, training);
               check_channels(5, 7, positions, layout, dtype, act, masked, training, true);
+              check_channels(5, 7, positions, layout, dtype, act, masked, training, false, 5);
             }
           }
         }
@@ -485,6 +490,12 @@ void check_norms() {
   for (int dtype : dtypes) {
     check_rows(6, 63, dtype, NW_MISH, true, true, false, 3);
     check_rows(7, 600, dtype, NW_IDENTITY, false, false, false, 7);
+    for (int layout : {NW_CHANNELS_FIRST, NW_CHANNELS_LAST}) {
+      check_channels(5, 7, 9, layout, dtype, NW_MISH, true, true, false, 2);
+      check_channels(3, 2, 9001, layout, dtype, NW_IDENTITY, false, true, false, 3);
+      check_channels(3, 40, 9, layout, dtype, NW_MISH, false, true, false, 3);
+      check_channels(300, 33, 2, layout, dtype, NW_IDENTITY, true, true, false, 300);
+    }
     for (bool first : {true, false}) {
       for (int gate_act : {NW_IDENTITY, NW_RELU, NW_SILU, NW_GELU, NW_SIGMOID}) {
         check_gated_rows(6, 63, dtype, gate_act, first, gate_act == NW_SILU);
@@ -500,6 +511,8 @@ void check_norms() {
   check_groups(12, 34, 99, 2, NW_CHANNELS_LAST, NW_BFLOAT16, NW_IDENTITY, false);
   check_channels(2, 2, 9001, NW_CHANNELS_FIRST, NW_FLOAT32, NW_MISH, true);
   check_channels(4, 20, 500, NW_CHANNELS_FIRST, NW_BFLOAT16, NW_IDENTITY, false);
+  check_channels(9, 330, 25, NW_CHANNELS_FIRST, NW_FLOAT32, NW_IDENTITY, false);
+  check_channels(9, 330, 25, NW_CHANNELS_FIRST, NW_BFLOAT16, NW_IDENTITY, false, true, false, 9);
   check_channels(3, 17, 999, NW_CHANNELS_LAST, NW_FLOAT32, NW_MISH, true);
 }
 

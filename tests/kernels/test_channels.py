@@ -54,6 +54,89 @@ def test_a_residual_is_fused_in_training(isa: str, residual: bool, masked: bool,
     )
 
 
+# Tiles of planes side by side, the last of them smaller; more samples than a block of sums has rows.
+SMALL_PLANES = [(8, 330, 5, 5), (17, 530, 3, 3), (300, 260, 2, 2), (9, 72, 32), (10, 200, 7, 9)]
+
+
+@pytest.mark.parametrize("shape", SMALL_PLANES, ids=str)
+@pytest.mark.parametrize("dtype", truth.DTYPES)
+def test_small_planes_match_the_float64_formula(isa: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    check_channels(shape, dtype, threads=3)
+    check_channels(shape, dtype, act="relu", residual=True, offset=1)
+    check_channels(shape, dtype, training=False, by_sample=True)
+    check_channels(shape, dtype, act="silu", by_sample=True)
+
+
+@pytest.mark.parametrize("act", ["mish", "gelu", "leaky_relu", "relu6"])
+def test_small_planes_go_with_any_activation(isa: str, act: str) -> None:
+    check_channels((8, 330, 5, 5), torch.float32, act=act, residual=True)
+
+
+def test_small_planes_around_1e4_lose_no_precision(isa: str) -> None:
+    x = torch.randn(64, 256, 4, 4) + 1e4
+    x[:32] += 1  # samples whose means differ
+    y, stats, _ = channels_forward(x, None, None, None, None, True, MOMENTUM, EPS)
+    z, mean, rstd = truth.standardize(x.double(), [0, 2, 3], None, EPS)
+    assert_close(y, z, count=1)
+    assert_close(stats[0], mean.reshape(-1), dtype=torch.float32, count=1)
+    assert_close(stats[1], rstd.reshape(-1), dtype=torch.float32, count=1)
+
+
+@pytest.mark.parametrize("by_sample", [False, True])
+def test_small_planes_give_the_same_bits_on_any_number_of_threads(isa: str, by_sample: bool) -> None:
+    shape = (16, 330, 5, 5)
+    x, dy = torch.randn(2, *shape).unbind()
+    gain, bias = torch.randn(2, *((16, 330, 1, 1) if by_sample else (330,))).unbind()
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        y, stats, _ = channels_forward(x, None, None, gain, bias, True, MOMENTUM, EPS, act="relu")
+        found.append((y, stats, *channels_backward(dy, x, stats, gain, bias, True, act="relu")[:3]))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (7, 40, 3, 3), (3, 5, 700), (9, 16, 1, 1), (600, 40)], ids=str)
+@pytest.mark.parametrize("dtype", truth.DTYPES)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_each_sample_may_have_a_gain_and_bias(
+    isa: str, dtype: torch.dtype, shape: tuple[int, ...], channels_last: bool
+) -> None:
+    check_channels(shape, dtype, by_sample=True, channels_last=channels_last)
+    check_channels(shape, dtype, by_sample=True, channels_last=channels_last, training=False, act="relu")
+
+
+@pytest.mark.parametrize("act", [None, "relu", "silu", "gelu", "mish"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gains_of_samples_go_with_mask_residual_and_activation(
+    isa: str, act: str | None, masked: bool, residual: bool, channels_last: bool
+) -> None:
+    for shape in ((4, 6, 5, 7), (33, 19), (5, 24, 3, 3)):
+        options = {"act": act, "masked": masked, "residual": residual, "channels_last": channels_last}
+        check_channels(shape, torch.float32, by_sample=True, **options)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@pytest.mark.parametrize("shape", [(3, 2, 9001), (5, 40, 321), (4099, 33), (64, 40, 4, 4)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_gains_of_samples_match_the_formula_on_any_number_of_threads(
+    threads: int, shape: tuple[int, ...], channels_last: bool
+) -> None:
+    check_channels(shape, torch.float32, threads=threads, channels_last=channels_last, by_sample=True)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_an_empty_batch_gives_gains_of_samples_a_gradient_of_zero(isa: str, channels_last: bool) -> None:
+    x, gain = torch.randn(2, 3, 0), torch.randn(2, 3, 1)
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
+    _, stats, _ = channels_forward(x, None, None, gain, gain, True, MOMENTUM, EPS)
+    _, dweight, dbias, _ = channels_backward(x, x, stats, gain, gain, True)
+    assert torch.equal(dweight, torch.zeros_like(gain))
+    assert torch.equal(dbias, torch.zeros_like(gain))
+
+
 @pytest.mark.parametrize("offset", [1, 3])
 @pytest.mark.parametrize("dtype", truth.DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True])

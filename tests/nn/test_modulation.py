@@ -301,6 +301,57 @@ def test_one_kernel_does_all(kind):
         assert type(layer(**tensors, **options)[0].grad_fn).__name__ != name
 
 
+@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(6, 5, 4, 3), (9, 5)], ids=str)
+@pytest.mark.parametrize("which", ["both", "scale", "shift", "one scale for all channels", "one shift for all samples"])
+def test_one_kernel_does_a_conditional_batch_norm(training, shape, which):
+    layer = getattr(normwise, f"BatchNorm{len(shape) - 2 or 1}d")(5, act="relu").train(training)
+    x, residual = torch.randn(2, *shape).unbind()
+    ones = (1,) * (len(shape) - 2)
+    given = {"scale": torch.randn(shape[0], 1 if "channels" in which else 5, *ones), "shift": torch.randn(*shape[:2])}
+    if "samples" in which:
+        given["shift"] = torch.randn(1, 5, *ones)
+    given = {k: t for k, t in given.items() if which not in ("scale", "shift") or k == which}
+    tensors = {"input": x, "residual": residual, **given}
+    truth = {k: leaves(t, dtype=torch.float64)[0] for k, t in tensors.items()}
+    tensors = {k: t.requires_grad_() for k, t in tensors.items()}
+    mask = torch.rand(shape[0], *shape[2:]) < 0.7
+    mask.view(-1)[:2] = True
+    exact, upstream = copy.deepcopy(layer).double(), torch.randn(shape)
+    with using("cpu"):
+        y = layer(**tensors, mask=mask)
+        assert type(y.grad_fn).__name__ == "NormBackward"
+        found = torch.autograd.grad(y, [*tensors.values(), *layer.parameters()], upstream)
+    with normwise.backend("reference"):
+        expected = exact(**truth, mask=mask)
+        true = torch.autograd.grad(expected, [*truth.values(), *exact.parameters()], upstream.double())
+    for a, b in zip((y, *found), (expected, *true), strict=True):
+        assert_close(a, b, kind="composed", count=x.numel(), scale=float(b.detach().abs().max()))
+    for name in ("running_mean", "running_var"):
+        assert_close(getattr(layer, name), getattr(exact, name), kind="composed", count=x.numel(), scale=1.0)
+    assert layer.num_batches_tracked == exact.num_batches_tracked == training
+
+
+@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
+def test_a_scale_by_position_or_a_statistic_from_elsewhere_takes_no_kernel_for_all():
+    x = torch.randn(8, 5, 4, 3, requires_grad=True)
+    by_sample, by_position = torch.randn(8, 5), torch.randn(8, 5, 4, 3)
+    for layer, scale in [
+        (normwise.BatchNorm2d(5), by_position),
+        (normwise.BatchNorm2d(5, virtual_batch_size=4), by_sample),
+        (normwise.BatchNorm2d(5, correction=0), by_sample),
+        (normwise.BatchNorm2d(5, momentum=None), by_sample),
+    ]:
+        y = layer(x, scale=scale)
+        one_kernel = type(y.grad_fn).__name__ == "NormBackward"
+        assert one_kernel == (layer.momentum is None)  # the weight of a cumulative average is a number on the CPU
+        expected = in_float64(layer, x.double(), scale.double().view(*scale.shape, *(1,) * (4 - scale.dim())), None)
+        if layer.virtual_batch_size is None:
+            assert_close(y, expected, kind="composed", count=x.numel(), scale=float(expected.detach().abs().max()))
+        assert layer.num_batches_tracked == 1
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_second_derivatives_of_a_gate_with_a_mask_and_a_sum(first):
     layer = normwise.LayerNorm(C, gate_first=first, act="silu" if first else None, dtype=torch.float64)

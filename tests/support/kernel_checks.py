@@ -185,17 +185,19 @@ def check_channels(
     residual: bool = False,
     masked: bool = False,
     affine: bool = True,
+    by_sample: bool = False,
     channels_last: bool = False,
     offset: int = 0,
     threads: int = 1,
 ) -> None:
-    """One call forward and backward, every output against the truth."""
+    """One call forward and backward, every output against the truth; `by_sample`: each sample has a gain and bias."""
     torch.set_num_threads(threads)
     channels, positions = shape[1], prod(shape[2:])
     wider = wide(dtype)
     x, dy = (truth.tensor(*shape, dtype=dtype, offset=offset, channels_last=channels_last) for _ in range(2))
     r = truth.tensor(*shape, dtype=dtype, channels_last=channels_last) if residual else None
-    weight, bias = torch.randn(2, channels).to(dtype) if affine else (None, None)
+    view = (shape[0] if by_sample else 1, channels, *(1,) * (len(shape) - 2))
+    weight, bias = torch.randn(2, *(view if by_sample else (channels,))).to(dtype) if affine else (None, None)
     running_mean, running_var = torch.randn(channels, dtype=wider), torch.rand(channels, dtype=wider) + 0.5
     old_mean, old_var = running_mean.double().clone(), running_var.double().clone()
     mask, valid = None, None
@@ -210,7 +212,6 @@ def check_channels(
     got = channels_backward(dy, x, stats, weight, bias, training, **settings)
 
     dims = [0, *range(2, len(shape))]
-    view = (1, channels, *(1,) * (len(shape) - 2))
     s, w, b, rd = (truth.leaf(t) for t in (x, weight, bias, r))
     if training:
         z, mean, rstd = truth.standardize(s, dims, valid, EPS)
@@ -219,7 +220,7 @@ def check_channels(
         unbiased = (rstd.reshape(-1) ** -2 - EPS) * count / max(count - 1, 1)
         new_var = (1 - MOMENTUM) * old_var + MOMENTUM * unbiased
     else:
-        mean, rstd = old_mean.view(view), (old_var + EPS).rsqrt().view(view)
+        mean, rstd = (v.view(1, *view[1:]) for v in (old_mean, (old_var + EPS).rsqrt()))
         z = ((s if valid is None else torch.where(valid, s, 0)) - mean) * rstd
         new_mean, new_var = old_mean, old_var
     if w is not None:

@@ -1,6 +1,8 @@
 // What both layouts of BatchNorm share: from the statistics of a channel to the coefficients that each element needs.
 #pragma once
 
+#include <initializer_list>
+
 #include "norm/moments.h"
 #include "norm/planes.h"
 #include "normwise.h"
@@ -25,21 +27,60 @@ template <class C> void store_running_stats(const nw_channels_forward_args& a, i
   a.rstd[c] = rstd_of(double(static_cast<const C*>(a.running_var)[c]), a.eps);
 }
 
-template <class C, class Args> Affine<C> affine_of(const Args& a, int64_t c) {
-  return Affine<C>(a.mean[c], a.rstd[c], parameter<C>(a.weight, c, 1), parameter<C>(a.bias, c, 0));
+// Whether there is more than one gain or bias for a channel.
+template <class Args> bool has_sample_gains(const Args& a) {
+  return a.group_samples < a.batch && (a.weight || a.bias);
 }
 
-// Stores the gradients of channel c's gain and bias, and returns the coefficients of its input gradient. In evaluation
-// the statistics are constants, so that only the gain is left.
+template <class Args> int64_t gain_groups(const Args& a) {
+  return a.batch > 0 ? (a.batch + a.group_samples - 1) / a.group_samples : 1;
+}
+
+// Where the gains of a sample begin.
+template <class Args> NW_INLINE int64_t gain_offset(const Args& a, int64_t sample) {
+  return a.group_samples == 1 ? sample * a.channels : sample / a.group_samples * a.channels;
+}
+
+template <class C, class Args> Affine<C> affine_of_sample(const Args& a, int64_t sample, int64_t c) {
+  const int64_t i = gain_offset(a, sample) + c;
+  return Affine<C>(a.mean[c], a.rstd[c], parameter<C>(a.weight, i, 1), parameter<C>(a.bias, i, 0));
+}
+
+template <class C, class Args> Affine<C> affine_of(const Args& a, int64_t c) { return affine_of_sample<C>(a, 0, c); }
+
+// Stores the gradients of gain and bias number i, channel c's, and returns their share of the sums that the gradient of
+// the input needs, which are of gradients times gain.
+template <class C>
+GradSums parameter_gradients(const nw_channels_backward_args& a, int64_t i, int64_t c, const GradSums& sums) {
+  if (a.dweight) static_cast<C*>(a.dweight)[i] = C(sums.grad_deviation * a.rstd[c]);
+  if (a.dbias) static_cast<C*>(a.dbias)[i] = C(sums.grad);
+  const double gain = parameter<C>(a.weight, i, 1);
+  return {.grad = gain * sums.grad, .grad_deviation = gain * sums.grad_deviation};
+}
+
+// Those of gains and biases that nothing was multiplied by.
+template <class C> void zero_gradients(const nw_channels_backward_args& a) {
+  for (void* gradient : {a.dweight, a.dbias}) {
+    if (gradient) zero_fill(static_cast<C*>(gradient), gain_groups(a) * a.channels);
+  }
+}
+
+// The coefficients of the input gradient of what has this gain. In evaluation the statistics are constants, so that
+// only the gain is left.
+template <class C>
+GradCoeffs<C> input_coeffs(const nw_channels_backward_args& a, int64_t c, double gain, const GradSums& sums,
+                           double count) {
+  const double rstd = a.rstd[c];
+  if (!a.training || count == 0) return {.gain = C(rstd * gain)};
+  return {.gain = C(rstd * gain),
+          .offset = C(rstd * sums.grad / count),
+          .slope = C(rstd * rstd * rstd * sums.grad_deviation / count)};
+}
+
+// Both for a channel with one gain and bias.
 template <class C>
 GradCoeffs<C> finish_channel(const nw_channels_backward_args& a, int64_t c, const GradSums& sums, double count) {
-  const double rstd = a.rstd[c], scale = rstd * parameter<C>(a.weight, c, 1);
-  if (a.dweight) static_cast<C*>(a.dweight)[c] = C(sums.grad_deviation * rstd);
-  if (a.dbias) static_cast<C*>(a.dbias)[c] = C(sums.grad);
-  if (!a.training || count == 0) return {.gain = C(scale)};
-  return {.gain = C(scale),
-          .offset = C(scale * sums.grad / count),
-          .slope = C(scale * rstd * rstd * sums.grad_deviation / count)};
+  return input_coeffs<C>(a, c, parameter<C>(a.weight, c, 1), parameter_gradients<C>(a, c, c, sums), count);
 }
 
 // How many valid elements a channel has.

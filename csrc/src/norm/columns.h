@@ -33,23 +33,27 @@ inline int64_t run_length(int64_t rows, int64_t channels, bool masked) {
 
 // The arrays that the passes read and write, from one of their rows on.
 template <class T> struct ColumnArrays {
-  int64_t channels, run;  // run: see run_length
+  int64_t channels, run;        // run: see run_length
+  int64_t stride, run_stride;  // from one row, and from one run, to the next
   const uint8_t* mask;
   const T *x, *residual, *dy;
   T *out, *dresidual;  // y or dx
   bool non_temporal;
   int code;  // the activation's
+  const compute_t<T>*gain = nullptr, *bias = nullptr;  // of these rows, where the coefficients are those of x_hat
 };
 
 template <class T> NW_INLINE T* offset_or_null(T* p, int64_t start) { return p ? p + start : nullptr; }
 
-// `rows`: how many there are from `row` on.
-template <class T, class Args> ColumnArrays<T> column_arrays(const Args& a, int64_t row, int64_t rows, void* out) {
-  const int64_t start = row * a.channels, run = run_length(rows, a.channels, a.mask);
+// `run`: see run_length.
+template <class T, class Args> ColumnArrays<T> column_arrays(const Args& a, int64_t row, int64_t run, void* out) {
+  const int64_t start = row * a.channels;
   T* const first = static_cast<T*>(out) + start;
   return {
       .channels = a.channels,
       .run = run,
+      .stride = a.channels,
+      .run_stride = run,
       .mask = offset_or_null(a.mask, row),
       .x = static_cast<const T*>(a.x) + start,
       .residual = offset_or_null(static_cast<const T*>(a.residual), start),
@@ -61,12 +65,12 @@ template <class T, class Args> ColumnArrays<T> column_arrays(const Args& a, int6
   };
 }
 
-template <class T, class Args> ColumnArrays<T> forward_arrays(const Args& a, int64_t row, int64_t rows) {
-  return column_arrays<T>(a, row, rows, a.y);
+template <class T, class Args> ColumnArrays<T> forward_arrays(const Args& a, int64_t row, int64_t run) {
+  return column_arrays<T>(a, row, run, a.y);
 }
 
-template <class T, class Args> ColumnArrays<T> backward_arrays(const Args& a, int64_t row, int64_t rows) {
-  ColumnArrays<T> arrays = column_arrays<T>(a, row, rows, a.dx);
+template <class T, class Args> ColumnArrays<T> backward_arrays(const Args& a, int64_t row, int64_t run) {
+  ColumnArrays<T> arrays = column_arrays<T>(a, row, run, a.dx);
   arrays.dy = static_cast<const T*>(a.dy) + row * a.channels;
   arrays.dresidual = offset_or_null(static_cast<T*>(a.dresidual), row * a.channels);
   return arrays;
@@ -98,9 +102,9 @@ RowBlock next_rows(const ColumnArrays<T>& r, int64_t& begin, int64_t end, int64_
 // Calls body(where the run begins, length) for the runs of a block of rows.
 template <class T, class Body> NW_INLINE void for_each_run(const ColumnArrays<T>& r, const RowBlock& rows, Body body) {
   const int64_t run = r.run, channels = r.channels, n = rows.count * channels;
-  int64_t at = rows.first * channels;
+  int64_t at = rows.first * r.stride;
   const int64_t* listed = rows.listed;
-  for (int64_t done = 0; done < n; done += run, at += run) {
+  for (int64_t done = 0; done < n; done += run, at += r.run_stride) {
     if (listed) at = *listed++ * channels;
     body(at, n - done < run ? n - done : run);
   }
@@ -110,18 +114,18 @@ template <class T, class Body> NW_INLINE void for_each_run(const ColumnArrays<T>
 // and stored once for four; body(where the run begins, length) takes those left over.
 template <class T, class Four, class Body>
 NW_INLINE void for_each_four_runs(const ColumnArrays<T>& r, const RowBlock& rows, Four four, Body body) {
-  const int64_t run = r.run, channels = r.channels, n = rows.count * channels;
+  const int64_t run = r.run, step = r.run_stride, channels = r.channels, n = rows.count * channels;
   const int64_t* listed = rows.listed;
-  int64_t at = rows.first * channels, done = 0;
-  for (; done + 4 * run <= n; done += 4 * run, at += 4 * run) {
+  int64_t at = rows.first * r.stride, done = 0;
+  for (; done + 4 * run <= n; done += 4 * run, at += 4 * step) {
     if (listed) {
       four(listed[0] * channels, listed[1] * channels, listed[2] * channels, listed[3] * channels);
       listed += 4;
     } else {
-      four(at, at + run, at + 2 * run, at + 3 * run);
+      four(at, at + step, at + 2 * step, at + 3 * step);
     }
   }
-  for (; done < n; done += run, at += run) {
+  for (; done < n; done += run, at += step) {
     if (listed) at = *listed++ * channels;
     body(at, n - done < run ? n - done : run);
   }
@@ -340,6 +344,7 @@ void normalize_rows(const ColumnArrays<T>& r, const ColumnCoeffs<compute_t<T>>& 
   const T *const x = r.x, *const residual = r.residual;
   T* const y = r.out;
   const C *const mean = coeffs.mean, *const scale = coeffs.scale, *const shift = coeffs.shift;
+  const C *const gain = r.gain, *const bias = r.bias;
   const bool non_temporal = r.non_temporal;
   const int code = r.code;
   for_all_rows(
@@ -347,6 +352,8 @@ void normalize_rows(const ColumnArrays<T>& r, const ColumnCoeffs<compute_t<T>>& 
       [&](int64_t at, int64_t length) NW_LAMBDA {
         for_each_vector<C>(length, [&](int64_t i, auto part) NW_LAMBDA {
           vec<C> z = (load(x + at + i, part) - load(mean + i, part)) * load(scale + i, part) + load(shift + i, part);
+          if (gain) z *= load(gain + i, part);
+          if (bias) z += load(bias + i, part);
           if (residual) z += load(residual + at + i, part);
           store_output(y + at + i, activate<act, C>(z, code), part, non_temporal);
         });

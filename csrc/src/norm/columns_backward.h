@@ -10,16 +10,18 @@ namespace {
 template <class T, int act> struct ColumnGradient {
   using C = compute_t<T>;
   const T *x, *residual, *dy;
-  const C *mean, *scale, *shift;
+  const C *mean, *scale, *shift, *gain, *bias;
   int code;  // the activation's
   ColumnGradient(const ColumnArrays<T>& r, const ColumnCoeffs<C>& coeffs)
       : x(r.x), residual(r.residual), dy(r.dy), mean(coeffs.mean), scale(coeffs.scale), shift(coeffs.shift),
-        code(r.code) {}
+        gain(r.gain), bias(r.bias), code(r.code) {}
   template <class Part> NW_INLINE vec<C> at(int64_t at, int64_t i, Part part, vec<C>& deviation) const {
     deviation = load(x + at + i, part) - load(mean + i, part);
     vec<C> g = load(dy + at + i, part);
     if constexpr (act != NW_IDENTITY) {
       vec<C> z = deviation * load(scale + i, part) + load(shift + i, part);
+      if (gain) z *= load(gain + i, part);
+      if (bias) z += load(bias + i, part);
       if (residual) z += load(residual + at + i, part);
       g *= activation_derivative<act, C>(z, code);
     }
@@ -85,6 +87,8 @@ template <class C> class ChunkGradSums {
     chunk_grad_sums<T, act>(r, coeffs, begin, end, at(chunk), work_.get() + chunk * 2 * run_);
   }
 
+  void clear(int64_t chunk) { zero_fill(at(chunk), 2 * channels_); }
+
   // The sums of `count` chunks from `first` on added up, in the order of chunk_grad_sums.
   const double* summed(int64_t first, int64_t count) {
     double* all = at(first);
@@ -116,6 +120,7 @@ void input_gradient_rows(const ColumnArrays<T>& r, const ColumnCoeffs<compute_t<
   const ColumnGradient<T, act> gradient(r, coeffs);
   T *const dx = r.out, *const dresidual = r.dresidual;
   const C *const gain = coeffs.gain, *const offset = coeffs.offset, *const slope = coeffs.slope;
+  const C* const own_gain = r.gain;
   const bool non_temporal = r.non_temporal;
   for_all_rows(
       r, begin, end,
@@ -123,7 +128,8 @@ void input_gradient_rows(const ColumnArrays<T>& r, const ColumnCoeffs<compute_t<
         for_each_vector<C>(length, [&](int64_t i, auto part) NW_LAMBDA {
           vec<C> deviation;
           const vec<C> g = gradient.at(at, i, part, deviation);
-          const vec<C> d = g * load(gain + i, part) - load(offset + i, part) - deviation * load(slope + i, part);
+          const vec<C> through = own_gain ? g * load(own_gain + i, part) : g;
+          const vec<C> d = through * load(gain + i, part) - load(offset + i, part) - deviation * load(slope + i, part);
           store_output(dx + at + i, d, part, non_temporal);
           if (dresidual) store(dresidual + at + i, g, part);
         });

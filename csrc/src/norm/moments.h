@@ -32,6 +32,15 @@ struct Region {
   const int64_t* counts = nullptr;  // how many elements of each of its blocks are valid, where that is known
 };
 
+// `count` planes of a region or block, from `first` on.
+NW_INLINE Region some_planes(const Region& r, int64_t first, int64_t count) {
+  Region some = r;
+  some.planes = count;
+  some.mask = r.mask ? r.mask + first * r.mask_stride : nullptr;
+  some.counts = nullptr;
+  return some;
+}
+
 // Divides a region into blocks of about 4096 elements: they fit in L1, float sums over them stay accurate, and the
 // order in which blocks are merged depends on the shape alone.
 struct Blocks {

@@ -140,6 +140,7 @@ GradSums block_grad_sums(const PlaneGradient<T>& gradient, int64_t start, const 
 template <int act, class T>
 GradSums region_grad_sums(const PlaneGradient<T>& gradient, int64_t start, const Region& r,
                           const Affine<compute_t<T>>& affine, T* dx) {
+  if (r.planes == 1 && r.length <= Blocks::max_elements) return block_grad_sums<act>(gradient, start, r, affine, dx);
   Blocks blocks(r);
   GradSums all;
   for (int64_t i = 0; i < blocks.count; ++i) {

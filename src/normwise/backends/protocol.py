@@ -94,7 +94,8 @@ class NormRequest(NamedTuple):
         residual: like x, or None. Family "features" adds it before the statistics are taken, the others after the
             gain and bias.
         weight, bias: gain and bias: shape of the normalized axes for "features", else (C,). Of "features" those of a
-            sample or position too, with as many axes as x, to which they broadcast: what no ATen norm takes.
+            sample or position too, with as many axes as x, to which they broadcast, and of "channels" those of each
+            sample, (N, C, 1, ...): what no ATen norm takes.
         mask: bool, True = valid, with as many axes as x and broadcastable to it.
         running_mean, running_var: (C,) float; with `batch_statistics` they are updated in place.
         num_batches_tracked: 0-d int64, counts updates.

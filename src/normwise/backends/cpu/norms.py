@@ -68,6 +68,12 @@ def supports(request: NormRequest) -> str | None:
         reason = _gain_obstacle(config, x, weight, bias)
         if reason is not None:
             return reason
+    if config.family == "channels" and (
+        (weight is not None and weight.dim() > 1) or (bias is not None and bias.dim() > 1)
+    ):
+        reason = _sample_gain_obstacle(x, weight, bias)
+        if reason is not None:
+            return reason
     if mask is not None:
         together = range(x.dim() - config.axes, x.dim()) if config.family == "features" else (1,)
         if any(mask.shape[d] != 1 for d in together):
@@ -106,6 +112,14 @@ def _gain_obstacle(config: NormConfig, x: Tensor, weight: Tensor | None, bias: T
         same += 1
     if not x.numel() or given.shape[rows:] != x.shape[rows:] or any(size != 1 for size in given.shape[same:rows]):
         return "the C++ kernels take a gain and bias of neighbouring rows, by the first axes of the input"
+    return None
+
+
+def _sample_gain_obstacle(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
+    """What keeps the kernels from a gain and bias of each sample of (N, C, ...)."""
+    full = (*x.shape[:2], *(1,) * (x.dim() - 2))
+    if not x.numel() or any(t is not None and t.shape != full for t in (weight, bias)):
+        return "the C++ kernels take a gain and bias of all samples, or of each: one for each sample and channel"
     return None
 
 
@@ -369,11 +383,17 @@ def channels_forward(
     num_batches_tracked: Tensor | None,
     _needs_grad: bool,
 ) -> NormResult:
-    """BatchNorm. Running averages are updated in the kernel, unless one would become NaN or infinite."""
+    """BatchNorm, by a gain and bias of all samples or of each. Running averages are updated in the kernel, unless one
+    would become NaN or infinite."""
     x, layout, batch, channels, positions = _channels_of(x)
     dtype = x.dtype
     wide = parameter_dtype(dtype)
-    gain, shift = vector(weight, wide, channels), vector(bias, wide, channels)
+    group_samples, size = batch or 1, channels
+    given = bias if weight is None else weight
+    if given is not None and given.dim() > 1:
+        size = given.numel()
+        group_samples = batch * channels // size
+    gain, shift = vector(weight, wide, size), vector(bias, wide, size)
     if residual is not None:
         residual = laid_out_like(residual, x)
     if mask is not None:
@@ -397,6 +417,7 @@ def channels_forward(
             batch,
             channels,
             positions,
+            group_samples,
             config.eps,
             config.momentum,
             DTYPES[dtype],
@@ -425,7 +446,12 @@ def channels_backward(
     x, layout, batch, channels, positions = _channels_of(total)
     dtype = x.dtype
     wide = parameter_dtype(dtype)
-    gain, shift = vector(weight, wide, channels), vector(bias, wide, channels)
+    group_samples, size = batch or 1, channels
+    given = bias if weight is None else weight
+    if given is not None and given.dim() > 1:
+        size = given.numel()
+        group_samples = batch * channels // size
+    gain, shift = vector(weight, wide, size), vector(bias, wide, size)
     dy = laid_out_like(dy, x)
     dresidual = None
     if residual is not None:
@@ -453,6 +479,7 @@ def channels_backward(
             batch,
             channels,
             positions,
+            group_samples,
             DTYPES[dtype],
             layout,
             config.batch_statistics,

@@ -55,13 +55,13 @@ GROUPS_BACKWARD = (
 )
 CHANNELS_FORWARD = (
     *_pointers("x residual mask weight bias running_mean running_var y mean rstd num_batches_tracked"),
-    *_int64("batch channels positions"),
+    *_int64("batch channels positions group_samples"),
     *_double("eps momentum"),
     *_int32("dtype layout training act threads"),
 )
 CHANNELS_BACKWARD = (
     *_pointers("dy x residual mask weight bias mean rstd dx dresidual dweight dbias"),
-    *_int64("batch channels positions"),
+    *_int64("batch channels positions group_samples"),
     *_int32("dtype layout training act threads"),
 )
 RECURRENT = (

@@ -145,7 +145,8 @@ class _Form:
             self.mask = None if mask is None else mask.unflatten(1, split if mask.shape[1] > 1 else (1, 1))
             self.shape = (1, *split, *self.shape[2:])
             self.dims = tuple(range(2, x.dim() + 1))
-        self.weight, self.bias = self.per_channel(weight), self.per_channel(bias)
+        # Those of each sample broadcast as they are.
+        self.weight, self.bias = (t if t is not None and t.dim() > 1 else self.per_channel(t) for t in (weight, bias))
 
     def per_channel(self, vector: Tensor | None) -> Tensor | None:
         return None if vector is None else vector.reshape(self.shape)

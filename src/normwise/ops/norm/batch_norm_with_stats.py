@@ -18,7 +18,7 @@ from normwise.ops.norm import running_stats
 from normwise.ops.norm.domains import batch_norm_of_domains
 from normwise.ops.norm.ghost_batch_norm import ghost_batch_norm
 from normwise.ops.norm.modulation import Given, of_channels
-from normwise.ops.norm.run import run, run_with_correction
+from normwise.ops.norm.run import run, run_modulated, run_with_correction
 from normwise.ops.norm.running_stats import Updated
 from normwise.ops.norm.segments import segment_norm, segments_of
 from normwise.ops.norm.sync_batch_norm import over_ranks
@@ -50,6 +50,7 @@ def batch_norm_with_stats(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     stats_are_copies: bool = False,
+    by_sample: tuple[Tensor | None, Tensor | None] | None = None,
 ) -> tuple[Any, Updated]:
     """`batch_norm`, and whether the running statistics were updated (True also where there are none to update).
 
@@ -61,6 +62,8 @@ def batch_norm_with_stats(
         ranks: the numbers of axes that a layer accepts.
         domain: (N,) integers: which of so many `domains` each sample is of, see `batch_norm_of_domains`.
         stats_are_copies: the caller's, who wants to see them updated whenever this runs.
+        by_sample: gain and bias (N, C, 1, ...), instead of `weight` and `bias`, for a kernel that takes them; where
+            there is none the output is None, and nothing has changed.
     """
     if not (scale is shift is None):
         if domain is not None:
@@ -186,7 +189,13 @@ def batch_norm_with_stats(
         running_var,
         num_batches_tracked,
     )
-    if training and virtual_batch_size is not None:
+    if by_sample is not None:
+        request = request._replace(weight=by_sample[0], bias=by_sample[1])
+        found_by_kernel = run_modulated(request, None, False)
+        if found_by_kernel is None:
+            return None, True
+        y, updated = found_by_kernel.y, found_by_kernel.stats_updated  # type: ignore[assignment]
+    elif training and virtual_batch_size is not None:
         y, updated = ghost_batch_norm(request, virtual_batch_size, correction)
     elif correction != 1 and batch_statistics and request.running_mean is not None:
         y, updated = run_with_correction(request, formula, correction)
@@ -212,12 +221,13 @@ def _modulated(
     if ranks is not None:
         ragged.rank_or_rows(input, ranks, "BatchNorm1d")
 
-    def bare(x: Tensor, mask: Tensor | None) -> tuple[Any, Updated]:
+    def bare(x: Tensor, **options: Any) -> tuple[Any, Updated]:
         if mean is None or mean.dtype.itemsize >= 4:
-            return call(x, weight=None, bias=None, mask=mask)
+            return call(x, weight=None, bias=None, **options)
         # Kernels of float32 take no averages in half precision.
-        stats = {"running_mean": mean.to(x.dtype), "running_var": var.to(x.dtype)}
-        found = call(x, weight=None, bias=None, mask=mask, **stats)
+        wide = accumulation_dtype(x.dtype)
+        stats = {"running_mean": mean.to(wide), "running_var": var.to(wide)}
+        found = call(x, weight=None, bias=None, **options, **stats)
         if said["training"]:
             mean.copy_(stats["running_mean"])
             var.copy_(stats["running_var"])
@@ -228,7 +238,10 @@ def _modulated(
         fixed = {**dict(zip(("running_mean", "running_var"), stats, strict=True)), "ranks": None}
         return call(x, weight=gain, bias=bias, **fixed, **options)[0]
 
+    elsewhere = any(said[name] is not None for name in ("segments", "process_group", "virtual_batch_size"))
+    kernel = None if elsewhere or (said["training"] and said["correction"] != 1) else bare
     moving = said["training"] or mean is None or segments is not None
     options |= {"running": (mean, var), "momentum": said["momentum"], "eps": said["eps"]}
-    y, updated = of_channels("batch_norm", bare, None if moving else fused, input, weight, bias, given, **options)
+    fused_or_none = None if moving else fused
+    y, updated = of_channels("batch_norm", bare, fused_or_none, input, weight, bias, given, kernel=kernel, **options)
     return y, True if updated is None else updated

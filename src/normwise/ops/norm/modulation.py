@@ -165,6 +165,7 @@ def of_channels(
     lengths: Any = None,
     act: str | None = None,
     residual: Any = None,
+    kernel: Callable[..., tuple[Tensor | None, Any]] | None = None,
 ) -> tuple[Tensor, Any]:
     """A norm of (N, C, ...) with scale and shift, in the dtype of the input, and what else `norm` gives.
 
@@ -174,6 +175,8 @@ def of_channels(
             which a gain by sample is one by channel, so that kernels apply it:
             `fused(x, N, gain, bias, mask=..., act=..., residual=...)`, or None where it cannot.
         running, momentum: as `norm` uses them; they are checked before it moves any.
+        kernel: the whole norm at once where gain and bias are those of samples,
+            `kernel(x, by_sample=(gain, bias), mask=..., act=..., residual=...)`; without one its output is None.
     """
     x = _padded(op, x, given)
     if dim != 1:
@@ -183,7 +186,9 @@ def of_channels(
     gain, offset = by_channel(x, weight, bias, given, valid)
     extra = None
     y = None
-    if fused is not None and _folds(x, gain, offset):
+    if kernel is not None and (gains := _of_samples(x, gain, offset)) is not None:
+        y, extra = kernel(x, by_sample=gains, mask=valid, act=act, residual=residual)
+    if y is None and fused is not None and _folds(x, gain, offset):
         y = _folded(fused, x, gain, offset, valid, act, residual)
     if y is None:
         z, extra = norm(x.to(accumulation_dtype(x.dtype)), mask=valid)
@@ -235,6 +240,17 @@ def _affine(z: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         return torch.addcmul(bias, z, weight)
     y = z if weight is None else z * weight
     return y if bias is None else y + bias
+
+
+def _of_samples(x: Tensor, gain: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None] | None:
+    """Gain and bias of (N, C, ...) as (N, C, 1, ...), where one kernel may apply them."""
+    if not x.numel() or not on_cpu(x) or torch.compiler.is_compiling() or dispatch.is_traced_or_transformed():
+        return None
+    if any(t is not None and t.shape[2:].numel() != 1 for t in (gain, bias)):
+        return None
+    full = (*x.shape[:2], *(1,) * (x.dim() - 2))
+    gain, bias = (t if t is None or t.shape == full else t.expand(full) for t in (gain, bias))
+    return gain, bias
 
 
 def _folds(x: Tensor, gain: Tensor | None, bias: Tensor | None) -> bool:

@@ -50,8 +50,8 @@ def run(request: NormRequest, formula: Callable[..., Any] | None = None, known_r
 
 
 def run_modulated(request: NormRequest, gate: Gate | None, known_readable: bool) -> NormResult | None:
-    """A norm of features with a gain and bias by sample or position, and a gate, by one kernel; None where there is
-    none for it."""
+    """A norm of features with a gain and bias by sample or position, and a gate, or a batch norm with those by sample,
+    by one kernel; None where there is none for it, and nothing has changed."""
     family = dispatch.modulated_kernel(request, gate, known_readable)
     if family is None:
         return None
