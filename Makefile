@@ -1,13 +1,18 @@
-# The README's two commands are `make compare` and `make test`; both set up .venv by themselves.
+# The README's two commands are `make compare` and `make test`; both set up .venv by themselves. `make compare` installs
+# what it needs itself and compiles the kernels for this processor alone; all else installs the rest as well, with the
+# kernels for every instruction set, and from then on `make compare` takes that.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= normwise-out
 STAMP := $(VENV)/.installed
+TO_COMPARE := $(if $(wildcard $(STAMP)),$(STAMP),$(VENV)/.installed-to-compare)
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/* csrc/*/*/*)
 
-.PHONY: compare test test-all-kernels test-without-kernels test-models test-trainers test-triton triton-budgets lint format bench docs clean
+.PHONY: compare test test-all-kernels test-without-kernels test-models test-trainers test-triton test-aarch64
+.PHONY: triton-budgets lint format bench docs wheel test-wheel clean
 
-compare: $(STAMP)
+compare: $(TO_COMPARE)
 	$(BIN)/normwise compare --out $(OUT)
 
 test: test-all-kernels test-without-kernels
@@ -16,9 +21,10 @@ test: test-all-kernels test-without-kernels
 test-all-kernels: $(STAMP)
 	$(BIN)/python -m pytest -n auto
 
-# What must work without a compiler as well.
+# What must work without a compiler as well. Left out are the tests that name the backend they run on ("kernels", "no
+# kernels", "aten", "reference"): without a library they are skipped, or run what they have run already.
 test-without-kernels: $(STAMP)
-	NORMWISE_ISA=none $(BIN)/python -m pytest -n auto tests/nn tests/ops tests/surgery tests/diagnosis
+	NORMWISE_ISA=none $(BIN)/python -m pytest -n auto --where-the-library-counts tests/nn tests/ops tests/surgery tests/diagnosis
 
 # Models of transformers, timm and diffusers, made from their configurations: nothing is downloaded but the libraries.
 test-models: $(VENV)/.models
@@ -31,6 +37,10 @@ test-trainers: $(VENV)/.trainers
 # The GPU kernels without a GPU: run by Triton's interpreter on the CPU, and compiled for three GPUs.
 test-triton: $(VENV)/.triton $(VENV)/.triton-3.6
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto tests/triton_kernels
+
+# The kernels for arm64 on another processor: cross-compiled, and run by an emulator.
+test-aarch64: $(STAMP)
+	$(BIN)/python -m pytest tests/aarch64
 
 # What the kernels take of a GPU, written anew: read the difference before you commit it.
 triton-budgets: $(VENV)/.triton $(VENV)/.triton-3.6
@@ -72,11 +82,28 @@ format: $(STAMP)
 
 # constraints.txt holds exact versions, so that every machine tests the same packages
 # (and pip does not fetch a build of torch that weighs several GB).
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/* csrc/*/*/*)
+$(STAMP): EXTRA := dev
+$(VENV)/.installed-to-compare: EXTRA := lab
+$(VENV)/.installed-to-compare: LEVELS := NORMWISE_LEVELS=native
+$(STAMP) $(VENV)/.installed-to-compare: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(LEVELS) $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRA)]'
 	touch $@
+
+# What is released of Linux, but for the container that cibuildwheel builds in: a source distribution and, built from
+# that, a wheel, which auditwheel labels by the oldest C library that it runs with. libgomp is torch's.
+wheel: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist/unlabelled .
+	mv dist/unlabelled/*.tar.gz dist/
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --exclude libgomp.so.1 -w dist dist/unlabelled/*.whl
+	rm -r dist/unlabelled
+
+# The wheel where there is no compiler: WHEEL_OPTIONS="-c constraints.txt" installs torch, too, instead of borrowing it.
+WHEEL_OPTIONS ?= --torch-of $(VENV)
+test-wheel: wheel
+	$(BIN)/python scripts/check_wheel.py --sdist dist/*.tar.gz $(WHEEL_OPTIONS) dist/*.whl
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

@@ -29,6 +29,32 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+# The values of a parameter "backend" with which a test runs the same code where there is no library as where there is
+# one, or is skipped there. (One thing differs, by whom a mask is counted, and "no kernels" tests that where there is.)
+INDIFFERENT_TO_THE_LIBRARY = {"kernels", "no kernels", "aten", "reference"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--where-the-library-counts",
+        action="store_true",
+        help='leave out tests with a parameter "backend" that names another one than the best here',
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--where-the-library-counts"):
+        return
+    named = {
+        item: isinstance(item, pytest.Function)
+        and hasattr(item, "callspec")
+        and item.callspec.params.get("backend") in INDIFFERENT_TO_THE_LIBRARY
+        for item in items
+    }
+    config.hook.pytest_deselected(items=[item for item in items if named[item]])
+    items[:] = [item for item in items if not named[item]]
+
+
 @pytest.fixture(autouse=True)
 def seeded_and_restored(request: pytest.FixtureRequest) -> Iterator[None]:
     """Seed from the test's own name, so that order and xdist's split do not matter; undo global settings."""

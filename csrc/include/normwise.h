@@ -53,7 +53,8 @@ enum nw_layout { NW_CHANNELS_FIRST = 0, NW_CHANNELS_LAST = 1 };
 
 int nw_abi(void);
 /* The instruction set in use: "avx512_amx" ("avx512" with matrix products in the processor's tile registers), "avx512",
- * "avx2" or "baseline". At first it is the best that the processor, the build and the operating system support. */
+ * "avx2" or "baseline". At first it is the best that the processor, the build and the operating system support; null, and
+ * nothing but nw_abi may be called, where a build for another processor alone has none. */
 const char* nw_isa(void);
 /* Switches to the named set. Returns NW_BAD_ARGUMENT, and changes nothing, if the processor or the build lacks it. */
 int nw_use_isa(const char* name);

@@ -16,9 +16,11 @@ namespace avx2 {
 extern const KernelTable table;
 }
 #endif
+#ifdef NW_HAVE_BASELINE
 namespace baseline {
 extern const KernelTable table;
 }
+#endif
 
 namespace {
 
@@ -56,7 +58,9 @@ const Level levels[] = {
                   __builtin_cpu_supports("bmi2");
          }},
 #endif
+#ifdef NW_HAVE_BASELINE
     {.name = "baseline", .table = &baseline::table, .use_amx = false, .runs_here = [] { return true; }},
+#endif
 };
 
 const Level* best() {
@@ -71,7 +75,7 @@ const Level* active = best();
 }  // namespace
 
 NW_EXPORT int nw_abi(void) { return NW_ABI; }
-NW_EXPORT const char* nw_isa(void) { return active->name; }
+NW_EXPORT const char* nw_isa(void) { return active ? active->name : nullptr; }
 
 NW_EXPORT int nw_use_isa(const char* name) {
   for (const Level& level : levels) {

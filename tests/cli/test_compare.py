@@ -54,6 +54,16 @@ def test_json_alone_is_on_stdout_and_a_second_call_trains_nothing(normwise_comma
     assert accuracy["mean"] == pytest.approx(sum(accuracy["values"]) / 2)
 
 
+def test_quick_is_one_seed_and_a_few_batches(normwise_command, tmp_path):
+    few = ("compare", "mlp", "--norms", "none,layer", "--batch-sizes", "16", "--lr", "0.1", "--out", str(tmp_path))
+    status, out, _ = normwise_command(*few, "--quick", "--json")
+    assert status == 0
+    assert [len(row["accuracy"]["values"]) for row in json.loads(out)["rows"]] == [1, 1]
+    again = json.loads(normwise_command(*few, "--seeds", "1", "--steps", "30", "--json").out)
+    assert again["rows"] == json.loads(out)["rows"]
+    assert stored(tmp_path / "runs.sqlite") == 2
+
+
 def test_more_seeds_add_runs_to_those_there(normwise_command, tmp_path):
     arguments = ("compare", "mlp", "--norms", "layer", *SMALL, "--out", str(tmp_path))
     normwise_command(*arguments)
@@ -94,6 +104,8 @@ def test_the_example_of_a_user_s_own_task(normwise_command, tmp_path):
         (["--lr", "-1"], "learning rate -1.0 is not a positive"),
         (["--seeds", "0"], "--seeds"),
         (["--steps", "0"], "--steps"),
+        (["--quick", "--steps", "9"], "--quick is --seeds 1 --steps 30"),
+        (["--quick", "--seeds", "9"], "--quick is --seeds 1 --steps 30"),
         (["--task", "nowhere.py:make"], "'nowhere.py': no such file"),
         (["--task", f"{EXAMPLE}"], "not of the form FILE.py:function"),
         (["--task", f"{EXAMPLE}:make_tusk"], "no function 'make_tusk'"),

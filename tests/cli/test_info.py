@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +47,25 @@ def test_kernels_that_are_turned_off_are_not_there_and_why(normwise_command):
         assert f"  cpu        not found: {library.missing()}\n" in out
         assert "The cpu kernels use" not in out
         assert json.loads(normwise_command("info", "--json").out)["instruction_set"] is None
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "told"),
+    [
+        ("Linux", "x86_64", None),
+        ("Linux", "aarch64", "On this platform the kernels alone were tested, by an emulator"),
+        ("Darwin", "arm64", "On this platform nothing of normwise was ever built or tested."),
+        ("Windows", "AMD64", "On this platform nothing of normwise was ever built or tested."),
+    ],
+)
+def test_a_platform_that_was_never_tried_is_labelled_so(normwise_command, monkeypatch, system, machine, told):
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    out = normwise_command("info").out
+    assert ("On this platform" not in out) if told is None else (told in out)
+    assert "python -m normwise.selftest" in out
+    untried = json.loads(normwise_command("info", "--json").out)["untried"]
+    assert untried is None if told is None else untried in out
 
 
 def test_a_forced_backend_is_named(normwise_command):

@@ -77,6 +77,32 @@ def test_a_missing_library_is_told_with_its_cure(monkeypatch: pytest.MonkeyPatch
     assert "install a C++ compiler" in loaded.why_not
 
 
+def test_windows_has_no_kernels_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "NAME", "libelsewhere.so")
+    monkeypatch.setattr(library.platform, "system", lambda: "Windows")
+    assert "Microsoft's compiler lacks the vector extensions" in library.load.__wrapped__().why_not
+
+
+def test_a_library_for_another_processor_alone_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `make compare` compiles one, on a machine that lacks its only instruction set."""
+    handle = SimpleNamespace(
+        nw_isa=lambda: None, nw_abi=lambda: library.ABI, nw_use_isa=lambda name: 1, nw_struct_size=lambda which: -1
+    )
+    monkeypatch.setattr(library, "_find", lambda: Path("lib"))
+    monkeypatch.setattr(library.ctypes, "CDLL", lambda path: handle)
+    told = library.load.__wrapped__().why_not
+    assert "was built for another processor alone" in told
+    assert "reinstall normwise" in told
+
+
+@needs_library
+def test_every_instruction_set_that_torch_sees_is_compiled() -> None:
+    """A build by `make compare` has the best one alone: tests of the others would all be skipped."""
+    seen = torch.backends.cpu.get_cpu_capability()
+    expected = {"AVX512": ["avx512", "avx2"], "AVX2": ["avx2"]}.get(seen, [])
+    assert [*expected, "baseline"] == instruction_sets.USABLE_FOR_NORMS
+
+
 def test_a_library_that_does_not_load_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "NAME", "memory.py")
     assert "does not load here" in library.load.__wrapped__().why_not

@@ -39,8 +39,13 @@ template <class C> constexpr C exp_limit = sizeof(C) == 8 ? 700 : 87;
 template <class C> constexpr C gelu_limit = sizeof(C) == 8 ? 38 : 13;
 template <class C> constexpr C gelu_tanh_limit = sizeof(C) == 8 ? 20 : 9.875;
 
+// NaN stays NaN.
 template <class C> NW_INLINE vec<C> at_least(vec<C> z, C low) { return z < low ? splat(low) : z; }
 template <class C> NW_INLINE vec<C> at_most(vec<C> z, C high) { return z > high ? splat(high) : z; }
+#if defined(__aarch64__)
+NW_INLINE vec<float> at_least(vec<float> z, float low) { return (vec<float>)vmaxq_f32((float32x4_t)z, splat(low)); }
+NW_INLINE vec<float> at_most(vec<float> z, float high) { return (vec<float>)vminq_f32((float32x4_t)z, splat(high)); }
+#endif
 
 // exp(z) for z <= exp_limit, and 0 where it is next to nothing: as a factor of -inf that is NaN, as in torch.
 template <class C> NW_INLINE vec<C> exp_or_zero(vec<C> z) {
@@ -179,6 +184,9 @@ template <class C> NW_INLINE vec<C> hard_derivative(vec<C> z, int code) {
 template <int act, class C> NW_INLINE vec<C> activate(vec<C> z, [[maybe_unused]] int code = act) {
   if constexpr (act == act_by_code) return activate_by_code<C>(z, code);
   if constexpr (act == hard_act) return activate_hard<C>(z, code);
+#if defined(__aarch64__)
+  if constexpr (act == NW_RELU) return at_least(z, C(0));
+#endif
   if constexpr (act == NW_RELU) return z <= C(0) ? vec<C>{} : z;
   if constexpr (act == NW_LEAKY_RELU) return z > C(0) ? z : z * C(0.01);
   if constexpr (act == NW_SILU) {

@@ -12,6 +12,8 @@
 #include <immintrin.h>
 #elif defined(__SSE2__)
 #include <emmintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #ifndef NW_ISA
@@ -88,10 +90,31 @@ template <class V, class T> NW_INLINE V load_bytes(const T* p, Full = {}) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+
+// Copies the first n of up to `most` elements, a power of two; 0 <= n < most.
+template <int most, class T> NW_INLINE void copy_first(T* to, const T* from, int n) {
+#if defined(__AVX2__)
+  std::memcpy(to, from, size_t(n) * sizeof(T));
+#else
+  // In halves of constant size, since a copy of a size known only at run time is a call.
+  if constexpr (most > 1) {
+    constexpr int half = most / 2;
+    if (n >= half) {
+      std::memcpy(to, from, half * sizeof(T));
+      copy_first<half>(to + half, from + half, n - half);
+    } else {
+      copy_first<half>(to, from, n);
+    }
+  }
+#endif
+}
 template <class V, class T> NW_INLINE V load_bytes(const T* p, Partial part) {
   V v{};
-  std::memcpy(&v, p, size_t(part.n) * sizeof(T));
+  copy_first<sizeof v / sizeof(T)>(reinterpret_cast<T*>(&v), p, part.n);
   return v;
+}
+template <class V, class T> NW_INLINE void store_first(T* p, V v, Partial part) {
+  copy_first<sizeof v / sizeof(T)>(p, reinterpret_cast<const T*>(&v), part.n);
 }
 
 typedef uint16_t uint16_vector __attribute__((vector_size(vector_bytes / 2)));
@@ -106,13 +129,23 @@ NW_INLINE uint16_vector narrow_bits(uint32_vector v) {
 NW_INLINE uint32_vector widen_bits(uint16_vector h) { return __builtin_convertvector(h, uint32_vector); }
 NW_INLINE uint16_vector narrow_bits(uint32_vector v) { return __builtin_convertvector(v, uint16_vector); }
 #endif
+#if defined(__aarch64__)
+// One instruction; GCC 12 widens lane by lane.
+NW_INLINE vec<float> widen(uint16_vector h) { return (vec<float>)vshll_n_u16((uint16x4_t)h, 16); }
+#else
 NW_INLINE vec<float> widen(uint16_vector h) { return (vec<float>)(widen_bits(h) << 16); }
+#endif
 // Round to nearest, ties to even, as torch; a NaN stays one instead of rounding up to infinity.
 NW_INLINE uint16_vector narrow(vec<float> v) {
   uint32_vector bits = (uint32_vector)v;
+#if defined(__aarch64__)
+  bits = v != v ? uint32_vector{} + 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+  return (uint16_vector)vshrn_n_u32((uint32x4_t)bits, 16);
+#else
   uint32_vector rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   rounded = v != v ? (uint32_vector{} + 0x7fc0u) : rounded;
   return narrow_bits(rounded);
+#endif
 }
 
 NW_INLINE vec<float> load(const float* p, Full = {}) { return load_bytes<vec<float>>(p); }
@@ -154,15 +187,12 @@ NW_INLINE void store(float* p, vec<float> v, Partial part) {
 }
 #else
 NW_INLINE vec<float> load(const float* p, Partial part) { return load_bytes<vec<float>>(p, part); }
-NW_INLINE void store(float* p, vec<float> v, Partial part) { std::memcpy(p, &v, size_t(part.n) * sizeof *p); }
+NW_INLINE void store(float* p, vec<float> v, Partial part) { store_first(p, v, part); }
 #endif
 NW_INLINE vec<double> load(const double* p, Partial part) { return load_bytes<vec<double>>(p, part); }
 NW_INLINE vec<float> load(const bf16* p, Partial part) { return widen(load_bytes<uint16_vector>(p, part)); }
-NW_INLINE void store(double* p, vec<double> v, Partial part) { std::memcpy(p, &v, size_t(part.n) * sizeof *p); }
-NW_INLINE void store(bf16* p, vec<float> v, Partial part) {
-  uint16_vector half = narrow(v);
-  std::memcpy(p, &half, size_t(part.n) * sizeof *p);
-}
+NW_INLINE void store(double* p, vec<double> v, Partial part) { store_first(p, v, part); }
+NW_INLINE void store(bf16* p, vec<float> v, Partial part) { store_first(p, narrow(v), part); }
 #endif
 
 // --- Non-temporal stores for large outputs. They bypass the caches: a large output would be evicted before anyone
@@ -177,11 +207,13 @@ template <class T> constexpr int64_t store_bytes = lanes<compute_t<T>> * int64_t
 // Whether an output of `elements`, written in runs of `run` neighbours, takes non-temporal stores: it is large, and each
 // of its vectors is aligned and half a cache line at least. (Two threads that write quarters, as bfloat16 does with AVX2,
 // flush write-combining buffers before they are full: up to three times the time.)
+// On arm64 none does: the instruction there, stnp, stores two registers, and a vector is one.
 template <class T> inline bool use_non_temporal(const T* out, int64_t elements, int64_t run) {
 #if defined(__SSE2__)
   return store_bytes<T> >= 32 && elements * int64_t(sizeof(T)) >= non_temporal_bytes() &&
          uintptr_t(out) % store_bytes<T> == 0 && run * int64_t(sizeof(T)) % store_bytes<T> == 0;
 #else
+  (void)out, (void)elements, (void)run;
   return false;
 #endif
 }
@@ -294,6 +326,18 @@ inline void pack_mask(const uint8_t* mask, int64_t n, uint64_t* bits) {
       word |= uint64_t(0xffff & ~_mm_movemask_epi8(_mm_cmpeq_epi8(bytes, _mm_setzero_si128()))) << k;
     }
     for (int64_t k = length < 64 ? 0 : 64; k < length; ++k) word |= uint64_t(mask[start + k] != 0) << k;
+#elif defined(__aarch64__)
+    if (length == 64) {
+      const uint8x16_t own = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+      const auto bits_at = [&](int k) {
+        const uint8x16_t bytes = vld1q_u8(mask + start + k);
+        return vandq_u8(vtstq_u8(bytes, bytes), own);
+      };
+      // Each sum of neighbours halves the bytes that the bits of eight elements lie in, until it is one.
+      const uint8x16_t fours = vpaddq_u8(vpaddq_u8(bits_at(0), bits_at(16)), vpaddq_u8(bits_at(32), bits_at(48)));
+      word = vgetq_lane_u64(vreinterpretq_u64_u8(vpaddq_u8(fours, fours)), 0);
+    }
+    for (int64_t k = length < 64 ? 0 : 64; k < length; ++k) word |= uint64_t(mask[start + k] != 0) << k;
 #else
     for (int64_t k = 0; k < length; ++k) word |= uint64_t(mask[start + k] != 0) << k;
 #endif
@@ -349,6 +393,9 @@ NW_INLINE vec<double> reciprocal(vec<double> x) { return 1.0 / x; }
 
 // x limited to -limit .. limit; NaN stays NaN.
 template <class V, class C> NW_INLINE V clamp(V x, C limit) {
+#if defined(__aarch64__)
+  if constexpr (sizeof(C) == 4) return (V)vminq_f32(vmaxq_f32((float32x4_t)x, vdupq_n_f32(-limit)), vdupq_n_f32(limit));
+#endif
 #if defined(NW_AVX512)
   if constexpr (sizeof(C) == 4) {
     return (V)_mm512_maskz_min_ps(0xffff, (__m512)splat(limit),

@@ -9,9 +9,12 @@ namespace NW_ISA {
 namespace {
 
 // A panel is `panel_width` columns of the right-hand matrix, row after row; a tile is up to `tile_rows` rows of the
-// left-hand one. Together their accumulators fill the registers.
+// left-hand one. Together their accumulators fill the registers, of which NEON has as many as AVX-512, but needs one for
+// each row's number.
 #if defined(NW_AVX512)
 constexpr int tile_rows = 8;
+#elif defined(__aarch64__)
+constexpr int tile_rows = 6;
 #else
 constexpr int tile_rows = 4;
 #endif
@@ -20,6 +23,8 @@ constexpr int panel_width = panel_vectors * lanes<float>;
 // A transposed left-hand matrix is packed `left_tile_width` of its columns (a cache line) side by side, `left_block` at
 // once.
 constexpr int left_tile_width = 16, left_block = 64;
+// Rows of a tile of that one: a whole number of them side by side.
+constexpr int transposed_tile_rows = left_tile_width % tile_rows == 0 ? tile_rows : 4;
 
 inline int64_t panel_count(int64_t columns) { return (columns + panel_width - 1) / panel_width; }
 inline int64_t packed_size(int64_t depth, int64_t columns) { return panel_count(columns) * panel_width * depth; }
@@ -73,9 +78,11 @@ void tile_for_rows(int rows, int64_t depth, const float* a, int64_t stride, cons
     case 2: return tile<2, V, transposed, add>(depth, a, stride, b, c, c_stride, n, next_panel);
     case 3: return tile<3, V, transposed, add>(depth, a, stride, b, c, c_stride, n, next_panel);
     case 4: return tile<4, V, transposed, add>(depth, a, stride, b, c, c_stride, n, next_panel);
-#if defined(NW_AVX512)
+#if defined(NW_AVX512) || defined(__aarch64__)
     case 5: return tile<5, V, transposed, add>(depth, a, stride, b, c, c_stride, n, next_panel);
     case 6: return tile<6, V, transposed, add>(depth, a, stride, b, c, c_stride, n, next_panel);
+#endif
+#if defined(NW_AVX512)
     case 7: return tile<7, V, transposed, add>(depth, a, stride, b, c, c_stride, n, next_panel);
     case 8: return tile<8, V, transposed, add>(depth, a, stride, b, c, c_stride, n, next_panel);
 #endif
@@ -206,11 +213,11 @@ inline void multiply_transposed(const float* a, int64_t a_stride, const Panels& 
     }
     for (int64_t p = 0; p < panel_count(b.columns); ++p) {
       const int64_t at = p * panel_width;
-      for (int64_t r = 0; r < height; r += tile_rows) {
-        tile_by_panel<true>(int(height - r < tile_rows ? height - r : tile_rows), b.depth,
+      for (int64_t r = 0; r < height; r += transposed_tile_rows) {
+        tile_by_panel<true>(int(height - r < transposed_tile_rows ? height - r : transposed_tile_rows), b.depth,
                             packed + r / left_tile_width * strip_size + r % left_tile_width, left_tile_width, b.at(p),
                             c + (row + r) * c_stride + at, c_stride, b.columns - at, add,
-                            b.at(p + 1) + r / tile_rows * b.depth * left_tile_width);
+                            b.at(p + 1) + r / transposed_tile_rows * b.depth * left_tile_width);
       }
     }
   }

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from normwise.lab.store import Store
 
 DEFAULT_TASKS = ("mlp", "cnn")
+SEEDS = 3
+QUICK_SEEDS, QUICK_STEPS = 1, 30
 MARKS = {"best": "*", "tied": "=", "": " "}
 Value = TypeVar("Value")
 
@@ -40,10 +42,14 @@ def compare(
         typer.Option(metavar="A,B,..", help="As in none,batch,layer; an unknown one lists the task's. Default: all."),
     ] = None,
     batch_sizes: Annotated[str | None, typer.Option(metavar="N,N,..", help="Default: the task's own.")] = None,
-    seeds: Seeds = 3,
+    seeds: Seeds = SEEDS,
     steps: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Batches to train on. Default: the task's own.")
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help=f"One seed and {QUICK_STEPS} batches, to see that it runs."),
+    ] = False,
     lr: Annotated[
         str | None,
         typer.Option(
@@ -79,6 +85,11 @@ def compare(
     from normwise.lab.sweep import cores
     from normwise.lab.tasks import is_own, load_task
 
+    if quick and (seeds != SEEDS or steps is not None):
+        few = f"--quick is --seeds {QUICK_SEEDS} --steps {QUICK_STEPS}: give it alone, or those"
+        raise typer.BadParameter(few, param_hint="'--quick'")
+    if quick:
+        seeds, steps = QUICK_SEEDS, QUICK_STEPS
     names = _references(tasks or [], task or [], text)
     specs = []
     for name in names:

@@ -36,6 +36,7 @@ def gather() -> dict[str, Any]:
     from normwise.ops import dispatch
 
     return {
+        "untried": untried(platform.system(), platform.machine()),
         "versions": {
             "normwise": normwise.__version__,
             "torch": torch.__version__,
@@ -59,9 +60,18 @@ def gather() -> dict[str, Any]:
     }
 
 
+def untried(system: str, machine: str) -> str | None:
+    """What of normwise was never tried on such a machine; None where everything is tested."""
+    if (system, machine) == ("Linux", "x86_64"):
+        return None
+    if (system, machine) == ("Linux", "aarch64"):
+        return "the kernels alone were tested, by an emulator; no wheel was built, and nothing ran beside torch"
+    return "nothing of normwise was ever built or tested"
+
+
 def as_text(facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
-    lines = [versions, "", "Devices"]
+    lines = [versions, *([f"On this platform {untried}."] if (untried := facts["untried"]) else []), "", "Devices"]
     for device in facts["devices"]:
         size = f", {device['threads']} threads" if "threads" in device else ""
         size += f", {device['memory_gib']:.0f} GiB" if "memory_gib" in device else ""
@@ -75,6 +85,7 @@ def as_text(facts: dict[str, Any]) -> str:
     lines.append("  The triton kernels were proven by Triton's interpreter; nothing was measured on a GPU yet.")
     forced = facts["forced"]
     lines += ["", f"Forced: {forced}" if forced else "Forced: none; each call takes the best that can run it."]
+    lines += ["", "python -m normwise.selftest tells whether all of it computes right here."]
     return "\n".join(lines)
 
 

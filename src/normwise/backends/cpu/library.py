@@ -23,6 +23,11 @@ ISA_LEVELS = ("avx512_amx", "avx512", "avx2", "baseline")
 OFF = "none"  # in place of a level: no kernels, as on a machine where they were not built
 CURE = "install a C++ compiler (g++ or clang++) and reinstall normwise with pip install --force-reinstall --no-deps"
 
+NOT_ON_WINDOWS = (
+    "the C++ kernels are not built on Windows, where Microsoft's compiler lacks the vector extensions that they are "
+    "written in (clang-cl has them, but nobody has tried it); everything else works, through torch"
+)
+
 
 class Loaded(NamedTuple):
     """The library, or why there is none."""
@@ -39,6 +44,8 @@ def load() -> Loaded:
     if wanted == OFF:
         return Loaded(None, f"NORMWISE_ISA={OFF} turns the C++ kernels off: unset it to have them")
     path = _find()
+    if path is None and platform.system() == "Windows":
+        return Loaded(None, NOT_ON_WINDOWS)
     if path is None:
         return Loaded(None, f"normwise was installed without its compiled library {NAME}; to get it, {CURE}")
     try:
@@ -51,6 +58,10 @@ def load() -> Loaded:
     found = handle.nw_abi()
     if found != ABI:
         return Loaded(None, f"{path} was built for another version of normwise (ABI {found}, not {ABI}): reinstall it")
+    if handle.nw_isa() is None:
+        return Loaded(
+            None, f"{path} was built for another processor alone, as `make compare` does; to rebuild it, {CURE}"
+        )
     handle.nw_count_valid.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
     handle.nw_count_valid.restype = ctypes.c_int64
     handle.nw_rows_near_zero.argtypes = [ctypes.c_void_p, *[ctypes.c_int64] * 2, *[ctypes.c_double] * 2]
