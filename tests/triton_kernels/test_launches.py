@@ -62,6 +62,18 @@ def test_a_call_takes_no_more_launches_than_its_limit(call: str) -> None:
     assert backward.count <= LIMITS[call][1], backward.names
 
 
+# Where Triton is forced: 1 + scale, and the kernel; of a gain a sum of sums too.
+FORCED = {"layer, scale and shift": (2, 1), "rms, gate": (1, 2)}
+
+
+@pytest.mark.parametrize("call", FORCED)
+def test_scale_shift_and_gate_are_in_the_norms_launch_where_triton_is_forced(call: str) -> None:
+    with normwise.backend("triton"):
+        forward, backward = counted(call)
+    assert forward.count <= FORCED[call][0], forward.names
+    assert backward.count <= FORCED[call][1], backward.names
+
+
 @pytest.mark.parametrize("call", TORCHS)
 def test_a_norm_that_torch_has_takes_no_more_launches_than_torchs(call: str) -> None:
     ours, torchs = counted(call), counted_of_torch(call)
