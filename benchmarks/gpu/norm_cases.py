@@ -259,7 +259,10 @@ def cases() -> list[NormCase]:
             kind = f"LayerNorm, scale and shift by {by}"
             found.append(NormCase(kind, plain, _scaled, _their_scaled, moved, shape, small, scaled=by))
     for shape in GATED:
-        for kind, first, theirs in (("RMSNorm + gate", False, _their_gated), ("gate + RMSNorm", True, _their_gated_first)):
+        for kind, first, theirs in (
+            ("RMSNorm + gate", False, _their_gated),
+            ("gate + RMSNorm", True, _their_gated_first),
+        ):
             make = _of_last_axis(normwise.RMSNorm, gate_first=first)
             found.append(NormCase(kind, make, _gated, theirs, (3, 8), shape, (5, shape[-1]), inputs=2))
     return found

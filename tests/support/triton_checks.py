@@ -114,7 +114,9 @@ def check(
         s, _, *gains = leaves
         u = s if mask is None else torch.where(mask, s, 0)
         by = opened(values, gate_act, mask)
-        truth = REFERENCE[family].forward(config, u * by if gate_first else u, None, *gains, mask, None, None, None, True)
+        truth = REFERENCE[family].forward(
+            config, u * by if gate_first else u, None, *gains, mask, None, None, None, True
+        )
         truth = truth._replace(y=gated(config, s, *gains, mask, Gate(values, gate_act, gate_first)))
         leaves.append(values)
     upstream = dy.double() if mask is None else torch.where(mask, dy.double(), 0)

@@ -27,9 +27,17 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from normwise.backends.protocol import Gate, LayerRequest, Layout, NormConfig, NormRequest, RunningStatsRequest
+from normwise.backends.protocol import (
+    Gate,
+    LayerRequest,
+    Layout,
+    LengthsRequest,
+    NormConfig,
+    NormRequest,
+    RunningStatsRequest,
+)
 from normwise.backends.recurrence import Recurrence, Weights
-from normwise.backends.triton import rnn, running_stats, settings
+from normwise.backends.triton import lengths, rnn, running_stats, settings
 from normwise.backends.triton.norms import FAMILIES
 from normwise.ops.rnn.presets import PRESETS
 
@@ -113,19 +121,21 @@ def make_modulated_launches() -> None:
     """With a gain and bias of groups of rows, and with gates in both orders."""
     layer = NormConfig("layer_norm", "features", 1e-5)
     rms = layer._replace(center=False)
-    for cols, dtype in ((64, torch.bfloat16), (1152, torch.bfloat16), (1 << 14, torch.float32)):
+    for cols, dtype in ((64, torch.bfloat16), (1152, torch.bfloat16), (1 << 13, torch.float32)):
         x = torch.empty(4, 96, cols, dtype=dtype)
         both("features", layer, x, None, *torch.empty(2, 4, 1, cols), None)
         both("features", layer._replace(act="silu"), x, x, *torch.empty(2, 4, 96, cols), None)
     x = torch.empty(48, 8, 64, dtype=torch.float16)  # several groups in a block
     both("features", layer, x, x, *torch.empty(2, 48, 1, 64), torch.ones(48, 8, 1, dtype=torch.bool))
-    for cols, dtype in ((64, torch.bfloat16), (4096, torch.bfloat16), (1000, torch.float32), (1 << 14, torch.float32)):
-        x, w = torch.empty(48, cols, dtype=dtype), torch.empty(cols, dtype=dtype)
+    for cols, dtype in ((64, torch.bfloat16), (1000, torch.float32), (1 << 13, torch.bfloat16)):
+        x, w = torch.empty(480, cols, dtype=dtype), torch.empty(cols, dtype=dtype)
         both("features", rms, x, None, w, None, None, gate=Gate(x))
-        both("features", layer, x, x, w, w, torch.ones(48, 1, dtype=torch.bool), gate=Gate(x, "silu", first=True))
+        both("features", layer, x, x, w, w, torch.ones(480, 1, dtype=torch.bool), gate=Gate(x, "silu", first=True))
     x = torch.empty(4, 12, 100, dtype=torch.float64)
     elements = torch.ones(4, 12, 100, dtype=torch.bool)
-    both("features", layer._replace(act="gelu"), x, x, *x[:, :1].expand(2, -1, -1, -1), elements, gate=Gate(x, "sigmoid"))
+    both(
+        "features", layer._replace(act="gelu"), x, x, *x[:, :1].expand(2, -1, -1, -1), elements, gate=Gate(x, "sigmoid")
+    )
     both("features", rms._replace(act="relu"), x, None, None, None, None, gate=Gate(x, "gelu", first=True))
 
 
@@ -140,6 +150,11 @@ def make_updates() -> None:
         running_stats.update(RunningStatsRequest(*averages, 0.1, batch[0], batch[1], batch[1]))
         each = RunningStatsRequest(*averages[:2], None, 0.1, batch, batch, batch[:, :1].expand(-1, channels))
         running_stats.update_over_samples(each)
+
+
+def make_masks() -> None:
+    for dtype, steps in ((torch.int64, 4096), (torch.int32, 7)):
+        lengths.mask(LengthsRequest(torch.empty(16, dtype=dtype), steps))
 
 
 def make_recurrent_launches() -> None:
@@ -272,6 +287,7 @@ def main() -> None:
     make_launches()
     make_modulated_launches()
     make_updates()
+    make_masks()
     make_recurrent_launches()
     workers = os.cpu_count() or 1
     shares = [list(launches)[n::workers] for n in range(workers)]

@@ -17,8 +17,6 @@ from support.launches import as_on_gpu
 from support.tolerances import assert_close
 from support.triton_checks import check
 
-EVERY = [*DTYPES, torch.float16]
-
 
 def some(*shape: int) -> torch.Tensor:
     mask = torch.rand(*shape) < 0.6
@@ -31,14 +29,14 @@ GROUPS = {
     "sample, some in a block": ((5, 3, 33), 1),
     "sample, of one row": ((5, 1, 33), 1),
     "sample, in several parts": ((2, 70, 33), 1),
-    "sample, a row a block": ((2, 3, 1100), 1),
+    "sample, a row a block": ((2, 2, 1100), 1),
     "position": ((5, 7, 33), 2),
     "position, a row a block": ((2, 2, 2100), 2),
     "sample and head": ((3, 2, 5, 9), 2),
 }
 
 
-@pytest.mark.parametrize("dtype", EVERY, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", GROUPS)
 def test_gains_of_groups_of_rows(name: str, dtype: torch.dtype) -> None:
     shape, gain_axes = GROUPS[name]
@@ -79,7 +77,7 @@ def test_no_group_is_in_two_programs_that_write_the_same_sums() -> None:
 
 
 @pytest.mark.parametrize("gate_first", [True, False])
-@pytest.mark.parametrize("dtype", EVERY, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_gate_before_and_behind_the_norm(dtype: torch.dtype, gate_first: bool) -> None:
     check("features", (7, 63), dtype, center=False, gate_first=gate_first)
     check("features", (2, 9, 130), dtype, gate_first=gate_first, gain_axes=1, layout="strided")
@@ -94,7 +92,7 @@ def test_activations_of_a_gate(gate_first: bool, gate_act: str | None) -> None:
 
 @pytest.mark.parametrize("gate_first", [True, False])
 @pytest.mark.parametrize("masked", ["", "rows", "elements"])
-@pytest.mark.parametrize("dtype", EVERY, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_gate_with_mask_residual_and_activation(dtype: torch.dtype, masked: str, gate_first: bool) -> None:
     mask = {"": None, "rows": some(19, 1), "elements": some(19, 63)}[masked]
     options: dict[str, Any] = {"mask": mask, "residual": True, "dtotal": True, "gate_first": gate_first}
@@ -152,6 +150,10 @@ def test_what_is_not_built_is_refused_with_the_reason() -> None:
     assert reason(torch.randn(1, 1, 4)) is None
     assert "Triton kernels take a gain and bias of neighbouring rows" in str(reason(torch.randn(1, 3, 4)))
     assert "of one shape" in str(reason(torch.randn(2, 1, 4), torch.randn(2, 3, 4)))
+    long = torch.empty(2, 2, (1 << 13) + 1)
+    of_samples = supports(NormRequest(config, long, None, long[:, :1]))
+    assert "up to 8192 elements with a gain of some rows, not 8193" in str(of_samples)
+    assert "up to 8192 elements with a gate, not 8193" in str(supports_gate(config, long, Gate(long)))
     assert supports_gate(config, x, Gate(torch.randn(2, 3, 4))) is None
     assert "with a gate of torch.float64" in str(supports_gate(config, x, Gate(x.double())))
     assert "not on cpu and meta" in str(supports_gate(config, x, Gate(x.to("meta"))))

@@ -7,7 +7,9 @@ from torch import Tensor
 from normwise.backends.protocol import NormConfig
 
 
-def gain_obstacle(kernels: str, config: NormConfig, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
+def gain_obstacle(
+    kernels: str, config: NormConfig, x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> str | None:
     """What keeps `kernels` from a gain and bias that are not those of all rows: they may be those of neighbouring rows
     of equal number."""
     given = weight if weight is not None else bias

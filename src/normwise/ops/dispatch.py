@@ -30,7 +30,16 @@ from normwise.backends.aten.norms import MEAN_TO_DEVIATION_LIMIT
 from normwise.backends.cpu import library
 from normwise.backends.cpu.backend import BACKEND as CPU
 from normwise.backends.devices import on_cpu
-from normwise.backends.protocol import Backend, Gate, NormFamily, NormRequest, RecurrenceRequest, RunningStatsRequest
+from normwise.backends.protocol import (
+    Backend,
+    Gate,
+    LengthsRequest,
+    NormFamily,
+    NormRequest,
+    Operation,
+    RecurrenceRequest,
+    RunningStatsRequest,
+)
 from normwise.backends.reference.backend import BACKEND as REFERENCE
 from normwise.backends.triton import runtime
 from normwise.backends.triton.backend import BACKEND as TRITON
@@ -247,15 +256,21 @@ def _modulating_backend(request: NormRequest, known_readable: bool) -> Backend |
 
 
 def running_stats_kernel(request: RunningStatsRequest, kernel: str = "update") -> Callable[..., Any] | None:
-    """The kernel of this name that updates running averages in one launch, or None: torch's operations do it then.
+    """The kernel of this name that updates running averages in one launch, or None: torch's operations do it then."""
+    return _kernel_on_gpu(request, "running_stats", kernel)
 
-    On a GPU alone, and not where another backend than its own is forced.
-    """
-    operation = TRITON.running_stats
-    assert operation is not None
-    if _forced.name not in (None, TRITON.name) or on_cpu(request.running_mean):
+
+def lengths_kernel(request: LengthsRequest) -> Callable[[LengthsRequest], Tensor] | None:
+    """The kernel that makes a mask of lengths in one launch, or None: torch's operations do it then, in two."""
+    return None if _is_compiling() else _kernel_on_gpu(request, "lengths", "mask")
+
+
+def _kernel_on_gpu(request: Any, operation: str, kernel: str) -> Callable[..., Any] | None:
+    """Triton's, on a GPU alone, and not where another backend than its own is forced."""
+    if _forced.name not in (None, TRITON.name) or on_cpu(request.x):
         return None
-    return None if _triton_obstacle(request, "running_stats") is not None else operation.kernels[kernel]
+    found: Operation = getattr(TRITON, operation)
+    return None if _triton_obstacle(request, operation) is not None else found.kernels[kernel]
 
 
 def _resolve_forced(request: Any, operation: str) -> Resolved:

@@ -62,7 +62,7 @@ def backward(
     dtotal: Tensor | None,
     gate: Gate | None = None,
 ) -> NormGradients:
-    """One launch, and another where a gain or bias is of more rows than a program sums: the sum of the sums of parts."""
+    """One launch, and another where a gain or bias is of more rows than a program sums: the sum of their parts."""
     total = total.contiguous()
     rows, cols = _size(config, total)
     dx = torch.empty_like(total)

@@ -121,9 +121,7 @@ def of_rows(rows: int, cols: int, dtype: torch.dtype, group_rows: int) -> Rows:
     most = max(1, ELEMENTS_OF_TILE[dtype.itemsize] // block_cols)
     if groups > 1 and slots <= most:
         block_rows = min(most, power_of_2(groups) * slots)
-        return Rows(
-            block_rows, block_cols, block_rows, blocks(groups * slots, block_rows), 1, slots, num_warps
-        )
+        return Rows(block_rows, block_cols, block_rows, blocks(groups * slots, block_rows), 1, slots, num_warps)
     block_rows = min(most, slots)
     per_program = min(blocks(group_rows, max(1, PROGRAMS // groups)), MOST_ROWS_OF_PROGRAM)
     per_program = max(1, blocks(per_program, block_rows)) * block_rows

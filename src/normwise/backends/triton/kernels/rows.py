@@ -209,9 +209,9 @@ def rows_backward(
             d -= (tl.sum(g, 1) / count)[:, None]
         d = d * rstd[:, None]
         if GATE_FIRST:
-            # Both are loaded again: to keep them would take the registers of two more rows.
-            shut = tl.load(gate + at, mask=valid, other=0).to(WIDE)
-            t = tl.load(total + at, mask=valid, other=0).to(WIDE)
+            # Loaded again, in a way by which the compiler does not keep them in the registers of two more rows.
+            shut = tl.load(gate + at, mask=valid, other=0, eviction_policy="evict_first").to(WIDE)
+            t = tl.load(total + at, mask=valid, other=0, eviction_policy="evict_first").to(WIDE)
             tl.store(dgate + at, tl.where(valid, times_slope(d * t, shut, GATE_ACT), 0.0), mask=inside)
             d = d * activate(shut, GATE_ACT)
         if dtotal is not None:
