@@ -71,16 +71,22 @@ def backward(
         None if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (weight, bias)
     )
     if total.numel() == 0:
-        return NormGradients(dx, dx, *(None if t is None else t.zero_() for t in (dweight, dbias)), dgate)
+        for t in (dweight, dbias):
+            if t is not None:
+                t.zero_()
+        return NormGradients(dx, dx, dweight, dbias, dgate)
     from normwise.backends.triton.kernels import rows as kernels
     from normwise.backends.triton.kernels.common import sum_of_parts
 
     groups = _groups(weight, bias, cols)
     launch = settings.of_rows(rows, cols, total.dtype, rows // groups)
-    sums, parts = (dweight, dbias), groups * launch.parts
+    parts = groups * launch.parts
+    sum_weight, sum_bias = dweight, dbias
     if launch.parts > 1:
         kind = torch.float64 if total.dtype is torch.float64 else torch.float32
-        sums = tuple(None if t is None else total.new_empty((parts, cols), dtype=kind) for t in sums)
+        sum_weight, sum_bias = (
+            None if t is None else total.new_empty((parts, cols), dtype=kind) for t in (dweight, dbias)
+        )
     mask, by_element = _mask(config, mask, total)
     with runtime.on_device_of(total):
         kernels.rows_backward[(launch.blocks if launch.slots else parts,)](
@@ -94,7 +100,8 @@ def backward(
             statistics(stats, rows),
             dx,
             dgate,
-            *sums,
+            sum_weight,
+            sum_bias,
             rows,
             cols,
             launch.rows_per_program,
@@ -105,7 +112,16 @@ def backward(
         if launch.parts > 1 and not (dweight is None and dbias is None):
             columns = min(runtime.power_of_2(cols), 32)
             sum_of_parts[(groups * runtime.blocks(cols, columns),)](
-                *sums, dweight, dbias, launch.parts, cols, cols, 1, BLOCK_PARTS=64, BLOCK_COLUMNS=columns
+                sum_weight,
+                sum_bias,
+                dweight,
+                dbias,
+                launch.parts,
+                cols,
+                cols,
+                1,
+                BLOCK_PARTS=64,
+                BLOCK_COLUMNS=columns,
             )
     return NormGradients(dx, dx, dweight, dbias, dgate)
 
