@@ -48,7 +48,7 @@ def test_another_backend_than_the_named_one_is_an_error() -> None:
 
 def test_the_kernels_of_norms_take_the_same_arguments_on_every_backend() -> None:
     """Those of the C++ library and of Triton; the others leave out by `*_` what they do not read. Triton's forwards
-    take the request as it is; the C++ norm of features takes a gate, last."""
+    take the request as it is; norms of features take a gate, last."""
 
     def arguments(function: Callable[..., Any]) -> list[tuple[str, str]]:
         return [(name.lstrip("_"), p.annotation) for name, p in inspect.signature(function).parameters.items()]
@@ -61,10 +61,11 @@ def test_the_kernels_of_norms_take_the_same_arguments_on_every_backend() -> None
         assert arguments(theirs)[len(of_request) :] == gate
         assert [shortened.get(name, name) for name, _ in arguments(theirs)[: len(of_request)]] == of_request
     for mine in (rows.forward, tiles.groups_forward, tiles.channels_forward):
-        assert arguments(mine) == [("request", "NormRequest"), ("needs_grad", "bool")]
+        gate = [("gate", "Gate | None")] if mine is rows.forward else []
+        assert arguments(mine) == [("request", "NormRequest"), ("needs_grad", "bool"), *gate]
     for theirs, mine in (
         (cpu.groups_backward, tiles.backward),
         (cpu.channels_backward, tiles.backward),
+        (cpu.features_backward, rows.backward),
     ):
         assert arguments(theirs) == arguments(mine)
-    assert arguments(cpu.features_backward) == [*arguments(rows.backward), ("gate", "Gate | None")]

@@ -32,7 +32,8 @@ class NormCase:
         ours, theirs: calls of it: by normwise, and in torch's operations.
         moved: tensors of the input's size that a forward, and a forward with its backward, read or write at least.
         small: a shape for the proof, which the CPU computes in float64.
-        inputs: 2 with a residual.
+        inputs: 2 with a residual or a gate.
+        scaled: with scale and shift, one of each for a "sample" or a "position".
         masked: samples have a fifth of their positions, or of their rows, left out.
         wide: parameters stay float32 whatever the input.
         dtypes: of which the times are taken; all are proven.
@@ -46,6 +47,7 @@ class NormCase:
     shape: Shape
     small: Shape
     inputs: int = 1
+    scaled: str = ""
     channels_last: bool = False
     masked: bool = False
     wide: bool = False
@@ -73,6 +75,9 @@ class Built:
             torch.randn(shape, device=device).to(dtype).to(memory_format=memory).requires_grad_()
             for _ in range(case.inputs)
         ]
+        if case.scaled:
+            of_scale = shape if case.scaled == "position" else (shape[0], *(1,) * (len(shape) - 2), shape[-1])
+            self.inputs += [torch.randn(of_scale, device=device).to(dtype).requires_grad_() for _ in range(2)]
         # Of rows (..., 1), else of positions (N, 1, ...).
         of = (*shape[:-1], 1) if isinstance(self.layer, nn.LayerNorm | nn.RMSNorm) else (shape[0], 1, *shape[2:])
         self.mask = torch.rand(of, device=device) < 0.8 if case.masked else None
@@ -127,6 +132,15 @@ def _residual(layer: Any, inputs: Sequence[Tensor], mask: Tensor | None) -> Sequ
 
 def _added(layer: Any, inputs: Sequence[Tensor], mask: Tensor | None) -> Sequence[Tensor]:
     return tuple(layer(inputs[0], add=inputs[1]))
+
+
+def _scaled(layer: Any, inputs: Sequence[Tensor], mask: Tensor | None) -> Sequence[Tensor]:
+    x, scale, shift = inputs
+    return (layer(x, scale=scale, shift=shift),)
+
+
+def _gated(layer: Any, inputs: Sequence[Tensor], mask: Tensor | None) -> Sequence[Tensor]:
+    return (layer(inputs[0], gate=inputs[1]),)
 
 
 def _batch_norm(layer: Any, x: Tensor) -> Tensor:
@@ -187,9 +201,26 @@ def _add_then(norm: Way) -> Way:
     return both
 
 
+def _their_scaled(layer: Any, inputs: Sequence[Tensor], mask: Tensor | None) -> Sequence[Tensor]:
+    x, scale, shift = inputs
+    return (_their_layer_norm(layer, [x], None)[0] * (1 + scale) + shift,)
+
+
+def _their_gated(layer: Any, inputs: Sequence[Tensor], mask: Tensor | None) -> Sequence[Tensor]:
+    return (_their_rms_norm(layer, inputs[:1], None)[0] * F.silu(inputs[1]),)
+
+
+def _their_gated_first(layer: Any, inputs: Sequence[Tensor], mask: Tensor | None) -> Sequence[Tensor]:
+    return _their_rms_norm(layer, [inputs[0] * F.silu(inputs[1])], None)
+
+
 ROWS: list[Shape] = [(8192, 768), (32768, 256), (8192, 4096), (8192, 8192)]
 IMAGES: Shape = (32, 64, 56, 56)
 GROUPED: list[Shape] = [(8, 128, 56, 56), (4, 512, 64, 64)]
+# Samples, tokens and features of adaptive norms: those of DiT-XL/2, and of a larger model.
+TOKENS: list[Shape] = [(32, 256, 1152), (4, 4096, 3072)]
+# Tokens and features of what Mamba-2 gates.
+GATED: list[Shape] = [(16384, 4096), (8192, 8192)]
 EVERY = ("bfloat16", "float32", "float16")
 
 
@@ -222,8 +253,20 @@ def cases() -> list[NormCase]:
             make = _of_last_axis(layer)
             found.append(NormCase(kind, make, _plain, theirs, (2, 5), shape, small, dtypes=EVERY[:2]))
             found.append(NormCase(f"add + {kind}", make, _added, _add_then(theirs), (4, 8), shape, small, inputs=2))
+    for shape in TOKENS:
+        plain, small = _of_last_axis(normwise.LayerNorm, elementwise_affine=False), (3, 5, shape[-1])
+        for by, moved in (("sample", (2, 5)), ("position", (4, 10))):
+            kind = f"LayerNorm, scale and shift by {by}"
+            found.append(NormCase(kind, plain, _scaled, _their_scaled, moved, shape, small, scaled=by))
+    for shape in GATED:
+        for kind, first, theirs in (
+            ("RMSNorm + gate", False, _their_gated),
+            ("gate + RMSNorm", True, _their_gated_first),
+        ):
+            make = _of_last_axis(normwise.RMSNorm, gate_first=first)
+            found.append(NormCase(kind, make, _gated, theirs, (3, 8), shape, (5, shape[-1]), inputs=2))
     return found
 
 
-def _of_last_axis(layer: type[nn.Module]) -> Callable[[Shape], nn.Module]:
-    return lambda shape: layer(shape[-1])
+def _of_last_axis(layer: type[nn.Module], **options: Any) -> Callable[[Shape], nn.Module]:
+    return lambda shape: layer(shape[-1], **options)

@@ -35,7 +35,14 @@ def timed(dry: bool) -> list[Timed]:
     """The first dtype of all cases before the second of any. Dry: a case of each family, in its small shape."""
     every = cases()
     if dry:
-        few = [next(c for c in every if c.kind == kind) for kind in ("masked BatchNorm", "GroupNorm + SiLU", "RMSNorm")]
+        kinds = (
+            "masked BatchNorm",
+            "GroupNorm + SiLU",
+            "RMSNorm",
+            "LayerNorm, scale and shift by sample",
+            "gate + RMSNorm",
+        )
+        few = [next(c for c in every if c.kind == kind) for kind in kinds]
         return [Timed(replace(c, shape=c.small), "float32", MODES[1]) for c in few]
     # Of the forward alone bfloat16 is enough: Inductor takes seconds to prepare each.
     return [

@@ -195,6 +195,11 @@ def layers_and_arguments() -> dict[str, tuple[Callable[[], nn.Module], Callable[
         "layer": (lambda: normwise.LayerNorm(L), dict),
         "layer, mask": (lambda: normwise.LayerNorm(L), lambda: {"mask": torch.rand(N, C) > 0.3}),
         "rms": (lambda: normwise.RMSNorm(L), dict),
+        "layer, scale and shift": (
+            lambda: normwise.LayerNorm(L, elementwise_affine=False),
+            lambda: {"scale": torch.randn(N, L), "shift": torch.randn(N, L)},
+        ),
+        "rms, gate": (lambda: normwise.RMSNorm(L), lambda: {"gate": torch.randn(N, C, L)}),
         "group": (lambda: normwise.GroupNorm(4, C), dict),
         "group, mask": (lambda: normwise.GroupNorm(4, C), lambda: {"mask": some_mask()}),
         "instance": (lambda: normwise.InstanceNorm1d(C), dict),

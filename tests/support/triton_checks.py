@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.backends.protocol import NormConfig, NormRequest
+from normwise.backends.protocol import Gate, NormConfig, NormRequest
 from normwise.backends.reference.norms import FAMILIES as REFERENCE
-from normwise.backends.triton.norms import FAMILIES, supports
+from normwise.backends.reference.norms import gated
+from normwise.backends.triton.norms import FAMILIES, supports, supports_gate
 from normwise.ops.norm import running_stats
-from support.kernel_truth import leaf
+from support.kernel_truth import leaf, opened
 from support.tolerances import assert_close
 
 EPS, MOMENTUM = 1e-5, 0.3
@@ -59,16 +60,29 @@ def check(
     parameter_dtype: torch.dtype | None = None,
     shift: float = 0.0,
     eps: float = EPS,
+    gain_axes: int | None = None,
+    gate_first: bool | None = None,
+    gate_act: str | None = "silu",
 ) -> None:
-    """Everything that a mask (broadcastable, as many axes) leaves out holds NaN or infinity."""
+    """Everything that a mask (broadcastable, as many axes) leaves out holds NaN or infinity.
+
+    `gain_axes`: for each index of so many leading axes there is a gain and bias; `gate_first`: None for no gate.
+    """
     config = NormConfig(OPS[family], family, eps, act, axes, groups, center, training, momentum)  # type: ignore[arg-type]
     x, dy, r, dt = (laid_out((torch.randn(shape) + add).to(dtype), layout) for add in (shift, 0, 0, 0))
     of = shape[len(shape) - axes :] if family == "features" else shape[1:2]
+    if gain_axes is not None:
+        of = (*shape[:gain_axes], *(1,) * (len(shape) - axes - gain_axes), *of)
     w, b = torch.randn(2, *of).to(parameter_dtype or dtype)
+    gate = None
+    if gate_first is not None:
+        gate = Gate(laid_out(torch.randn(shape).to(dtype), layout), gate_act, gate_first)
     if mask is not None:
         off = ~mask.expand(shape)
         for t, poison in ((x, torch.nan), (dy, torch.inf), (r, torch.nan), (dt, torch.nan)):
             t[off] = poison
+        if gate is not None:
+            gate.values[off] = torch.nan
     r = r if residual else None
     w, b = w if weight else None, b if bias else None
     averages: Any = [None] * 3
@@ -78,9 +92,12 @@ def check(
 
     request = NormRequest(config, x, r, w, b, mask, *averages)
     assert supports(request) is None
-    out = FAMILIES[family].forward(*request, True)
+    assert gate is None or supports_gate(config, x, gate) is None
+    and_gate = () if gate is None else (gate,)
+    out = FAMILIES[family].forward(*request, True, *and_gate)
     after = None if family == "features" or act is None else r
-    got = FAMILIES[family].backward(config, out.total, after, w, b, mask, out.stats, dy, dt if dtotal else None)
+    saved = (config, out.total, after, w, b, mask, out.stats)
+    got = FAMILIES[family].backward(*saved, dy, dt if dtotal else None, *and_gate)
 
     # What is normalized is the sum as it is stored.
     entering, added = x, r
@@ -90,11 +107,22 @@ def check(
         assert_close(out.total, total, name="total")
     leaves = [leaf(t) for t in (entering, added, w, b)]
     wide_averages = [None if t is None else t.double() for t in old[:2]]
-    truth = REFERENCE[family].forward(config, *leaves, mask, *wide_averages, None, True)
+    values = None if gate is None else leaf(gate.values)
+    if values is None:
+        truth = REFERENCE[family].forward(config, *leaves, mask, *wide_averages, None, True)
+    else:
+        s, _, *gains = leaves
+        u = s if mask is None else torch.where(mask, s, 0)
+        by = opened(values, gate_act, mask)
+        truth = REFERENCE[family].forward(
+            config, u * by if gate_first else u, None, *gains, mask, None, None, None, True
+        )
+        truth = truth._replace(y=gated(config, s, *gains, mask, Gate(values, gate_act, gate_first)))
+        leaves.append(values)
     upstream = dy.double() if mask is None else torch.where(mask, dy.double(), 0)
     wanted = [t for t in leaves if t is not None]
     found = iter(torch.autograd.grad(truth.y, wanted, upstream) if x.numel() else [torch.zeros_like(t) for t in wanted])
-    dx, dresidual, dweight, dbias = (None if t is None else next(found) for t in leaves)
+    dx, dresidual, dweight, dbias, *dgate = (None if t is None else next(found) for t in leaves)
     assert dx is not None
     if dtotal:
         dx = dx + (dt.double() if mask is None else torch.where(mask, dt.double(), 0))
@@ -112,6 +140,12 @@ def check(
     elif not training:
         rstd = float((wide_averages[1] + eps).rsqrt().max()) if count else 1.0
     up = float(upstream.abs().max()) if count else 0.0
+    if values is not None:
+        largest = float(by.detach().abs().max())
+        of_gate = float(torch.nan_to_num(s.detach()).abs().max()) * rstd if gate_first else 1.0
+        of_gate = up * gain * max(of_gate, float(count) ** 0.5)
+        assert_close(got.gate, dgate[0], kind="grad", count=count, scale=of_gate, name="dgate")
+        up *= max(largest, 1.0)
     assert_close(got.x, dx, kind="grad", count=count, scale=max(up * rstd * gain, 1.0), name="dx")
     for name, mine, expected in (("dweight", got.weight, dweight), ("dbias", got.bias, dbias)):
         assert (mine is None) == (expected is None)

@@ -27,9 +27,17 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from normwise.backends.protocol import LayerRequest, Layout, NormConfig, NormRequest, RunningStatsRequest
+from normwise.backends.protocol import (
+    Gate,
+    LayerRequest,
+    Layout,
+    LengthsRequest,
+    NormConfig,
+    NormRequest,
+    RunningStatsRequest,
+)
 from normwise.backends.recurrence import Recurrence, Weights
-from normwise.backends.triton import rnn, running_stats, settings
+from normwise.backends.triton import lengths, rnn, running_stats, settings
 from normwise.backends.triton.norms import FAMILIES
 from normwise.ops.rnn.presets import PRESETS
 
@@ -109,6 +117,28 @@ def make_launches() -> None:
         both("groups", by_group._replace(act=acts[2]), x, x, w, None, mask.expand(shape))
 
 
+def make_modulated_launches() -> None:
+    """With a gain and bias of groups of rows, and with gates in both orders."""
+    layer = NormConfig("layer_norm", "features", 1e-5)
+    rms = layer._replace(center=False)
+    for cols, dtype in ((64, torch.bfloat16), (1 << 13, torch.float32)):
+        x = torch.empty(4, 96, cols, dtype=dtype)
+        both("features", layer, x, None, *torch.empty(2, 4, 1, cols), None)
+        both("features", layer._replace(act="silu"), x, x, *torch.empty(2, 4, 96, cols), None)
+    x = torch.empty(48, 8, 64, dtype=torch.float16)  # several groups in a block
+    both("features", layer, x, x, *torch.empty(2, 48, 1, 64), torch.ones(48, 8, 1, dtype=torch.bool))
+    for cols, dtype in ((1000, torch.float32), (1 << 13, torch.bfloat16)):
+        x, w = torch.empty(480, cols, dtype=dtype), torch.empty(cols, dtype=dtype)
+        both("features", rms, x, None, w, None, None, gate=Gate(x))
+        both("features", layer, x, x, w, w, torch.ones(480, 1, dtype=torch.bool), gate=Gate(x, "silu", first=True))
+    x = torch.empty(4, 12, 100, dtype=torch.float64)
+    elements = torch.ones(4, 12, 100, dtype=torch.bool)
+    both(
+        "features", layer._replace(act="gelu"), x, x, *x[:, :1].expand(2, -1, -1, -1), elements, gate=Gate(x, "sigmoid")
+    )
+    both("features", rms._replace(act="relu"), x, None, None, None, None, gate=Gate(x, "gelu", first=True))
+
+
 def make_updates() -> None:
     """Of running averages, by what ATen's kernel saved of a batch, and by moments."""
     for channels, dtype in ((64, torch.float32), (2048, torch.bfloat16), (7, torch.float64)):
@@ -120,6 +150,11 @@ def make_updates() -> None:
         running_stats.update(RunningStatsRequest(*averages, 0.1, batch[0], batch[1], batch[1]))
         each = RunningStatsRequest(*averages[:2], None, 0.1, batch, batch, batch[:, :1].expand(-1, channels))
         running_stats.update_over_samples(each)
+
+
+def make_masks() -> None:
+    for dtype, steps in ((torch.int64, 4096), (torch.int32, 7)):
+        lengths.mask(LengthsRequest(torch.empty(16, dtype=dtype), steps))
 
 
 def make_recurrent_launches() -> None:
@@ -153,14 +188,15 @@ def recurrent(config: Recurrence, units: int, dtype: torch.dtype, layout: Layout
     rnn.backward(request, found.saved, (found.output, None, None), [True] * 14)
 
 
-def both(family: str, config: NormConfig, *tensors: Any) -> None:
+def both(family: str, config: NormConfig, *tensors: Any, gate: Gate | None = None) -> None:
     """Forward and backward of one call."""
     request = NormRequest(config, *tensors)
-    out = FAMILIES[family].forward(*request, True)
+    and_gate = () if gate is None else (gate,)
+    out = FAMILIES[family].forward(*request, True, *and_gate)
     residual = None if family == "features" or config.act is None else request.residual
     dtotal = out.total if family == "features" and request.residual is not None else None
     after = (request.weight, request.bias, request.mask, out.stats, out.y, dtotal)
-    FAMILIES[family].backward(config, out.total, residual, *after)
+    FAMILIES[family].backward(config, out.total, residual, *after, *and_gate)
 
 
 def compiled(launch: tuple[Any, ...], target: GPUTarget) -> dict[str, Any]:
@@ -249,7 +285,9 @@ def main() -> None:
     options = parser.parse_args()
     JITFunction.run = record
     make_launches()
+    make_modulated_launches()
     make_updates()
+    make_masks()
     make_recurrent_launches()
     workers = os.cpu_count() or 1
     shares = [list(launches)[n::workers] for n in range(workers)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import normwise
-from normwise.backends.protocol import Moments, RunningStatsRequest
+from normwise.backends.protocol import LengthsRequest, Moments, RunningStatsRequest
 from normwise.backends.triton.running_stats import supports, update, update_over_samples
 from normwise.ops import dispatch
 from normwise.ops.norm import running_stats
@@ -40,15 +40,15 @@ def fresh_memory_of_nan() -> None:
     """Not for every test here: to fill memory is a launch."""
 
 
-# Launches forward and backward of what torch.nn has not; lengths are made into a mask by two. docs/gpu-launches.md has
+# Launches forward and backward of what torch.nn has not; lengths are made into a mask by one. docs/gpu-launches.md has
 # the table.
 LIMITS = {
     "batch, mask": (4, 4),
-    "batch, lengths": (6, 4),
+    "batch, lengths": (5, 4),
     "batch, mask, evaluation": (4, 3),
     "group, mask": (3, 4),
     "instance, mask": (3, 4),
-    "instance, lengths, averages": (6, 4),
+    "instance, lengths, averages": (5, 4),
     "ghost batches": (27, 6),
     "ghost batches, mask": (31, 9),
     "renorm": (29, 5),
@@ -60,6 +60,18 @@ def test_a_call_takes_no_more_launches_than_its_limit(call: str) -> None:
     forward, backward = counted(call)
     assert forward.count <= LIMITS[call][0], forward.names
     assert backward.count <= LIMITS[call][1], backward.names
+
+
+# Where Triton is forced: 1 + scale, and the kernel; of a gain a sum of sums too.
+FORCED = {"layer, scale and shift": (2, 1), "rms, gate": (1, 2)}
+
+
+@pytest.mark.parametrize("call", FORCED)
+def test_scale_shift_and_gate_are_in_the_norms_launch_where_triton_is_forced(call: str) -> None:
+    with normwise.backend("triton"):
+        forward, backward = counted(call)
+    assert forward.count <= FORCED[call][0], forward.names
+    assert backward.count <= FORCED[call][1], backward.names
 
 
 @pytest.mark.parametrize("call", TORCHS)
@@ -130,6 +142,24 @@ def test_a_mask_on_a_gpu_is_tritons_and_the_reason_says_why() -> None:
         backend, reason = dispatch.resolve(request)
     assert backend.name == "triton"
     assert "dozens" in reason
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+@pytest.mark.parametrize("steps", [0, 1, 10, 1500])
+def test_lengths_become_a_mask_in_one_launch(steps: int, dtype: torch.dtype) -> None:
+    """Strided ones too; what lies outside of [0, steps] is taken for the nearest that does not."""
+    lengths = torch.tensor([0, 3, 200, 5, steps if steps < 256 else 7, 9], dtype=dtype)[::2]
+    request = LengthsRequest(lengths, steps)
+    with as_on_gpu(), Launches() as found:
+        kernel = dispatch.lengths_kernel(request)
+        assert kernel is not None
+        valid = kernel(request)
+    assert found.count == (steps > 0)
+    assert torch.equal(valid, torch.arange(steps) < lengths[:, None])
+    assert dispatch.lengths_kernel(request) is None  # on the CPU
+    with as_on_gpu(), normwise.backend("aten"):
+        assert dispatch.lengths_kernel(request) is None
 
 
 def averages(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,6 +24,18 @@ CALLS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Te
     "LayerNorm": (lambda: normwise.LayerNorm(9), lambda layer, x: layer(x)),
     "LayerNorm, mask": (lambda: normwise.LayerNorm(9, act="gelu"), lambda layer, x: layer(x, mask=rows_mask)),
     "LayerNorm, add": (lambda: normwise.LayerNorm(9), lambda layer, x: torch.cat(layer(x, add=x.sin()))),
+    "LayerNorm, scale and shift": (
+        lambda: normwise.LayerNorm(9, act="silu"),
+        lambda layer, x: torch.cat(layer(x, scale=x[:, 0], shift=x[:, 1], add=x.sin(), mask=rows_mask)),
+    ),
+    "LayerNorm, gate": (
+        lambda: normwise.LayerNorm(9),
+        lambda layer, x: layer(x, scale=x[:, :1], gate=x.cos(), mask=rows_mask),
+    ),
+    "RMSNorm, gate": (
+        lambda: normwise.RMSNorm(9, gate_first=True),
+        lambda layer, x: torch.cat(layer(x, gate=x.cos(), add=x.sin())),
+    ),
     "RMSNorm": (lambda: normwise.RMSNorm(9), lambda layer, x: layer(x)),
     "BatchNorm1d": (lambda: normwise.BatchNorm1d(6), lambda layer, x: layer(x)),
     "BatchNorm1d, lengths": (

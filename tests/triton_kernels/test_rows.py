@@ -41,7 +41,8 @@ def test_mask_residual_and_activation_are_fused(
 ) -> None:
     mask = {"": None, "rows": some_rows(37, 1), "elements": some_rows(37, 63)}[masked]
     check("features", (37, 63), dtype, act=act, mask=mask, residual=residual, dtotal=residual)
-    check("features", (37, 63), dtype, act=act, mask=mask, residual=residual, center=False)
+    if act in (None, "gelu"):
+        check("features", (37, 63), dtype, act=act, mask=mask, residual=residual, center=False)
 
 
 @pytest.mark.parametrize("act", FURTHER_ACTS)

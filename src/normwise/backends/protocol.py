@@ -201,6 +201,23 @@ class RunningStatsRequest(NamedTuple):
         return tuple(t if isinstance(t, Tensor) else None for t in self)
 
 
+class LengthsRequest(NamedTuple):
+    """Which of `steps` steps each sample has, by `lengths`, (samples,) integers on a device."""
+
+    lengths: Tensor
+    steps: int
+
+    @property
+    def x(self) -> Tensor:
+        """What says where the request is."""
+        return self.lengths
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that a backend reads."""
+        return (self.lengths,)
+
+
 # For each normalized site, tables (rows, features) of running mean and variance; step t reads row min(t, rows - 1).
 Running = dict[str, tuple[Tensor, Tensor]]
 
@@ -379,6 +396,7 @@ class Backend(NamedTuple):
 
     running_stats: updates of running averages in one launch, "update"(RunningStatsRequest) -> 0-d bool tensor, whether
     they took place; None where the norms do it or leave it to torch's operations.
+    lengths: "mask"(LengthsRequest) -> (samples, steps) bool, True where there is a step, in one launch.
     """
 
     name: str
@@ -386,6 +404,7 @@ class Backend(NamedTuple):
     norm: Operation
     recurrence: Operation
     running_stats: Operation | None = None
+    lengths: Operation | None = None
 
 
 def supports_all(request: Any) -> str | None:

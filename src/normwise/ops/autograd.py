@@ -125,6 +125,7 @@ class GatedNorm(torch.autograd.Function):
         y, total, stats, *_ = family.forward(config, x, residual, weight, bias, mask, None, None, None, True, gate)
         ctx.save_for_backward(total, weight, bias, mask, values, stats)
         ctx.family, ctx.config, ctx.gate_act, ctx.gate_first = family, config, gate_act, gate_first
+        ctx.on_gpu = x.is_cuda
         ctx.set_materialize_grads(False)
         return y, None if residual is None else total
 
@@ -135,7 +136,7 @@ class GatedNorm(torch.autograd.Function):
         gate = Gate(values, ctx.gate_act, ctx.gate_first)
         if dy is None:
             dy = torch.zeros_like(total)
-        if supports_grad_output(dy, dtotal, *saved):
+        if supports_grad_output(dy, dtotal, *saved, on_gpu=ctx.on_gpu):
             grads = ctx.family.backward(ctx.config, total, None, weight, bias, mask, stats, dy, dtotal, gate)
             dx, _, dweight, dbias, dvalues = grads
         else:

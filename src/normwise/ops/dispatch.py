@@ -30,7 +30,16 @@ from normwise.backends.aten.norms import MEAN_TO_DEVIATION_LIMIT
 from normwise.backends.cpu import library
 from normwise.backends.cpu.backend import BACKEND as CPU
 from normwise.backends.devices import on_cpu
-from normwise.backends.protocol import Backend, Gate, NormFamily, NormRequest, RecurrenceRequest, RunningStatsRequest
+from normwise.backends.protocol import (
+    Backend,
+    Gate,
+    LengthsRequest,
+    NormFamily,
+    NormRequest,
+    Operation,
+    RecurrenceRequest,
+    RunningStatsRequest,
+)
 from normwise.backends.reference.backend import BACKEND as REFERENCE
 from normwise.backends.triton import runtime
 from normwise.backends.triton.backend import BACKEND as TRITON
@@ -212,38 +221,56 @@ def resolve(request: Any, operation: str = "norm", known_readable: bool = False)
 
 
 def modulated_kernel(request: NormRequest, gate: Gate | None, known_readable: bool) -> NormFamily | None:
-    """The C++ kernels for a norm with a gain and bias by sample or position, or with a gate, chosen or forced; None
-    where the norm runs bare, on the backend that `resolve` names, and torch's operations follow.
+    """The kernels for a norm with a gain and bias by sample or position, or with a gate, chosen or forced; None where
+    the norm runs bare, on the backend that `resolve` names, and torch's operations follow.
 
-    Of no size are these the quicker ones: from 1 to 64 rows of 64 the kernel takes 0.75 to 0.8 of their time without a
-    gradient, with one 0.97 to 1.05, with a gate and a gradient 0.75; at (4, 64, 384) 0.55, 0.55 and 0.4.
+    Of no size are these the quicker ones on the CPU: from 1 to 64 rows of 64 the kernel takes 0.75 to 0.8 of their time
+    without a gradient, with one 0.97 to 1.05, with a gate and a gradient 0.75; at (4, 64, 384) 0.55, 0.55 and 0.4.
     """
-    if _forced.name not in (None, CPU.name):
-        return None
     if request.config.as_written and request.x.dtype in (torch.bfloat16, torch.float16):
         return None
-    if _kernel_obstacle(request, "norm", known_readable) is not None:
+    backend = _modulating_backend(request, known_readable)
+    if backend is None:
         return None
-    family: NormFamily = CPU.norm.kernels[request.config.family]
+    family: NormFamily = backend.norm.kernels[request.config.family]
     if gate is not None:
         supports = family.supports_gate
         if supports is None or supports(request.config, request.x, gate) is not None:
             return None
-        if not known_readable and unreadable(gate.values) is not None:
+        if not known_readable and not (readable if on_cpu(request.x) else readable_on_gpu)(gate.values):
             return None
     return family
 
 
-def running_stats_kernel(request: RunningStatsRequest, kernel: str = "update") -> Callable[..., Any] | None:
-    """The kernel of this name that updates running averages in one launch, or None: torch's operations do it then.
-
-    On a GPU alone, and not where another backend than its own is forced.
-    """
-    operation = TRITON.running_stats
-    assert operation is not None
-    if _forced.name not in (None, TRITON.name) or on_cpu(request.running_mean):
+def _modulating_backend(request: NormRequest, known_readable: bool) -> Backend | None:
+    """The backend whose kernels do all that `modulated_kernel` names, gates aside: on a GPU by default only where the
+    bare norm would be Triton's too, since nothing was measured there."""
+    if _forced.name == TRITON.name or (_forced.name is None and not on_cpu(request.x)):
+        if _triton_obstacle(request, "norm") is not None:
+            return None
+        bare = request._replace(residual=None, weight=None, bias=None)
+        return TRITON if resolve(bare).backend is TRITON else None
+    if _forced.name not in (None, CPU.name) or _kernel_obstacle(request, "norm", known_readable) is not None:
         return None
-    return None if _triton_obstacle(request, "running_stats") is not None else operation.kernels[kernel]
+    return CPU
+
+
+def running_stats_kernel(request: RunningStatsRequest, kernel: str = "update") -> Callable[..., Any] | None:
+    """The kernel of this name that updates running averages in one launch, or None: torch's operations do it then."""
+    return _kernel_on_gpu(request, "running_stats", kernel)
+
+
+def lengths_kernel(request: LengthsRequest) -> Callable[[LengthsRequest], Tensor] | None:
+    """The kernel that makes a mask of lengths in one launch, or None: torch's operations do it then, in two."""
+    return None if _is_compiling() else _kernel_on_gpu(request, "lengths", "mask")
+
+
+def _kernel_on_gpu(request: Any, operation: str, kernel: str) -> Callable[..., Any] | None:
+    """Triton's, on a GPU alone, and not where another backend than its own is forced."""
+    if _forced.name not in (None, TRITON.name) or on_cpu(request.x):
+        return None
+    found: Operation = getattr(TRITON, operation)
+    return None if _triton_obstacle(request, operation) is not None else found.kernels[kernel]
 
 
 def _resolve_forced(request: Any, operation: str) -> Resolved:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from normwise.backends.activations import activation
 from normwise.backends.cpu import library
+from normwise.backends.protocol import LengthsRequest
 from normwise.backends.reference import count_valid
 from normwise.ops._torch_internals import readable
-from normwise.ops.dispatch import values_visible
+from normwise.ops.dispatch import lengths_kernel, values_visible
 
 
 class ShapeError(ValueError, RuntimeError):
@@ -492,5 +493,8 @@ def _from_lengths(x: Tensor, lengths: Any) -> Tensor:
         )
     n, steps = x.shape[0], x.shape[-1]
     counts = one_length_each(lengths, n, steps, f"an input of shape {tuple(x.shape)}")
-    valid = torch.arange(steps, device=x.device) < counts.to(x.device, non_blocking=True)[:, None]
+    counts = counts.to(x.device, non_blocking=True)
+    request = LengthsRequest(counts, steps)
+    kernel = lengths_kernel(request)
+    valid = kernel(request) if kernel is not None else torch.arange(steps, device=x.device) < counts[:, None]
     return valid.view(n, *(1,) * (x.dim() - 2), steps)

@@ -25,6 +25,7 @@ from normwise.backends.cpu.memory import (
     statistics,
     vector,
 )
+from normwise.backends.gains import gain_obstacle
 from normwise.backends.protocol import (
     Gate,
     Moments,
@@ -65,7 +66,7 @@ def supports(request: NormRequest) -> str | None:
     if config.family == "features" and (
         (weight is not None and weight.dim() != config.axes) or (bias is not None and bias.dim() != config.axes)
     ):
-        reason = _gain_obstacle(config, x, weight, bias)
+        reason = gain_obstacle("the C++ kernels", config, x, weight, bias)
         if reason is not None:
             return reason
     if config.family == "channels" and (
@@ -96,22 +97,6 @@ def supports_gate(config: NormConfig, x: Tensor, gate: Gate) -> str | None:
         return f"the C++ kernels do not mix an input of {x.dtype} with a gate of {gate.values.dtype}"
     if config.act is not None and not gate.first:
         return "the C++ kernels take no activation behind a gate that comes last"
-    return None
-
-
-def _gain_obstacle(config: NormConfig, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str | None:
-    """What keeps the kernels from a gain and bias that are not those of all rows: they may be those of neighbouring
-    rows of equal number."""
-    given = weight if weight is not None else bias
-    assert given is not None
-    if weight is not None and bias is not None and weight.shape != bias.shape:
-        return "the C++ kernels take gain and bias of one shape"
-    rows = x.dim() - config.axes
-    same = 0
-    while same < rows and given.shape[same] == x.shape[same]:
-        same += 1
-    if not x.numel() or given.shape[rows:] != x.shape[rows:] or any(size != 1 for size in given.shape[same:rows]):
-        return "the C++ kernels take a gain and bias of neighbouring rows, by the first axes of the input"
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from normwise.backends.protocol import Backend, LayerKernel, Operation, no_shortcoming
-from normwise.backends.triton import norms, running_stats, runtime
+from normwise.backends.triton import lengths, norms, running_stats, runtime
 
 
 # Recurrences are imported when the first one comes that may run here: to most imports of the package they are nothing.
@@ -43,4 +43,5 @@ BACKEND = Backend(
         no_shortcoming,
         {"update": running_stats.update, "update_over_samples": running_stats.update_over_samples},
     ),
+    Operation(lengths.supports, no_shortcoming, {"mask": lengths.mask}),
 )

@@ -33,11 +33,22 @@ CHANNELS_OF_TILE = 64
 
 @dataclass(frozen=True)
 class Rows:
-    """A program of the forward takes `block_rows` rows, one of the backward `rows_per_program`, in such blocks."""
+    """A program of the forward takes a block of rows, one of the backward several such blocks, all of one group: of the
+    rows that have one gain and bias.
+
+    Attributes:
+        blocks: of a group, in the forward.
+        parts: of a group, in the backward, a program for each: their sums are added up if there is more than one.
+        slots: where groups are so small that a block has several: how many places each has, a power of 2. Then `blocks`
+            is their number in all, and a program of the backward takes one too.
+    """
 
     block_rows: int
     block_cols: int
     rows_per_program: int
+    blocks: int
+    parts: int
+    slots: int | None
     num_warps: int
 
 
@@ -102,13 +113,20 @@ def recurrent_settings(**changes: Any) -> Iterator[Recurrent]:
         _recurrent = before
 
 
-def of_rows(rows: int, cols: int, dtype: torch.dtype) -> Rows:
+def of_rows(rows: int, cols: int, dtype: torch.dtype, group_rows: int) -> Rows:
+    """`group_rows` neighbours each have one gain and bias."""
     block_cols = power_of_2(cols)
-    block_rows = max(1, min(ELEMENTS_OF_TILE[dtype.itemsize] // block_cols, power_of_2(rows)))
-    per_program = min(blocks(rows, PROGRAMS), MOST_ROWS_OF_PROGRAM)
-    per_program = max(1, blocks(per_program, block_rows)) * block_rows
     num_warps = 4 if block_cols <= 2048 else 8 if block_cols <= 4096 else 16 if block_cols <= 8192 else 32
-    return Rows(block_rows, block_cols, per_program, num_warps)
+    groups, slots = blocks(rows, group_rows), power_of_2(group_rows)
+    most = max(1, ELEMENTS_OF_TILE[dtype.itemsize] // block_cols)
+    if groups > 1 and slots <= most:
+        block_rows = min(most, power_of_2(groups) * slots)
+        return Rows(block_rows, block_cols, block_rows, blocks(groups * slots, block_rows), 1, slots, num_warps)
+    block_rows = min(most, slots)
+    per_program = min(blocks(group_rows, max(1, PROGRAMS // groups)), MOST_ROWS_OF_PROGRAM)
+    per_program = max(1, blocks(per_program, block_rows)) * block_rows
+    parts = blocks(group_rows, per_program)
+    return Rows(block_rows, block_cols, per_program, blocks(group_rows, block_rows), parts, None, num_warps)
 
 
 def of_tiles(

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from normwise.backends.activations import GATES, activation, add_residual_and_activate
-from normwise.backends.devices import on_cpu
 from normwise.backends.protocol import Gate, NormConfig, NormRequest, NormResult, accumulation_dtype
 from normwise.ops import dispatch, inputs, ragged
 from normwise.ops.norm import gain
@@ -135,7 +134,7 @@ def _by_kernel(
     known_readable: bool,
 ) -> NormResult | None:
     """All of it by one kernel, gain and bias with as many axes as `x`; None where there is none for it."""
-    if not on_cpu(x) or torch.compiler.is_compiling() or dispatch.is_traced_or_transformed():
+    if torch.compiler.is_compiling() or dispatch.is_traced_or_transformed():
         return None  # before anything is made for a kernel that will not run
     rows = x.dim() - config.axes
     full = x.shape[rows:]
@@ -145,7 +144,7 @@ def _by_kernel(
         None if t is None else t if t.shape[rows:] == full else t.expand(*t.shape[:rows], *full) for t in (weight, bias)
     )
     gate = None if given.gate is None else Gate(given.gate, given.gate_act, given.gate_first)
-    return run_modulated(NormRequest(config, x.contiguous(), add, weight, bias, valid), gate, known_readable)
+    return run_modulated(NormRequest(config, x, add, weight, bias, valid), gate, known_readable)
 
 
 def of_channels(

@@ -62,6 +62,8 @@ def activate(z, ACT: tl.constexpr):
         z = z / (1.0 + tl.exp(-z))
     elif ACT == "gelu":
         z = z * (0.5 + 0.5 * tl.erf(z * 0.7071067811865476))
+    elif ACT == "sigmoid":
+        z = 1.0 / (1.0 + tl.exp(-z))
     elif ACT == "relu6":
         z = _limited(z, 0.0, 6.0)
     elif ACT == "hardswish":
@@ -93,6 +95,9 @@ def times_slope(g, z, ACT: tl.constexpr):
         g = g * (s * (1.0 + z * (1.0 - s)))
     elif ACT == "gelu":
         g = g * (0.5 + 0.5 * tl.erf(z * 0.7071067811865476) + z * (0.3989422804014327 * tl.exp(-0.5 * z * z)))
+    elif ACT == "sigmoid":
+        s = 1.0 / (1.0 + tl.exp(-z))
+        g = g * (s * (1.0 - s))
     elif ACT == "relu6":
         g = tl.where((z > 0) & (z < 6.0), g, 0.0)
     elif ACT == "hardswish":
@@ -133,20 +138,24 @@ def sum_of_parts(
     parts_1, parts_2, sum_1, sum_2, parts, columns, part_stride, column_stride,
     BLOCK_PARTS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """sum_i[column] = the sum of parts_i over all parts, in float64; a sum that is None is not wanted."""
-    column = tl.program_id(0).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    """sum_i[group, column] = the sum of parts_i over all parts of each group, in float64; a sum that is None is not
+    wanted."""
+    blocks = tl.cdiv(columns, BLOCK_COLUMNS)
+    program = tl.program_id(0)
+    group = (program // blocks).to(tl.int64)
+    column = (program % blocks).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inside = column < columns
     total_1 = tl.zeros([BLOCK_COLUMNS], tl.float64)
     total_2 = tl.zeros([BLOCK_COLUMNS], tl.float64)
     for start in range(0, parts, BLOCK_PARTS):
         part = start + tl.arange(0, BLOCK_PARTS).to(tl.int64)
-        at = part[:, None] * part_stride + column[None, :] * column_stride
+        at = (group * parts + part)[:, None] * part_stride + column[None, :] * column_stride
         there = (part < parts)[:, None] & inside[None, :]
         if sum_1 is not None:
             total_1 += tl.sum(tl.load(parts_1 + at, mask=there, other=0).to(tl.float64), 0)
         if sum_2 is not None:
             total_2 += tl.sum(tl.load(parts_2 + at, mask=there, other=0).to(tl.float64), 0)
     if sum_1 is not None:
-        tl.store(sum_1 + column, in_dtype_of(sum_1, total_1), mask=inside)
+        tl.store(sum_1 + group * columns + column, in_dtype_of(sum_1, total_1), mask=inside)
     if sum_2 is not None:
-        tl.store(sum_2 + column, in_dtype_of(sum_2, total_2), mask=inside)
+        tl.store(sum_2 + group * columns + column, in_dtype_of(sum_2, total_2), mask=inside)
