@@ -39,6 +39,8 @@ def supports(request: NormRequest) -> str | None:
             reason = reason or _length_obstacle(config, x, LONGEST_MODULATED_ROW, " with a gain of some rows")
         if reason is not None:
             return reason
+    elif any(t is not None and t.dim() > 1 for t in (weight, bias)):
+        return f"{_KERNELS} take a gain and bias of all samples here"
     if config.family != "channels" and x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype.itemsize < 4:
         return "under autocast this norm computes and returns float32, which the Triton kernels do not"
     if running_mean is not None and running_var is not None and config.family == "channels":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from normwise.backends.activations import GATES, activation, add_residual_and_activate
+from normwise.backends.devices import on_cpu
 from normwise.backends.protocol import Gate, NormConfig, NormRequest, NormResult, accumulation_dtype
 from normwise.ops import dispatch, inputs, ragged
 from normwise.ops.norm import gain
