@@ -64,6 +64,12 @@ def average(name: str) -> Callable[[Run], float]:
 accuracy = last("final/accuracy")
 """Share of all held-out cases that are right after the last step, in eval mode."""
 
+bits = last("final/bits-per-character")
+"""What a held-out character takes after the last step, in eval mode."""
+
+ENTROPY = 1.0
+"""About what English takes, in bits per character (Shannon 1951: 0.6 to 1.3): the best that is possible on text."""
+
 WORST_LOSS = 5.0
 
 

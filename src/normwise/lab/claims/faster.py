@@ -11,7 +11,7 @@ from normwise.lab.spec import Spec, expand
 from normwise.lab.store import Run
 from normwise.lab.verdict import Effect, lacks, log2_ratio
 
-SIZE, RATES, STEPS = 64, [0.001, 0.01, 0.1, 1.0], 200
+SIZE, RATES, STEPS = 64, [0.001, 0.01, 0.1, 1.0], 800
 GOAL, WINDOW = 1.0, 20
 FEWER, LESS = 0.5, 0.1
 GUESSING = math.log(10)
