@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
+from normwise.lab.intervals import CONFIDENCE
 from normwise.lab.score import Row, score, training_loss
 from normwise.lab.spec import Spec
 from normwise.lab.store import Run
@@ -102,9 +103,10 @@ class Claim:
             return "exact"
         return "run" if self.checks is None else "exact + run"
 
-    def needs(self, seeds: int) -> list[Spec]:
-        """The runs that the rule reads."""
-        return self.specs(seeds) if self.specs else []
+    def needs(self, seeds: int, first_seed: int = 0) -> list[Spec]:
+        """The runs that the rule reads, with so many seeds from the first one on."""
+        specs = self.specs(seeds) if self.specs and seeds else []
+        return [replace(spec, seed=first_seed + spec.seed) for spec in specs] if first_seed else specs
 
     def parts(self, runs: Iterable[Run]) -> tuple[Part, ...]:
         """What is measured, computed or read from ``runs``."""
@@ -114,12 +116,15 @@ class Claim:
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim with its verdict here. ``wanted`` is how many runs its rule asks for, ``found`` how many there were."""
+    """A claim with its verdict here. ``wanted`` is how many runs its rule asks for, ``found`` how many there were;
+    the seeds are ``seeds`` from ``first_seed`` on."""
 
     claim: Claim
     parts: tuple[Part, ...]
     wanted: int
     found: int
+    seeds: int = 0
+    first_seed: int = 0
 
     @property
     def verdict(self) -> str:
@@ -141,11 +146,16 @@ class Judged:
         return next((part for part in self.parts if part.verdict == self.verdict), None)
 
 
-def judge(claim: Claim, runs: Iterable[Run], seeds: int) -> Judged:
-    """The verdict from ``runs``: of these, those that ``claim.needs(seeds)`` asks for."""
-    wanted = {_plain(spec.identity()) for spec in claim.needs(seeds)}
+def judge(
+    claim: Claim, runs: Iterable[Run], seeds: int, *, first_seed: int = 0, confidence: float = CONFIDENCE
+) -> Judged:
+    """The verdict from ``runs``: of these, those that ``claim.needs`` asks for."""
+    wanted = {_plain(spec.identity()) for spec in claim.needs(seeds, first_seed)}
     mine = [run for run in runs if _plain(run.identity) in wanted]
-    return Judged(claim, claim.parts(mine), len(wanted), len(mine))
+    parts = claim.parts(mine)
+    if confidence != CONFIDENCE:
+        parts = tuple(p if isinstance(p, Check) else replace(p, confidence=confidence) for p in parts)
+    return Judged(claim, parts, len(wanted), len(mine), seeds, first_seed)
 
 
 def _plain(identity: Mapping[str, object]) -> tuple[object, ...]:
@@ -166,6 +176,8 @@ def as_json(judged: Judged) -> dict[str, object]:
         "rule": claim.rule,
         "parts": [_part_as_json(part) for part in judged.parts],
         "runs": list(judged.runs),
+        "seeds": judged.seeds,
+        "first_seed": judged.first_seed,
         "runs_wanted": judged.wanted,
         "runs_found": judged.found,
     }
@@ -186,7 +198,8 @@ def _part_as_json(part: Part) -> dict[str, object]:
         "unit": part.unit,
         "minimum": part.minimum,
         "mean": part.mean,
-        "interval_95": part.interval,
+        "confidence": part.confidence,
+        "interval": part.interval,
         "by_seed": dict(part.measured.by_seed),
         **_room_as_json(part),
         "power": part.power,

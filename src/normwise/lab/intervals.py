@@ -18,30 +18,34 @@ Array = npt.NDArray[np.float64]
 
 
 @functools.cache
-def quantile(count: int) -> float:
-    """Student's t, the two-sided ``CONFIDENCE`` quantile for ``count`` values."""
+def quantile(count: int, confidence: float = CONFIDENCE) -> float:
+    """Student's t, two-sided, for ``count`` values."""
     from scipy import stats  # 1.5 s: only where it is needed
 
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
+    return float(stats.t.ppf((1 + confidence) / 2, count - 1))
 
 
-def half_width(values: Sequence[float]) -> float:
+def half_width(values: Sequence[float], confidence: float = CONFIDENCE) -> float:
     """Of the interval of their mean. There must be two or more."""
-    return quantile(len(values)) * stdev(values) / math.sqrt(len(values))
+    return quantile(len(values), confidence) * stdev(values) / math.sqrt(len(values))
 
 
-def seeds_until(spread: float, distance: float, first: int, most: int) -> int | None:
+def seeds_until(spread: float, distance: float, first: int, most: int, confidence: float = CONFIDENCE) -> int | None:
     """The fewest seeds, ``first`` or more, at which the half-width is below ``distance``; None: more than ``most``."""
     from scipy import stats
 
     counts = np.arange(max(first, 2), most + 1)
-    widths = stats.t.ppf((1 + CONFIDENCE) / 2, counts - 1) * spread / np.sqrt(counts)
+    widths = stats.t.ppf((1 + confidence) / 2, counts - 1) * spread / np.sqrt(counts)
     enough = np.flatnonzero(widths < distance)
     return int(counts[enough[0]]) if len(enough) else None
 
 
 def share_found(
-    values: Sequence[float], planted: float, count: int, finds: Callable[[Array, Array], npt.NDArray[np.bool_]]
+    values: Sequence[float],
+    planted: float,
+    count: int,
+    finds: Callable[[Array, Array], npt.NDArray[np.bool_]],
+    confidence: float = CONFIDENCE,
 ) -> float:
     """In which share of resampled experiments with ``count`` seeds a rule finds an effect of size ``planted``.
 
@@ -55,9 +59,10 @@ def share_found(
         planted: the true effect of the experiments.
         count: seeds of each experiment, two or more.
         finds: the rule: of the intervals' lower and upper ends, which experiments find the effect.
+        confidence: of these intervals.
     """
     n = len(values)
     residuals = (np.asarray(values) - fmean(values)) * math.sqrt(n / (n - 1))
     drawn = planted + residuals[np.random.default_rng(0).integers(n, size=(RESAMPLES, count))]
-    means, half = drawn.mean(1), quantile(count) * drawn.std(1, ddof=1) / math.sqrt(count)
+    means, half = drawn.mean(1), quantile(count, confidence) * drawn.std(1, ddof=1) / math.sqrt(count)
     return float(finds(means - half, means + half).mean())

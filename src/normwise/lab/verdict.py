@@ -43,7 +43,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from statistics import fmean, stdev
 
-from normwise.lab.intervals import half_width, seeds_until, share_found
+from normwise.lab.intervals import CONFIDENCE, half_width, seeds_until, share_found
 
 SUPPORTED, CONTRADICTED, UNDECIDED, CANNOT_TELL = "supported", "contradicted", "undecided", "cannot tell"
 VERDICTS = (SUPPORTED, CONTRADICTED, UNDECIDED, CANNOT_TELL)
@@ -129,6 +129,7 @@ class Effect:
     measured: Measured
     _: KW_ONLY
     headroom: Measured | str
+    confidence: float = CONFIDENCE
 
     def __post_init__(self) -> None:
         if not self.minimum:
@@ -157,10 +158,10 @@ class Effect:
 
     @cached_property
     def interval(self) -> tuple[float, float] | None:
-        """The 95% interval of the mean; None with fewer than two seeds."""
+        """The interval of the mean, 95% unless ``confidence`` is another; None with fewer than two seeds."""
         if len(self.values) < 2:
             return None
-        mean, half = fmean(self.values), half_width(self.values)
+        mean, half = fmean(self.values), half_width(self.values, self.confidence)
         return mean - half, mean + half
 
     @cached_property
@@ -224,9 +225,10 @@ class Effect:
 
     def _power(self, count: int) -> float:
         """That of ``count`` seeds, if they spread as those that there are."""
+        planted = PLANTED * self.minimum
         if self.minimum > 0:
-            return share_found(self.values, PLANTED * self.minimum, count, lambda low, high: low >= self.minimum)
-        return share_found(self.values, PLANTED * self.minimum, count, lambda low, high: high < self.minimum)
+            return share_found(self.values, planted, count, lambda low, _: low >= self.minimum, self.confidence)
+        return share_found(self.values, planted, count, lambda _, high: high < self.minimum, self.confidence)
 
     @cached_property
     def seeds_needed(self) -> int | None:
@@ -239,7 +241,8 @@ class Effect:
             return FEWEST_SEEDS
         if self.verdict == CANNOT_TELL and self._no_room:
             return None
-        needed = seeds_until(stdev(self.values), abs(fmean(self.values) - self.minimum), count, MOST_SEEDS)
+        away = abs(fmean(self.values) - self.minimum)
+        needed = seeds_until(stdev(self.values), away, count, MOST_SEEDS, self.confidence)
         if needed is None or self._towards_a_difference or self._power(needed) >= POWER:
             return needed
         if self._power(MOST_SEEDS) < POWER:
