@@ -41,8 +41,8 @@ def short(value: Any) -> Any:
 
 
 def taken_in(record: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    """The record with the results in the place of what it had of the same claims, which were run."""
-    ran = [compact(claim) for claim in results["claims"] if claim["runs_found"] or not claim["runs_wanted"]]
+    """The record with the results in the place of what it had of the same claims; those that lack runs are left out."""
+    ran = [compact(claim) for claim in results["claims"] if claim["runs_found"] == claim["runs_wanted"]]
     claims = {claim["id"]: claim for claim in [*record["claims"], *ran]}
     exact_first = sorted(claims.values(), key=lambda claim: (claim["kind"] == "run", claim["id"]))
     return {"made_with": results["made_with"], "claims": exact_first}

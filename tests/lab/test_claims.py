@@ -97,7 +97,8 @@ def shifts(batch: float) -> World:
 
 def plain(accuracy: float) -> World:
     bits = by_norm(BITS, layer=2.5, layer_plain=2.5 + (0.9 - accuracy))
-    return both(by_norm(ACCURACY, layer=0.9, layer_plain=accuracy), bits)
+    right = by_norm(ACCURACY, layer=0.9, layer_plain=accuracy)
+    return lambda spec: (bits if spec.task.startswith("charlm") else right)(spec)
 
 
 GROWS = both(sizes({}, "train/loss", 0.5, 0.1), sizes({}, ACCURACY, 0.9, -0.02))

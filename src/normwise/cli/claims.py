@@ -96,9 +96,10 @@ def claims(
         return
     with Store(out / "runs.sqlite", make=not stored) as store:
         some = Some(store, recorded(), jobs or cores(), scheduler, first_seed, stored)
+        rest: dict[str, tuple[Claim, float]] = {}
         if decide:
             states = some.decided(wanted, DECIDE_MINUTES if minutes is None else minutes)
-            judged, rest, texts = [one.judged for one in states], {}, [left_open(states, some.jobs)]
+            judged, texts = [one.judged for one in states], [left_open(states, some.jobs)]
         else:
             taken, rest = some.fitting(wanted, count, minutes)
             judged = some.judged(taken, count)
