@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from normwise.lab.claim import Claim
@@ -64,9 +64,11 @@ class Costs:
         for run in runs:
             if "time/step" in run.series:
                 one = run.identity
-                seconds = LOOKS_ADD * fmean(run.series["time/step"].values) * one["steps"]
+                a_step = LOOKS_ADD * median(
+                    run.series["time/step"].values
+                )  # a mean would count what else ran meanwhile
                 for like in _likes(*(one[name] for name in ("task", "norm", "batch_size", "learning_rate", "steps"))):
-                    self._measured.setdefault(like, []).append(seconds / one["steps"])
+                    self._measured.setdefault(like, []).append(a_step)
 
     def seconds(self, claim: Claim, specs: Sequence[Spec]) -> float:
         """Of these runs of a claim, one after the other."""
