@@ -46,7 +46,7 @@ LEVEL = {
 # shows its bar by rich where that is installed).
 OUTSIDE = {
     "cli": {"typer", "rich"},
-    "lab": {"numpy", "rich", "jinja2", "joblib", "distributed", "pyarrow"},
+    "lab": {"numpy", "scipy", "rich", "jinja2", "joblib", "distributed", "pyarrow"},
     "diagnosis": {"numpy", "rich", "jinja2"},
     "integrations": {"lightning", "transformers", "wandb"},
     "surgery": {"rich"},

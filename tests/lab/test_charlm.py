@@ -12,7 +12,9 @@ from normwise.lab.errors import LabError
 from normwise.lab.run import run
 from normwise.lab.spec import Spec, expand
 from normwise.lab.tasks import TEXTS, load_task
+from normwise.lab.tasks.base import Batch
 from normwise.lab.tasks.charlm import python_topics
+from normwise.lab.watch import accuracy
 
 each_task = pytest.mark.parametrize("name", TEXTS)
 
@@ -103,3 +105,36 @@ def test_what_is_no_text_is_named(content, message, tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(LabError, match="nowhere cannot be read: No such file"):
         expand(f"charlm-lstm@{tmp_path / 'nowhere'}", seeds=1)
+
+
+def test_ragged_pieces_end_in_padding_that_counts_for_nothing(text):
+    task = load_task(f"charlm-ragged@{text}").task
+    train, _ = task.cases
+    valid = train.inputs >= 0
+    assert torch.equal(valid, train.targets >= 0)
+    assert torch.equal(valid.int().cummin(1).values, valid.int())
+    assert (int(valid.sum(1).min()), int(valid.sum(1).max())) == (8, 64)
+    batch = train.select(slice(0, 4))
+    changed = Batch(batch.inputs.masked_fill(batch.inputs < 0, -1), batch.targets)
+    for norm in ("layer", "batch-masked"):
+        model = task.model(norm, 0).eval()
+        assert torch.equal(task.forward(model, batch), task.forward(model, changed))
+    scores = torch.zeros(4, 64, len(task.characters))
+    scores[..., 0] = 1.0
+    for at, piece in enumerate(batch.targets):  # right wherever there is a target, wrong on the padding
+        scores[at, piece >= 0, piece[piece >= 0]] = 30.0
+    assert accuracy(scores, batch.targets) == 1.0
+    assert float(task.loss(scores, batch)) < 1e-6
+
+
+@pytest.mark.parametrize(("norm", "changes"), [("layer", False), ("batch-masked", False), ("batch", True)])
+def test_padding_moves_what_the_unmasked_norm_alone_computes(norm, changes, text):
+    """In train mode, with 40 more positions of padding."""
+    task = load_task(f"charlm-ragged@{text}").task
+    model = task.model(norm, 0)
+    inputs = task.cases[0].inputs[:4]
+    longest = int((inputs >= 0).sum(1).max())
+    cut = model(inputs[:, :longest])
+    padded = model(torch.cat([inputs[:, :longest], torch.full((4, 40), -100)], 1))[:, :longest]
+    same = torch.allclose(cut[inputs[:, :longest] >= 0], padded[inputs[:, :longest] >= 0], atol=1e-4)
+    assert same is not changes

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Sequence
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from normwise.cli.claims_text import agreement, as_text, left_open, not_run
 from normwise.cli.compare import train
 from normwise.cli.json_output import AsJson, print_json
 from normwise.cli.options import OUT, Jobs, Scheduler
 
 if TYPE_CHECKING:
-    from normwise.lab.claim import Judged, Part
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from normwise.lab.claim import Claim, Judged
+    from normwise.lab.decide import State
+    from normwise.lab.spec import Spec
+    from normwise.lab.store import Run, Store
 
 SEEDS, QUICK_SEEDS = 5, 3
-MARKS = {"supported": "+", "contradicted": "-", "undecided": "?"}
-WIDTH = 80
+MINUTES, QUICK_MINUTES, DECIDE_MINUTES = 10.0, 2.0, 60.0
 
 
 def claims(
@@ -30,8 +35,34 @@ def claims(
         typer.Option(metavar="N", min=1, help=f"How many: seeds 0 to N-1. Default: {SEEDS}.", show_default=False),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help=f"{QUICK_SEEDS} seeds: sooner done, and more is left undecided.")
+        bool,
+        typer.Option("--quick", help=f"{QUICK_SEEDS} seeds, and what fits in {QUICK_MINUTES:g} minutes."),
     ] = False,
+    decide: Annotated[
+        bool,
+        typer.Option("--decide", help="Add seeds until each claim is decided or the time is up, cheapest first."),
+    ] = False,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            metavar="N",
+            help=f"Of all claims run those that fit. Default: {MINUTES:g}; with --only no limit; "
+            f"with --decide {DECIDE_MINUTES:g}.",
+            show_default=False,
+        ),
+    ] = None,
+    first_seed: Annotated[
+        int, typer.Option("--first-seed", metavar="N", min=0, help="Count the seeds from here: independent runs.")
+    ] = 0,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Show beside each verdict that of FILE, from --json of other runs.",
+        ),
+    ] = None,
     stored: Annotated[
         bool, typer.Option("--stored", help="Train nothing: judge by the runs that DIR/runs.sqlite has.")
     ] = False,
@@ -40,82 +71,149 @@ def claims(
     scheduler: Scheduler = None,
     json: AsJson = False,
 ) -> None:
-    """Check what is claimed about normalization: supported, contradicted or undecided here.
+    """Check what is claimed about normalization: supported, contradicted, undecided, or no telling here.
 
     Exact claims are computed. The others are decided by runs over several seeds, by rules that were written down
     before the first result. What is trained is kept in DIR/runs.sqlite and never trained twice, so it can be done in
-    parts: rerun a stopped command to resume it. `normwise report` draws the runs.
+    parts: rerun a stopped command to resume it. Without --only what fits in ten minutes is run, and the others are
+    listed with their cost and the verdict on record. `normwise report` draws the runs.
     """
-    from normwise.lab.claim import as_json, judge
+    from normwise.lab.claim import judge
     from normwise.lab.claims import chosen
+    from normwise.lab.cost import read_record, recorded
     from normwise.lab.store import Store
-    from normwise.lab.strict_json import to_json
     from normwise.lab.sweep import cores
 
+    _refuse(seeds, quick, decide, minutes, stored)
+    wanted = chosen([name.strip() for name in only.split(",")] if only is not None else None)
+    other = read_record(against) if against else None
+    count = seeds or (QUICK_SEEDS if quick else SEEDS)
+    if minutes is None and only is None and not decide:
+        minutes = QUICK_MINUTES if quick else MINUTES
+    if not any(claim.specs for claim in wanted):
+        judged = [judge(claim, (), count) for claim in wanted]
+        _print(judged, {"seeds": count, "first_seed": first_seed}, {}, [], other, json)
+        return
+    with Store(out / "runs.sqlite", make=not stored) as store:
+        some = Some(store, recorded(), jobs or cores(), scheduler, first_seed, stored)
+        rest: dict[str, tuple[Claim, float]] = {}
+        if decide:
+            states = some.decided(wanted, DECIDE_MINUTES if minutes is None else minutes)
+            judged, texts = [one.judged for one in states], [left_open(states, some.jobs)]
+        else:
+            taken, rest = some.fitting(wanted, count, minutes)
+            judged = some.judged(taken, count)
+            texts = [not_run(rest, some.record, minutes)] if rest and minutes is not None else []
+        costs = some.costs(judged)
+    about = {
+        "seeds": count,
+        "first_seed": first_seed,
+        "not_run": {name: {"seconds": s, "recorded": some.record.get(name)} for name, (_, s) in rest.items()},
+    }
+    _print(judged, about, costs, texts, other, json)
+
+
+def _refuse(seeds: int | None, quick: bool, decide: bool, minutes: float | None, stored: bool) -> None:
+    """Options that contradict each other."""
     if quick and seeds is not None:
         raise typer.BadParameter("--quick is --seeds 3: give one of them", param_hint="'--quick'")
-    count = seeds or (QUICK_SEEDS if quick else SEEDS)
-    wanted = chosen([name.strip() for name in only.split(",")] if only is not None else None)
-    specs = {spec.key(): spec for claim in wanted for spec in claim.needs(count)}
-    judged: list[Judged] = []
-    if specs:
-        with Store(out / "runs.sqlite", make=not stored) as store:
-            if not stored:
-                train(list(specs.values()), store, jobs=jobs or cores(), scheduler=scheduler)
-            runs = store.runs(specs)
-        judged = [judge(claim, runs, count) for claim in wanted]
-    else:
-        judged = [judge(claim, (), count) for claim in wanted]
+    if decide and (quick or seeds is not None):
+        raise typer.BadParameter(
+            "--decide looks at 5, 10, 20, 40 and 80 seeds: leave --seeds and --quick away", param_hint="'--decide'"
+        )
+    if minutes is not None and (stored or not 0 < minutes < float("inf")):
+        raise typer.BadParameter(
+            "--stored trains nothing and takes no time" if stored else f"{minutes} is not a positive number of minutes",
+            param_hint="'--minutes'",
+        )
+
+
+@dataclass(frozen=True)
+class Some:
+    """What is done with some claims on one store."""
+
+    store: Store
+    record: Mapping[str, Mapping[str, Any]]
+    jobs: int
+    scheduler: str | None
+    first_seed: int
+    stored: bool
+
+    def runs(self, specs: Iterable[Spec]) -> dict[str, Run]:
+        keys = dict.fromkeys(spec.key() for spec in specs)
+        return {run.key: run for run in self.store.runs(keys)}
+
+    def fitting(
+        self, claims: Sequence[Claim], count: int, minutes: float | None
+    ) -> tuple[list[Claim], dict[str, tuple[Claim, float]]]:
+        """Those to run, and those for which there is no time, with their seconds here."""
+        from normwise.lab.cost import Costs
+        from normwise.lab.decide import fitting
+
+        if minutes is None or self.stored:
+            return list(claims), {}
+        runs = self.runs(spec for claim in claims for spec in claim.needs(count, self.first_seed))
+        costs = Costs(runs.values(), self.record)
+        taken = fitting(
+            claims, 60 * minutes, lambda claim: claim.needs(count, self.first_seed), costs, stored=runs, jobs=self.jobs
+        )
+        rest = [claim for claim in claims if claim not in taken]
+        return taken, {claim.id: (claim, count * costs.a_seed(claim) / self.jobs) for claim in rest}
+
+    def judged(self, claims: Sequence[Claim], count: int) -> list[Judged]:
+        """The verdicts, after what is missing has been trained."""
+        from normwise.lab.claim import judge
+
+        specs = {spec.key(): spec for claim in claims for spec in claim.needs(count, self.first_seed)}
+        if specs and not self.stored:
+            train(list(specs.values()), self.store, jobs=self.jobs, scheduler=self.scheduler)
+        runs = self.store.runs(specs)
+        return [judge(claim, runs, count, first_seed=self.first_seed) for claim in claims]
+
+    def decided(self, claims: Sequence[Claim], minutes: float) -> list[State]:
+        """Where each claim stands when all are decided or the time is up."""
+        from normwise.lab.cost import Costs
+        from normwise.lab.decide import decide
+
+        end = time.monotonic() + (0 if self.stored else 60 * minutes)
+        return decide(
+            claims,
+            self.runs,
+            lambda specs: train(specs, self.store, jobs=self.jobs, scheduler=self.scheduler, until=end),
+            lambda: -1.0 if self.stored else end - time.monotonic(),
+            lambda runs: Costs(runs, self.record),
+            jobs=self.jobs,
+            first_seed=self.first_seed,
+        )
+
+    def costs(self, judged: Sequence[Judged]) -> dict[str, float]:
+        """Seconds a seed of each claim that needs runs, on one core."""
+        from normwise.lab.cost import Costs
+
+        claims = [one.claim for one in judged if one.claim.specs]
+        costs = Costs(self.runs(s for claim in claims for s in claim.needs(1, self.first_seed)).values(), self.record)
+        return {claim.id: costs.a_seed(claim) for claim in claims}
+
+
+def _print(
+    judged: Sequence[Judged],
+    about: Mapping[str, Any],
+    costs: Mapping[str, float],
+    texts: Sequence[str],
+    other: Mapping[str, Mapping[str, Any]] | None,
+    json: bool,
+) -> None:
+    import torch
+
+    import normwise
+    from normwise.lab.claim import as_json
+    from normwise.lab.store import this_machine
+    from normwise.lab.strict_json import to_json
+
     if json:
-        print_json(to_json({"seeds": count, "claims": list(map(as_json, judged))}, indent=2))
-    else:
-        typer.echo(as_text(judged))
-
-
-def as_text(judged: Sequence[Judged]) -> str:
-    """A block a claim, and how many there are of each verdict."""
-    verdicts = [one.verdict for one in judged]
-    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in MARKS)
-    return "\n\n".join([*map(block, judged), f"{len(judged)} claim{'s' * (len(judged) != 1)} here: {counts}."])
-
-
-def block(one: Judged) -> str:
-    from normwise.lab.verdict import Check
-
-    claim = one.claim
-    checks = [part for part in one.parts if isinstance(part, Check)]
-    failed = [check for check in checks if check.verdict != "supported"]
-    holding = sum(part.verdict == "supported" for part in one.parts)
-    share = f" ({holding} of {len(one.parts)} parts supported)" if one.verdict != "supported" and holding else ""
-    lines = [f"{one.verdict.upper()}  {claim.id}{share}", *_wrapped(claim.sentence, "  ")]
-    if checks:
-        lines.append(f"  {'+' if not failed else '-'} {len(checks) - len(failed)} of {len(checks)} computed parts hold")
-    shown: list[Part] = [part for part in one.parts if part in failed or not isinstance(part, Check)]
-    for part in shown:
-        lines += [*_wrapped(part.what, f"  {MARKS[part.verdict]} ", "    "), *_wrapped(numbers(part), "      ")]
-    if one.wanted:
-        missing = "" if one.found == one.wanted else f" of {one.wanted} that the rule asks for"
-        lines.append(f"  {one.found} run{'s' * (one.found != 1)}{missing}")
-    return "\n".join([*lines, *_wrapped(f"Source: {claim.source}", "  ")])
-
-
-def numbers(part: Part) -> str:
-    """The effect with its spread and interval, beside what is claimed."""
-    from normwise.lab.verdict import Check
-
-    if isinstance(part, Check):
-        return f"{part.value:.3g}; expected at {'most' if part.at_most else 'least'} {part.limit:.3g}"
-    if part.mean is None:
-        return "no runs"
-    text = f"{round(part.mean, 9):.3g}"  # equal runs differ by rounding: 0, not 5e-15
-    if part.interval is not None and part.spread is not None:
-        low, high = part.interval
-        text += f" ± {part.spread:.2g} {part.unit} over {len(part.values)} seeds, 95% {low:.3g} to {high:.3g}"
-    else:
-        text += f" {part.unit}, one seed"
-    text += f"; claimed: at least {part.minimum:g}"
-    return f"{text}. {part.would_decide[:1].upper()}{part.would_decide[1:]}." if part.would_decide else text
-
-
-def _wrapped(text: str, first: str, others: str | None = None) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=first if others is None else others)
+        found = [{**as_json(one), "seconds_a_seed": round(costs.get(one.claim.id, 0), 2)} for one in judged]
+        made_with = {"normwise": normwise.__version__, "torch": torch.__version__, "machine": this_machine()}
+        print_json(to_json({**about, "made_with": made_with, "claims": found}, indent=2))
+        return
+    agreed = [] if other is None else [agreement(judged, other)]
+    typer.echo("\n\n".join([as_text(judged), *texts, *agreed]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -143,9 +144,18 @@ def _list(text: str | None, kind: Callable[[str], Value], option: str) -> list[V
 
 
 def train(
-    specs: Sequence[Spec], store: Store, *, jobs: int, scheduler: str | None = None, checkpoints: Path | None = None
-) -> None:
-    """The sweep under a progress bar on stderr; Ctrl-C leaves with status 130."""
+    specs: Sequence[Spec],
+    store: Store,
+    *,
+    jobs: int,
+    scheduler: str | None = None,
+    checkpoints: Path | None = None,
+    until: float | None = None,
+) -> bool:
+    """The sweep under a progress bar on stderr; Ctrl-C leaves with status 130.
+
+    Past ``until`` (of ``time.monotonic``) it stops with the next run that is finished. Returns whether all were.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -170,6 +180,15 @@ def train(
         TextColumn("of"),
         TimeElapsedColumn(),
     )
+
+    class TimeIsUp(Exception):
+        pass
+
+    def finished(*_: object) -> None:
+        progress.advance(bar)
+        if until is not None and time.monotonic() > until:
+            raise TimeIsUp
+
     try:
         with Progress(*columns, console=console, speed_estimate_period=600) as progress:
             bar = progress.add_task("training", total=len(specs), completed=before)
@@ -177,16 +196,19 @@ def train(
                 specs,
                 store,
                 jobs=jobs,
-                finished=lambda *_: progress.advance(bar),
+                finished=finished,
                 scheduler=scheduler,
                 checkpoints=checkpoints,
             )
+    except TimeIsUp:
+        return False
     except KeyboardInterrupt:
         done = len(store.keys().intersection(keys))
         console.print(
             f"Stopped: {done} of {len(specs)} runs are kept in {store.path}; the same command goes on from there."
         )
         raise typer.Exit(INTERRUPTED) from None
+    return True
 
 
 def print_rows(rows: Sequence[Row], store: Path, report: Path) -> None:

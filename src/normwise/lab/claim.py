@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
+from normwise.lab.intervals import CONFIDENCE
 from normwise.lab.score import Row, score, training_loss
 from normwise.lab.spec import Spec
 from normwise.lab.store import Run
-from normwise.lab.verdict import Check, Effect, Measured, combined
+from normwise.lab.verdict import CANNOT_TELL, Check, Effect, Measured, combined
 
 Part = Effect | Check
 
@@ -64,6 +65,12 @@ def average(name: str) -> Callable[[Run], float]:
 accuracy = last("final/accuracy")
 """Share of all held-out cases that are right after the last step, in eval mode."""
 
+bits = last("final/bits-per-character")
+"""What a held-out character takes after the last step, in eval mode."""
+
+ENTROPY = 1.0
+"""About what English takes, in bits per character (Shannon 1951: 0.6 to 1.3): the best that is possible on text."""
+
 WORST_LOSS = 5.0
 
 
@@ -96,9 +103,10 @@ class Claim:
             return "exact"
         return "run" if self.checks is None else "exact + run"
 
-    def needs(self, seeds: int) -> list[Spec]:
-        """The runs that the rule reads."""
-        return self.specs(seeds) if self.specs else []
+    def needs(self, seeds: int, first_seed: int = 0) -> list[Spec]:
+        """The runs that the rule reads, with so many seeds from the first one on."""
+        specs = self.specs(seeds) if self.specs and seeds else []
+        return [replace(spec, seed=first_seed + spec.seed) for spec in specs] if first_seed else specs
 
     def parts(self, runs: Iterable[Run]) -> tuple[Part, ...]:
         """What is measured, computed or read from ``runs``."""
@@ -108,16 +116,24 @@ class Claim:
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim with its verdict here. ``wanted`` is how many runs its rule asks for, ``found`` how many there were."""
+    """A claim with its verdict here. ``wanted`` is how many runs its rule asks for, ``found`` how many there were;
+    the seeds are ``seeds`` from ``first_seed`` on."""
 
     claim: Claim
     parts: tuple[Part, ...]
     wanted: int
     found: int
+    seeds: int = 0
+    first_seed: int = 0
 
     @property
     def verdict(self) -> str:
         return combined(part.verdict for part in self.parts)
+
+    @property
+    def reason(self) -> str:
+        """Why the claim cannot be told here; "" for another verdict."""
+        return self.deciding.reason if self.deciding and self.verdict == CANNOT_TELL else ""
 
     @property
     def runs(self) -> tuple[str, ...]:
@@ -130,11 +146,16 @@ class Judged:
         return next((part for part in self.parts if part.verdict == self.verdict), None)
 
 
-def judge(claim: Claim, runs: Iterable[Run], seeds: int) -> Judged:
-    """The verdict from ``runs``: of these, those that ``claim.needs(seeds)`` asks for."""
-    wanted = {_plain(spec.identity()) for spec in claim.needs(seeds)}
+def judge(
+    claim: Claim, runs: Iterable[Run], seeds: int, *, first_seed: int = 0, confidence: float = CONFIDENCE
+) -> Judged:
+    """The verdict from ``runs``: of these, those that ``claim.needs`` asks for."""
+    wanted = {_plain(spec.identity()) for spec in claim.needs(seeds, first_seed)}
     mine = [run for run in runs if _plain(run.identity) in wanted]
-    return Judged(claim, claim.parts(mine), len(wanted), len(mine))
+    parts = claim.parts(mine)
+    if confidence != CONFIDENCE:
+        parts = tuple(p if isinstance(p, Check) else replace(p, confidence=confidence) for p in parts)
+    return Judged(claim, parts, len(wanted), len(mine), seeds, first_seed)
 
 
 def _plain(identity: Mapping[str, object]) -> tuple[object, ...]:
@@ -147,6 +168,7 @@ def as_json(judged: Judged) -> dict[str, object]:
     return {
         "id": claim.id,
         "verdict": judged.verdict,
+        "reason": judged.reason,
         "sentence": claim.sentence,
         "source": claim.source,
         "kind": claim.kind,
@@ -154,6 +176,8 @@ def as_json(judged: Judged) -> dict[str, object]:
         "rule": claim.rule,
         "parts": [_part_as_json(part) for part in judged.parts],
         "runs": list(judged.runs),
+        "seeds": judged.seeds,
+        "first_seed": judged.first_seed,
         "runs_wanted": judged.wanted,
         "runs_found": judged.found,
     }
@@ -174,8 +198,20 @@ def _part_as_json(part: Part) -> dict[str, object]:
         "unit": part.unit,
         "minimum": part.minimum,
         "mean": part.mean,
-        "interval_95": part.interval,
+        "confidence": part.confidence,
+        "interval": part.interval,
         "by_seed": dict(part.measured.by_seed),
+        **_room_as_json(part),
+        "power": part.power,
+        "reason": part.reason,
+        "seeds_needed": part.seeds_needed,
         "would_decide": part.would_decide,
         "runs": list(part.runs),
     }
+
+
+def _room_as_json(effect: Effect) -> dict[str, object]:
+    """The mean headroom, or why there is no ceiling."""
+    if isinstance(effect.headroom, str):
+        return {"headroom": None, "no_ceiling": effect.headroom}
+    return {"headroom": effect.room, "no_ceiling": ""}

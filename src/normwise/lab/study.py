@@ -49,8 +49,9 @@ def study(store: Store) -> Study:
     names = list(dict.fromkeys(run.identity["task"] for run in drawn))
     names.sort(key=lambda name: _place(name, list(TASKS)))
     drawn.sort(key=_order)
-    seeds = 1 + max(run.identity["seed"] for run in index)
-    judged = [judge(claim, whole.values(), seeds) for claim in claims().values()]
+    used = {run.identity["seed"] for run in current}
+    first, seeds = min(used), 1 + max(used) - min(used)
+    judged = [judge(claim, whole.values(), seeds, first_seed=first) for claim in claims().values()]
     return Study(
         rows=score(whole[run.key] for run in drawn),
         tasks={name: _task(name, drawn) for name in names},

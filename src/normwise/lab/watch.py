@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from normwise.lab.errors import LabError
 from normwise.lab.norms import NORM_LAYERS
 from normwise.lab.tasks import Batch, Task
+from normwise.lab.tasks.base import IGNORED
 from normwise.measure.gradients import gradient_norm
 from normwise.measure.saturation import Saturation
 from normwise.measure.snapshot import dry_run
@@ -79,8 +80,8 @@ def gradient_norms(of: Mapping[str, nn.Parameter]) -> dict[str, float]:
 
 
 def accuracy(scores: Tensor, targets: Tensor) -> float:
-    """The share of cases whose highest score is their class."""
-    return float((scores.argmax(dim=-1) == targets).double().mean())
+    """The share of cases whose highest score is their class, of those whose target is not ``IGNORED``."""
+    return float((scores.argmax(dim=-1) == targets)[targets != IGNORED].double().mean())
 
 
 class Probe:

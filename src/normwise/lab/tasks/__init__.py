@@ -12,6 +12,7 @@ from normwise.lab import user_file
 from normwise.lab.errors import LabError, unknown
 from normwise.lab.tasks.base import Batch, Task
 from normwise.lab.tasks.bn_mnist import BnMnist
+from normwise.lab.tasks.charlm_ragged import CharLmRagged
 from normwise.lab.tasks.charlm_recurrent import CharLmGru, CharLmLstm
 from normwise.lab.tasks.charlm_transformer import CharLmTransformer
 from normwise.lab.tasks.cnn import Cnn
@@ -36,12 +37,13 @@ TASKS: dict[str, Callable[[], Task]] = {
     "charlm-lstm": CharLmLstm,
     "charlm-gru": CharLmGru,
     "charlm-transformer": CharLmTransformer,
+    "charlm-ragged": CharLmRagged,
 }
 
-TEXTS = ("charlm-lstm", "charlm-gru", "charlm-transformer")
+TEXTS = ("charlm-lstm", "charlm-gru", "charlm-transformer", "charlm-ragged")
 """The tasks on text: each can be had on a file of the user's."""
 
-GROUPS = {"charlm": TEXTS}
+GROUPS = {"charlm": ("charlm-lstm", "charlm-gru", "charlm-transformer")}
 """Names for several tasks at once."""
 
 PAPERS: dict[str, type[OnIdx]] = {"bn-mnist": BnMnist, "ln-mnist": LnMnist, "rbn-pmnist": RbnPmnist}

@@ -25,6 +25,10 @@ SATURATED: Mapping[type[nn.Module], Callable[[Tensor], Tensor]] = {
 }
 
 
+IGNORED = -100
+"""The target of a position that is padding: neither loss nor accuracy counts it. torch's own ``ignore_index``."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Cases of a data set: inputs (N, ...), targets (N,), and for padded sequences (N, T, ...) the lengths (N,)."""

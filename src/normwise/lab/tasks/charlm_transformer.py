@@ -24,7 +24,10 @@ class CausalTransformer(nn.Module):
         self.linear = nn.Linear(width, characters)
 
     def forward(self, numbers: Tensor) -> Tensor:
-        valid = torch.ones_like(numbers, dtype=torch.bool)
+        return self.scores(numbers, torch.ones_like(numbers, dtype=torch.bool))
+
+    def scores(self, numbers: Tensor, valid: Tensor) -> Tensor:
+        """Of each position, given which of them are valid."""
         x = self.embed(numbers)
         x = x + places(*x.shape[1:])
         for block in self.blocks:
@@ -49,7 +52,12 @@ class CharLmTransformer(CharLm):
     blocks: int = 2
 
     def model(self, norm: str, seed: int) -> nn.Module:
-        model = CausalTransformer(len(self.characters), self.width, self.heads, self.blocks, norm)
+        return self.initialized(
+            CausalTransformer(len(self.characters), self.width, self.heads, self.blocks, norm), seed
+        )
+
+    def initialized(self, model: CausalTransformer, seed: int) -> nn.Module:
+        """The same weights for every norm."""
         draws = torch.Generator().manual_seed(seed)
         nn.init.normal_(model.embed.weight, generator=draws)
         for module in model.modules():

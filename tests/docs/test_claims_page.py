@@ -1,0 +1,78 @@
+"""docs/claims.md is what the command makes of docs/claims.json."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from normwise.lab.claims import claims
+from normwise.lab.cost import read_record
+from normwise.lab.errors import LabError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def script(tmp_path):
+    """The command, on a copy of docs/."""
+    found = importlib.util.spec_from_file_location("make_claims_page", ROOT / "scripts" / "make_claims_page.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    module.DOCS = tmp_path
+    for name in ("claims.json", "claims.md"):
+        (tmp_path / name).write_bytes((ROOT / "docs" / name).read_bytes())
+    return module
+
+
+def test_the_page_is_what_the_command_makes(script, tmp_path):
+    page = (tmp_path / "claims.md").read_text("utf-8")
+    (tmp_path / "claims.md").write_text(page.replace("supported", "unsupported", 1).replace("| supported |", "| ? |"))
+    script.main([])
+    made = (tmp_path / "claims.md").read_text("utf-8")
+    start = page.index(script.BEGIN)
+    assert made[made.index(script.BEGIN) :] == page[start:]
+    assert (tmp_path / "claims.json").read_text("utf-8") == (ROOT / "docs" / "claims.json").read_text("utf-8")
+    assert (tmp_path / "claims.json").stat().st_size < script.MOST_BYTES
+
+
+def test_the_record_is_of_today_s_claims():
+    for name, found in read_record(ROOT / "docs" / "claims.json").items():
+        assert (found["sentence"], found["source"]) == (claims()[name].sentence, claims()[name].source)
+
+
+def test_results_replace_those_of_the_same_claims_and_leave_the_others(script, tmp_path):
+    before = json.loads((tmp_path / "claims.json").read_text("utf-8"))
+    new = {
+        "id": "cnn", "verdict": "cannot tell", "reason": "no room", "sentence": "S.", "source": "T.", "kind": "run",
+        "seeds": 9, "first_seed": 0, "seconds_a_seed": 1.23456, "runs": ["a" * 64], "runs_found": 4, "runs_wanted": 4,
+        "parts": [
+            {"what": "x", "verdict": "cannot tell", "unit": "points", "minimum": 1, "mean": 0.123456,
+             "interval": [0.0, 0.2], "confidence": 0.95, "headroom": 0.5, "no_ceiling": "", "power": 0.9,
+             "reason": "no room", "seeds_needed": None, "would_decide": "", "by_seed": {"0": 1.0}}
+        ],
+    }  # fmt: skip
+    absent = {**new, "id": "rnn", "runs_found": 0}
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps({"made_with": {"torch": "9"}, "claims": [new, absent]}))
+    script.main([str(results)])
+    after = json.loads((tmp_path / "claims.json").read_text("utf-8"))
+    found = {claim["id"]: claim for claim in after["claims"]}
+    assert (found["cnn"]["verdict"], found["cnn"]["seconds_a_seed"]) == ("cannot tell", 1.235)
+    assert "runs" not in found["cnn"]
+    assert "by_seed" not in found["cnn"]["parts"][0]
+    others = [claim for claim in before["claims"] if claim["id"] != "cnn"]
+    assert [found[claim["id"]] for claim in others] == others
+    assert "| [`cnn`](#cnn) | cannot tell | 9 | 1 | x: 0.12 points (0 to 0.2), at least 1 |" in (
+        tmp_path / "claims.md"
+    ).read_text("utf-8")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"claims": [{"id": "cnn"}]}', '{"claims": 3}', "\xff"])
+def test_a_damaged_record_is_named(tmp_path, text):
+    path = tmp_path / "claims.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(LabError, match=r"claims.json is no record of claims: expected the JSON that `normwise claims"):
+        read_record(path)
