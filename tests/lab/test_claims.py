@@ -13,9 +13,10 @@ from normwise.lab.claims import chosen, claims
 from normwise.lab.errors import LabError
 from normwise.lab.spec import Spec
 from normwise.lab.verdict import Check
+from support import worlds_of_set_ups
 from support.made_up_runs import Values, made_up
 
-EXACT = ("bn-columns", "bn-count", "identity", "invariance", "padding")
+EXACT = ("bn-columns", "bn-count", "identity", "invariance", "padding", "scale-exact")
 
 # For each claim: what a run records where the claim holds, and where it does not.
 World = Callable[[Spec], Values]
@@ -101,6 +102,7 @@ def plain(accuracy: float) -> World:
 ACCURACY = "final/accuracy"
 GROWS = both(sizes({}, "train/loss", 0.5, 0.1), sizes({}, ACCURACY, 0.9, -0.02))
 WORLDS: dict[str, tuple[World, World]] = {
+    **worlds_of_set_ups.WORLDS,
     "batch-of-one": (by_norm(ACCURACY, layer=0.8), by_norm(ACCURACY, layer=0.12)),
     "cnn": (
         by_norm(ACCURACY, none=0.9, layer=0.92, batch=0.95),

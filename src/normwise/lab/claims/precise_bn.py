@@ -54,8 +54,8 @@ CLAIM = Claim(
     "the present weights evaluate better; once it has fallen they make no difference.",
     source="Wu & Johnson 2021, section 3",
     measured=f"On precise-bn at batch size {SIZE} and a rate of {RATE:g} for half of {STEPS} steps, which then falls "
-    "to 0 on a line: the held-out loss by running averages less that after `recalibrate` on the training cases, mean over "
-    "the looks of the first half, and at the end.",
+    "to 0 on a line: the held-out loss by running averages less that after `recalibrate` on the training cases, mean "
+    "over the looks of the first half, and at the end.",
     rule=f"At least {LAG:g} nats in the first half, at most {AT_END:g} at the end.",
     against="Wu & Johnson themselves: with small steps or a settled net averages are as good.",
     specs=specs,
