@@ -96,7 +96,8 @@ def block(one: Judged) -> str:
     if one.wanted:
         missing = "" if one.found == one.wanted else f" of {one.wanted} that the rule asks for"
         lines.append(f"  {one.found} run{'s' * (one.found != 1)}{missing}")
-    return "\n".join([*lines, *_wrapped(f"Source: {claim.source}", "  ")])
+    against = _wrapped(f"Against it: {claim.against}", "  ") if claim.against else []
+    return "\n".join([*lines, *_wrapped(f"Source: {claim.source}", "  "), *against])
 
 
 def numbers(part: Part) -> str:

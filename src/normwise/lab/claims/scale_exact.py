@@ -36,7 +36,8 @@ class Net:
         draws = torch.Generator().manual_seed(0)
         self.x = torch.randn(CASES, INPUTS, dtype=torch.float64, generator=draws)
         self.classes = torch.randint(CLASSES, (CASES,), generator=draws)
-        self.w = torch.randn(UNITS, INPUTS, dtype=torch.float64, generator=draws)
+        # As small as decay leaves them in the long run, so that the run towards equilibrium is short.
+        self.w = 0.1 * torch.randn(UNITS, INPUTS, dtype=torch.float64, generator=draws)
         self.v = torch.randn(CLASSES, UNITS, dtype=torch.float64, generator=draws)
         self.norm = NORMS[norm]()
 
