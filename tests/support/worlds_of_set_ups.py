@@ -69,6 +69,17 @@ def tiring(none: float, layer: float, decayed: float) -> World:
     return of
 
 
+def bumps(batch: float) -> World:
+    """How far loss and gradient change along the gradient, at the start and at two looks."""
+
+    def of(spec: Spec) -> Values:
+        later = batch if spec.norm == "batch" else 1.0
+        kinds = ("loss", "gradient", "relative-loss", "relative-gradient")
+        return {f"along/{kind}": [1.0, later, later] for kind in kinds}
+
+    return of
+
+
 WORLDS: dict[str, tuple[World, World]] = {
     "bn-finetune": (tuned(slow=0.5, others=0.9), tuned(slow=0.8, others=0.6)),
     "bn-leak": (modes(0.3), modes(0.94)),
@@ -77,4 +88,5 @@ WORLDS: dict[str, tuple[World, World]] = {
     "ln-plasticity": (tiring(30, 12, 2), tiring(12, 30, 30)),
     "norm-only": (learned(0.8, 0.3), learned(0.3, 0.4)),
     "precise-bn": (lagging(0.2, 0.0), lagging(0.0, 0.0)),
+    "smooth": (bumps(0.2), bumps(1.5)),
 }

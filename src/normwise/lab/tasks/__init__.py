@@ -29,6 +29,7 @@ from normwise.lab.tasks.plasticity import Plasticity, PlasticityDecay
 from normwise.lab.tasks.precise_bn import PreciseBn
 from normwise.lab.tasks.rbn_pmnist import RbnPmnist
 from normwise.lab.tasks.rnn import Rnn
+from normwise.lab.tasks.smooth import Smooth
 from normwise.lab.tasks.transformer import Transformer
 
 __all__ = [
@@ -68,6 +69,7 @@ CLAIM_TASKS: dict[str, Callable[[], Task]] = {
     "plasticity": Plasticity,
     "plasticity-decay": PlasticityDecay,
     "precise-bn": PreciseBn,
+    "smooth": Smooth,
     "weights-alone": WeightsAlone,
     "weights-and-head": WeightsAndHead,
 }
