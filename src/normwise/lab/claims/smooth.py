@@ -55,8 +55,8 @@ CLAIM = Claim(
     source="Santurkar et al. 2018, section 3.1",
     measured=f"On smooth at batch size {SIZE} and a rate of {RATE:g}, {STEPS} steps: the range of the loss in train "
     "mode and the largest change of its gradient on a walk along the gradient, of rates up to 0.4, the same for both "
-    "nets; and of a length up to 0.02 of the weights', the change then relative to the gradient. Geometric mean over the "
-    "looks after the start.",
+    "nets; and of a length up to 0.02 of the weights', the change then relative to the gradient. Geometric mean over "
+    "the looks after the start.",
     rule=f"Each at least {LESS} doubling smaller with BatchNorm.",
     against="A net without norm has larger gradients, so a walk of equal rates takes it farther: the walks relative to "
     "the weights leave that out. Yang et al. 2019 find the gradients of deep BatchNorm nets exploding at the start.",
