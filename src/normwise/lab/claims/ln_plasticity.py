@@ -49,7 +49,7 @@ def effects(evidence: Evidence) -> Sequence[Effect]:
         lost_by("plasticity-decay", "layer"),
     )
     # A net that loses nothing leaves nothing to be lost less.
-    room, room_of_layer = (lost.each(lambda points: max(points, 0.0)) for lost in (none, layer))
+    room, room_of_layer = (arm.each(lambda points: max(points, 0.0)) for arm in (none, layer))
     return [
         Effect("points that tasks 46-50 are below 1-5: none - LN", "points", LESS, none - layer, headroom=room),
         Effect("the same: LN - LN with decay", "points", LESS, layer - decayed, headroom=room_of_layer),
