@@ -24,7 +24,8 @@ def specs(seeds: int) -> list[Spec]:
 
 def largest_rate(runs: Sequence[Run]) -> float:
     """The highest rate at which the training loss ends below TRAINED nats; half the lowest if it does at none."""
-    return max((run.identity["learning_rate"] for run in runs if training_loss(run) < TRAINED), default=RATES[0] / 2)
+    trained = [float(run.identity["learning_rate"]) for run in runs if training_loss(run) < TRAINED]
+    return max(trained, default=RATES[0] / 2)
 
 
 def effects(evidence: Evidence) -> Sequence[Effect]:

@@ -31,7 +31,6 @@ class NormsAlone(Cnn):
     learning_rates: ClassVar[tuple[float, ...]] = (0.1, 0.3)
     steps: ClassVar[int] = 200
     looks_apart: ClassVar[int] = 1_000_000
-    watched: ClassVar[str | None] = None
 
     width: int = 8
     gains: bool = True
@@ -67,7 +66,7 @@ class NormsAlone(Cnn):
         return net
 
 
-def _train_two_a_channel(weight: nn.Parameter, draws: torch.Generator) -> None:
+def _train_two_a_channel(weight: Tensor, draws: torch.Generator) -> None:
     """Leave a gradient to two weights of each output channel, drawn at random."""
     flat = torch.rand(len(weight), weight[0].numel(), generator=draws)
     chosen = torch.zeros_like(flat).scatter_(1, flat.topk(2).indices, 1).view_as(weight)
