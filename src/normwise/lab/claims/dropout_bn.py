@@ -12,6 +12,7 @@ import normwise
 from normwise.lab.claim import Claim, Evidence, accuracy, last
 from normwise.lab.spec import Spec, expand
 from normwise.lab.verdict import Check, Effect, lacks
+from normwise.measure.snapshot import random_state_kept
 
 SIZE, RATES, STEPS = 64, [0.01, 0.1], 500
 LOSS, BACK = 1.0, 0.5
@@ -23,20 +24,18 @@ FEATURES = ((0.0, 1.0, 0.5), (1.0, 0.5, 0.5), (2.0, 1.0, 0.8))
 
 def checks() -> Sequence[Check]:
     found = []
-    draws = torch.Generator().manual_seed(0)
-    torch_state = torch.get_rng_state()
-    torch.manual_seed(0)
-    for mean, variance, kept in FEATURES:
-        x = mean + math.sqrt(variance) * torch.randn(DRAWS, 1, dtype=torch.float64, generator=draws)
-        dropped = nn.Dropout(1 - kept)(x)
-        ratio = _variance(x) / _variance(dropped)
-        formula = variance / ((mean**2 + variance) / kept - mean**2)
-        off = abs(ratio / formula - 1) / math.hypot(_relative_error(x), _relative_error(dropped))
-        what = (
-            f"mean {mean:g}, variance {variance:g}, {kept:g} kept: evaluation's variance over training's less formula"
-        )
-        found.append(Check(f"{what}, in standard errors", off, ERRORS))
-    torch.set_rng_state(torch_state)
+    with random_state_kept():
+        torch.manual_seed(0)
+        for mean, variance, kept in FEATURES:
+            x = mean + math.sqrt(variance) * torch.randn(DRAWS, 1, dtype=torch.float64)
+            dropped = nn.Dropout(1 - kept)(x)
+            ratio = _variance(x) / _variance(dropped)
+            formula = variance / ((mean**2 + variance) / kept - mean**2)
+            off = abs(ratio / formula - 1) / math.hypot(_relative_error(x), _relative_error(dropped))
+            what = (
+                f"mean {mean:g}, variance {variance:g}, {kept:g} kept: ratio of variances less formula"
+            )
+            found.append(Check(f"{what}, in standard errors", off, ERRORS))
     return found
 
 
