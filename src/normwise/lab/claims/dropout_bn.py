@@ -32,9 +32,7 @@ def checks() -> Sequence[Check]:
             ratio = _variance(x) / _variance(dropped)
             formula = variance / ((mean**2 + variance) / kept - mean**2)
             off = abs(ratio / formula - 1) / math.hypot(_relative_error(x), _relative_error(dropped))
-            what = (
-                f"mean {mean:g}, variance {variance:g}, {kept:g} kept: ratio of variances less formula"
-            )
+            what = f"mean {mean:g}, variance {variance:g}, {kept:g} kept: ratio of variances less formula"
             found.append(Check(f"{what}, in standard errors", off, ERRORS))
     return found
 
