@@ -111,11 +111,11 @@ def test_as_many_weights_are_trained_as_gains_and_biases(name, head):
             for key, parameter in model.named_parameters()
             if not torch.equal(parameter, before[key])
         }
-    of_head = {"linear.weight": 160, "linear.bias": 10} if head else {}
+    of_head = {"linear.weight": 320, "linear.bias": 10} if head else {}
     assert {key: n for key, n in changed["norms"].items() if "linear" in key} == of_head
     kernels = {key: n for key, n in changed["weights"].items() if "linear" not in key}
     gains = {key: n for key, n in changed["norms"].items() if "norm" in key}
-    assert sum(kernels.values()) == sum(gains.values()) == 2 * 104
+    assert sum(kernels.values()) == sum(gains.values()) == 2 * 208
     assert all("conv" in key for key in kernels)
     assert len(gains) + len(of_head) == len(changed["norms"])
 

@@ -8,7 +8,7 @@ from normwise.lab.claim import Claim, Evidence, accuracy
 from normwise.lab.spec import Spec, expand
 from normwise.lab.verdict import Effect, lacks
 
-SIZE, RATES, STEPS = 32, [0.1, 0.3], 200
+SIZE, RATES, STEPS = 32, [0.1, 0.3], 800
 MORE = 20
 HEADS = {"alone": "last linear map as it was drawn", "and-head": "last linear map trained too"}
 
@@ -42,7 +42,7 @@ CLAIM = Claim(
     sentence="Trained alone, in a net of random weights, BatchNorm's gains and biases learn much, and far more than as "
     "many of the weights.",
     source="Frankle et al. 2021",
-    measured=f"On norms-alone and weights-alone (and norms-and-head, weights-and-head), a residual conv net of 104 "
+    measured=f"On norms-alone and weights-alone (and norms-and-head, weights-and-head), a residual conv net of 208 "
     f"normalized channels, {STEPS} steps at batch size {SIZE}, each at the rate of {', '.join(map(str, RATES))} that "
     "its training loss chooses: held-out accuracy where gain and bias of each channel are trained, less that where two "
     "weights of its kernel are, drawn at random.",

@@ -22,17 +22,17 @@ class NormsAlone(Cnn):
 
     name: ClassVar[str] = "norms-alone"
     summary: ClassVar[str] = (
-        "residual conv net (stem and four blocks, 8 to 16 channels, mean over the pixels) on digits (mnist_5k), of "
+        "residual conv net (stem and four blocks, 16 to 32 channels, mean over the pixels) on digits (mnist_5k), of "
         "which gains and biases alone are trained; He's initial weights, SGD with momentum 0.9"
     )
     norms: ClassVar[tuple[str, ...]] = ("batch",)
     more_norms: ClassVar[tuple[str, ...]] = ()
     batch_sizes: ClassVar[tuple[int, ...]] = (32,)
     learning_rates: ClassVar[tuple[float, ...]] = (0.1, 0.3)
-    steps: ClassVar[int] = 200
+    steps: ClassVar[int] = 800
     looks_apart: ClassVar[int] = 1_000_000
 
-    width: int = 8
+    width: int = 16
     gains: bool = True
     head: bool = False
 
