@@ -13,9 +13,10 @@ from normwise.lab.claims import chosen, claims
 from normwise.lab.errors import LabError
 from normwise.lab.spec import Spec
 from normwise.lab.verdict import Check
+from support import worlds_of_set_ups
 from support.made_up_runs import Values, made_up
 
-EXACT = ("bn-columns", "bn-count", "identity", "invariance", "padding")
+EXACT = ("bn-columns", "bn-count", "identity", "invariance", "padding", "scale-exact")
 
 # For each claim: what a run records where the claim holds, and where it does not.
 World = Callable[[Spec], Values]
@@ -103,6 +104,7 @@ def plain(accuracy: float) -> World:
 
 GROWS = both(sizes({}, "train/loss", 0.5, 0.1), sizes({}, ACCURACY, 0.9, -0.02))
 WORLDS: dict[str, tuple[World, World]] = {
+    **worlds_of_set_ups.WORLDS,
     "batch-of-one": (by_norm(ACCURACY, layer=0.8), by_norm(ACCURACY, layer=0.12)),
     "cnn": (
         by_norm(ACCURACY, none=0.9, layer=0.92, batch=0.95),
@@ -142,7 +144,7 @@ def mixed(holds: World, fails: World) -> Callable[[Spec, random.Random], Values]
 
 
 def test_every_claim_that_needs_runs_has_its_worlds():
-    assert [name for name, claim in claims().items() if claim.effects] == sorted(WORLDS)
+    assert sorted(name for name, claim in claims().items() if claim.effects) == sorted(WORLDS)
 
 
 @pytest.mark.parametrize("name", WORLDS)

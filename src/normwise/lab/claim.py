@@ -32,6 +32,11 @@ class Evidence:
         kept = {seed: pair for seed, pair in sorted(values.items()) if not math.isnan(pair[0])}
         return Measured({seed: value for seed, (value, _) in kept.items()}, tuple(key for _, key in kept.values()))
 
+    def chosen_rate(self, task: str, norm: str, size: int) -> float | None:
+        """The learning rate that the training loss chose; None without runs."""
+        row: Row | None = self._rows.get((task, norm, size))
+        return row.learning_rate if row else None
+
     def over_rates(self, task: str, norm: str, size: int, quantity: Callable[[Sequence[Run]], float]) -> Measured:
         """``quantity`` of each seed's runs at all learning rates that were offered, from the lowest."""
         by_seed: dict[int, list[Run]] = {}
@@ -96,6 +101,8 @@ class Claim:
     checks: Callable[[], Sequence[Check]] | None = None
     specs: Callable[[int], list[Spec]] | None = None
     effects: Callable[[Evidence], Sequence[Effect]] | None = None
+    against: str = ""
+    """Who has found otherwise, and where."""
 
     @property
     def kind(self) -> str:
@@ -174,6 +181,7 @@ def as_json(judged: Judged) -> dict[str, object]:
         "kind": claim.kind,
         "measured": claim.measured,
         "rule": claim.rule,
+        "against": claim.against,
         "parts": [_part_as_json(part) for part in judged.parts],
         "runs": list(judged.runs),
         "seeds": judged.seeds,

@@ -88,6 +88,7 @@ def _train(spec: Spec, task: Task, result: Result, kept: Path | None) -> None:
     torch.manual_seed(spec.seed)
     model = task.model(spec.norm, spec.seed).train()
     optimizer = task.optimizer(model, spec.learning_rate)
+    rates = [group["lr"] for group in optimizer.param_groups]
     weights = watch.weights(model)
     probe = watch.Probe(task, spec.batch_size)
     lengths = task.cases[0].lengths
@@ -128,6 +129,8 @@ def _train(spec: Spec, task: Task, result: Result, kept: Path | None) -> None:
         start = time.perf_counter()
         if task.clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), task.clip)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * task.rate_factor(step, spec.steps)
         optimizer.step()
         seconds = forward_backward + time.perf_counter() - start
         if shift is not None:
@@ -146,3 +149,5 @@ def _train(spec: Spec, task: Task, result: Result, kept: Path | None) -> None:
     if lengths is not None:
         result.record_over_time("end", probe.over_time(model))
     result.record(spec.steps, watch.final(model, task))
+    more = task.at_end(model, spec.batch_size, spec.seed)
+    result.record(spec.steps, {f"final/{name}": value for name, value in more.items()})

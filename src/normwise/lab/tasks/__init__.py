@@ -11,21 +11,41 @@ from typing import NamedTuple
 from normwise.lab import user_file
 from normwise.lab.errors import LabError, unknown
 from normwise.lab.tasks.base import Batch, Task
+from normwise.lab.tasks.bn_finetune import BnFinetune
+from normwise.lab.tasks.bn_leak import BnLeak
 from normwise.lab.tasks.bn_mnist import BnMnist
 from normwise.lab.tasks.charlm_ragged import CharLmRagged
 from normwise.lab.tasks.charlm_recurrent import CharLmGru, CharLmLstm
 from normwise.lab.tasks.charlm_transformer import CharLmTransformer
 from normwise.lab.tasks.cnn import Cnn
+from normwise.lab.tasks.deep_mlp import DeepMlp
+from normwise.lab.tasks.dropout_bn import DropoutAfterBn, DropoutBeforeBn
 from normwise.lab.tasks.ln_mnist import LnMnist
 from normwise.lab.tasks.lstm import Lstm
 from normwise.lab.tasks.mlp import Mlp
 from normwise.lab.tasks.mlp_bad_start import MlpBadStart
+from normwise.lab.tasks.norm_only import NormsAlone, NormsAndHead, WeightsAlone, WeightsAndHead
 from normwise.lab.tasks.on_idx import OnIdx
+from normwise.lab.tasks.plasticity import Plasticity, PlasticityDecay
+from normwise.lab.tasks.precise_bn import PreciseBn
 from normwise.lab.tasks.rbn_pmnist import RbnPmnist
 from normwise.lab.tasks.rnn import Rnn
+from normwise.lab.tasks.smooth import Smooth
 from normwise.lab.tasks.transformer import Transformer
 
-__all__ = ["GROUPS", "PAPERS", "TASKS", "TEXTS", "Batch", "LoadedTask", "Task", "is_own", "load_task"]
+__all__ = [
+    "BUILT_IN",
+    "CLAIM_TASKS",
+    "GROUPS",
+    "PAPERS",
+    "TASKS",
+    "TEXTS",
+    "Batch",
+    "LoadedTask",
+    "Task",
+    "is_own",
+    "load_task",
+]
 
 TASKS: dict[str, Callable[[], Task]] = {
     "mlp": Mlp,
@@ -39,6 +59,25 @@ TASKS: dict[str, Callable[[], Task]] = {
     "charlm-transformer": CharLmTransformer,
     "charlm-ragged": CharLmRagged,
 }
+
+CLAIM_TASKS: dict[str, Callable[[], Task]] = {
+    "bn-finetune": BnFinetune,
+    "bn-leak": BnLeak,
+    "deep-mlp": DeepMlp,
+    "dropout-after-bn": DropoutAfterBn,
+    "dropout-before-bn": DropoutBeforeBn,
+    "norms-alone": NormsAlone,
+    "norms-and-head": NormsAndHead,
+    "plasticity": Plasticity,
+    "plasticity-decay": PlasticityDecay,
+    "precise-bn": PreciseBn,
+    "smooth": Smooth,
+    "weights-alone": WeightsAlone,
+    "weights-and-head": WeightsAndHead,
+}
+"""Set-ups that one claim is about (``lab/claims``): had by name like the others, and in no list of them."""
+
+BUILT_IN = TASKS | CLAIM_TASKS
 
 TEXTS = ("charlm-lstm", "charlm-gru", "charlm-transformer", "charlm-ragged")
 """The tasks on text: each can be had on a file of the user's."""
@@ -81,13 +120,13 @@ def load_task(reference: str) -> LoadedTask:
     if not is_own(reference):
         if reference in GROUPS:
             raise LabError(f"{reference!r} stands for several tasks: name one of {', '.join(GROUPS[reference])}")
-        if reference not in TASKS:
+        if reference not in BUILT_IN:
             raise unknown("task", reference, [*TASKS, *GROUPS])
-        task = TASKS[reference]()
+        task = BUILT_IN[reference]()
         return LoadedTask(task, user_file.sha256(*_files(type(task))))
     path, function = user_file.parsed(reference, "examples/custom_task.py:make_task")
     task = _made(path, function)
-    if task.name in TASKS or task.name in PAPERS:
+    if task.name in BUILT_IN or task.name in PAPERS:
         raise LabError(f"{reference}: the name {task.name!r} belongs to a built-in task; give yours another name")
     return LoadedTask(task, f"{user_file.source_of(path)}:{function}")
 

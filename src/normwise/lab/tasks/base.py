@@ -117,6 +117,15 @@ class Task(ABC):
         """Numbers that follow from a mean loss on held-out cases, by name: recorded wherever that loss is."""
         return {}
 
+    def rate_factor(self, step: int, steps: int) -> float:
+        """What the learning rate is multiplied by at update ``step`` of ``steps``: warm-up, decay."""
+        return 1.0
+
+    def at_end(self, model: nn.Module, batch_size: int, seed: int) -> Mapping[str, float]:
+        """Numbers to record after all others, as "final/NAME": what the trained ``model`` does in another mode, after
+        recalibration or fine-tuning. It may be changed at will."""
+        return {}
+
     def parts(self) -> Mapping[str, Batch]:
         """More held-out cases, by name, whose loss and accuracy at the end are recorded on their own."""
         return {}
