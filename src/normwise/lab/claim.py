@@ -89,6 +89,8 @@ class Claim:
     checks: Callable[[], Sequence[Check]] | None = None
     specs: Callable[[int], list[Spec]] | None = None
     effects: Callable[[Evidence], Sequence[Effect]] | None = None
+    against: str = ""
+    """Who has found otherwise, or where it is known not to hold."""
 
     @property
     def kind(self) -> str:
@@ -149,6 +151,7 @@ def as_json(judged: Judged) -> dict[str, object]:
         "verdict": judged.verdict,
         "sentence": claim.sentence,
         "source": claim.source,
+        "against": claim.against,
         "kind": claim.kind,
         "measured": claim.measured,
         "rule": claim.rule,

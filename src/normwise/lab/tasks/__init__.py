@@ -12,6 +12,7 @@ from normwise.lab import user_file
 from normwise.lab.errors import LabError, unknown
 from normwise.lab.tasks.base import Batch, Task
 from normwise.lab.tasks.bn_mnist import BnMnist
+from normwise.lab.tasks.charlm_deep import DEEP
 from normwise.lab.tasks.charlm_recurrent import CharLmGru, CharLmLstm
 from normwise.lab.tasks.charlm_transformer import CharLmTransformer
 from normwise.lab.tasks.cnn import Cnn
@@ -24,7 +25,7 @@ from normwise.lab.tasks.rbn_pmnist import RbnPmnist
 from normwise.lab.tasks.rnn import Rnn
 from normwise.lab.tasks.transformer import Transformer
 
-__all__ = ["GROUPS", "PAPERS", "TASKS", "TEXTS", "Batch", "LoadedTask", "Task", "is_own", "load_task"]
+__all__ = ["CLAIM_TASKS", "GROUPS", "PAPERS", "TASKS", "TEXTS", "Batch", "LoadedTask", "Task", "is_own", "load_task"]
 
 TASKS: dict[str, Callable[[], Task]] = {
     "mlp": Mlp,
@@ -37,6 +38,9 @@ TASKS: dict[str, Callable[[], Task]] = {
     "charlm-gru": CharLmGru,
     "charlm-transformer": CharLmTransformer,
 }
+
+CLAIM_TASKS: dict[str, Callable[[], Task]] = {**DEEP}
+"""Tasks that claims run on, by name; `normwise compare` does not list them."""
 
 TEXTS = ("charlm-lstm", "charlm-gru", "charlm-transformer")
 """The tasks on text: each can be had on a file of the user's."""
@@ -79,13 +83,13 @@ def load_task(reference: str) -> LoadedTask:
     if not is_own(reference):
         if reference in GROUPS:
             raise LabError(f"{reference!r} stands for several tasks: name one of {', '.join(GROUPS[reference])}")
-        if reference not in TASKS:
+        if reference not in TASKS and reference not in CLAIM_TASKS:
             raise unknown("task", reference, [*TASKS, *GROUPS])
-        task = TASKS[reference]()
+        task = (TASKS | CLAIM_TASKS)[reference]()
         return LoadedTask(task, user_file.sha256(*_files(type(task))))
     path, function = user_file.parsed(reference, "examples/custom_task.py:make_task")
     task = _made(path, function)
-    if task.name in TASKS or task.name in PAPERS:
+    if task.name in (*TASKS, *CLAIM_TASKS, *PAPERS):
         raise LabError(f"{reference}: the name {task.name!r} belongs to a built-in task; give yours another name")
     return LoadedTask(task, f"{user_file.source_of(path)}:{function}")
 
