@@ -94,7 +94,7 @@ def test_numbers_are_printed_short(value, text):
 
 
 def test_an_effect_s_interval_and_minimum_are_where_they_belong():
-    effect = Effect("x", "points", 1.0, Measured({0: 2.0, 1: 3.0, 2: 4.0}))
+    effect = Effect("x", "points", 1.0, Measured({0: 2.0, 1: 3.0, 2: 4.0}), headroom="none")
     element = ElementTree.fromstring(effect_svg(effect))
     minimum, mean = (
         float(element.find(f".//*[@class='{name}']").attrib[at]) for name, at in (("minimum", "x1"), ("mean", "cx"))
@@ -102,4 +102,4 @@ def test_an_effect_s_interval_and_minimum_are_where_they_belong():
     seeds = [float(dot.attrib["cx"]) for dot in element.iterfind(".//*[@class='seed']")]
     assert minimum < seeds[0] < seeds[1] == mean < seeds[2]
     assert element.attrib["class"] == "effect undecided"
-    assert effect_svg(Effect("x", "points", 1.0, Measured({}))) == ""
+    assert effect_svg(Effect("x", "points", 1.0, Measured({}), headroom="none")) == ""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from normwise.lab.claim import Judged, Part
 
 SEEDS, QUICK_SEEDS = 5, 3
-MARKS = {"supported": "+", "contradicted": "-", "undecided": "?"}
+MARKS = {"supported": "+", "contradicted": "-", "undecided": "?", "cannot tell": "0"}
 WIDTH = 80
 
 
@@ -114,7 +114,8 @@ def numbers(part: Part) -> str:
     else:
         text += f" {part.unit}, one seed"
     text += f"; claimed: at least {part.minimum:g}"
-    return f"{text}. {part.would_decide[:1].upper()}{part.would_decide[1:]}." if part.would_decide else text
+    sentences = [f"{more[:1].upper()}{more[1:]}" for more in (part.reason, part.would_decide) if more]
+    return ". ".join([text, *sentences]) + "." * bool(sentences)
 
 
 def _wrapped(text: str, first: str, others: str | None = None) -> list[str]:

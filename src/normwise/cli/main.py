@@ -12,7 +12,7 @@ from normwise.lab.errors import LabError, StoreError, WorkerError
 
 # Which extra installs a package; a test keeps it equal to pyproject.toml.
 EXTRAS = {
-    **dict.fromkeys(("numpy", "typer", "rich", "jinja2", "joblib"), "lab"),
+    **dict.fromkeys(("numpy", "scipy", "typer", "rich", "jinja2", "joblib"), "lab"),
     "distributed": "cluster",
     "pyarrow": "parquet",
 }

@@ -10,7 +10,7 @@ from statistics import fmean
 from normwise.lab.score import Row, score, training_loss
 from normwise.lab.spec import Spec
 from normwise.lab.store import Run
-from normwise.lab.verdict import Check, Effect, Measured, combined
+from normwise.lab.verdict import CANNOT_TELL, Check, Effect, Measured, combined
 
 Part = Effect | Check
 
@@ -122,6 +122,11 @@ class Judged:
         return combined(part.verdict for part in self.parts)
 
     @property
+    def reason(self) -> str:
+        """Why the claim cannot be told here; "" for another verdict."""
+        return self.deciding.reason if self.deciding and self.verdict == CANNOT_TELL else ""
+
+    @property
     def runs(self) -> tuple[str, ...]:
         """The keys of the runs behind it."""
         return tuple(dict.fromkeys(key for part in self.parts for key in part.runs))
@@ -149,6 +154,7 @@ def as_json(judged: Judged) -> dict[str, object]:
     return {
         "id": claim.id,
         "verdict": judged.verdict,
+        "reason": judged.reason,
         "sentence": claim.sentence,
         "source": claim.source,
         "against": claim.against,
@@ -179,6 +185,17 @@ def _part_as_json(part: Part) -> dict[str, object]:
         "mean": part.mean,
         "interval_95": part.interval,
         "by_seed": dict(part.measured.by_seed),
+        **_room_as_json(part),
+        "power": part.power,
+        "reason": part.reason,
+        "seeds_needed": part.seeds_needed,
         "would_decide": part.would_decide,
         "runs": list(part.runs),
     }
+
+
+def _room_as_json(effect: Effect) -> dict[str, object]:
+    """The mean headroom, or why there is no ceiling."""
+    if isinstance(effect.headroom, str):
+        return {"headroom": None, "no_ceiling": effect.headroom}
+    return {"headroom": effect.room, "no_ceiling": ""}

@@ -26,7 +26,7 @@ def effect_svg(effect: Effect) -> str:
     dots = "".join(f'<circle class="seed" cx="{at(value)}" cy="13" r="2.4"/>' for value in effect.values)
     text = f"{effect.mean:.3g} {effect.unit}, interval {low:.3g} to {high:.3g}, claimed at least {effect.minimum:g}"
     return (
-        f'<svg class="effect {effect.verdict}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'<svg class="effect {effect.verdict.replace(" ", "-")}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="{escape(text, quote=True)}">'
         f'<rect class="claimed" x="{minimum}" y="3" width="{WIDTH - float(minimum):.1f}" height="20"/>'
         f'<line class="zero" x1="{zero}" x2="{zero}" y1="3" y2="23"/>'

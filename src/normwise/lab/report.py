@@ -137,7 +137,7 @@ def _write_whole(path: Path, text: str) -> None:
         ) from error
 
 
-MARKS = {"supported": "✓", "contradicted": "✗", "undecided": "?"}
+MARKS = {"supported": "✓", "contradicted": "✗", "undecided": "?", "cannot tell": "∅"}
 
 
 def section(name: str, task: Task | None, rows: Sequence[Row], reference: str | None = None) -> Section:

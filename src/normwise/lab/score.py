@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from statistics import fmean, median, stdev
 
+from normwise.lab.intervals import half_width
 from normwise.lab.store import Run
 
 FINAL_SHARE = 0.1
@@ -29,9 +30,6 @@ FINAL_SHARE = 0.1
 
 BITS = "bits_per_character"
 FINAL_ACCURACY = ["final", "accuracy"]  # with the part's name between them
-
-# Student's t, 97.5%, by degrees of freedom 1, 2, ...; the last holds for more.
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 @dataclass(frozen=True)
@@ -181,11 +179,7 @@ def _paired(a: Row, b: Row) -> list[float]:
 
 def tie(differences: Sequence[float]) -> bool:
     """Whether the 95% interval of the mean of paired ``differences`` contains 0; True if there are fewer than two."""
-    n = len(differences)
-    if n < 2:
-        return True
-    half_width = T975[min(n - 1, len(T975)) - 1] * stdev(differences) / math.sqrt(n)
-    return abs(fmean(differences)) <= half_width
+    return len(differences) < 2 or abs(fmean(differences)) <= half_width(differences)
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 
 from normwise.lab.claim import WORST_LOSS, Claim, Evidence, bounded_loss
 from normwise.lab.spec import Spec, expand
 from normwise.lab.store import Run
-from normwise.lab.verdict import Effect, log2_ratio
+from normwise.lab.verdict import Effect, lacks, log2_ratio
 
 SIZE, RATES, STEPS = 64, [0.001, 0.01, 0.1, 1.0], 200
 GOAL, WINDOW = 1.0, 20
 FEWER, LESS = 0.5, 0.1
+GUESSING = math.log(10)
 
 
 def specs(seeds: int) -> list[Spec]:
@@ -42,18 +44,26 @@ def cost_of_rate(runs: Sequence[Run]) -> float:
 
 def effects(evidence: Evidence) -> Sequence[Effect]:
     soon = {norm: evidence.measure("mlp", norm, SIZE, steps_to_goal) for norm in ("none", "batch")}
+    good = {norm: evidence.measure("mlp", norm, SIZE, bounded_loss) for norm in ("none", "batch")}
     start = {
-        norm: evidence.measure("mlp-bad-start", norm, SIZE, bounded_loss)
-        - evidence.measure("mlp", norm, SIZE, bounded_loss)
-        for norm in ("none", "batch")
+        norm: evidence.measure("mlp-bad-start", norm, SIZE, bounded_loss) - good[norm] for norm in ("none", "batch")
     }
     rate = {norm: evidence.over_rates("mlp", norm, SIZE, cost_of_rate) for norm in ("none", "batch")}
+    log_steps = [soon[norm].each(math.log2) for norm in ("none", "batch")]
+    sooner = lacks(math.log2(WINDOW), *log_steps, worst=math.log2(STEPS))
+    # What the net without norm can lose is what it has learned: up to the loss of guessing from a bad start, and up to
+    # the one that counts as the worst at a rate at which it diverges.
+    learned = good["none"].each(lambda loss: GUESSING - loss)
+    below_worst = good["none"].each(lambda loss: WORST_LOSS - loss)
+    steps, lost, at_rate = (
+        "steps to a loss of 1 nat: log2(none / BN)",
+        "training loss that a bad start adds: none - BN",
+        "training loss that the worst rate adds: none - BN",
+    )
     return [
-        Effect(
-            "steps to a loss of 1 nat: log2(none / BN)", "doublings", FEWER, log2_ratio(soon["none"], soon["batch"])
-        ),
-        Effect("training loss that a bad start adds: none - BN", "nats", LESS, start["none"] - start["batch"]),
-        Effect("training loss that the worst rate adds: none - BN", "nats", LESS, rate["none"] - rate["batch"]),
+        Effect(steps, "doublings", FEWER, log2_ratio(soon["none"], soon["batch"]), headroom=sooner),
+        Effect(lost, "nats", LESS, start["none"] - start["batch"], headroom=learned),
+        Effect(at_rate, "nats", LESS, rate["none"] - rate["batch"], headroom=below_worst),
     ]
 
 

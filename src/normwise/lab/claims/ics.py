@@ -9,7 +9,7 @@ from statistics import fmean
 from normwise.lab.claim import Claim, Evidence
 from normwise.lab.spec import Spec, expand
 from normwise.lab.store import Run
-from normwise.lab.verdict import Effect, log2_ratio
+from normwise.lab.verdict import UNBOUNDED, Effect, log2_ratio
 
 SIZE = 64
 NETS = {"mlp": (0.1, 200), "cnn": (0.03, 150)}
@@ -42,7 +42,7 @@ def effects(evidence: Evidence) -> Sequence[Effect]:
         for task, (rate, _) in NETS.items():
             batch, none = (evidence.measure(task, n, SIZE, shift(kind), rate=rate) for n in ("batch", "none"))
             what = f"{task}, {words} by an update: log2(BN / none)"
-            found.append(Effect(what, "doublings", -LEAST, log2_ratio(batch, none)))
+            found.append(Effect(what, "doublings", -LEAST, log2_ratio(batch, none), headroom=UNBOUNDED))
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from normwise.lab.claim import Claim, Evidence, accuracy
 from normwise.lab.spec import Spec, expand
-from normwise.lab.verdict import Effect
+from normwise.lab.verdict import Effect, lacks
 
 # batch size, steps, learning rates, and how many points less count as none: 5 of 1,000 or 4 of 370 held-out cases
 NETS: dict[str, tuple[int, int, list[float], float]] = {
@@ -29,7 +29,8 @@ def effects(evidence: Evidence) -> Sequence[Effect]:
     found = []
     for task, (size, _, _, margin) in NETS.items():
         plain, full = (100 * evidence.measure(task, norm, size, accuracy) for norm in ("layer-plain", "layer"))
-        found.append(Effect(f"{task}, held-out accuracy: without - with", "points", -margin, plain - full))
+        what = f"{task}, held-out accuracy: without - with"
+        found.append(Effect(what, "points", -margin, plain - full, headroom=lacks(100, plain, full, worst=10)))
     return found
 
 

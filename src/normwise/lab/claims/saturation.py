@@ -8,7 +8,7 @@ from statistics import median
 from normwise.lab.claim import Claim, Evidence, average
 from normwise.lab.spec import Spec, expand
 from normwise.lab.store import Run
-from normwise.lab.verdict import Effect, log2_ratio
+from normwise.lab.verdict import UNBOUNDED, Effect, lacks, log2_ratio
 
 SIZE, RATES, STEPS = 64, [0.01, 0.1], 200
 FEWER, MORE = 1, 1
@@ -33,12 +33,13 @@ def reaching(run: Run) -> float:
 def effects(evidence: Evidence) -> Sequence[Effect]:
     found = []
     for norm, short in (("batch", "BN"), ("layer", "LN")):
-        flat = [evidence.measure("mlp-bad-start", n, SIZE, average("saturated")) for n in ("none", norm)]
-        found.append(Effect(f"bad start, saturated units: none - {short}", "points", FEWER, 100 * (flat[0] - flat[1])))
+        flat = [100 * evidence.measure("mlp-bad-start", n, SIZE, average("saturated")) for n in ("none", norm)]
+        what = f"bad start, saturated units: none - {short}"
+        found.append(Effect(what, "points", FEWER, flat[0] - flat[1], headroom=lacks(0, *flat)))
         for task, where in (("mlp", "small weights"), ("mlp-bad-start", "bad start")):
             none, with_norm = (evidence.measure(task, n, SIZE, reaching) for n in ("none", norm))
             what = f"{where}, first over last layer's gradient: log2({short} / none)"
-            found.append(Effect(what, "doublings", MORE, log2_ratio(with_norm, none)))
+            found.append(Effect(what, "doublings", MORE, log2_ratio(with_norm, none), headroom=UNBOUNDED))
     return found
 
 

@@ -10,7 +10,7 @@ from normwise.lab.claim import Claim, Evidence
 from normwise.lab.claims.rnn import RATES, SIZE, STEPS
 from normwise.lab.spec import Spec, expand
 from normwise.lab.store import Run
-from normwise.lab.verdict import Effect
+from normwise.lab.verdict import UNBOUNDED, Effect
 
 ENDS = 3
 DRIFT = 0.25
@@ -39,8 +39,8 @@ def effects(evidence: Evidence) -> Sequence[Effect]:
     found = []
     for mode in ("train", "eval"):
         none, layer = (evidence.measure("rnn", norm, SIZE, drift(mode)) for norm in ("none", "layer"))
-        found.append(Effect(f"{mode} mode, drift without norm", "doublings", DRIFT, none))
-        found.append(Effect(f"{mode} mode, drift of LN, negated", "doublings", -DRIFT, -layer))
+        found.append(Effect(f"{mode} mode, drift without norm", "doublings", DRIFT, none, headroom=UNBOUNDED))
+        found.append(Effect(f"{mode} mode, drift of LN, negated", "doublings", -DRIFT, -layer, headroom=UNBOUNDED))
     return found
 
 

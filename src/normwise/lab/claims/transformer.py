@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from normwise.lab.claim import Claim, Evidence, accuracy
 from normwise.lab.spec import Spec, expand
-from normwise.lab.verdict import Effect
+from normwise.lab.verdict import Effect, lacks
 
 SIZE, STEPS, RATES = 32, 150, [0.003, 0.01]
 BETTER, PART = 1, 0.5
@@ -22,8 +22,8 @@ def effects(evidence: Evidence) -> Sequence[Effect]:
         100 * evidence.measure("transformer", norm, SIZE, accuracy) for norm in ("batch", "batch-masked", "layer")
     )
     return [
-        Effect("held-out accuracy, LN - BN", "points", BETTER, layer - batch),
-        Effect("held-out accuracy, masked BN - BN", "points", PART, masked - batch),
+        Effect("held-out accuracy, LN - BN", "points", BETTER, layer - batch, headroom=lacks(100, layer, batch)),
+        Effect("held-out accuracy, masked BN - BN", "points", PART, masked - batch, headroom=lacks(100, masked, batch)),
     ]
 
 

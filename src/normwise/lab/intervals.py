@@ -1,0 +1,63 @@
+"""The statistics of a mean over few seeds: its interval, the seeds that an interval takes, what a rule would find."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from statistics import fmean, stdev
+
+import numpy as np
+import numpy.typing as npt
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+"""A share of 80 % of so many draws is off by 1.8 points at most, 19 times in 20."""
+
+Array = npt.NDArray[np.float64]
+
+
+@functools.cache
+def quantile(count: int) -> float:
+    """Student's t, the two-sided ``CONFIDENCE`` quantile for ``count`` values."""
+    from scipy import stats  # 1.5 s: only where it is needed
+
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the interval of their mean. There must be two or more."""
+    return quantile(len(values)) * stdev(values) / math.sqrt(len(values))
+
+
+def seeds_until(spread: float, distance: float, first: int, most: int) -> int | None:
+    """The fewest seeds, ``first`` or more, at which the half-width is below ``distance``; None: more than ``most``."""
+    from scipy import stats
+
+    counts = np.arange(max(first, 2), most + 1)
+    widths = stats.t.ppf((1 + CONFIDENCE) / 2, counts - 1) * spread / np.sqrt(counts)
+    enough = np.flatnonzero(widths < distance)
+    return int(counts[enough[0]]) if len(enough) else None
+
+
+def share_found(
+    values: Sequence[float], planted: float, count: int, finds: Callable[[Array, Array], npt.NDArray[np.bool_]]
+) -> float:
+    """In which share of resampled experiments with ``count`` seeds a rule finds an effect of size ``planted``.
+
+    An experiment is ``planted`` plus residuals of ``values`` (their mean taken off) drawn with replacement. Residuals
+    vary less than what they were drawn from, by (n - 1) / n in variance, and are stretched by as much. The draws are
+    the same in every call. Of five values the share is about 10 points lower than normal spread has it, of ten 4: few
+    residuals repeat themselves. That errs towards no verdict.
+
+    Args:
+        values: the measured effects, three or more.
+        planted: the true effect of the experiments.
+        count: seeds of each experiment, two or more.
+        finds: the rule: of the intervals' lower and upper ends, which experiments find the effect.
+    """
+    n = len(values)
+    residuals = (np.asarray(values) - fmean(values)) * math.sqrt(n / (n - 1))
+    drawn = planted + residuals[np.random.default_rng(0).integers(n, size=(RESAMPLES, count))]
+    means, half = drawn.mean(1), quantile(count) * drawn.std(1, ddof=1) / math.sqrt(count)
+    return float(finds(means - half, means + half).mean())
