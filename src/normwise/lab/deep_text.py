@@ -11,7 +11,7 @@ from normwise.lab.norms import DYT_ALPHAS
 from normwise.lab.score import training_loss
 from normwise.lab.spec import Spec, expand
 from normwise.lab.store import Run
-from normwise.lab.verdict import Measured
+from normwise.lab.verdict import Measured, lacks
 
 SIZE, STEPS = 32, 200
 RATES = [0.001, 0.004, 0.016]
@@ -24,6 +24,15 @@ SETTINGS = (
 
 bits = last("final/bits-per-character")
 """Bits per character on the held-out text after the last step."""
+
+ENTROPY, UNLEARNED = 1.0, 4.69
+"""Bits per character that a reader of English needs (Shannon 1951: 0.6 to 1.3), and that one needs who knows no more of
+this text than how often each character occurs."""
+
+
+def room(*arms: Measured) -> Measured:
+    """What the best of the arms, in bits per character, still lacks of ``ENTROPY``, or is better than ``UNLEARNED``."""
+    return lacks(ENTROPY, *arms, worst=UNLEARNED)
 
 
 def trained(task: str, seeds: int, *norms: str) -> list[Spec]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from normwise.lab.claim import Claim, Evidence
-from normwise.lab.deep_text import RATES, bits
+from normwise.lab.deep_text import RATES, bits, room
 from normwise.lab.spec import Spec, expand
 from normwise.lab.verdict import Effect
 
@@ -28,8 +28,20 @@ def effects(evidence: Evidence) -> Sequence[Effect]:
         for task in (f"charlm-post-{DEEP}", f"charlm-deepnorm-{DEEP}", f"charlm-deepnorm-{SHALLOW}")
     )
     return [
-        Effect(f"held-out bits per character at {DEEP} blocks, post - DeepNorm", "bits", BETTER, post - deep),
-        Effect(f"held-out bits per character of DeepNorm, {SHALLOW} - {DEEP} blocks", "bits", -LOST, shallow - deep),
+        Effect(
+            f"held-out bits per character at {DEEP} blocks, post - DeepNorm",
+            "bits",
+            BETTER,
+            post - deep,
+            headroom=room(post, deep),
+        ),
+        Effect(
+            f"held-out bits per character of DeepNorm, {SHALLOW} - {DEEP} blocks",
+            "bits",
+            -LOST,
+            shallow - deep,
+            headroom=room(shallow),
+        ),
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from normwise.lab.claim import Claim, Evidence
-from normwise.lab.deep_text import PRE, SETTINGS, SIZE, bits, of_best_dyt, trained
+from normwise.lab.deep_text import PRE, SETTINGS, SIZE, bits, of_best_dyt, room, trained
 from normwise.lab.norms import DYT_ALPHAS
 from normwise.lab.spec import Spec
 from normwise.lab.verdict import Effect
@@ -21,8 +21,8 @@ def effects(evidence: Evidence) -> Sequence[Effect]:
     layer, derf = (evidence.measure(PRE, norm, SIZE, bits) for norm in ("layer", "derf"))
     dyt = of_best_dyt(evidence, PRE, bits)
     return [
-        Effect("held-out bits per character, LN - Derf", "bits", BETTER, layer - derf),
-        Effect("held-out bits per character, DyT - Derf", "bits", BETTER, dyt - derf),
+        Effect("held-out bits per character, LN - Derf", "bits", BETTER, layer - derf, headroom=room(layer, derf)),
+        Effect("held-out bits per character, DyT - Derf", "bits", BETTER, dyt - derf, headroom=room(dyt, derf)),
     ]
 
 

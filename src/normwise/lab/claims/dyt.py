@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from normwise.lab.claim import Claim, Evidence
-from normwise.lab.deep_text import PRE, SETTINGS, SIZE, bits, of_best_dyt, trained
+from normwise.lab.deep_text import PRE, SETTINGS, SIZE, bits, of_best_dyt, room, trained
 from normwise.lab.norms import DYT_ALPHAS
 from normwise.lab.spec import Spec
 from normwise.lab.verdict import Effect
@@ -20,7 +20,8 @@ def specs(seeds: int) -> list[Spec]:
 def effects(evidence: Evidence) -> Sequence[Effect]:
     layer = evidence.measure(PRE, "layer", SIZE, bits)
     dyt = of_best_dyt(evidence, PRE, bits)
-    return [Effect("held-out bits per character, LN - DyT", "bits", -WORSE, layer - dyt)]
+    what = "held-out bits per character, LN - DyT"
+    return [Effect(what, "bits", -WORSE, layer - dyt, headroom=room(layer, dyt))]
 
 
 CLAIM = Claim(

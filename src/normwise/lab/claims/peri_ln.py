@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from normwise.lab.claim import Claim, Evidence, last
-from normwise.lab.deep_text import PRE, SETTINGS, SIZE, bits, trained
+from normwise.lab.deep_text import PRE, SETTINGS, SIZE, bits, room, trained
 from normwise.lab.spec import Spec
-from normwise.lab.verdict import Effect
+from normwise.lab.verdict import UNBOUNDED, Effect
 
 PERI = "charlm-peri-12-warm-up"
 BOUNDED, BETTER = 1, 0.01
@@ -23,8 +23,16 @@ def effects(evidence: Evidence) -> Sequence[Effect]:
         for quantity in (last("residual/growth"), bits)
     )
     return [
-        Effect("residual variance, log2(last / first block): pre - peri", "doublings", BOUNDED, growth[0] - growth[1]),
-        Effect("held-out bits per character, pre - peri", "bits", BETTER, needed[0] - needed[1]),
+        Effect(
+            "residual variance, log2(last / first block): pre - peri",
+            "doublings",
+            BOUNDED,
+            growth[0] - growth[1],
+            headroom=UNBOUNDED,
+        ),
+        Effect(
+            "held-out bits per character, pre - peri", "bits", BETTER, needed[0] - needed[1], headroom=room(*needed)
+        ),
     ]
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from normwise.lab.claim import Claim, Evidence
-from normwise.lab.deep_text import SIZE, bits, trained
+from normwise.lab.deep_text import SIZE, UNLEARNED, bits, trained
 from normwise.lab.spec import Spec, expand
 from normwise.lab.store import Run
-from normwise.lab.verdict import Effect, log2_ratio
+from normwise.lab.verdict import UNBOUNDED, Effect, log2_ratio
 
 SHALLOW, DEEP = 2, 16
 GROWS, NEEDED = 1, 0.05
@@ -50,8 +50,15 @@ def effects(evidence: Evidence) -> Sequence[Effect]:
             "doublings",
             GROWS,
             ratio[DEEP] - ratio[SHALLOW],
+            headroom=UNBOUNDED,
         ),
-        Effect("bits lost without warm-up, post - pre", "bits", NEEDED, lost["post"] - lost["pre"]),
+        Effect(
+            "bits lost without warm-up, post - pre",
+            "bits",
+            NEEDED,
+            lost["post"] - lost["pre"],
+            headroom=evidence.measure(WARM.format("post"), "layer", SIZE, bits).each(lambda value: UNLEARNED - value),
+        ),
     ]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from normwise.lab.claim import Claim, Evidence
 from normwise.lab.spec import Spec, expand
 from normwise.lab.store import Run
-from normwise.lab.verdict import Effect, log2_ratio
+from normwise.lab.verdict import UNBOUNDED, Effect, log2_ratio
 
 WITHOUT, WITH = "charlm-pre-4-warm-up", "charlm-pre-4-warm-up-qk-norm"
 SIZE, STEPS, RATES = 32, 200, [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1]
@@ -43,12 +43,15 @@ def effects(evidence: Evidence) -> Sequence[Effect]:
     without, with_norm = (evidence.over_rates(task, "layer", SIZE, sensitivity) for task in (WITHOUT, WITH))
     large, small = (evidence.measure(task, "layer", SIZE, largest_logit, rate=RATES[-1]) for task in (WITHOUT, WITH))
     return [
-        Effect("sensitivity to the learning rate, without - with", "bits", STEADIER, without - with_norm),
+        Effect(
+            "sensitivity to the learning rate, without - with", "bits", STEADIER, without - with_norm, headroom=without
+        ),  # what there is to mend
         Effect(
             f"largest attention logit at rate {RATES[-1]:g}: log2(without / with)",
             "doublings",
             SMALLER,
             log2_ratio(large, small),
+            headroom=UNBOUNDED,
         ),
     ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from normwise.lab.claim import Claim, Evidence
-from normwise.lab.deep_text import PRE, SETTINGS, SIZE, bits, trained
+from normwise.lab.deep_text import PRE, SETTINGS, SIZE, bits, room, trained
 from normwise.lab.spec import Spec
 from normwise.lab.verdict import Effect
 
@@ -19,8 +19,8 @@ def specs(seeds: int) -> list[Spec]:
 def effects(evidence: Evidence) -> Sequence[Effect]:
     layer, rms = (evidence.measure(PRE, norm, SIZE, bits) for norm in ("layer", "rms"))
     return [
-        Effect("held-out bits per character, LN - RMSNorm", "bits", -APART, layer - rms),
-        Effect("held-out bits per character, RMSNorm - LN", "bits", -APART, rms - layer),
+        Effect("held-out bits per character, LN - RMSNorm", "bits", -APART, layer - rms, headroom=room(layer, rms)),
+        Effect("held-out bits per character, RMSNorm - LN", "bits", -APART, rms - layer, headroom=room(layer, rms)),
     ]
 
 
