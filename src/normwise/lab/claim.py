@@ -90,7 +90,7 @@ class Claim:
     specs: Callable[[int], list[Spec]] | None = None
     effects: Callable[[Evidence], Sequence[Effect]] | None = None
     against: str = ""
-    """Who has found otherwise, or where it is known not to hold."""
+    """Who has found otherwise, and where."""
 
     @property
     def kind(self) -> str:
@@ -157,10 +157,10 @@ def as_json(judged: Judged) -> dict[str, object]:
         "reason": judged.reason,
         "sentence": claim.sentence,
         "source": claim.source,
-        "against": claim.against,
         "kind": claim.kind,
         "measured": claim.measured,
         "rule": claim.rule,
+        "against": claim.against,
         "parts": [_part_as_json(part) for part in judged.parts],
         "runs": list(judged.runs),
         "runs_wanted": judged.wanted,

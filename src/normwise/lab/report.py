@@ -24,7 +24,7 @@ from normwise.lab.norms import NORMS
 from normwise.lab.plot import colour
 from normwise.lab.plot_effect import effect_svg
 from normwise.lab.score import BITS, Row, parts_of
-from normwise.lab.tasks import PAPERS, TASKS, TEXTS, Task
+from normwise.lab.tasks import BUILT_IN, PAPERS, TEXTS, Task
 from normwise.lab.verdict import Check
 
 FAINTEST, STRONGEST = 6, 52  # per cent of the heat map's colour behind the lowest and the highest number
@@ -215,9 +215,9 @@ def _task_words(name: str, identity: Mapping[str, Any], reference: str | None) -
     """The command for a task, with a word in capitals for what only the user knows: where a file or folder is."""
     if name in PAPERS:
         return ["reproduce", name, "--data", "DIR"]
-    if name not in TASKS:
+    if name not in BUILT_IN:
         return ["compare", "--task", reference or f"FILE.py:{identity['source'].rpartition(':')[2]}"]
-    own_text = name in TEXTS and identity["settings"].get("data") != TASKS[name]().fingerprint
+    own_text = name in TEXTS and identity["settings"].get("data") != BUILT_IN[name]().fingerprint
     return ["compare", name, *(["--text", "FILE"] if own_text else [])]
 
 

@@ -14,7 +14,7 @@ from normwise.lab.norms import NORMS
 from normwise.lab.score import Row, score
 from normwise.lab.store import Run, Store
 from normwise.lab.strict_json import to_json
-from normwise.lab.tasks import TASKS, Task
+from normwise.lab.tasks import BUILT_IN, Task
 
 VERSION = ("settings", "source", "lab", "normwise", "torch", "backend")
 
@@ -47,7 +47,7 @@ def study(store: Store) -> Study:
     drawn = [run for runs in _by_task(current).values() for run in _of_one_length(runs)]
     whole = {run.key: run for run in store.runs(run.key for run in current)}
     names = list(dict.fromkeys(run.identity["task"] for run in drawn))
-    names.sort(key=lambda name: _place(name, list(TASKS)))
+    names.sort(key=lambda name: _place(name, list(BUILT_IN)))
     drawn.sort(key=_order)
     seeds = 1 + max(run.identity["seed"] for run in index)
     judged = [judge(claim, whole.values(), seeds) for claim in claims().values()]
@@ -61,7 +61,7 @@ def study(store: Store) -> Study:
 
 def _task(name: str, runs: Sequence[Run]) -> Task | None:
     """The built-in task of this name, if the runs are of its own settings: a text of the user's is not at hand here."""
-    task = TASKS[name]() if name in TASKS else None
+    task = BUILT_IN[name]() if name in BUILT_IN else None
     settings = next(run.identity["settings"] for run in runs if run.identity["task"] == name)
     return task if task is not None and json.loads(to_json(task.settings)) == settings else None
 
@@ -96,7 +96,7 @@ def _of_one_length(runs: Sequence[Run]) -> list[Run]:
 
 def _order(run: Run) -> tuple[int, str, int, int, str]:
     one = run.identity
-    return (*_place(one["task"], list(TASKS)), -one["batch_size"], *_place(one["norm"], list(NORMS)))
+    return (*_place(one["task"], list(BUILT_IN)), -one["batch_size"], *_place(one["norm"], list(NORMS)))
 
 
 def _place(name: str, known: list[str]) -> tuple[int, str]:

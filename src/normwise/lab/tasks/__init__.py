@@ -25,7 +25,19 @@ from normwise.lab.tasks.rbn_pmnist import RbnPmnist
 from normwise.lab.tasks.rnn import Rnn
 from normwise.lab.tasks.transformer import Transformer
 
-__all__ = ["CLAIM_TASKS", "GROUPS", "PAPERS", "TASKS", "TEXTS", "Batch", "LoadedTask", "Task", "is_own", "load_task"]
+__all__ = [
+    "BUILT_IN",
+    "CLAIM_TASKS",
+    "GROUPS",
+    "PAPERS",
+    "TASKS",
+    "TEXTS",
+    "Batch",
+    "LoadedTask",
+    "Task",
+    "is_own",
+    "load_task",
+]
 
 TASKS: dict[str, Callable[[], Task]] = {
     "mlp": Mlp,
@@ -40,7 +52,9 @@ TASKS: dict[str, Callable[[], Task]] = {
 }
 
 CLAIM_TASKS: dict[str, Callable[[], Task]] = {**DEEP}
-"""Tasks that claims run on, by name; `normwise compare` does not list them."""
+"""Set-ups that one claim is about (``lab/claims``): had by name like the others, and in no list of them."""
+
+BUILT_IN = TASKS | CLAIM_TASKS
 
 TEXTS = ("charlm-lstm", "charlm-gru", "charlm-transformer")
 """The tasks on text: each can be had on a file of the user's."""
@@ -83,13 +97,13 @@ def load_task(reference: str) -> LoadedTask:
     if not is_own(reference):
         if reference in GROUPS:
             raise LabError(f"{reference!r} stands for several tasks: name one of {', '.join(GROUPS[reference])}")
-        if reference not in TASKS and reference not in CLAIM_TASKS:
+        if reference not in BUILT_IN:
             raise unknown("task", reference, [*TASKS, *GROUPS])
-        task = (TASKS | CLAIM_TASKS)[reference]()
+        task = BUILT_IN[reference]()
         return LoadedTask(task, user_file.sha256(*_files(type(task))))
     path, function = user_file.parsed(reference, "examples/custom_task.py:make_task")
     task = _made(path, function)
-    if task.name in (*TASKS, *CLAIM_TASKS, *PAPERS):
+    if task.name in BUILT_IN or task.name in PAPERS:
         raise LabError(f"{reference}: the name {task.name!r} belongs to a built-in task; give yours another name")
     return LoadedTask(task, f"{user_file.source_of(path)}:{function}")
 

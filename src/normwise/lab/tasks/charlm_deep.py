@@ -195,8 +195,7 @@ class CharLmDeep(CharLm):
 
     def data(self) -> tuple[Batch, Batch]:
         """Of the pieces that are held out ``HELD_OUT_CASES``, evenly spread: all of them take as long as many steps."""
-        train, held_out = super().data()
-        return train, held_out.select(torch.linspace(0, len(held_out) - 1, HELD_OUT_CASES).long().unique())
+        return _pieces(self.path, self.length)
 
     def model(self, norm: str, seed: int) -> nn.Module:
         placement = PLACEMENTS[self.placement]
@@ -248,6 +247,13 @@ class CharLmDeep(CharLm):
             "attention/max-logit": max(logits),
             "skipped/late": sum(rises) / len(rises),
         }
+
+
+@functools.cache
+def _pieces(path: str, length: int) -> tuple[Batch, Batch]:
+    """One set for all variants, which differ in the net alone."""
+    train, held_out = CharLm.data(CharLmDeep(path=path, length=length))
+    return train, held_out.select(torch.linspace(0, len(held_out) - 1, HELD_OUT_CASES).long().unique())
 
 
 def _variant(placement: str, blocks: int = 12, **more: Any) -> tuple[str, Callable[[], CharLmDeep]]:
