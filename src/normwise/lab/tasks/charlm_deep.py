@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from normwise.lab.norms import feature_norm
 from normwise.lab.tasks.base import Batch
-from normwise.lab.tasks.charlm import ON_TEXT, CharLm
+from normwise.lab.tasks.charlm import CharLm
 from normwise.lab.tasks.transformer import places
 
 HELD_OUT_CASES = 640
@@ -173,7 +173,10 @@ class CharLmDeep(CharLm):
     steps.
     """
 
-    summary: ClassVar[str] = f"deep and narrow causal transformer {ON_TEXT}; Adam, the rate falling linearly"
+    summary: ClassVar[str] = (
+        "deep and narrow causal transformer that predicts the next character of Python's own help, from 32 before it "
+        "at most; the last tenth of the text is held out; Adam, the rate falling linearly"
+    )
     norms: ClassVar[tuple[str, ...]] = ("none", "layer", "rms", "dyt")
     more_norms: ClassVar[tuple[str, ...]] = ("layer-plain", "dyt-1", "dyt-2", "derf")
     batch_sizes: ClassVar[tuple[int, ...]] = (32,)
@@ -266,7 +269,7 @@ DEEP: dict[str, Callable[[], CharLmDeep]] = dict(
     [
         *(_variant(placement, blocks) for placement in ("pre", "post") for blocks in (2, 12, 16)),
         *(_variant(placement, warm_up=20) for placement in ("pre", "post", "peri", "lns")),
-        *(_variant(placement, blocks, decays_over=120) for placement in ("post", "deepnorm") for blocks in (4, 48)),
+        *(_variant(*of, decays_over=120) for of in (("post", 48), ("deepnorm", 48), ("deepnorm", 4))),
         *(_variant("pre", 4, warm_up=10, width=32, heads=4, clip=1.0, qk_norm=there) for there in (False, True)),
     ]
 )
