@@ -1,4 +1,7 @@
-"""deepnorm: does scaling the residual and the initial weights keep deep post-LN trainable?"""
+"""deepnorm: does scaling the residual and the initial weights keep deep post-LN trainable?
+
+A seed's runs take about 55 s on two cores (by the time of a step).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""dyt: is tanh in LayerNorm's place no worse?"""
+"""dyt: is tanh in LayerNorm's place no worse?
+
+A seed's runs take about 65 s on two cores (by the time of a step); those of LayerNorm are shared.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""qk-norm: does a norm of queries and keys keep attention logits small and high learning rates usable?"""
+"""qk-norm: does a norm of queries and keys keep attention logits small and high learning rates usable?
+
+A seed's runs take about 40 s on two cores (by the time of a step).
+"""
 
 from __future__ import annotations
 
