@@ -14,12 +14,12 @@ from normwise.lab.store import Run
 from normwise.lab.verdict import Measured, lacks
 
 SIZE, STEPS = 32, 200
-RATES = [0.001, 0.004, 0.016]
+RATES = [0.001, 0.004, 0.016, 0.064]
 PRE = "charlm-pre-12-warm-up"
 SETTINGS = (
     f"12 causal blocks of width 16, pieces of 32 characters, batch size {SIZE}, {STEPS} steps of Adam, a warm-up of 20 "
-    "steps and a linear decay to 0, each arm at that of the learning rates 0.001, 0.004 and 0.016 that gave the "
-    "lowest training loss"
+    "steps and a linear decay to 0, each arm at that of the learning rates 0.001, 0.004, 0.016 and 0.064 that gave "
+    "the lowest training loss"
 )
 
 bits = last("final/bits-per-character")

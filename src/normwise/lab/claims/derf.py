@@ -1,6 +1,6 @@
 """derf: does erf in LayerNorm's place beat LayerNorm, and tanh there?
 
-A seed's runs take about 80 s on two cores (by the time of a step); all but Derf's are shared.
+A seed's runs take about 105 s on two cores (by the time of a step); all but Derf's are shared.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """dyt: is tanh in LayerNorm's place no worse?
 
-A seed's runs take about 65 s on two cores (by the time of a step); those of LayerNorm are shared.
+A seed's runs take about 85 s on two cores (by the time of a step); those of LayerNorm are shared.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """lns: do deep pre-LN blocks idle, and does scaling their norms wake them?
 
-A seed's runs take about 30 s on two cores (by the time of a step); those of pre-LN are shared.
+A seed's runs take about 40 s on two cores (by the time of a step); those of pre-LN are shared.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """rmsnorm: is RMSNorm as good as LayerNorm?
 
-A seed's runs take about 30 s on two cores (by the time of a step); those of LayerNorm are shared.
+A seed's runs take about 40 s on two cores (by the time of a step); those of LayerNorm are shared.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ class CharLmDeep(CharLm):
     norms: ClassVar[tuple[str, ...]] = ("none", "layer", "rms", "dyt")
     more_norms: ClassVar[tuple[str, ...]] = ("layer-plain", "dyt-1", "dyt-2", "derf")
     batch_sizes: ClassVar[tuple[int, ...]] = (32,)
-    learning_rates: ClassVar[tuple[float, ...]] = (0.001, 0.004, 0.016)
+    learning_rates: ClassVar[tuple[float, ...]] = (0.001, 0.004, 0.016, 0.064)
     steps: ClassVar[int] = 200
     looks: ClassVar[int] = 2
     probe_cases: ClassVar[int] = 96
