@@ -102,6 +102,50 @@ def plain(accuracy: float) -> World:
     return lambda spec: (bits if spec.task.startswith("charlm") else right)(spec)
 
 
+def text(values: Callable[[Spec], Values], **of_arms: float) -> World:
+    """Bits per character by placement, or by norm where all arms are of one placement; 3 for those not named."""
+
+    def of(spec: Spec) -> Values:
+        arm = spec.norm if spec.norm != "layer" else spec.task.removeprefix("charlm-")
+        found = [of_arms[name] for name in of_arms if arm.replace("-", "_").startswith(name)]
+        return {BITS: [found[-1] if found else 3.0], **values(spec)}
+
+    return of
+
+
+def recorded(spec: Spec) -> Values:
+    return {}
+
+
+def placed(name: str, **of_placements: float) -> Callable[[Spec], Values]:
+    return lambda spec: {name: [of_placements[spec.task.split("-")[1]]]}
+
+
+def sensitive(without: float, with_norm: float, logit: float) -> World:
+    """Both need 3 bits at the lowest rate and so much more on average over the seven. Learning nothing is 6.7."""
+
+    def of(spec: Spec) -> Values:
+        has_norm = spec.task.endswith("qk-norm")
+        more = 7 / 6 * (with_norm if has_norm else without) if spec.learning_rate > 3e-4 else 0
+        logits = [1.0, 8.0 if has_norm else logit, 2.0]
+        return {"heldout/eval/bits-per-character": [6.7, 3.0], BITS: [3 + more], "attention/max-logit": logits}
+
+    return of
+
+
+def first_gradients(growth: float) -> Callable[[Spec], Values]:
+    """Post-LN's last gradient over pre-LN's, ``growth`` doublings more at 16 blocks than at 2."""
+
+    def of(spec: Spec) -> Values:
+        _, placement, blocks, *_ = spec.task.split("-")
+        large = 2 ** (1 + growth) if (placement, blocks) == ("post", "16") else 2.0
+        return {
+            f"gradient/blocks.{int(blocks) - 1}.1.function.down.weight": [large if placement == "post" else 1.0, 1.0]
+        }
+
+    return of
+
+
 GROWS = both(sizes({}, "train/loss", 0.5, 0.1), sizes({}, ACCURACY, 0.9, -0.02))
 WORLDS: dict[str, tuple[World, World]] = {
     **worlds_of_set_ups.WORLDS,
@@ -110,10 +154,27 @@ WORLDS: dict[str, tuple[World, World]] = {
         by_norm(ACCURACY, none=0.9, layer=0.92, batch=0.95),
         by_norm(ACCURACY, none=0.9, layer=0.95, batch=0.92),
     ),
+    "deepnorm": (text(recorded, post=4.0), text(recorded, post=3.0)),
+    "derf": (text(recorded, derf=2.9), text(recorded, derf=3.1)),
+    "dyt": (text(recorded), text(recorded, dyt=3.2)),
     "faster": (fast("batch"), fast("none")),
     "ics": (shifts(1.2), shifts(0.3)),
+    "lns": (
+        text(placed("skipped/late", pre=0.01, lns=0.04), lns=2.9),
+        text(placed("skipped/late", pre=0.01, lns=0.01), lns=3.0),
+    ),
     "longer": (longer(batch=0.1, layer=0.0), longer(batch=0.1, layer=0.1)),
     "no-affine": (plain(0.9), plain(0.8)),
+    "peri-ln": (
+        text(placed("residual/growth", pre=4.0, peri=1.0), peri=2.9),
+        text(placed("residual/growth", pre=2.0, peri=2.0), peri=2.9),
+    ),
+    "post-ln": (
+        text(first_gradients(1.5), post_12=3.3, post_12_warm_up=3.0),
+        text(first_gradients(0), post_12=3.0, post_12_warm_up=3.0),
+    ),
+    "qk-norm": (sensitive(1.0, 0.2, 100.0), sensitive(1.0, 1.0, 8.0)),
+    "rmsnorm": (text(recorded), text(recorded, rms=3.2)),
     "rnn": (bumpy(0.5, 0.95), bumpy(0.1, 0.95)),
     "saturation": (flat(0.3, 0.0, 0.1), flat(0.3, 0.299, 0.1)),
     "small-batch": (GROWS, both(sizes({}, "train/loss", 0.5, 0.1, "layer"), sizes({}, ACCURACY, 0.9, -0.02, "layer"))),

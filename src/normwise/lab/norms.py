@@ -6,9 +6,11 @@ Gains start at 1 and biases at 0 and no norm draws random numbers: with one seed
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import normwise
@@ -22,6 +24,10 @@ NORMS: Mapping[str, str] = {
     "instance": "InstanceNorm: each sample and channel, over its positions",
     "rms": "RMSNorm: as LayerNorm, by the root mean square and without subtracting the mean",
     "layer-plain": "LayerNorm without gain and bias",
+    "dyt": "DyT: gain * tanh(alpha x) + bias, alpha a learned number from 0.5; it has no statistics (Zhu et al. 2025)",
+    "dyt-1": "DyT with alpha from 1",
+    "dyt-2": "DyT with alpha from 2",
+    "derf": "Derf: gain * erf(alpha x + s) + bias, alpha from 0.5 and s from 0; no statistics (Chen et al. 2025)",
     "batch-masked": "BatchNorm over the valid positions alone, so that padding enters no statistics",
     "batch-per-step": "BatchNorm inside the recurrence, on both terms of the summed input (and the LSTM's cell): each "
     "time step has running statistics of its own, and later steps than any in training use the last one's "
@@ -31,6 +37,8 @@ NORMS: Mapping[str, str] = {
     "al. 2015, sequence-wise)",
 }
 
+DYT_ALPHAS = {"dyt": 0.5, "dyt-1": 1.0, "dyt-2": 2.0}
+
 # What the layers say, after torch, when a statistic would come from a single value.
 UNDEFINED_WORDS = ("Expected more than 1 value per channel", "Expected more than 1 spatial element")
 
@@ -39,7 +47,7 @@ NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RM
 
 
 def feature_norm(name: str, features: int) -> nn.Module:
-    """A norm for (N, C).
+    """A norm for (N, C); all but "batch", "group" and "instance" take (..., C).
 
     Raises:
         UndefinedError: InstanceNorm, which would normalize each value by itself.
@@ -59,6 +67,8 @@ def feature_norm(name: str, features: int) -> nn.Module:
             "layer-plain": lambda: normwise.LayerNorm(features, elementwise_affine=False),
             "group": lambda: normwise.GroupNorm(groups(features), features),
             "rms": lambda: normwise.RMSNorm(features),
+            **{dyt: functools.partial(DyT, features, alpha) for dyt, alpha in DYT_ALPHAS.items()},
+            "derf": functools.partial(Derf, features),
         },
     )
 
@@ -103,9 +113,35 @@ def sequence_norm(name: str, features: int) -> nn.Module:
             "batch-masked": lambda: OverPositions(features, masked=True),
             "layer": lambda: EachPosition(normwise.LayerNorm(features)),
             "layer-plain": lambda: EachPosition(normwise.LayerNorm(features, elementwise_affine=False)),
+            **{dyt: lambda: EachPosition(feature_norm(name, features)) for dyt in (*DYT_ALPHAS, "derf")},
             "rms": lambda: EachPosition(normwise.RMSNorm(features)),
         },
     )
+
+
+class DyT(nn.Module):
+    """gain * tanh(alpha x) + bias, with one learned alpha (Zhu et al. 2025, equation 1). Not a layer of the library:
+    there are no statistics, so none of the four answers that a norm is made of."""
+
+    def __init__(self, features: int, alpha: float = 0.5) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor(alpha))
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.bias, self.weight, torch.tanh(self.alpha * x))
+
+
+class Derf(DyT):
+    """gain * erf(alpha x + s) + bias (Chen et al. 2025). erf(x) is nearly tanh(1.2 x): a DyT of larger alpha."""
+
+    def __init__(self, features: int, alpha: float = 0.5) -> None:
+        super().__init__(features, alpha)
+        self.shift = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.bias, self.weight, torch.erf(self.alpha * x + self.shift))
 
 
 class EachPosition(nn.Module):

@@ -14,6 +14,7 @@ from normwise.lab.tasks.base import Batch, Task
 from normwise.lab.tasks.bn_finetune import BnFinetune
 from normwise.lab.tasks.bn_leak import BnLeak
 from normwise.lab.tasks.bn_mnist import BnMnist
+from normwise.lab.tasks.charlm_deep import DEEP
 from normwise.lab.tasks.charlm_ragged import CharLmRagged
 from normwise.lab.tasks.charlm_recurrent import CharLmGru, CharLmLstm
 from normwise.lab.tasks.charlm_transformer import CharLmTransformer
@@ -74,6 +75,7 @@ CLAIM_TASKS: dict[str, Callable[[], Task]] = {
     "smooth": Smooth,
     "weights-alone": WeightsAlone,
     "weights-and-head": WeightsAndHead,
+    **DEEP,
 }
 """Set-ups that one claim is about (``lab/claims``): had by name like the others, and in no list of them."""
 

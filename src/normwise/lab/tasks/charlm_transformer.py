@@ -44,7 +44,7 @@ class CharLmTransformer(CharLm):
     name: ClassVar[str] = "charlm-transformer"
     summary: ClassVar[str] = f"causal transformer (two blocks, norms first) {ON_TEXT}; Adam"
     norms: ClassVar[tuple[str, ...]] = ("none", "batch", "layer", "rms")
-    more_norms: ClassVar[tuple[str, ...]] = ("layer-plain",)
+    more_norms: ClassVar[tuple[str, ...]] = ("layer-plain", "dyt", "dyt-1", "dyt-2", "derf")
     watched: ClassVar[str] = "blocks.1.relu"
 
     width: int = 48

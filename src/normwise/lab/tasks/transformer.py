@@ -83,7 +83,7 @@ class Transformer(Vowels):
         f"transformer encoder (two blocks, norms first), scores from the mean over the frames, {ON_VOWELS}; Adam"
     )
     norms: ClassVar[tuple[str, ...]] = ("none", "batch", "batch-masked", "layer", "rms")
-    more_norms: ClassVar[tuple[str, ...]] = ("layer-plain",)
+    more_norms: ClassVar[tuple[str, ...]] = ("layer-plain", "dyt", "dyt-1", "dyt-2", "derf")
     learning_rates: ClassVar[tuple[float, ...]] = (0.003, 0.01)
     steps: ClassVar[int] = 150
     watched: ClassVar[str] = "blocks.1.relu"
