@@ -45,7 +45,7 @@ LEVEL = {
 # shows its bar by rich where that is installed).
 OUTSIDE = {
     "cli": {"typer", "rich"},
-    "lab": {"numpy", "rich", "jinja2", "joblib", "distributed", "pyarrow"},
+    "lab": {"numpy", "rich", "jinja2", "joblib", "altair", "vl_convert", "distributed", "pyarrow"},
     "diagnosis": {"numpy", "rich", "jinja2"},
     "surgery": {"rich"},
     "backends/triton": {"triton"},
@@ -238,5 +238,7 @@ def test_what_is_imported_from_outside_is_declared():
     needed = [requirement.partition(";") for requirement in requires(PACKAGE) or []]
     assert [name.split(">")[0] for name, _, condition in needed if not condition] == ["torch"]
     ours = re.compile("extra == .(lab|cluster|parquet|triton)")
+    named_otherwise = {"vl-convert-python": "vl_convert"}
     used = {name.split(">")[0] for name, _, condition in needed if ours.search(condition)}
+    used = {named_otherwise.get(name, name) for name in used}
     assert set().union(*OUTSIDE.values()) == used - {"normwise[lab]"}
