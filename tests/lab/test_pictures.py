@@ -55,7 +55,7 @@ def test_a_picture_has_the_light_page_s_colours_and_a_legend():
 
 def test_the_heat_map_has_a_square_for_each_number():
     spec = heat_map("t", [("none", 8, 6, "91.0%"), ("batch", 8, 52, "95.0%"), ("batch", 1, 0, "undefined")])
-    values = spec["layer"][0].get("data", spec.get("data"))["values"]
+    (values,) = spec["datasets"].values()
     assert [row["text"] for row in values] == ["91.0%", "95.0%", "undefined"]
     assert pictures.light(spec).count("91.0%") == 1
 

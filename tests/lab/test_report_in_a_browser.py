@@ -148,6 +148,8 @@ def test_the_keyboard_saves_a_figure(open_page, report, kind, start):
     data = download.value.path().read_bytes()
     assert download.value.suggested_filename == f"mlp-training-loss.{'csv' if kind == 'data' else kind.lower()}"
     assert data.startswith(start)
+    if kind == "PNG":
+        assert int.from_bytes(data[16:20], "big") > 1000  # two panels side by side, at twice the pixels
     if kind == "SVG":
         text = data.decode()
         assert "var(--" not in text

@@ -70,7 +70,7 @@ async function enliven(panel) {
   panel.view = null;
   const box = document.createElement("div"), spec = {...specOf(panel), width: "container", autosize: {type: "fit-x", contains: "padding"}, config};
   panel.append(box);
-  panel.view = (await vegaEmbed(box, spec, {actions: false, renderer: "svg"})).view;
+  panel.view = (await vegaEmbed(box, spec, {actions: false, renderer: "svg", mode: "vega-lite"})).view;
   for (const old of [...panel.children]) if (old !== box) old.remove();
   panel.view.data("rows", structuredClone(rowsOf(panel))).run(); // norms may have been hidden meanwhile
 }
@@ -163,7 +163,7 @@ async function save(figure, kind) {
   let address;
   if (kind === "csv") address = URL.createObjectURL(new Blob([numbersOf(figure)], {type: "text/csv"}));
   else {
-    const {view, finalize} = await vegaEmbed(document.createElement("div"), pictureOf(figure), {actions: false, renderer: "svg"});
+    const {view, finalize} = await vegaEmbed(document.createElement("div"), pictureOf(figure), {actions: false, renderer: "svg", mode: "vega-lite"});
     address = kind === "png" ? await view.toImageURL("png", 2) : URL.createObjectURL(new Blob([await view.toSVG()], {type: "image/svg+xml"}));
     finalize();
   }
