@@ -100,6 +100,12 @@ def test_any_name_is_text_in_the_picture():
     assert not list(element.iter(f"{SVG}b"))
 
 
+def test_two_pictures_on_a_page_do_not_share_a_clip():
+    clips = [set(re.findall(r'id="([^"]*)"', chart(Panel(t, [Line("batch", [0, 1], [1.0, 2.0])])).svg)) for t in "ab"]
+    assert all(clips)
+    assert not clips[0] & clips[1]
+
+
 def test_forty_norms_are_forty_curves():
     lines = [Line(f"norm{i}", [0, 1], [float(i), i + 1.0]) for i in range(40)]
     one = chart(Panel("p", lines))
