@@ -89,11 +89,11 @@ def template(name: str) -> dict[str, Any]:
         ticks |= {"labelExpr": "$names"} if x == "names" else {"format": "~g"} if x == "log" else {"tickCount": 5}
         x_axis = alt.Axis(title="$label", grid=False, **ticks)
         x_scale = alt.Scale(domain="$x", nice=False, padding=3, **kinds[x == "log"])
+        y_format = ".3~p" if percent else "~g" if log else ".3~g"
         # On a logarithmic axis 1, 2 and 5 of each decade alone; the labels give way where there are many.
         round_one = "indexof([1, 2, 5], round(datum.value / pow(10, floor(log(datum.value) / LN10 + 1e-9)))) >= 0"
         grid = alt.condition(round_one, alt.value(1), alt.value(0))
-        few = {"gridOpacity": grid, "labelExpr": f"{round_one} ? datum.label : ''"} if log else {}
-        y_format = ".3~p" if percent else "~g" if log else ".3~g"
+        few = {"gridOpacity": grid, "labelExpr": f"{round_one} ? format(datum.value, '{y_format}') : ''"} if log else {}
         y_axis = alt.Axis(title=None, format=y_format, tickCount=4, minExtent=34, **few)
         y_scale = alt.Scale(domain="$y", nice=False, padding=3, **kinds[log])
         norm = alt.Color("norm:N", scale=alt.Scale(domain="$norms", range="$colours"), legend=None)
