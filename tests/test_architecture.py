@@ -46,7 +46,7 @@ LEVEL = {
 # shows its bar by rich where that is installed).
 OUTSIDE = {
     "cli": {"typer", "rich"},
-    "lab": {"numpy", "scipy", "rich", "jinja2", "joblib", "distributed", "pyarrow"},
+    "lab": {"numpy", "scipy", "rich", "jinja2", "joblib", "altair", "vl_convert", "distributed", "pyarrow"},
     "diagnosis": {"numpy", "rich", "jinja2"},
     "integrations": {"lightning", "transformers", "wandb"},
     "surgery": {"rich"},
@@ -245,6 +245,8 @@ def test_what_is_imported_from_outside_is_declared():
     needed = [requirement.partition(";") for requirement in requires(PACKAGE) or []]
     assert [name.split(">")[0] for name, _, condition in needed if not condition] == ["torch"]
     ours = re.compile("extra == .(lab|cluster|parquet|triton|lightning|wandb|models)\\b")
+    named_otherwise = {"vl-convert-python": "vl_convert"}
     used = {name.split(">")[0] for name, _, condition in needed if ours.search(condition)}
+    used = {named_otherwise.get(name, name) for name in used}
     # The tests are about these; torch itself imports tensorboard.
     assert set().union(*OUTSIDE.values()) == used - {"normwise[lab]", "timm", "diffusers", "torchvision"}

@@ -54,7 +54,7 @@ def test_a_panel_has_the_stored_curves_and_shades_what_lies_beyond_training(rows
     assert list(thick.y) == pytest.approx(means)
     assert thick.x[0] == 1  # people count steps from 1
     assert {panel.shaded_from for panel in panels} == {16.5}
-    assert all(text.count('class="beyond"') == 1 for text in drawn[0].drawn)
+    assert [chart.fields["$shade"][0]["from"] for chart in drawn[0].charts] == [16.5] * 3
 
 
 def test_a_task_without_sequences_has_none(rows):

@@ -34,6 +34,24 @@ def report(tmp_path_factory):
     return write_report(score(runs), tasks, folder / "report.html", judged=judged)
 
 
+SMALLEST_LETTERS = """panel => {
+  const svg = panel.querySelector('svg'), scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+  const sizes = [...svg.querySelectorAll('text')].map(text => parseFloat(getComputedStyle(text).fontSize));
+  return scale * Math.min(...sizes);
+}"""
+# The contrast of the faintest text and its ground, by WCAG's formula.
+FAINTEST_TEXT = """panel => {
+  const linear = (c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+  const light = (colour) => {
+    const [r, g, b] = colour.match(/[\\d.]+/g).map(c => linear(c / 255));
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const ground = light(getComputedStyle(panel.closest('figure')).backgroundColor);
+  return Math.min(...[...panel.querySelectorAll('svg text')].map(text => light(getComputedStyle(text).fill))
+    .map(ink => (Math.max(ink, ground) + .05) / (Math.min(ink, ground) + .05)));
+}"""
+
+
 def visible(page, selector):
     return page.locator(f"{selector} >> visible=true").count()
 
@@ -52,22 +70,35 @@ def test_it_opens_with_the_claims_and_switches_to_a_task(open_page, report):
     assert page.locator("#mlp").is_visible()  # the address remembers what was clicked
 
 
+def live(page, part):
+    """The first panel of a part, when its chart is live; scrolled to where it is seen whole."""
+    panel = page.locator(f"#{part} .panel").first
+    panel.evaluate("panel => panel.scrollIntoView({block: 'center'})")
+    page.wait_for_function("panel => panel.view", arg=panel.element_handle())
+    return panel
+
+
+def domain(panel, axis="x"):
+    return panel.evaluate(f"panel => panel.view.scale('{axis}').domain()")
+
+
 def test_hovering_shows_the_numbers_at_that_step(open_page, report):
     page = open_page(report)
     page.get_by_role("tab", name="mlp", exact=True).click()
-    page.locator("#mlp svg.panel").first.hover()
+    panel = live(page, "mlp")
+    panel.hover()
     tip = page.locator("#tip").inner_text()
     assert tip.startswith("step ")
     assert all(norm in tip for norm in ("none", "batch", "layer"))
-    assert page.locator(".guide.on").count() == 1
-    page.locator("h1").hover()
+    assert panel.evaluate("panel => panel.view.data('at').length") == 1
+    page.mouse.move(2, 2)
     assert page.locator("#tip").is_hidden()
 
 
 def test_the_arrow_keys_do_the_same(open_page, report):
     page = open_page(report)
     page.get_by_role("tab", name="mlp", exact=True).click()
-    panel = page.locator("#mlp svg.panel").first
+    panel = live(page, "mlp")
     panel.focus()
     page.keyboard.press("End")
     last = page.locator("#tip").inner_text()
@@ -80,18 +111,82 @@ def test_the_arrow_keys_do_the_same(open_page, report):
     assert page.locator("#tip").is_hidden()
 
 
+def test_a_chart_is_zoomed_by_keys_and_by_the_wheel_with_shift_alone(open_page, report):
+    page = open_page(report)
+    page.get_by_role("tab", name="mlp", exact=True).click()
+    panel = live(page, "mlp")
+    whole = domain(panel)
+    panel.focus()
+    page.keyboard.press("+")
+    low, high = domain(panel)
+    assert high - low == pytest.approx((whole[1] - whole[0]) / 2)
+    page.keyboard.press("0")
+    assert domain(panel) == whole
+    panel.hover()
+    page.mouse.wheel(0, 100)
+    page.wait_for_timeout(200)
+    assert domain(panel) == whole  # the page has scrolled instead
+    live(page, "mlp").hover()
+    page.keyboard.down("Shift")
+    page.mouse.wheel(0, -200)
+    page.keyboard.up("Shift")
+    page.wait_for_function(
+        "([panel, whole]) => panel.view.scale('x').domain()[0] > whole", arg=[panel.element_handle(), whole[0]]
+    )
+
+
+@pytest.mark.parametrize(("kind", "start"), [("PNG", b"\x89PNG"), ("SVG", b"<svg"), ("data", b"panel,norm,curve,step")])
+def test_the_keyboard_saves_a_figure(open_page, report, kind, start):
+    page = open_page(report)
+    page.get_by_role("tab", name="mlp", exact=True).click()
+    figure = page.locator("#mlp figure").first
+    figure.locator("summary").focus()
+    page.keyboard.press("Enter")
+    figure.get_by_role("button", name=kind).focus()
+    with page.expect_download() as download:
+        page.keyboard.press("Enter")
+    data = download.value.path().read_bytes()
+    assert download.value.suggested_filename == f"mlp-training-loss.{'csv' if kind == 'data' else kind.lower()}"
+    assert data.startswith(start)
+    if kind == "PNG":
+        assert int.from_bytes(data[16:20], "big") > 1000  # two panels side by side, at twice the pixels
+    if kind == "SVG":
+        text = data.decode()
+        assert "var(--" not in text
+        assert all(word in text for word in (">Training loss<", ">batch size 16<", ">layer<"))
+    if kind == "data":
+        lines = data.decode().splitlines()
+        assert len(lines) == 1 + 2 * 3 * 12  # batch sizes, norms, steps
+        assert lines[1].startswith("batch size 16,none,,")
+
+
+def test_the_heat_map_is_saved_too(open_page, report):
+    page = open_page(report)
+    page.get_by_role("tab", name="mlp", exact=True).click()
+    card = page.locator("#mlp .card")
+    for kind, part in (("SVG", "batch size"), ("data", "norm,batch size 16,batch size 8")):
+        card.locator("details.save summary").click()
+        with page.expect_download() as download:
+            card.get_by_role("button", name=kind).click()
+        assert part in download.value.path().read_text(encoding="utf-8")
+
+
 def test_a_norm_is_filtered_from_figures_tables_and_tooltips(open_page, report):
     page = open_page(report)
     page.get_by_role("tab", name="mlp", exact=True).click()
-    assert visible(page, "#mlp g[data-norm=batch]") > 0
+    panel = live(page, "mlp")
+    curves = "panel => [...new Set(panel.view.data('rows').map(row => row.norm))].sort()"
+    assert panel.evaluate(curves) == ["batch", "layer", "none"]
     assert visible(page, ".filter.norms label") == 3  # those of this task alone
     page.get_by_label("batch", exact=True).uncheck()
     assert visible(page, "#mlp [data-norm=batch]") == 0
-    assert visible(page, "#mlp g[data-norm=layer]") > 0
-    page.locator("#mlp svg.panel").first.hover()
+    assert panel.evaluate(curves) == ["layer", "none"]
+    assert visible(page, "#mlp .panel[aria-label^='batch, batch size']") == 0  # it had nothing else
+    assert visible(page, "#mlp .panel[aria-label^='layer, batch size']") == 2
+    live(page, "mlp").hover()
     assert "batch" not in page.locator("#tip").inner_text()
     page.get_by_label("batch", exact=True).check()
-    assert visible(page, "#mlp g[data-norm=batch]") > 0
+    assert panel.evaluate(curves) == ["batch", "layer", "none"]
 
 
 def test_claims_are_filtered_by_verdict_and_unfolded(open_page, report):
@@ -110,7 +205,7 @@ def test_one_layer_at_a_time(open_page, report):
     page = open_page(report)
     page.get_by_role("tab", name="mlp", exact=True).click()
     figure = page.locator("#mlp figure:has(select)").first
-    shown = figure.locator("svg.panel >> visible=true")
+    shown = figure.locator(".panel >> visible=true")
     assert shown.count() == 2  # a batch size each
     first = shown.first.get_attribute("aria-label")
     figure.locator("select").select_option("2")
@@ -127,10 +222,10 @@ def test_nothing_is_wider_than_the_screen_and_text_is_legible(open_page, report,
         assert wider_than_the_screen(page) == 0
         page.locator("details").evaluate_all("all => all.forEach(one => { one.open = true; })")
         assert wider_than_the_screen(page) == 0
-    sizes = page.locator("#mlp svg.panel").first.evaluate("panel => panel.getBoundingClientRect().width / 340 * 11")
     page.get_by_role("tab", name="mlp", exact=True).click()
-    sizes = page.locator("#mlp svg.panel").first.evaluate("panel => panel.getBoundingClientRect().width / 340 * 11")
-    assert sizes > 9  # CSS pixels of the smallest letters
+    panel = live(page, "mlp")
+    assert panel.evaluate(SMALLEST_LETTERS) > 9  # CSS pixels
+    assert panel.evaluate(FAINTEST_TEXT) > 4.5  # of text and ground, as WCAG asks
     ground, ink = page.evaluate(
         "['--ground', '--ink'].map(name => getComputedStyle(document.documentElement).getPropertyValue(name))"
     )
@@ -142,6 +237,9 @@ def test_print_and_a_browser_without_scripts_show_every_part(open_page, report):
     page.emulate_media(media="print")
     assert visible(page, "section[role=tabpanel]") == 4
     assert visible(page, ".bar") == 0
+    charts = visible(page, ".panel > svg")
     page = open_page(report, java_script_enabled=False)
     assert visible(page, "section[role=tabpanel]") == 4
     assert visible(page, "[role=tab], .filter") == 0
+    assert visible(page, ".save") == 0
+    assert visible(page, ".panel > svg") == visible(page, ".panel") >= charts > 20  # drawn before any script runs

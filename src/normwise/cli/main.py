@@ -10,9 +10,9 @@ from normwise.cli.status import BAD_INPUT, FAULT, INTERRUPTED, USER_CODE, UserCo
 from normwise.diagnosis.errors import DiagnosisError
 from normwise.lab.errors import LabError, StoreError, WorkerError
 
-# Which extra installs a package; a test keeps it equal to pyproject.toml.
+# Which extra installs what is imported; a test keeps it equal to pyproject.toml.
 EXTRAS = {
-    **dict.fromkeys(("numpy", "scipy", "typer", "rich", "jinja2", "joblib"), "lab"),
+    **dict.fromkeys(("numpy", "scipy", "typer", "rich", "jinja2", "joblib", "altair", "vl_convert"), "lab"),
     "distributed": "cluster",
     "pyarrow": "parquet",
 }

@@ -16,20 +16,19 @@ def report(
     ] = OUT,
     png: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", file_okay=False, help="Write every figure as a PNG too; takes a Chromium."),
+        typer.Option(metavar="DIR", file_okay=False, help="Write every figure as a PNG too."),
     ] = None,
 ) -> None:
     """Draw what is stored: claims with their verdicts, then each task's numbers and curves.
 
     DIR/report.html is one file that needs no network: for a screen, a phone or the printer. With --png the figures
-    are written as pictures for papers, by the Chromium (or Chrome) of this machine.
+    are written as pictures for papers.
     """
-    from normwise.lab.pictures import find_browser, write_pictures
+    from normwise.lab.pictures import write_pictures
     from normwise.lab.report import write_report
     from normwise.lab.store import Store
     from normwise.lab.study import study
 
-    browser = find_browser() if png else None
     with Store(out / "runs.sqlite", make=False) as store:
         found = study(store)
     page = write_report(found.rows, found.tasks, out / "report.html", judged=found.judged)
@@ -38,5 +37,5 @@ def report(
         typer.echo(
             f"{found.left_out} stored runs are not drawn: they are of another version, or train for longer or shorter."
         )
-    if png and browser:
-        typer.echo(f"Figures: {len(write_pictures(page, png, browser))} in {png}")
+    if png:
+        typer.echo(f"Figures: {len(write_pictures(found.rows, found.tasks, png))} in {png}")

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import fmean, median
 
-from normwise.lab.plot import Line, Panel, svg, y_scale
+from normwise.lab.chart import Chart, charts
+from normwise.lab.plot import Line, Panel
 from normwise.lab.score import Band, Row, band
 
 
@@ -32,11 +34,10 @@ class Figure:
         """Whether the reader sees more than one panel at a time."""
         return sum(panel.choice == 0 for panel in self.panels) > 1
 
-    @property
-    def drawn(self) -> list[str]:
-        """The panels as ``<svg>`` elements; none where there is nothing to draw."""
-        scale = y_scale(self.panels, log=self.log, percent=self.percent)
-        return [svg(panel, scale, percent=self.percent) for panel in self.panels] if scale else []
+    @cached_property
+    def charts(self) -> list[Chart]:
+        """The panels as charts; none where there is nothing to draw."""
+        return charts(self.panels, log=self.log, percent=self.percent)
 
 
 def figures(rows: Sequence[Row]) -> list[Figure]:
@@ -98,7 +99,7 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
         ),
         _learning_rates(shown),
     ]
-    return [figure for figure in drawn if figure is not None and figure.drawn]
+    return [figure for figure in drawn if figure is not None and figure.charts]
 
 
 def sizes_of(rows: Sequence[Row]) -> list[int]:

@@ -17,7 +17,7 @@ def of_paper(rows: Sequence[Row]) -> list[Figure]:
     shown = [row for row in rows if row.stats]
     if not shown or shown[0].task not in FIGURES:
         return []
-    return [figure for figure in FIGURES[shown[0].task](shown) if figure.drawn]
+    return [figure for figure in FIGURES[shown[0].task](shown) if figure.charts]
 
 
 def _bn_mnist(rows: Sequence[Row]) -> list[Figure]:

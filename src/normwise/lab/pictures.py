@@ -1,170 +1,83 @@
-"""The report's figures as PNG files, by the machine's own Chromium: what is on the page is what is in the paper.
-
-It is driven through two pipes (Chrome DevTools Protocol), so no package and no network is needed for it.
-"""
+"""The report's figures as PNG files for papers, drawn by vl-convert: no browser is needed."""
 
 from __future__ import annotations
 
-import base64
-import itertools
 import json
-import os
-import select
-import shutil
-import signal
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from normwise.lab.chart import CONFIG, still
 from normwise.lab.errors import LabError
+from normwise.lab.figures import Figure
+from normwise.lab.report import Section, section
+from normwise.lab.score import Row
+from normwise.lab.tasks import Task
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-WIDTH, SCALE = 1180, 2
-SECONDS = 120
-
-# All parts of the page are opened; then each figure's name and place.
-PLACES = """
-for (const part of document.querySelectorAll('[role=tabpanel]')) part.hidden = false;
-[...document.querySelectorAll('[data-picture]')].map(figure => {
-  const box = figure.getBoundingClientRect();
-  return [figure.closest('[role=tabpanel]').id + '-' + figure.dataset.picture,
-          box.x + scrollX, box.y + scrollY, box.width, box.height];
-})
-"""
+SCALE = 2
+COLUMNS = 3
 
 
-def find_browser() -> str:
-    """The path of a Chromium or Chrome.
+def write_pictures(rows: Sequence[Row], tasks: Mapping[str, Task | None], folder: Path) -> list[Path]:
+    """Write every figure of a report to ``folder/TASK-FIGURE.png``, light, at twice the pixels; return the paths.
 
     Raises:
-        LabError: there is none, with the cure; or this is Windows, where pipes of this kind do not exist.
+        LabError: the folder cannot be made or written.
     """
-    if os.name == "nt":
-        raise LabError("--png works on Linux and macOS; open report.html in a browser and print it instead")
-    for name in BROWSERS:
-        if path := shutil.which(name):
-            return path
-    raise LabError(
-        f"--png needs a Chromium or Chrome, and none of {', '.join(BROWSERS)} is on the PATH; install one (on Debian: "
-        "apt install chromium), or leave --png out: report.html holds the same figures"
-    )
+    import vl_convert
 
-
-def write_pictures(page: Path, folder: Path, browser: str) -> list[Path]:
-    """Write every figure of ``page`` to ``folder/TASK-FIGURE.png``, light, at twice the pixels; return the paths.
-
-    Raises:
-        LabError: the folder cannot be made or written, or the browser ended or did not answer.
-    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise LabError(f"{folder} cannot be made ({error.strerror}): give another --png") from error
     written = []
-    with _started(browser) as ask:
-        target = ask("Target.createTarget", url="about:blank")["targetId"]
-        session = ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        light = [{"name": "prefers-color-scheme", "value": "light"}]
-        ask("Emulation.setEmulatedMedia", session, features=light)
-        ask(
-            "Emulation.setDeviceMetricsOverride",
-            session,
-            width=WIDTH,
-            height=900,
-            deviceScaleFactor=SCALE,
-            mobile=False,
-        )
-        ask("Page.enable", session)
-        ask("Page.navigate", session, until="Page.loadEventFired", url=page.absolute().as_uri())
-        places = ask("Runtime.evaluate", session, expression=PLACES, returnByValue=True)["result"]["value"]
-        for name, x, y, width, height in places:
-            clip = {"x": x, "y": y, "width": width, "height": height, "scale": 1}
-            shot = ask("Page.captureScreenshot", session, clip=clip, captureBeyondViewport=True)
-            path = folder / f"{name}.png"
+    for name, task in tasks.items():
+        part = section(name, task, [row for row in rows if row.task == name])
+        for figure, spec in specs(part).items():
+            path = folder / f"{part.anchor}-{figure}.png"
             try:
-                path.write_bytes(base64.b64decode(shot["data"]))
+                path.write_bytes(vl_convert.vegalite_to_png(light(spec), scale=SCALE))
             except OSError as error:
                 raise LabError(f"{path} cannot be written ({error.strerror}): give another --png") from error
             written.append(path)
     return written
 
 
-@contextmanager
-def _started(browser: str) -> Iterator[Any]:
-    """A browser, as a function that sends one command and returns its answer; it is ended afterwards."""
-    # Above 10, so that nothing is in the way of 3 and 4, where Chromium reads commands and writes answers.
-    their_read, our_write = map(_above_ten, os.pipe())
-    our_read, their_write = map(_above_ten, os.pipe())
-    with tempfile.TemporaryDirectory(prefix="normwise-", ignore_cleanup_errors=True) as profile:
-        options = ["--headless=new", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu", "--hide-scrollbars"]
-        options += ["--disable-dev-shm-usage", f"--user-data-dir={profile}"]
-        options += ["--no-sandbox"] if os.geteuid() == 0 else []
-        process = os.posix_spawnp(
-            browser,
-            [browser, *options],
-            os.environ,
-            file_actions=[
-                (os.POSIX_SPAWN_DUP2, their_read, 3),
-                (os.POSIX_SPAWN_DUP2, their_write, 4),
-                *((os.POSIX_SPAWN_OPEN, stream, os.devnull, os.O_RDWR, 0) for stream in (1, 2)),
-            ],
-        )
-        os.close(their_read)
-        os.close(their_write)
-        with open(our_write, "wb", buffering=0) as commands, open(our_read, "rb", buffering=0) as answers:
-            try:
-                yield _Connection(commands, answers, browser).ask
-            finally:
-                os.kill(process, signal.SIGTERM)
-                os.waitpid(process, 0)
+def specs(part: Section) -> dict[str, dict[str, Any]]:
+    """The figures of one task by the name of their file: the heat map and, of each figure, the panels first seen."""
+    return {
+        "held-out-accuracy-by-norm-and-batch-size": part.heat_map,
+        **{figure.name: together(figure) for figure in part.figures},
+    }
 
 
-def _above_ten(descriptor: int) -> int:
-    import fcntl  # not on Windows, where find_browser has refused already
+def together(figure: Figure) -> dict[str, Any]:
+    """The panels of a figure as one chart, with a legend. The page's script does the same for its own files."""
+    shown = [still(chart.spec) for chart in figure.charts if chart.panel.choice == 0]
+    norms = {line.norm for panel in figure.panels for line in panel.lines}
+    return {
+        "title": figure.title,
+        "concat": shown if len(norms) < 2 else with_legend(shown),
+        "columns": COLUMNS,
+        "resolve": {"scale": {"color": "shared"}},
+    }
 
-    high = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10)
-    os.close(descriptor)
-    return high
+
+def with_legend(place: Any) -> Any:
+    if isinstance(place, dict):
+        if place.get("field") == "norm":
+            return {**place, "legend": {"title": None, "symbolType": "circle", "orient": "bottom"}}
+        return {name: with_legend(part) for name, part in place.items()}
+    return [with_legend(part) for part in place] if isinstance(place, list) else place
 
 
-class _Connection:
-    """Commands out, answers in: JSON texts that a zero byte ends."""
-
-    def __init__(self, commands: Any, answers: Any, browser: str) -> None:
-        self.commands, self.answers, self.browser = commands, answers, browser
-        self.numbers, self.rest = itertools.count(1), b""
-
-    def ask(self, method: str, session: str | None = None, *, until: str = "", **parameters: Any) -> dict[str, Any]:
-        """Send a command and return its result, after the event ``until`` if one is named."""
-        number = next(self.numbers)
-        message = {"id": number, "method": method, "params": parameters, **({"sessionId": session} if session else {})}
-        try:
-            self.commands.write(json.dumps(message).encode() + b"\0")
-            result: dict[str, Any] | None = None
-            seen = not until
-            while result is None or not seen:
-                answer = self._next()
-                seen = seen or answer.get("method") == until
-                if answer.get("id") == number:
-                    if "error" in answer:
-                        raise LabError(f"{self.browser} refused {method}: {answer['error']['message']}")
-                    result = answer["result"]
-        except BrokenPipeError as error:
-            raise LabError(self._ended(method)) from error
-        return result
-
-    def _next(self) -> dict[str, Any]:
-        while b"\0" not in self.rest:
-            ready, _, _ = select.select([self.answers], [], [], SECONDS)
-            part = self.answers.read(1 << 16) if ready else b""
-            if not part:
-                raise LabError(self._ended("a picture"))
-            self.rest += part
-        text, _, self.rest = self.rest.partition(b"\0")
-        answer: dict[str, Any] = json.loads(text)
-        return answer
-
-    def _ended(self, at: str) -> str:
-        return f"{self.browser} ended or was silent for {SECONDS} s at {at}; does `{self.browser} --headless` start?"
+def light(spec: Mapping[str, Any]) -> str:
+    """The spec with its style and the light page's colours in it."""
+    style = (files("normwise.lab") / "templates" / "report.css").read_text("utf-8")
+    colours: dict[str, str] = {}
+    for name, value in re.findall(r"--(\w+): (#\w+)", style):
+        colours.setdefault(name, value)  # the first are the light ones
+    text = json.dumps({**spec, "config": {**CONFIG, "background": "#fff"}})
+    return re.sub(r"var\(--(\w+)\)", lambda found: colours[found[1]], text)

@@ -2,37 +2,63 @@
 
 from __future__ import annotations
 
+from functools import cache
 from html import escape
+from typing import Any
 
-from normwise.lab.plot import Scale
+from normwise.lab.chart import fill, to_svg
 from normwise.lab.verdict import Effect
 
-WIDTH, HEIGHT, EDGE = 260, 34, 8
+WIDTH, HEIGHT = 244, 22
 
 
 def effect_svg(effect: Effect) -> str:
-    """An ``<svg>`` element; "" for an effect without runs."""
+    """A picture with its words, as an element; "" for an effect without runs."""
     if effect.mean is None:
         return ""
     low, high = effect.interval or (effect.mean, effect.mean)
     ends = [*effect.values, low, high, effect.minimum, 0.0]
     span = (max(ends) - min(ends)) or 1.0
-    scale = Scale(min(ends) - 0.03 * span, max(ends) + 0.03 * span, WIDTH - 2 * EDGE)
-
-    def at(value: float) -> str:
-        return f"{EDGE + scale(value):.1f}"
-
-    minimum, zero = at(effect.minimum), at(0.0)
-    dots = "".join(f'<circle class="seed" cx="{at(value)}" cy="13" r="2.4"/>' for value in effect.values)
+    domain = [min(ends) - 0.03 * span, max(ends) + 0.03 * span]
+    told = [0.0, effect.minimum] if abs(effect.minimum) / span > 0.1 else [effect.minimum]
+    drawn = fill(
+        _template(),
+        {
+            "$domain": domain,
+            "$told": told,
+            "$values": [{"x": value} for value in effect.values],
+            "$interval": [{"x": low, "x2": high}],
+            "$claimed": [{"x": effect.minimum, "x2": domain[1]}],
+            "$zero": [{"x": 0.0}],
+            "$mean": [{"x": effect.mean}],
+        },
+    )
     text = f"{effect.mean:.3g} {effect.unit}, interval {low:.3g} to {high:.3g}, claimed at least {effect.minimum:g}"
     return (
-        f'<svg class="effect {effect.verdict.replace(" ", "-")}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(text, quote=True)}">'
-        f'<rect class="claimed" x="{minimum}" y="3" width="{WIDTH - float(minimum):.1f}" height="20"/>'
-        f'<line class="zero" x1="{zero}" x2="{zero}" y1="3" y2="23"/>'
-        f'<line class="minimum" x1="{minimum}" x2="{minimum}" y1="3" y2="23"/>'
-        f'<line class="interval" x1="{at(low)}" x2="{at(high)}" y1="13" y2="13"/>{dots}'
-        f'<circle class="mean" cx="{at(effect.mean)}" cy="13" r="4.4"/>'
-        + (f'<text x="{zero}" y="33">0</text>' if abs(float(zero) - float(minimum)) > 24 else "")
-        + f'<text x="{minimum}" y="33">{effect.minimum:g}</text></svg>'
+        f'<div class="effect {effect.verdict.replace(" ", "-")}" role="img" aria-label="{escape(text, quote=True)}">'
+        f"{to_svg(drawn)}</div>"
     )
+
+
+@cache
+def _template() -> dict[str, Any]:
+    import altair as alt
+    from altair.utils.schemapi import debug_mode
+
+    with debug_mode(False):  # a place, such as "$domain", is not what the schema expects there
+        axis = alt.Axis(values="$told", title=None, grid=False, domain=False, format="~g", labelFontSize=10)
+        x = alt.X("x:Q", scale=alt.Scale(domain="$domain", nice=False, zero=False), axis=axis)
+
+        def of(values: str) -> alt.Chart:
+            return alt.Chart(alt.InlineData(values=values)).encode(x=x)
+
+        drawn = alt.layer(
+            of("$claimed").mark_rect(color="var(--heat)", opacity=0.16).encode(x2="x2:Q"),
+            of("$zero").mark_rule(color="var(--line)"),
+            of("$claimed").mark_rule(color="var(--soft)", strokeDash=[2, 2]),
+            of("$interval").mark_rule(color="var(--v)", strokeWidth=3).encode(x2="x2:Q"),
+            of("$values").mark_circle(color="var(--ink)", opacity=0.45, size=18),
+            of("$mean").mark_circle(color="var(--v)", opacity=1, size=62),
+        )
+        made: dict[str, Any] = drawn.properties(width=WIDTH, height=HEIGHT).to_dict(validate=False)
+    return made

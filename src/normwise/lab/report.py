@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import normwise
+from normwise.lab.chart import CONFIG, library, template
 from normwise.lab.claim import Judged
 from normwise.lab.errors import LabError
 from normwise.lab.figures import Figure, figures, sizes_of
@@ -23,7 +24,9 @@ from normwise.lab.figures_over_time import over_time
 from normwise.lab.norms import NORMS
 from normwise.lab.plot import colour
 from normwise.lab.plot_effect import effect_svg
+from normwise.lab.plot_heat import heat_map
 from normwise.lab.score import BITS, Row, parts_of
+from normwise.lab.strict_json import to_json
 from normwise.lab.tasks import BUILT_IN, PAPERS, TEXTS, Task
 from normwise.lab.verdict import Check
 
@@ -64,6 +67,16 @@ class Section:
     def anchor(self) -> str:
         """The name as an element's id and part of a file's name."""
         return re.sub(r"[^\w]+", "-", self.name)
+
+    @property
+    def heat_map(self) -> dict[str, Any]:
+        """The table of numbers as a chart, for files."""
+
+        def text(row: Row) -> str:
+            return f"{shown(row, row.merit().mean)}{unit(row)}" if row.stats else row.status
+
+        squares = [(norm, size, cell.heat, text(cell.row)) for (norm, size), cell in self.cells.items()]
+        return heat_map(f"Held-out {self.criterion}, {self.name}", squares)
 
     @property
     def part_columns(self) -> list[tuple[str, str, int]]:
@@ -112,6 +125,9 @@ def write_report(
         marks=MARKS,
         colour=colour,
         effect_svg=effect_svg,
+        charts=to_json(drawing(drawn), compact=True).replace("<", "\\u003c"),
+        library=library() if any(one.figures for one in drawn) else "",
+        to_json=to_json,
         shown=shown,
         unit=unit,
         is_check=lambda part: isinstance(part, Check),
@@ -120,6 +136,12 @@ def write_report(
     )
     _write_whole(path, page)
     return path
+
+
+def drawing(sections: Sequence[Section]) -> dict[str, Any]:
+    """What the page's script draws the charts with, beside their numbers: style and templates."""
+    names = {chart.template for one in sections for figure in one.figures for chart in figure.charts}
+    return {"config": CONFIG, "templates": {name: template(name) for name in sorted(names)}}
 
 
 def _write_whole(path: Path, text: str) -> None:
