@@ -55,7 +55,7 @@ def run_modulated(request: NormRequest, gate: Gate | None, known_readable: bool)
     family = dispatch.modulated_kernel(request, gate, known_readable)
     if family is None:
         return None
-    if not request.x.is_contiguous():
+    if request.config.family == "features" and not request.x.is_contiguous():
         request = request._replace(x=request.x.contiguous())  # once, for the backward too
     needs_grad = torch.is_grad_enabled() and autograd.requires_grad(request)
     if gate is None:
