@@ -32,7 +32,7 @@ def test_table_report_and_store(normwise_command, tmp_path):
     assert str(tmp_path / "report.html") in out
     assert "12/12" in err
     assert max(map(len, out.splitlines()[:-2])) <= 80  # the last two lines are paths
-    assert 2e4 < (tmp_path / "report.html").stat().st_size < 1e6
+    assert 2e4 < (tmp_path / "report.html").stat().st_size < 2e6  # of which the charts' script is 0.9 MB
     assert stored(tmp_path / "runs.sqlite") == 12
 
 

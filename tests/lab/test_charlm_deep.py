@@ -11,10 +11,10 @@ from normwise.lab.norms import DYT_ALPHAS, feature_norm, sequence_norm
 from normwise.lab.run import run
 from normwise.lab.spec import Spec
 from normwise.lab.tasks import CLAIM_TASKS, TASKS, load_task
-from normwise.lab.tasks.charlm_deep import PLACEMENTS, CharLmDeep
+from normwise.lab.tasks.charlm_deep import DEEP, PLACEMENTS, CharLmDeep
 from normwise.lab.tasks.transformer import places
 
-NAMES = sorted(CLAIM_TASKS)
+NAMES = sorted(DEEP)
 EQUATIONS = {
     "pre": lambda x, f, n, block, blocks: x + f(n(x)),
     "post": lambda x, f, n, block, blocks: n(x + f(x)),
@@ -91,6 +91,7 @@ def test_deepnorm_scales_the_weights_that_the_paper_names_and_draws_them_as_the_
 def test_a_variant_is_a_task_of_its_own_name_that_compare_does_not_list(name):
     task = load_task(name).task
     assert task.name == name
+    assert name in CLAIM_TASKS
     assert name not in TASKS
     assert (task.settings["blocks"], task.settings["placement"]) == (task.blocks, name.split("-")[1])
     assert (task.warm_up > 0) == ("warm-up" in name)
