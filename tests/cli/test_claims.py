@@ -14,9 +14,10 @@ from normwise.lab.verdict import Effect, Measured
 
 @pytest.fixture
 def small(monkeypatch):
-    """The claim ics on one net, with runs of three steps."""
+    """The claim ics on one net, with runs of three steps, whose cost no record tells."""
     module = __import__("normwise.lab.claims.ics", fromlist=["NETS"])
     monkeypatch.setattr(module, "NETS", {"mlp": (0.1, 3)})
+    monkeypatch.setattr("normwise.lab.cost.recorded", dict)
 
 
 def test_exact_claims_need_no_store(normwise_command, tmp_path):
