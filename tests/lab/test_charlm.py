@@ -136,5 +136,6 @@ def test_padding_moves_what_the_unmasked_norm_alone_computes(norm, changes, text
     longest = int((inputs >= 0).sum(1).max())
     cut = model(inputs[:, :longest])
     padded = model(torch.cat([inputs[:, :longest], torch.full((4, 40), -100)], 1))[:, :longest]
-    same = torch.allclose(cut[inputs[:, :longest] >= 0], padded[inputs[:, :longest] >= 0], atol=1e-4)
+    # Of logits up to 5.5: float32 sums over more positions move them by 3e-6, what padding changes by 2.4.
+    same = torch.allclose(cut[inputs[:, :longest] >= 0], padded[inputs[:, :longest] >= 0], atol=2e-5)
     assert same is not changes

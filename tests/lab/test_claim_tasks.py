@@ -147,6 +147,7 @@ def test_statistics_come_along_as_far_as_the_momentum_says():
         return tuned.norm1.running_mean
 
     weight = (1 - 0.99**30) / (1 - 0.9**30)
+    # Thirty float32 steps of two averages, each rounded at each step.
     torch.testing.assert_close(means(0.01), weight * means(0.1), rtol=1e-4, atol=1e-6)
     assert not means(0.1, frozen=True).any()
 

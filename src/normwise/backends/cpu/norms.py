@@ -108,6 +108,14 @@ def _sample_gain_obstacle(x: Tensor, weight: Tensor | None, bias: Tensor | None)
     return None
 
 
+def _channel_gains(weight: Tensor | None, bias: Tensor | None, batch: int, channels: int) -> tuple[int, int]:
+    """How many elements a gain or bias has, and how many neighbouring samples share one of its rows."""
+    given = bias if weight is None else weight
+    if given is None or given.dim() == 1:
+        return channels, batch or 1
+    return given.numel(), batch * channels // given.numel()
+
+
 def features_forward(
     config: NormConfig,
     x: Tensor,
@@ -373,11 +381,7 @@ def channels_forward(
     x, layout, batch, channels, positions = _channels_of(x)
     dtype = x.dtype
     wide = parameter_dtype(dtype)
-    group_samples, size = batch or 1, channels
-    given = bias if weight is None else weight
-    if given is not None and given.dim() > 1:
-        size = given.numel()
-        group_samples = batch * channels // size
+    size, group_samples = _channel_gains(weight, bias, batch, channels)
     gain, shift = vector(weight, wide, size), vector(bias, wide, size)
     if residual is not None:
         residual = laid_out_like(residual, x)
@@ -431,11 +435,7 @@ def channels_backward(
     x, layout, batch, channels, positions = _channels_of(total)
     dtype = x.dtype
     wide = parameter_dtype(dtype)
-    group_samples, size = batch or 1, channels
-    given = bias if weight is None else weight
-    if given is not None and given.dim() > 1:
-        size = given.numel()
-        group_samples = batch * channels // size
+    size, group_samples = _channel_gains(weight, bias, batch, channels)
     gain, shift = vector(weight, wide, size), vector(bias, wide, size)
     dy = laid_out_like(dy, x)
     dresidual = None
