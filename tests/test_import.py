@@ -11,12 +11,13 @@ import sys
 # On a machine with nothing else to do that is the clock's time.
 MEASURE = """
 import json, sys, time
-import torch
-before = set(sys.modules)
 start = time.process_time()
+import torch
+between, before = time.process_time(), set(sys.modules)
 import normwise
-seconds = time.process_time() - start
-print(json.dumps({"seconds": seconds, "modules": sorted(set(sys.modules) - before)}))
+end = time.process_time()
+modules = sorted(set(sys.modules) - before)
+print(json.dumps({"torch": between - start, "normwise": end - between, "modules": modules}))
 """
 
 
@@ -37,14 +38,17 @@ def test_import_leaves_alone_what_does_not_build_or_train_a_model():
     assert not rooms & {"cli", "lab", "integrations", "diagnosis", "surgery"}
 
 
-def test_import_adds_at_most_50_ms_to_that_of_torch():
-    """The best of up to eight: other processes can only make it slower. Stops at the first that is quick enough."""
-    seconds = []
-    while len(seconds) < 8:
-        seconds.append(measured()["seconds"])
-        if seconds[-1] <= 0.050:
+def test_import_adds_at_most_a_thirtieth_to_that_of_torch():
+    """50 ms where torch takes 1.5 s. The same processor has taken 40 ms and 75 ms for it (one core may be two, and the
+    tests beside this one want it too), and torch as much longer. The best of up to eight, for a short stop that hits
+    one of the two alone; ends at the first that is quick enough."""
+    parts = []
+    while len(parts) < 8:
+        took = measured()
+        parts.append(took["normwise"] / took["torch"])
+        if parts[-1] <= 1 / 30:
             return
-    raise AssertionError(f"import normwise took {min(seconds) * 1000:.0f} ms at best beyond torch's own import")
+    raise AssertionError(f"import normwise took {min(parts):.1%} of torch's own import at best")
 
 
 # Under a mode that sees every operation on tensors, and a default device on which none has values.

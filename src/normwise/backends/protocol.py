@@ -5,8 +5,6 @@ that `BackendError` and `normwise info` show), and runs it `forward` and `backwa
 arguments, brings them into the form below and chooses the backend; backends do not know each other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 

@@ -8,8 +8,6 @@ other libraries call the norm's bias and the layer's bias is one parameter here,
 Gates are stacked in torch's order: LSTM i, f, g, o; GRU r, z, n.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 

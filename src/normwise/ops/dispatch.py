@@ -10,8 +10,6 @@ a forced backend never falls back but raises `BackendError` with the reason. Whe
 kernels from a call, it warns once with `KernelWarning`; NORMWISE_KERNEL_WARNING=off silences that.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import warnings

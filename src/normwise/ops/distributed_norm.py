@@ -4,8 +4,6 @@ The third answer, "where the statistics come from", for batches that are spread 
 features that are (LayerNorm and RMSNorm of a shard). It runs on any device in plain PyTorch operations.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ The library must come after torch into the process: the OpenMP runtime that it a
 loaded, both share one pool of threads, and `torch.set_num_threads` rules both.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import platform

@@ -5,8 +5,6 @@ gains and biases bfloat16 or float32. With bfloat16 matrices are multiplied in i
 kept for the backward, in float32; results and gradients come in the dtype of what they belong to.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Sequence
 from functools import cache

@@ -1,7 +1,5 @@
 """The truth about every recurrent layer: a loop over steps in plain PyTorch, computed in at least float32."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

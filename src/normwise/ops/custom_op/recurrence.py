@@ -5,8 +5,6 @@ The node states which backend computes it, as `resolve` chose while the call was
 is of the shapes that this backend declares, so that a compiler can plan with them where the kernels cannot run.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

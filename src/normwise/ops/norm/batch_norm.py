@@ -1,7 +1,5 @@
 """Batch normalization: one mean and variance per channel, over the batch and all positions."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -3,8 +3,6 @@
 The fourth answer of a norm. Gain and bias times 1 + scale, plus shift, are a gain and bias by sample (or by position).
 One kernel applies it where there is one; else one multiply-add behind the bare norm does, for all norms alike."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Normalization by the statistics of all that was seen so far, or of each instance, and its inverse."""
 
-from __future__ import annotations
-
 import math
 from typing import Any, NamedTuple
 

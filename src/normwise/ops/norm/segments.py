@@ -1,8 +1,6 @@
 """Statistics of segments: rows that belong together, wherever they stand (the nodes of a graph, the points of a cloud,
 the tokens of a packed document). The second answer of a norm, which elements share statistics, given row by row."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """What stands between the layers of a recurrent stack beside dropout: a norm, and residual connections."""
 
-from __future__ import annotations
-
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch.nn.functional as F

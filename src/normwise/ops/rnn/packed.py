@@ -1,7 +1,5 @@
 """Sequences as packed rows: once on the way in, through all layers and directions, and once on the way out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Running statistics of a recurrent batch norm: a table with a row for each step, the last for all later steps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 

@@ -1,7 +1,5 @@
 """Recurrent layers on top of each other, each in one or both directions: from a user's call to a backend and back."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias

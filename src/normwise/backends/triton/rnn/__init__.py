@@ -4,8 +4,6 @@ The input projection of all steps and the gradients of x and of both matrices ar
 over steps. Nothing here waits for the device, so that a call can be captured as a CUDA graph.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 

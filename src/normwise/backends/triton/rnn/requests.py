@@ -5,8 +5,6 @@ same dtype or float32. Products are in the dtype of x and as torch.backends says
 float32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -97,7 +95,7 @@ class Readable(NamedTuple):
     reverse: bool
 
     @staticmethod
-    def of(request: LayerRequest) -> Readable:
+    def of(request: LayerRequest) -> "Readable":
         """Raises ValueError where a tensor is not of the shape that the kernels will read."""
         config, x, h0, c0, w, layout, reverse, reset, *_ = request
         units, inputs, batch = w.weight_hh.shape[1], x.shape[-1], layout.batch
