@@ -66,7 +66,8 @@ def recalibrate(
     before it normalize while the data go through:
 
     - by default as in training, by each batch's own statistics, in one pass over the data. The usual choice, and what
-      torch.optim.swa_utils.update_bn does; it needs batches as large as those of training.
+      torch.optim.swa_utils.update_bn does; it needs batches as large as those of training, and as mixed: data sorted by
+      class give each layer but the first statistics of batches that no training has seen (shuffle, or `exact=True`).
     - `exact=True`: by the statistics that are already set, layer after layer, in one pass over the data for each
       layer. The result is what evaluation will meet, and the same however the data are cut into batches. (But what is
       inside a recurrent layer always runs by the batch's own statistics: a step needs those of the step before.)
