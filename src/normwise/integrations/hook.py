@@ -165,7 +165,7 @@ class TrainingHook:
 
         Raises:
             DiagnosisError: `recalibrate` was asked for, and there are no batches to take statistics of.
-            Whatever `normwise.recalibrate` raises; the model is then as it was.
+            Exception: whatever `normwise.recalibrate` raises; the model is then as it was.
         """
         self.begin_evaluation(train_batches, forward=forward)
         try:

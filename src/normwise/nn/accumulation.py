@@ -58,8 +58,7 @@ def accumulated_backward(model: nn.Module, micro_batches: Iterable[Any], loss: L
             those of its batch; a batch with one value per channel in total.
         TypeError: `loss` returns no tensor.
         RuntimeError: the micro-batches run different layers, or a layer runs under activation checkpointing; a loss
-            without a gradient.
-        On an error the model's buffers are as before.
+            without a gradient. On an error the model's buffers are as before.
     """
     batches = list(micro_batches)
     if not batches:

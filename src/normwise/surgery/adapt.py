@@ -55,9 +55,10 @@ def adapt(
         What was adapted.
 
     Raises:
-        What `recalibrate` raises; TypeError: an output that is no tensor, without `logits`; ValueError: no gain or bias
-        to train, steps or lr that are not positive, batches that can be gone over only once, or an entropy that is not
-        finite. After an error the model is as it was.
+        TypeError: an output that is no tensor, without `logits`.
+        ValueError: no gain or bias to train, steps or lr that are not positive, batches that can be gone over only
+            once, or an entropy that is not finite.
+        Exception: what `recalibrate` raises. After an error the model is as it was.
 
     Source: Li et al. 2017 (AdaBN); Wang et al. 2021 (TENT), section 3.
     """

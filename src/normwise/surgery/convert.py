@@ -142,8 +142,8 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
         ValueError: the model has no layer of the kind, `where` means none, or none can be converted (unless they are
             what they should become already); options that do not fit a layer; an unknown target; `inplace` for a model
             that is itself the layer; a model of which a copy would go on calling the original.
-        TypeError: options that the new layers do not know; a compiled, scripted or distributed model.
-        After an error the model is as it was.
+        TypeError: options that the new layers do not know; a compiled, scripted or distributed model. After an error
+            the model is as it was.
     """
     make, kinds, verb = _plan(to, recurrent, options)
     if exact and (to != "rms" or options or subclasses):

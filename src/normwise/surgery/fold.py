@@ -82,8 +82,7 @@ def fold(model: nn.Module, example: Any = None, *, where: Where = None, inplace:
 
     Raises:
         ValueError: the model is in training mode, has no norm that can be folded, or cannot be followed.
-        TypeError: not a model; a compiled, scripted or distributed one.
-        After an error the model is as it was.
+        TypeError: not a model; a compiled, scripted or distributed one. After an error the model is as it was.
     """
     changeable("fold", model)
     if model.training:

@@ -65,8 +65,7 @@ def fuse(model: nn.Module, *, example: Any = None, where: Where = None, inplace:
 
     Raises:
         ValueError: nothing was fused (the error says why, norm by norm); or on the example the results differ.
-        TypeError: not a model; a compiled, scripted or distributed one.
-        After an error the model is as it was.
+        TypeError: not a model; a compiled, scripted or distributed one. After an error the model is as it was.
     """
     changeable("fuse", model)
     if not inplace:

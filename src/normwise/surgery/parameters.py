@@ -85,7 +85,8 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     that would be empty is left out.
 
     Raises:
-        ValueError: a negative `weight_decay`, or nothing to train. TypeError: not a torch.nn.Module.
+        ValueError: a negative `weight_decay`, or nothing to train.
+        TypeError: not a torch.nn.Module.
     """
     require_module("decay_groups", model)
     if not weight_decay >= 0:

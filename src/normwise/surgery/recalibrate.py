@@ -94,7 +94,7 @@ def recalibrate(
             parts without `forward=`.
         TypeError: not a model, or not an iterable of batches.
         RuntimeError: a process group that is not initialised, or a rank that did not answer.
-        Whatever the model raises. After an error statistics, counters and modes are as they were.
+        Exception: whatever the model raises. After an error statistics, counters and modes are as they were.
     """
     require_module("recalibrate", model)
     if not isinstance(batches, Iterable) or isinstance(batches, (Tensor, Mapping)):

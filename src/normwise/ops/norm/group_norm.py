@@ -55,7 +55,8 @@ def group_norm(
 
     Raises:
         ValueError: groups that do not divide C, one value per group in the whole batch, eps <= 0.
-        ShapeError: shapes that do not fit. TypeError: dtypes that do not.
+        ShapeError: shapes that do not fit.
+        TypeError: dtypes that do not.
 
     Source: Wu & He 2018, eq. 7.
     """

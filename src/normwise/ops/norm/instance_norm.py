@@ -65,7 +65,8 @@ def instance_norm(
 
     Raises:
         ValueError: one position only, eps <= 0, momentum outside [0, 1], running averages missing.
-        ShapeError: shapes that do not fit. TypeError: dtypes that do not.
+        ShapeError: shapes that do not fit.
+        TypeError: dtypes that do not.
 
     Source: Ulyanov, Vedaldi & Lempitsky 2016, eq. 2.
     """

@@ -83,8 +83,9 @@ def layer_norm(
         Like the input (or the pair); 0 at invalid positions, which neither enter the statistics nor receive a gradient.
 
     Raises:
-        ShapeError: shapes that do not fit. TypeError: dtypes that do not, an offset that is no number. ValueError: eps
-        <= 0, lengths out of range, an offset that is not finite, an unknown cast.
+        ShapeError: shapes that do not fit.
+        TypeError: dtypes that do not, an offset that is no number.
+        ValueError: eps <= 0, lengths out of range, an offset that is not finite, an unknown cast.
 
     Source: Ba, Kiros & Hinton 2016, eq. 3 and 4; Perez et al. 2018 for scale and shift, Gu & Dao 2023 for the gate.
     """

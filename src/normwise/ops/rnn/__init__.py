@@ -1,0 +1,1 @@
+"""The operations of the recurrent layers: stacking, layout and configuration."""
