@@ -55,7 +55,12 @@ def other_order(given: int, steps: int, batch: int, batch_first: bool) -> str:
 
 
 def states(
-    hx: Any, sizes: list[tuple[int, int, int]], x: Tensor, batched: bool, name: str, order: Callable[[int], str] = lambda given: ""
+    hx: Any,
+    sizes: list[tuple[int, int, int]],
+    x: Tensor,
+    batched: bool,
+    name: str,
+    order: Callable[[int], str] = lambda given: "",
 ) -> tuple[Tensor, Tensor | None]:
     """Initial states (L * D, B, H): h, and c of an LSTM, where there are two `sizes`. `hx` None means zeros. `order` is
     what to add to an error about a state of another number of samples."""
