@@ -61,6 +61,10 @@ def test_quick_is_one_seed_and_a_few_batches(normwise_command, tmp_path):
     assert [len(row["accuracy"]["values"]) for row in json.loads(out)["rows"]] == [1, 1]
     again = json.loads(normwise_command(*few, "--seeds", "1", "--steps", "30", "--json").out)
     assert again["rows"] == json.loads(out)["rows"]
+    text = normwise_command(*few, "--quick").out
+    assert "--seeds 3" in text
+    assert "±" not in text
+    assert "ties" not in text
     assert stored(tmp_path / "runs.sqlite") == 2
 
 

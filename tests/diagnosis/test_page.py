@@ -169,3 +169,8 @@ def test_a_notebook_without_jinja2_shows_the_table(found, monkeypatch):
     assert "NW006 warning" in cell
     assert "&lt;/script&gt;&lt;b&gt;head" in cell
     assert "pip install" in cell
+
+
+def test_a_path_may_be_a_string(found, tmp_path):
+    write_page(found, f"{tmp_path}/of/words.html")
+    assert (tmp_path / "of" / "words.html").read_text("utf-8") == page(found)

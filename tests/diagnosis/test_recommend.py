@@ -58,6 +58,20 @@ def test_findings_count():
     assert "NW001 was found at '1'" in str(found)
 
 
+@pytest.mark.parametrize("lengths", [[3, 5, 4], torch.tensor([3, 5])])
+def test_lengths_that_differ_are_padding(lengths):
+    found = normwise.recommend("transformer", batch_size=32, lengths=lengths)
+    assert found.task.padded
+    assert "NW004" in str(found)
+
+
+def test_lengths_that_are_one_are_none():
+    assert not normwise.recommend("transformer", batch_size=32, lengths=[7, 7, 7]).task.padded
+    assert not normwise.recommend("transformer", batch_size=32, lengths=[]).task.padded
+    with pytest.raises(TypeError, match="lengths must be"):
+        normwise.recommend("transformer", lengths=[0.5, 1.0])
+
+
 def test_an_unknown_batch_size_is_said():
     assert "batch size is not known" in str(normwise.recommend("conv net"))
     assert "batch size is not known" not in str(normwise.recommend("conv net", batch_size=32))

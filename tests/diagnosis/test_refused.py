@@ -183,3 +183,27 @@ def test_no_module_is_looked_at_on_the_way_back_of_a_checkpoint():
             return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)
 
     assert diagnose(Twice(), [batch()], loss=cross_entropy).layer("inner.0").output.all.count == 20 * 8
+
+
+def test_layers_inside_a_transform_of_torch_func_are_left_alone_and_named():
+    class OfEachSample(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head, self.out = nn.LayerNorm(6), nn.Linear(6, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            slopes = torch.func.vmap(torch.func.jacrev(lambda row: self.head(self.norm(row))))(x)
+            return self.out(slopes.sum(-1))
+
+    found = diagnose(OfEachSample(), [batch()], loss=cross_entropy)
+    assert found.layer("out").calls == 1
+    assert any("torch.func" in note and "norm" in note and "head" in note for note in found.notes)
+
+
+def test_what_is_nan_is_no_gap():
+    model = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3))
+    with torch.no_grad():
+        model[0].bias.fill_(float("nan"))
+    text = str(diagnose(model, [batch()], loss=cross_entropy))
+    assert "cannot be compared" in text
+    assert "nan deviations" not in text

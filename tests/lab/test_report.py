@@ -19,6 +19,7 @@ from normwise.lab.spec import expand
 from normwise.lab.store import Store
 from normwise.lab.sweep import sweep
 from normwise.lab.tasks import load_task
+from support.made_up_runs import made_up
 
 NORMS = ["none", "batch", "instance"]
 TASKS = {name: load_task(name).task for name in ("mlp", "cnn")}
@@ -72,6 +73,21 @@ def test_the_page_has_the_numbers(page, rows):
     assert page.count("undefined: ") >= 3  # instance at both sizes, batch at 1
     assert "one position a channel" in page
     assert "4,000 cases to train on, 1,000 held out" in page
+
+
+def test_it_opens_on_what_the_runs_are_about(rows, tmp_path):
+    """The first tab: a task of the user's own, then claims that runs decided, then tasks; computed claims come last."""
+
+    def tabs(tasks, *names, **runs):
+        some = [dataclasses.replace(row, task=name) for name in tasks for row in rows if row.task == "mlp"]
+        judged = [judge(claims()[name], runs.get(name, ()), 3) for name in names]
+        text = write_report(some, dict.fromkeys(tasks), tmp_path / "page.html", judged=judged).read_text("utf-8")
+        return re.findall(r'id="tab-([\w-]+)"', text)[:-1]
+
+    shift = made_up(claims()["ics"], 3, lambda spec, draws: {"shift/gradient/a": [draws.random()]})
+    assert tabs(["mine", "mlp"], "identity", "ics") == ["mine", "mlp", "claims"]
+    assert tabs(["mlp", "mine"], "identity", "ics", ics=shift) == ["mine", "claims", "mlp"]
+    assert tabs(["mlp"], "ics", ics=shift) == ["claims", "mlp"]
 
 
 def test_claims_come_first_with_verdict_rule_and_source(page):

@@ -38,13 +38,34 @@ GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "relu": F.relu,
 }
+_OTHER_NAMES = {"swish": "silu", "leakyrelu": "leaky_relu", "lrelu": "leaky_relu", "gelutanh": "gelu_tanh"}
+_OTHER_NAMES |= {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "hard_swish": "hardswish"}
+_OTHER_NAMES |= {"hswish": "hardswish", "hard_sigmoid": "hardsigmoid"}
 _NOT_0_AT_0 = ("hardsigmoid", "softplus")
+
+
+def _meant(act: object) -> str:
+    """What to write instead of a module, a function or another name of an activation; else where it goes."""
+    if isinstance(act, str):
+        name = _OTHER_NAMES.get(act.lower(), act.lower())
+    else:
+        kind = act if isinstance(act, type) else type(act)
+        name = kind.__name__ if issubclass(kind, torch.nn.Module) else getattr(act, "__name__", "")
+        name = _OTHER_NAMES.get(name.lower(), name.lower())
+        if name == "gelu" and getattr(act, "approximate", "none") == "tanh":
+            name = "gelu_tanh"
+        if (name == "leaky_relu" and getattr(act, "negative_slope", 0.01) != 0.01) or getattr(act, "alpha", 1.0) != 1:
+            name = ""  # with a constant that no name stands for
+    if name in ACTIVATIONS:
+        return f": write act={name!r}"
+    return "; any other goes behind the layer, as nn.Sequential(norm, nn.Tanh())"
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """The function called `name`; ValueError names the known ones."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"unknown act {name!r}: expected one of {', '.join(map(repr, ACTIVATIONS))} or None")
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        known = ", ".join(map(repr, ACTIVATIONS))
+        raise ValueError(f"unknown act {name!r}: expected one of {known} or None{_meant(name)}")
     return ACTIVATIONS[name]
 
 

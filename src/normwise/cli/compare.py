@@ -224,10 +224,16 @@ def print_tables(rows: Sequence[Row], store: Path, report: Path) -> None:
     console = Console()
     for name in dict.fromkeys(row.task for row in rows):
         console.print(_table(name, [row for row in rows if row.task == name]))
-    console.print(
-        "Mean ± standard deviation over the seeds, at the learning rate with the lowest training loss.\n"
-        "* best; = ties with the best: the 95% interval of the differences, paired by seed, contains 0."
-    )
+    if any(stat.spread is not None for row in rows for stat in row.stats.values()):
+        console.print(
+            "Mean ± standard deviation over the seeds, at the learning rate with the lowest training loss.\n"
+            "* best; = ties with the best: the 95% interval of the differences, paired by seed, contains 0."
+        )
+    else:
+        console.print(
+            "Of one seed, at the learning rate with the lowest training loss: what is best by chance and what is not "
+            "takes more, as --seeds 3."
+        )
     for line in _reasons(rows):
         console.print(line, style="dim")
     console.print(f"Curves: {report}\nRuns:   {store}", soft_wrap=True)

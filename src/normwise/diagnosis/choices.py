@@ -17,6 +17,7 @@ from normwise.diagnosis.rules.circumstances import Circumstances, Kind
 from normwise.diagnosis.rules.claims import cited
 from normwise.diagnosis.rules.signals import DEEP
 from normwise.diagnosis.rules.table import BY_CODE, RULES
+from normwise.ops.inputs import lengths_tensor
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ def recommend(
     what: nn.Module | str | Mapping[str, Any],
     *,
     batch_size: int | None = None,
+    lengths: Any = None,
     diagnosis: Diagnosis | None = None,
 ) -> Recommendation:
     """Which norm to use, and why: in sentences that cite published claims and findings.
@@ -134,16 +136,22 @@ def recommend(
             "attention", "padded", "longer", "deep", "online" count; or a mapping with `kind` ("conv", "mlp",
             "recurrent", "transformer") and other fields of `Circumstances` (ranks, padded, layers, longer).
         batch_size: samples a step on one rank.
+        lengths: of sequences, as the layers take it: integers (tensor, list or array). Where they differ there is
+            padding.
         diagnosis: of the model, whose findings then count too.
 
     Raises:
         DiagnosisError: words from which no kind of net can be told, unknown fields, or a batch size below 1.
+        TypeError: lengths that are no integers.
     """
     if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
         raise DiagnosisError(f"batch_size must be a positive integer, but got {batch_size!r}")
     task = _circumstances(what)
     if batch_size is not None:
         task = dataclasses.replace(task, batch_size=batch_size)
+    if lengths is not None:
+        found = lengths_tensor(lengths)
+        task = dataclasses.replace(task, padded=task.padded or len(set(found.flatten().tolist())) > 1)
     measured: Sequence[Finding] = ()
     if diagnosis is not None:
         measured = [*diagnosis.findings, *diagnosis.silenced]
@@ -235,8 +243,8 @@ def _from_words(text: str) -> Circumstances:
         near = [m for word in words for m in difflib.get_close_matches(word, WORDS, n=1, cutoff=_TYPO)]
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise DiagnosisError(
-            f"no kind of net can be told from {text!r}: use one of {', '.join(map(repr, WORDS))}, or give the model."
-            f"{hint}"
+            f"no kind of net can be told from {text!r}: use one of {', '.join(map(repr, WORDS))}, whatever "
+            f"the task is, or give the model.{hint}"
         )
     return Circumstances(
         kind,

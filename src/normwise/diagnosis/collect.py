@@ -77,6 +77,11 @@ def collect(
             members = groups([Named(seen.name, seen.module, seen.role) for seen in called], optimizer)
             training, shifts = watch_steps(model, used, taken, loss, optimizer, pace)
         layers = [record(seen, by_layer, shifts) for seen in called]
+    if unseen := [name or "the model" for name in watch.unseen]:
+        notes.append(
+            f"nothing is said of calls inside torch.func's vmap, grad and the like, where no value can be looked at: "
+            f"{some(unseen)}"
+        )
     if unknown := [f"{x.name} ({x.kind})" for x in layers if x.may_be_norm]:
         notes.append(
             f"unknown layers that may be norms: {some(unknown)}; what is said of norms is said of the known ones alone"

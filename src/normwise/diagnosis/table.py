@@ -20,7 +20,9 @@ def as_text(diagnosis: Diagnosis) -> str:
 
 def _head(d: Diagnosis) -> list[str]:
     words = f"{d.model}: {d.parameters:,} parameters, {len(d.layers)} layers, {d.data.batches} batches"
-    if d.gap is not None:
+    if d.gap is not None and math.isnan(d.gap.output):
+        words += "; the outputs of train and eval mode cannot be compared, for they hold NaN or infinity"
+    elif d.gap is not None:
         words += f"; the outputs of train and eval mode differ by {d.gap.output:.3g} deviations"
     return textwrap.wrap(words, WIDTH)
 

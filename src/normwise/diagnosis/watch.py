@@ -26,6 +26,7 @@ from normwise.diagnosis.streams import StreamWatch
 from normwise.diagnosis.trail import Trail
 from normwise.measure.gradients import squared_norm
 from normwise.measure.saturation import Saturation, is_saturated, nonlinearity_of
+from normwise.ops._torch_internals import transforms_active
 
 
 class Seen:
@@ -87,6 +88,7 @@ class Watch:
         self.samples = 1
         self.valid: Valid | None = None
         self.next = 0
+        self.unseen: dict[str, None] = {}  # layers that run inside torch.func's transforms, in their order
         self.nonfinite = NonFinite()
         self.forward_trail, self.backward_trail = Trail(), Trail()
         self.inside: list[str] = []  # the modules that are running, the innermost last
@@ -200,6 +202,8 @@ class Watch:
 
     def _before(self, seen: Seen, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._counts():
+            if self.recording and transforms_active():
+                self.unseen[seen.name] = None
             return
         if seen.order is None:
             seen.order, self.next = self.next, self.next + 1
@@ -261,8 +265,9 @@ class Watch:
         return squared_norm(gradient, fast=self.lean)
 
     def _counts(self) -> bool:
-        """Whether this is a pass to look at, and not one in eval mode in the middle of somebody's training."""
-        return self.recording and self.model.training
+        """Whether this is a pass to look at: not one in eval mode in the middle of somebody's training, and not one
+        under torch.func's vmap or grad, whose tensors hold values that nobody may look at."""
+        return self.recording and self.model.training and not transforms_active()
 
     def _layout(self, seen: Seen, x: Tensor) -> Layout:
         return self.layouts.of(seen.module, seen.role, x)

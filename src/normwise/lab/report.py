@@ -69,6 +69,11 @@ class Section:
         return re.sub(r"[^\w]+", "-", self.name)
 
     @property
+    def own(self) -> bool:
+        """A task of the user's: the page opens on it, and otherwise on the claims if runs here decided any."""
+        return self.name not in BUILT_IN and self.name not in PAPERS
+
+    @property
     def heat_map(self) -> dict[str, Any]:
         """The table of numbers as a chart, for files."""
 
@@ -120,6 +125,7 @@ def write_report(
         norms={name: text for name, text in NORMS.items() if any(row.norm == name for row in rows)},
         filters=list(dict.fromkeys(norm for one in drawn for norm in one.norms)),
         judged=[one for one in judged if one.found or not one.wanted],
+        decided=any(one.found for one in judged),
         not_run=[one.claim.id for one in judged if one.wanted and not one.found],
         verdicts={mark: sum(one.verdict == mark for one in judged if one.found or not one.wanted) for mark in MARKS},
         marks=MARKS,

@@ -182,31 +182,45 @@ def momentum_range(momentum: float | None) -> None:
         )
 
 
-def per_channel(name: str, value: Tensor | None, channels: int) -> None:
-    """A vector with one element per channel, or None."""
+def per_channel(name: str, value: Tensor | None, x: Tensor) -> None:
+    """A vector with one element per channel of `x` (N, C, ...), or None."""
+    channels = x.shape[1]
     if value is not None and tuple(value.shape) != (channels,):
         raise ShapeError(
             f"{name} should contain {channels} elements not {value.numel()}: the input has {channels} channels (axis "
-            "1), "
-            f"{name} has shape {tuple(value.shape)}"
+            f"1), {name} has shape {tuple(value.shape)}{channels_last_hint(x, value.numel())}"
         )
 
 
+def channels_last_hint(x: Tensor, channels: int) -> str:
+    """What to do about an input with its channels on another axis, as the end of an error about those of axis 1.
+
+    `x` may be the view that `channels_to_axis_1` made, so the words fit that as well: with dim=-1 an (N, C, L).
+    """
+    if x.dim() < 3 or x.shape[-1] != channels:
+        return ""
+    order = "x.transpose(1, 2)" if x.dim() == 3 else "x.movedim(-1, 1)"
+    return (
+        f". Another axis of the input has {channels}: if the channels are there, give {order} or the layer's dim= (1 "
+        "for channels first, -1 for channels last)"
+    )
+
+
 def channel_vectors(
-    channels: int,
+    x: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    """Running averages, both or neither, gain and bias: one element per channel each."""
+    """Running averages, both or neither, gain and bias: one element per channel of `x` (N, C, ...) each."""
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var go together: give both or neither")
-    size = (channels,)
+    size = x.shape[1:2]
     named = (("running_mean", running_mean), ("running_var", running_var), ("weight", weight), ("bias", bias))
     for name, value in named:
         if value is not None and value.shape != size:
-            per_channel(name, value, channels)
+            per_channel(name, value, x)
 
 
 def rows_fit(x: Any, shape: tuple[int, ...], weight: Any, bias: Any, eps: float) -> bool:
@@ -259,8 +273,8 @@ def feature_dims(x: Tensor, shape: tuple[int, ...], dim: int | Sequence[int] | N
         if x.shape[-len(shape) :] != shape:
             raise ShapeError(
                 f"Given normalized_shape={list(shape)}, expected input with shape [*, {', '.join(map(str, shape))}], "
-                "but got "
-                f"input of size{list(x.shape)}: the input must end in normalized_shape; for other axes use dim="
+                f"but got input of size{list(x.shape)}: the input must end in normalized_shape; for other axes use "
+                f"dim={_axis_of(x, shape)}"
             )
         return None
     named = (dim,) if isinstance(dim, int) else tuple(dim)
@@ -281,6 +295,12 @@ def feature_dims(x: Tensor, shape: tuple[int, ...], dim: int | Sequence[int] | N
             f"in an input of size{list(x.shape)}"
         )
     return dims if dims != trailing_dims(x, len(dims)) else None
+
+
+def _axis_of(x: Tensor, shape: tuple[int, ...]) -> str:
+    """The `dim=` that would fit, where there is one and only one: 1 for the channels of (N, C, L)."""
+    fits = [str(d) for d in range(1, x.dim()) if x.shape[d : d + 1] == shape]
+    return f"{fits[0]}, if axis {fits[0]} holds the features" if len(fits) == 1 else ""
 
 
 def trailing_dims(x: Tensor, count: int) -> tuple[int, ...]:
@@ -324,7 +344,7 @@ def validate_channels(
         momentum_range(momentum)
     if x.dim() < 2:
         raise ShapeError(f"expected 2D input or more (got {x.dim()}D input): axis 1 must hold the channels")
-    channel_vectors(x.shape[1], running_mean, running_var, weight, bias)
+    channel_vectors(x, running_mean, running_var, weight, bias)
     same_shape("residual", residual, x)
     all_readable = beside(
         x,

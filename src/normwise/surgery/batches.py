@@ -15,11 +15,13 @@ do). Tensors are moved to the model's device. Whatever is otherwise is for `forw
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
@@ -67,6 +69,23 @@ def call(model: nn.Module, inputs: Any) -> Any:
 def run(model: nn.Module, batch: Any) -> Any:
     """The model's output on a batch: what `forward=` is where nobody gives one. Raises as `split`, and as the model."""
     return call(model, moved(split(batch, model).inputs, device_of(model)))
+
+
+@contextmanager
+def without_graph(*models: nn.Module) -> Iterator[None]:
+    """Inside, forwards leave no graph behind, as under `torch.no_grad()`; but a model whose forward differentiates with
+    respect to its inputs (forces, physics-informed nets, gradient penalties) runs as well."""
+    learned = [
+        p for model in models for p in model.parameters() if p.requires_grad and not p.is_inference() and not is_lazy(p)
+    ]
+    with torch.enable_grad():
+        try:
+            for p in learned:
+                p.requires_grad_(False)
+            yield
+        finally:
+            for p in learned:
+                p.requires_grad_(True)
 
 
 def label_of(batch: Mapping[str, Any]) -> str | None:

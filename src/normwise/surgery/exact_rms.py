@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.surgery import norms
-from normwise.surgery.batches import call
+from normwise.surgery.batches import call, without_graph
 from normwise.surgery.centre import Plan, plan
 from normwise.surgery.models import copied
 from normwise.surgery.observe import tensors_in
@@ -114,7 +114,7 @@ def _proved(model: nn.Module, found: Plan, example: Any, replaced: Replaced) -> 
         new = _apply(copied(model, "convert").double().eval(), found, replaced).model
         means = _Means()
         worst = 0.0
-        with ExitStack() as hooks, torch.no_grad():
+        with ExitStack() as hooks, without_graph(old, new):
             for name in found.norms:
                 hooks.callback(new.get_submodule(name).register_forward_pre_hook(means.look(name)).remove)
             for inputs in _inputs(example):

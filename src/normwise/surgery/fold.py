@@ -12,7 +12,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from normwise.nn.construct import channel_axis, eps_of, gain_of, offset_of
 from normwise.surgery import norms
-from normwise.surgery.batches import call
+from normwise.surgery.batches import call, without_graph
 from normwise.surgery.convert import ACTIVATIONS
 from normwise.surgery.graph import CONVS, LINEAR, TRANSPOSED, Calls, ways_through
 from normwise.surgery.groups import inputs_met
@@ -120,7 +120,7 @@ def _fold_all(
     inside = any(one.module is not model for one in candidates)
     ways, note = ways_through(model) if inside else ([], "")
     if example is not None:
-        with torch.no_grad():
+        with without_graph(model):
             call(model, example)  # what is wrong with it is better said by the model itself
             arguments = _positional(model, example)
             for way in ways[:1]:

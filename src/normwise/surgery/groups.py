@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from normwise.measure.snapshot import modes_kept
 from normwise.nn.construct import channel_axis
-from normwise.surgery.batches import call
+from normwise.surgery.batches import call, without_graph
 from normwise.surgery.norms import Call, calls_of, is_own
 from normwise.surgery.report import Refusal
 
@@ -111,7 +111,7 @@ def inputs_met(model: nn.Module, layers: Iterable[nn.Module], example: Any) -> d
             shape = torch.Size([*sizes[:2], *(1 for _ in sizes[2:])]) if ragged else torch.Size(sizes)
             found.shapes.append(shape)  # type: ignore[attr-defined]
 
-    with ExitStack() as hooks, modes_kept(model.modules()), torch.no_grad():
+    with ExitStack() as hooks, modes_kept(model.modules()), without_graph(model):
         for layer in layers:
             hooks.callback(layer.register_forward_pre_hook(look, with_kwargs=True).remove)
         for module in model.modules():

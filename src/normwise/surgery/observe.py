@@ -13,13 +13,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from normwise.measure.snapshot import modes_kept
-from normwise.surgery.batches import call
+from normwise.surgery.batches import call, without_graph
 from normwise.surgery.operations import ADDS, CONVOLUTIONS, FACTORS, JOINS, LIKE, MOVES, NEW, QUERIES
 
 Value: TypeAlias = int  # the number of a tensor, a new one after each change in place
@@ -76,7 +75,7 @@ class Observed(TorchFunctionMode):
         self._kept: list[Tensor] = []  # whose ids stay theirs
         self._own = {id(t) for t in (*model.parameters(), *model.buffers())}
         self._inside = 0
-        with ExitStack() as hooks, modes_kept(model.modules()), torch.no_grad():
+        with ExitStack() as hooks, modes_kept(model.modules()), without_graph(model):
             for norm in norms:
                 hooks.callback(norm.register_forward_pre_hook(self._enter, prepend=True).remove)
                 hooks.callback(norm.register_forward_hook(self._leave, with_kwargs=True).remove)

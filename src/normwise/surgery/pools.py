@@ -78,6 +78,7 @@ class _OfInputs(Pool):
         """One call's input."""
 
     def observe(self) -> Callable[[], None]:
+        @torch.no_grad()
         def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = (kwargs.get(name) for name in ("mask", "lengths", "domain"))
             self.add(args[0] if args else kwargs["input"], *given)
@@ -203,6 +204,7 @@ class _OfRecurrent(Pool):
         self.layer.stats_observer = self.add
         return end
 
+    @torch.no_grad()
     def add(self, name: str, new: Moments, first: int) -> None:
         """The moments of steps `first` and later; those without a row of their own share the last one."""
         finite = (new.mean.isfinite() & new.var.isfinite()).all(-1, keepdim=True)

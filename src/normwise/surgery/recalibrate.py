@@ -15,7 +15,7 @@ from normwise.measure.snapshot import Values, modes_kept, state_of
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm
 from normwise.nn.running_norm import RunningNorm
 from normwise.ops import distributed
-from normwise.surgery.batches import Forward, run
+from normwise.surgery.batches import Forward, run, without_graph
 from normwise.surgery.forwards import normalizes_its_input
 from normwise.surgery.freeze import is_frozen
 from normwise.surgery.norms.recognize import stands_for
@@ -246,7 +246,7 @@ class _Run:
             try:
                 for module in self.model.modules():
                     module.training = False
-                with torch.no_grad(), run_eagerly():
+                with without_graph(self.model), run_eagerly():
                     yield
             except BaseException:
                 self.state.restore()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import html
 import math
+import os
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,9 @@ def framed(diagnosis: Diagnosis) -> str:
     return f'<iframe title="normwise" sandbox="allow-scripts" style="{style}" srcdoc="{html.escape(inside)}"></iframe>'
 
 
-def write_page(diagnosis: Diagnosis, path: Path) -> None:
+def write_page(diagnosis: Diagnosis, path: str | os.PathLike[str]) -> None:
     """Write the page to `path`; a file that is there is replaced only by a whole one. OSError where it cannot be."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     try:
@@ -77,7 +79,7 @@ def _facts(d: Diagnosis) -> list[str]:
     )
     if d.data.padding is not None:
         facts.append(f"{100 * d.data.padding:.3g} % padding")
-    if d.gap is not None:
+    if d.gap is not None and not math.isnan(d.gap.output):
         facts.append(f"train and eval mode differ by {d.gap.output:.3g} deviations of the output")
     if d.wrapper is not None:
         facts.append(f"inside {d.wrapper}")

@@ -114,11 +114,12 @@ def group_norm_of(
     samples, channels, *positions = x.shape
     if num_channels is not None and channels != num_channels:
         raise inputs.ShapeError(
-            f"expected input's size at dim=1 to match num_channels ({num_channels}), but got: {channels}."
+            f"expected input's size at dim=1 to match num_channels ({num_channels}), but got: {channels}"
+            f"{inputs.channels_last_hint(x, num_channels)}."
         )
     groups_divide(num_groups, channels)
-    inputs.per_channel("weight", weight, channels)
-    inputs.per_channel("bias", bias, channels)
+    inputs.per_channel("weight", weight, x)
+    inputs.per_channel("bias", bias, x)
     inputs.same_shape("residual", residual, x)
     all_readable = inputs.beside(x, mask=mask, residual=residual, weight=weight, bias=bias)
     assert residual is None or isinstance(residual, Tensor)

@@ -195,7 +195,8 @@ def instance_norm_of(
         x, mask, residual = inputs.channels_to_axis_1("instance_norm", x, dim, mask, residual)
     if num_features is not None and x.shape[1] != num_features:
         raise inputs.ShapeError(
-            f"expected input's size at dim=1 to match num_features ({num_features}), but got: {x.shape[1]}."
+            f"expected input's size at dim=1 to match num_features ({num_features}), but got: {x.shape[1]}"
+            f"{inputs.channels_last_hint(x, num_features)}."
         )
     inputs.floating("instance_norm", x)
     inputs.positive_eps(eps)
@@ -205,7 +206,7 @@ def instance_norm_of(
             f"expected 3D input or more (got {x.dim()}D input): (N, C, ...) with an axis of positions"
         )
     channels, *positions = x.shape[1:]
-    inputs.channel_vectors(channels, running_mean, running_var, weight, bias)
+    inputs.channel_vectors(x, running_mean, running_var, weight, bias)
     inputs.same_shape("residual", residual, x)
     inputs.beside(
         x,
@@ -321,7 +322,8 @@ def _of_segments(
     inputs.rank(x, (2,))
     if num_features is not None and x.shape[1] != num_features:
         raise inputs.ShapeError(
-            f"expected input's size at dim=1 to match num_features ({num_features}), but got: {x.shape[1]}."
+            f"expected input's size at dim=1 to match num_features ({num_features}), but got: {x.shape[1]}"
+            f"{inputs.channels_last_hint(x, num_features)}."
         )
     valid, _ = inputs.validate_channels(
         "instance_norm", x, running_mean, running_var, weight, bias, momentum, eps, mask, None, act, residual

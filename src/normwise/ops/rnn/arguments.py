@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ def tensor_or_packed(x: Any, name: str, cell: str) -> None:
         raise ValueError(f"{name}: Expected input to be 2D or 3D, got {x.dim()}{end}")
 
 
-def rows(x: Tensor, weights: Weights) -> None:
-    """Rows of features, as the first layer's weights want them."""
+def rows(x: Tensor, weights: Weights, batch_first: bool | None = None) -> None:
+    """Rows of features, as the first layer's weights want them; of sequences (T, B, C) or `batch_first`."""
     dtype, size = weights.weight_ih.dtype, weights.weight_ih.shape[-1]
     if x.dtype != dtype and not any_autocast_enabled():
         raise ValueError(
@@ -34,13 +35,35 @@ def rows(x: Tensor, weights: Weights) -> None:
             f"convert model: model.to({x.dtype})"
         )
     if x.shape[-1] != size:
-        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {size}, got {x.shape[-1]}")
+        hint = ""
+        if batch_first is not None and x.dim() == 3 and x.shape[1] == size:
+            order = "x.transpose(1, 2)" if batch_first else "x.permute(2, 0, 1)"
+            hint = f": if the input is (B, C, T), with features on axis 1, give {order}"
+        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {size}, got {x.shape[-1]}{hint}")
+
+
+def other_order(given: int, steps: int, batch: int, batch_first: bool) -> str:
+    """What to do where `given` samples were told of that are as many as the steps of the input as the layer reads it:
+    the end of an error about what must have one for each of `batch` samples."""
+    if given != steps or given == batch:
+        return ""
+    read, other = ("(B, T, C)", "(T, B, C)") if batch_first else ("(T, B, C)", "(B, T, C)")
+    return (
+        f": the layer reads the input as {read}, {batch} samples of {steps} steps; if it is {other}, build the layer "
+        f"with batch_first={not batch_first}"
+    )
 
 
 def states(
-    hx: Any, sizes: list[tuple[int, int, int]], x: Tensor, batched: bool, name: str
+    hx: Any,
+    sizes: list[tuple[int, int, int]],
+    x: Tensor,
+    batched: bool,
+    name: str,
+    order: Callable[[int], str] = lambda given: "",
 ) -> tuple[Tensor, Tensor | None]:
-    """Initial states (L * D, B, H): h, and c of an LSTM, where there are two `sizes`. `hx` None means zeros."""
+    """Initial states (L * D, B, H): h, and c of an LSTM, where there are two `sizes`. `hx` None means zeros. `order` is
+    what to add to an error about a state of another number of samples."""
     lstm = len(sizes) == 2
     if hx is None:
         h = x.new_zeros(sizes[0])  # nobody writes on an initial state
@@ -65,23 +88,36 @@ def states(
     for n, (state, size) in enumerate(zip(found, sizes, strict=True)):
         if tuple(state.shape) != size:
             which = f"hidden[{n}]" if lstm else "hidden"
-            raise RuntimeError(f"Expected {which} size {size}, got {list(state.shape)}")
+            hint = order(state.shape[1]) if tuple(state.shape[::2]) == size[::2] else ""
+            raise RuntimeError(f"Expected {which} size {size}, got {list(state.shape)}{hint}")
     inputs.beside(x, h0=found[0], c0=found[1] if lstm else None)
     return found[0], found[1] if lstm else None
 
 
-def lengths(given: Any, steps: int, batch: int, batched: bool) -> Tensor:
+def lengths(given: Any, steps: int, batch: int, batched: bool, batch_first: bool) -> Tensor:
     """`lengths` as int64; without a batch a single number will do. Raises as `inputs.one_length_each`."""
+    given = inputs.lengths_tensor(given)
     if not batched:
-        given = inputs.lengths_tensor(given).reshape(-1)
+        given = given.reshape(-1)
+    elif given.dim() == 1 and (hint := other_order(len(given), steps, batch, batch_first)):
+        raise inputs.ShapeError(
+            f"lengths must be of shape ({batch},), one for each sample of the input, but got {tuple(given.shape)}{hint}"
+        )
     return inputs.one_length_each(given, batch, steps, "the input").to(torch.int64)
 
 
 def reset(given: Any, shape: tuple[int, ...], layout: str, device: torch.device) -> Tensor:
-    """`reset` as a bool tensor, if it is one, or a list or array, of this `shape`, which `layout` names."""
+    """`reset` as a bool tensor, if it is one, or a list or array, of this `shape`, which `layout` names.
+
+    Raises:
+        ShapeError: of another shape.
+    """
     flags = inputs.bool_tensor("reset", given, "True where an episode starts", device)
     if tuple(flags.shape) != shape:
-        raise inputs.ShapeError(f"reset must be of shape {shape}, {layout} as the input, but got {tuple(flags.shape)}")
+        hint = ": give reset.T" if len(shape) == 2 and tuple(flags.shape) == shape[::-1] else ""
+        raise inputs.ShapeError(
+            f"reset must be of shape {shape}, {layout} as the input, but got {tuple(flags.shape)}{hint}"
+        )
     return flags
 
 

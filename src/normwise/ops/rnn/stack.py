@@ -74,13 +74,17 @@ def sequences(layers: Layers, x: Any, hx: Any, lengths: Any, reset: Any) -> tupl
         batch_first = batch_first and batched
         if not batched:
             x = x.unsqueeze(1)
-        arguments.rows(x, weights[0])
+        arguments.rows(x, weights[0], batch_first)
         shape = x.shape
         steps, batch = shape[:2] if not batch_first else (shape[1], shape[0])
         if lengths is not None:
-            lengths = arguments.lengths(lengths, steps, batch, batched)
+            lengths = arguments.lengths(lengths, steps, batch, batched, batch_first)
         given = packed.padded(x, lengths, batch_first, both)
-    states = arguments.states(hx, layers.sizes(batch), given.x, batched, layers.name)
+
+    def other(given: int) -> str:
+        return arguments.other_order(given, steps, batch, layers.batch_first) if batched else ""
+
+    states = arguments.states(hx, layers.sizes(batch), given.x, batched, layers.name, other)
     if reset is not None:
         reset = _reset_flags(reset, steps, batch, given.x.device, batched, layers.batch_first)
     # An LSTM's output is what its backward reads, as with torch's; but rows of a PackedSequence are the caller's own.

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normwise.measure.snapshot import dry_run
-from normwise.surgery.batches import call
+from normwise.surgery.batches import call, without_graph
 from normwise.surgery.fusing.activations import named
 from normwise.surgery.fusing.proof import tensors
 
@@ -97,7 +96,7 @@ def activations_behind(
     calls: list[tuple[nn.Module, _Result | None]] = []
     for training in (False, True):
         watch = _Watch()
-        with ExitStack() as hooks, dry_run(model, training=training), torch.no_grad():
+        with ExitStack() as hooks, dry_run(model, training=training), without_graph(model):
             for norm in norms:
                 hooks.callback(norm.register_forward_hook(watch.normalized).remove)
             for act in acts:

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normwise.measure.snapshot import dry_run
-from normwise.surgery.batches import call
+from normwise.surgery.batches import call, without_graph
 from normwise.surgery.forwards import BOUND, is_bound
 from normwise.surgery.fusing.follow import Followed, Given, follow, plainly_given
 from normwise.surgery.fusing.globals import can_be_compared
@@ -65,7 +64,7 @@ def calls_met(model: nn.Module, modules: Sequence[nn.Module], example: Any) -> d
         if given is not None and given not in found and len(found) < _MOST_KINDS:
             found.append(given)
 
-    with ExitStack() as hooks, dry_run(model, training=False), torch.no_grad():
+    with ExitStack() as hooks, dry_run(model, training=False), without_graph(model):
         for module in modules:
             hooks.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
         call(model, example)

@@ -57,7 +57,12 @@ def _all(model: nn.Module, example: Any) -> Iterator[tuple[str, Tensor]]:
             if learning and wanted:
                 generator = torch.Generator().manual_seed(1)
                 upstream = [torch.randn(t.shape, generator=generator).to(t) for t in learning]
-                found = torch.autograd.grad(learning, list(wanted.values()), upstream, allow_unused=True)
+                try:
+                    found = torch.autograd.grad(learning, list(wanted.values()), upstream, allow_unused=True)
+                except RuntimeError:
+                    if training:
+                        raise
+                    continue  # a forward that differentiates may leave no graph in evaluation
                 for name, gradient in zip(wanted, found, strict=True):
                     if gradient is not None:
                         yield f"{_GRADIENT}{name} in {mode}", gradient
