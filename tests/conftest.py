@@ -24,6 +24,10 @@ hypothesis.settings.register_profile("normwise", derandomize=True, deadline=None
 hypothesis.settings.load_profile("normwise")
 
 
+# Of the workers and all other processes that are started from here on. A thread that waits for its next parallel region
+# spins by default, on a core that another process could use: half the processor's time of tests of several threads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One worker a core already: two threads each would make them wait for one another at every barrier.
     torch.set_num_threads(1)
