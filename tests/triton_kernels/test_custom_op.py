@@ -4,7 +4,7 @@ autocast and data-parallel models equal to eager ones."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
