@@ -50,7 +50,7 @@ def step_by_step() -> Iterator[None]:
 # In float64, in which a norm over one unit or a few is as well defined as any other, and no slip is taken for rounding.
 EXACT = [
     ((1, 1, 1, 1), {}),
-    ((7, 3, 2, 5), ROWS),
+    ((5, 3, 2, 5), ROWS),
     ((2, 3, 4, 33), {"resets": True, "reverse": True}),
     ((1, 3, 3, 64), {"resets": True}),
     ((2, 0, 3, 5), {}),
