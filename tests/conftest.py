@@ -7,6 +7,7 @@ import random
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -17,12 +18,17 @@ from torch import Tensor
 from normwise.backends.cpu import norms
 from support.browser import browser, open_page  # noqa: F401 (fixtures)
 from support.devices import devices
+from support.who_asked import Note, noted
 
 # Examples come from a fixed seed, so that a red run is red again on the next machine; the first call of an op
 # may compile or load a library, so a deadline per example would fail by chance.
 hypothesis.settings.register_profile("normwise", derandomize=True, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("normwise")
 
+
+# Of the workers and all other processes that are started from here on. A thread that waits for its next parallel region
+# spins by default, on a core that another process could use: half the processor's time of tests of several threads.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One worker a core already: two threads each would make them wait for one another at every barrier.
@@ -38,21 +44,39 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--where-the-library-counts",
         action="store_true",
-        help='leave out tests with a parameter "backend" that names another one than the best here',
+        help='leave out tests with a parameter "backend" that names another one than the best here, and those of '
+        "--never-asked",
     )
+    parser.addoption(
+        "--note-never-asked",
+        metavar="FILE",
+        help="write the names of tests that passed and did not ask whether the library is there",
+    )
+    parser.addoption("--never-asked", metavar="FILE", help="what --note-never-asked wrote")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    file = config.getoption("--note-never-asked")
+    if file is not None:
+        config.pluginmanager.register(Note(Path(file)))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--where-the-library-counts"):
         return
-    named = {
-        item: isinstance(item, pytest.Function)
-        and hasattr(item, "callspec")
-        and item.callspec.params.get("backend") in INDIFFERENT_TO_THE_LIBRARY
+    file = config.getoption("--never-asked")
+    never_asked = set() if file is None else noted(Path(file))
+    left_out = {
+        item: item.nodeid in never_asked
+        or (
+            isinstance(item, pytest.Function)
+            and hasattr(item, "callspec")
+            and item.callspec.params.get("backend") in INDIFFERENT_TO_THE_LIBRARY
+        )
         for item in items
     }
-    config.hook.pytest_deselected(items=[item for item in items if named[item]])
-    items[:] = [item for item in items if not named[item]]
+    config.hook.pytest_deselected(items=[item for item in items if left_out[item]])
+    items[:] = [item for item in items if not left_out[item]]
 
 
 @pytest.fixture(autouse=True)

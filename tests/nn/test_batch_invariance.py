@@ -14,6 +14,7 @@ import normwise
 from support.backends import ran, using
 from support.instruction_sets import LEVELS, LEVELS_FOR_NORMS, on
 from support.norm_cases import added, randomize
+from support.pairwise import pairwise
 from support.recurrent_cases import away_from_start
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -86,10 +87,11 @@ def arguments(names: str, x: Tensor, positions: tuple[int, ...], channels: int, 
     return given
 
 
+# On each instruction set, of the others by pairs.
 @each_level(LEVELS_FOR_NORMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("names", ARGUMENTS)
-@pytest.mark.parametrize("cls", [normwise.LayerNorm, normwise.RMSNorm])
+@pytest.mark.parametrize(
+    ("names", "dtype", "cls"), pairwise(ARGUMENTS, DTYPES, [normwise.LayerNorm, normwise.RMSNorm]), ids=str
+)
 def test_of_features(cls: type[nn.Module], names: str, dtype: torch.dtype, level: str) -> None:
     for shape in ROWS:
         for act in (None, "relu") if "scale" in names else ("silu",):
@@ -98,10 +100,9 @@ def test_of_features(cls: type[nn.Module], names: str, dtype: torch.dtype, level
             check(layer, x, arguments(names, x, shape[:-1], shape[-1], layer))
 
 
+# On each instruction set, of the others by pairs.
 @each_level(LEVELS_FOR_NORMS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("names", ARGUMENTS)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["channels-first", "channels-last"])
+@pytest.mark.parametrize(("names", "dtype", "channels_last"), pairwise(ARGUMENTS, DTYPES, [False, True]), ids=str)
 def test_of_channels(channels_last: bool, names: str, dtype: torch.dtype, level: str) -> None:
     for shape in IMAGES:
         if channels_last and len(shape) != 4:
@@ -154,13 +155,15 @@ RECURRENT = [
 SIZES = [(7, 5, 9, 13), (5, 19, 3, 40), (3, 33, 70, 65), (3, 9, 128, 200)]
 
 
+# On each instruction set, of the others by pairs.
 @each_level(LEVELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("with_lengths", [False, True], ids=["equal lengths", "lengths"])
-@pytest.mark.parametrize(("name", "options"), RECURRENT, ids=str)
+@pytest.mark.parametrize(
+    ("of", "with_lengths", "dtype"), pairwise(RECURRENT, [False, True], [torch.float32, torch.bfloat16]), ids=str
+)
 def test_of_recurrent_layers(
-    name: str, options: dict[str, Any], with_lengths: bool, dtype: torch.dtype, level: str
+    of: tuple[str, dict[str, Any]], with_lengths: bool, dtype: torch.dtype, level: str
 ) -> None:
+    name, options = of
     for steps, batch, size, units in SIZES:
         layer = away_from_start(getattr(normwise, name)(size, units, dtype=dtype, **options))
         directions = 1 + bool(options.get("bidirectional"))

@@ -22,6 +22,7 @@ SETTINGS = {
     "rms masked": ((1, 2), (1, 3, 4), True, False, False),
     "plain": ((2,), None, False, False, True),
 }
+OF_EACH_DTYPE = ("test_schema", "test_autograd_registration", "test_faketensor")
 each_setting = pytest.mark.parametrize("setting", SETTINGS)
 
 
@@ -46,8 +47,10 @@ def test_opcheck(setting: str, dtype: torch.dtype, device: torch.device) -> None
         a.detach().to(device).requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a
         for a in arguments(setting, dtype)
     ]
-    torch.library.opcheck(torch.ops.normwise.norm.default, args)
-    torch.library.opcheck(torch.ops.normwise.norm_backward.default, [torch.randn_like(args[0]), *args])
+    # That a compiler may trace it takes most of the time; all that it sees of a dtype is what the fake op says of it.
+    checks = {"test_utils": OF_EACH_DTYPE} if dtype != torch.float64 else {}
+    torch.library.opcheck(torch.ops.normwise.norm.default, args, **checks)
+    torch.library.opcheck(torch.ops.normwise.norm_backward.default, [torch.randn_like(args[0]), *args], **checks)
 
 
 @each_setting

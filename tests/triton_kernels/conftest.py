@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.skip(reason="needs Triton and TRITON_INTERPRET=1: make test-triton"))
+
+
+@pytest.fixture(scope="package", autouse=True)
+def quick_interpreter() -> Iterator[None]:
+    """For every test here."""
+    from support.triton_recurrences import language_prepared_once
+
+    with language_prepared_once():
+        yield
 
 
 @pytest.fixture(autouse=True)

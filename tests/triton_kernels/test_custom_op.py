@@ -4,7 +4,7 @@ autocast and data-parallel models equal to eager ones."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,7 +26,6 @@ from normwise.ops.rnn.presets import preset
 from support.backends import ran, using, without_kernels
 from support.recurrences import random_weights
 from support.tolerances import assert_close
-from support.triton_recurrences import language_prepared_once
 
 T, B, INPUT, HIDDEN = 3, 3, 3, 5
 LENGTHS = {"full": None, "ragged": torch.tensor([1, 3, 0])}
@@ -41,11 +40,9 @@ RECURRENCES = {
 
 
 @pytest.fixture(autouse=True)
-def quick_interpreter() -> Iterator[None]:
-    """For every test here, each of which compiles anew."""
+def compiled_anew() -> None:
+    """For every test here."""
     torch._dynamo.reset()
-    with language_prepared_once():
-        yield
 
 
 def detached(arguments: list[Any]) -> list[Any]:

@@ -18,7 +18,7 @@ from normwise.backends.triton import rnn, runtime, settings
 from normwise.backends.triton.rnn import requests
 from support import triton_processes
 from support.recurrent_samples import Sample
-from support.triton_recurrences import ALL, RECURRENCES, RUNS, by_triton, language_prepared_once, moved
+from support.triton_recurrences import ALL, RECURRENCES, RUNS, by_triton, moved
 
 on_kernels = pytest.mark.skipif(not RUNS, reason="runs on a GPU, or where TRITON_INTERPRET=1")
 in_processes = pytest.mark.skipif(not runtime.interpreted(), reason="programs are processes where TRITON_INTERPRET=1")
@@ -30,7 +30,7 @@ Meetings = Callable[[int], bool]
 @pytest.fixture(autouse=True)
 def on_a_grid() -> Iterator[None]:
     """For every test here."""
-    with settings.recurrent_settings(designs=("grid", "persistent"), multiprocessors=8), language_prepared_once():
+    with settings.recurrent_settings(designs=("grid", "persistent"), multiprocessors=8):
         yield
 
 

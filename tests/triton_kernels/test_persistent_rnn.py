@@ -17,7 +17,7 @@ from normwise.backends.recurrence import Recurrence
 from normwise.backends.triton import rnn, settings
 from normwise.backends.triton.rnn import persistent, requests
 from support.recurrent_samples import FEW_UNITS, Sample
-from support.triton_recurrences import ALL, RECURRENCES, RUNS, by_triton, language_prepared_once, moved
+from support.triton_recurrences import ALL, RECURRENCES, RUNS, by_triton, moved
 
 pytestmark = pytest.mark.skipif(not RUNS, reason="runs on a GPU, or where TRITON_INTERPRET=1")
 
@@ -41,7 +41,7 @@ def no_other_design(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setitem(rnn.DESIGNS, "stepwise", rnn.DESIGNS["stepwise"]._replace(forward=other, backward=other))
     units = ((2, 128), (4, 64), (8, 64))
-    with settings.recurrent_settings(designs=("persistent",), persistent_units=units), language_prepared_once():
+    with settings.recurrent_settings(designs=("persistent",), persistent_units=units):
         yield
 
 

@@ -3,7 +3,7 @@ derivatives, as on the reference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +15,6 @@ import normwise
 from normwise.ops.dispatch import BACKENDS
 from support.backends import using
 from support.recurrent_cases import CELLS, LAYERS, away_from_start
-from support.triton_recurrences import language_prepared_once
 
 pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason="the Triton kernels are not a backend here")
 
@@ -26,13 +25,6 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "packed": lambda layer, x: layer(pack_sequence([x[:2, 0], x[:, 1], x[:1, 2]], enforce_sorted=False)),
     "unbatched": lambda layer, x: layer(x[:, 0]),
 }
-
-
-@pytest.fixture(autouse=True)
-def quick_interpreter() -> Iterator[None]:
-    """For every test here."""
-    with language_prepared_once():
-        yield
 
 
 def flat(found: Any) -> list[Tensor]:

@@ -15,7 +15,7 @@ from support.kernel_truth import ACTS, FURTHER_ACTS
 from support.tolerances import assert_close
 from support.triton_checks import check
 
-SHAPES = [(4, 6, 5, 7), (2, 3, 1023), (3, 5, 63), (1, 1, 7), (5, 17, 16), (9, 7), (2, 130), (30, 3), (2, 1, 5000)]
+SHAPES = [(4, 6, 5, 7), (2, 3, 1023), (3, 5, 63), (1, 1, 7), (5, 17, 16), (9, 7), (2, 70), (12, 3), (2, 1, 5000)]
 EMPTY = [(0, 3), (0, 3, 5), (2, 3, 0), (2, 0, 5), (2, 0)]
 LAYOUTS = ["contiguous", "channels last", "strided"]
 
@@ -144,7 +144,7 @@ def test_momentum_may_be_a_tensor() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
-@pytest.mark.parametrize("channels", [1, 3, 1500])
+@pytest.mark.parametrize("channels", [1, 3, 1026])  # of 1024 and more they are several blocks
 def test_a_batch_that_is_not_finite_moves_no_average(channels: int) -> None:
     x = torch.randn(4, channels)
     x[1, -1] = torch.inf
