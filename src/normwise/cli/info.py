@@ -10,11 +10,11 @@ from normwise.cli.json_output import AsJson, print_json
 
 
 def info(json: AsJson = False) -> None:
-    """Show what normwise runs on here: versions, devices and backends.
+    """Show what runs on this machine, and why: versions, devices and backends.
 
-    Each backend is found or comes with the reason why not. NORMWISE_BACKEND=NAME in the environment forces one;
-    a forced backend never falls back. NORMWISE_ISA=LEVEL chooses the C++ kernels' instruction set,
-    "none" turns them off.
+    Each backend is listed as found, or with the reason why it was not. NORMWISE_BACKEND=NAME in the environment
+    forces one; a forced backend never falls back. NORMWISE_ISA=LEVEL chooses the C++ kernels' instruction set, "none"
+    turns them off.
     """
     facts = gather()
     if json:
