@@ -21,7 +21,7 @@ def as_text(diagnosis: Diagnosis) -> str:
 def _head(d: Diagnosis) -> list[str]:
     words = f"{d.model}: {d.parameters:,} parameters, {len(d.layers)} layers, {d.data.batches} batches"
     if d.gap is not None:
-        words += f"; the outputs of train and eval mode differ by {d.gap.output:.3g} deviations"
+        words += f"; train and eval outputs differ by {d.gap.output:.3g} deviations"
     return textwrap.wrap(words, WIDTH)
 
 
@@ -83,7 +83,7 @@ def _layers(d: Diagnosis) -> Iterator[str]:
     if opening:
         who = ", ".join(f"{x.name or d.model} {number(x.gap)}" for x in opening)
         yield from textwrap.wrap(
-            f"Alone in train mode, these move the model's output, in its deviations: {who}.", WIDTH
+            f"Change of the model's output, in its deviations, with one layer alone in train mode: {who}.", WIDTH
         )
 
 

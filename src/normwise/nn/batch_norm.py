@@ -99,8 +99,8 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
             )
         if domain is None:
             raise ValueError(
-                f"the layer has the statistics of {self.domains} domains: say of which the batch is, by domain=, a "
-                "number or one for each sample"
+                f"the layer has the statistics of {self.domains} domains: say by domain= which one the batch "
+                "belongs to, a number or one for each sample"
             )
         domain = one_for_all(domain)
         if not isinstance(domain, int | torch.SymInt):
