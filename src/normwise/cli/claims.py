@@ -1,4 +1,4 @@
-"""`normwise claims`: what people claim about normalization, and what runs here say."""
+"""`normwise claims`: claims about normalization, tested by runs."""
 
 from __future__ import annotations
 
