@@ -21,7 +21,7 @@ def as_text(diagnosis: Diagnosis) -> str:
 def _head(d: Diagnosis) -> list[str]:
     words = f"{d.model}: {d.parameters:,} parameters, {len(d.layers)} layers, {d.data.batches} batches"
     if d.gap is not None:
-        words += f"; train and eval outputs differ by {d.gap.output:.3g} deviations"
+        words += f"; the outputs of train and eval mode differ by {d.gap.output:.3g} deviations"
     return textwrap.wrap(words, WIDTH)
 
 
