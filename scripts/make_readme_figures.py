@@ -1,16 +1,19 @@
-"""Draws the pictures that README.md opens with, and that of docs/diagnose.md: docs/images/NAME.png.
+"""Draws the pictures that README.md opens with, and those of pages that normwise writes: docs/images/NAME.png.
 
     pip install pillow
     python scripts/make_readme_figures.py [NAME ...]    # masked-statistics, lstm-speed, findings, diagnosis
+    python scripts/make_readme_figures.py --report normwise-out/report.html [report] [claims]
 
 masked-statistics is computed here, with torch.nn's layer and ours. lstm-speed draws README's own table of recurrent
 layers, and keeps the numbers in the file, where a test compares them with the table. findings and diagnosis are the
-page of `normwise diagnose examples/diagnose_me.py:make`, narrow and wide. Playwright takes all of them with the
-machine's own Chromium, and Pillow makes them small, by a palette.
+page of `normwise diagnose examples/diagnose_me.py:make`, narrow and wide; report and claims are two tabs of the page
+of `normwise report`, whose runs take too long to be made here. Playwright takes all of them with the machine's own
+Chromium, and Pillow makes them small, by a palette.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import re
@@ -19,7 +22,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +185,16 @@ def diagnosis() -> bytes:
     return _taken(_page_of_the_example(), 1000, 1.2, end="#layers")
 
 
+def report(page: str) -> bytes:
+    """The tab of the first task that was trained, mlp for `normwise compare`: its table and the first curves."""
+    return _taken(page, 1000, 1.2, height=1120, clicks=["#tab-mlp"])
+
+
+def claims(page: str) -> bytes:
+    """The tab of the claims, with one opened."""
+    return _taken(page, 1000, 1.2, height=1120, clicks=["#tab-claims", "#claim-ics summary"])
+
+
 def _page_of_the_example() -> str:
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -217,8 +230,17 @@ def _drawn(spec: dict[str, Any], numbers: Any) -> bytes:
     return _taken(f"<body style='margin: 0; line-height: 0'>{svg}", int(width), 2, numbers=numbers)
 
 
-def _taken(page: str, width: int, scale: float, *, end: str = "", numbers: Any = None) -> bytes:
-    """A picture of a page of this width, down to the element `end`."""
+def _taken(
+    page: str,
+    width: int,
+    scale: float,
+    *,
+    height: int = 0,
+    end: str = "",
+    clicks: Sequence[str] = (),
+    numbers: Any = None,
+) -> bytes:
+    """A picture of a page of this width after some clicks: of this height, or down to the element `end`, or whole."""
     from PIL import Image, PngImagePlugin
     from playwright.sync_api import sync_playwright
 
@@ -227,9 +249,11 @@ def _taken(page: str, width: int, scale: float, *, end: str = "", numbers: Any =
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-dev-shm-usage"])
         opened = browser.new_page(viewport={"width": width, "height": 100}, device_scale_factor=scale)
         opened.set_content(page)
-        height = opened.evaluate("document.documentElement.scrollHeight")
+        for button in clicks:
+            opened.click(button)
         if end:
             height = opened.locator(end).bounding_box()["y"]
+        height = height or opened.evaluate("document.documentElement.scrollHeight")
         taken = opened.screenshot(full_page=True, clip={"x": 0, "y": 0, "width": width, "height": height})
         browser.close()
     text = PngImagePlugin.PngInfo()
@@ -248,13 +272,21 @@ PICTURES = {
 }
 
 
-def main(names: list[str]) -> None:
-    for name in names or PICTURES:
-        picture = PICTURES[name]()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="the page of `normwise report`")
+    given = parser.parse_args()
+    make: dict[str, Callable[[], bytes]] = PICTURES
+    if given.report is not None:
+        page = given.report.read_text("utf-8")
+        make = {"report": lambda: report(page), "claims": lambda: claims(page)}
+    for name in given.names or make:
+        picture = make[name]()
         if len(picture) > MOST_BYTES:
             raise SystemExit(f"{name}.png would have {len(picture):,} bytes; at most {MOST_BYTES:,} for a phone")
         (OUT / f"{name}.png").write_bytes(picture)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
