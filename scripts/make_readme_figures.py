@@ -261,8 +261,8 @@ def _taken(
         text.add_text(KEYWORD, json.dumps(numbers))
     picture = io.BytesIO()
     # By coverage: the median cut spends all colours on greys and mixes those of the norms.
-    palette = Image.open(io.BytesIO(taken)).convert("RGB").quantize(128, method=Image.Quantize.MAXCOVERAGE)
-    palette.save(picture, "PNG", optimize=True, pnginfo=text)
+    small = Image.open(io.BytesIO(taken)).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=1)
+    small.save(picture, "PNG", optimize=True, pnginfo=text)
     return picture.getvalue()
 
 
