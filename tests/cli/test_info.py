@@ -53,7 +53,7 @@ def test_kernels_that_are_turned_off_are_not_there_and_why(normwise_command):
     ("system", "machine", "told"),
     [
         ("Linux", "x86_64", None),
-        ("Linux", "aarch64", "On this platform the kernels alone were tested, by an emulator"),
+        ("Linux", "aarch64", "On this platform only the kernels were tested, in an emulator"),
         ("Darwin", "arm64", "On this platform nothing of normwise was ever built or tested."),
         ("Windows", "AMD64", "On this platform nothing of normwise was ever built or tested."),
     ],

@@ -376,7 +376,7 @@ def test_tools_that_take_the_weight_for_the_gain_get_no_eps() -> None:
     """In evaluation nn.TransformerEncoderLayer hands its norms' tensors and eps to one kernel."""
     encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).eval()
     encoder.norm1 = normwise.LayerNorm(8, offset=1.0)
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"with offset=1.0 gives its eps to nobody.*vars\(layer\)"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"with offset=1.0 hides its eps.*vars\(layer\)"):
         encoder(torch.randn(2, 5, 8))
     assert "eps" not in dir(encoder.norm1)
     encoder.norm1 = normwise.LayerNorm(8, cast="input")

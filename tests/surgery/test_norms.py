@@ -417,7 +417,7 @@ def test_fold_takes_the_norms_of_other_classes():
 
 def test_a_fold_that_fails_leaves_the_layers_of_other_classes_in_their_places():
     model = nn.Sequential(written.GemmaRMSNorm(16), nn.ReLU()).eval()
-    with pytest.raises(ValueError, match="behind it stands something else"):
+    with pytest.raises(ValueError, match="it is followed by something other"):
         normwise.fold(model, example=torch.randn(5, 16), inplace=True)
     assert type(model[0]) is written.GemmaRMSNorm
 

@@ -24,12 +24,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(short_help="Train the same network with different norms on real data.")(compare)
-app.command(short_help="Check what is claimed about normalization by runs.")(claims)
+app.command(short_help="Test claims about normalization by training runs.")(claims)
 app.command(short_help="Show what normalization does in your model.")(diagnose)
 app.command(short_help="Show what BatchNorm and LayerNorm do to a small table.")(explain)
 app.command(short_help="Show what runs on this machine, and why.")(info)
-app.command(short_help="Draw what is stored: one page, and pictures.")(report)
-app.command(short_help="Repeat a paper's experiment at its size.")(reproduce)
+app.command(short_help="Make a page of the stored runs, and figures.")(report)
+app.command(short_help="Repeat a paper's experiment at full size.")(reproduce)
 app.add_typer(runs, name="runs")
 
 
@@ -45,7 +45,7 @@ def normwise_command(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Normalization for PyTorch: see what a norm does, compare norms on real data, see what runs here.
+    """Normalization for PyTorch: compare norms on real data, diagnose a model, see what runs here.
 
     Exit status: 0 done; 1 diagnose --strict found something; 2 bad arguments or input, or a missing package; 3 your
     code raised, with its traceback; 4 a fault of normwise; 130 interrupted.

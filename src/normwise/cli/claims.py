@@ -1,4 +1,4 @@
-"""`normwise claims`: what people claim about normalization, and what runs here say."""
+"""`normwise claims`: claims about normalization, tested by runs."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ MINUTES, QUICK_MINUTES, DECIDE_MINUTES = 10.0, 2.0, 60.0
 
 def claims(
     only: Annotated[
-        str | None, typer.Option(metavar="A,B,..", help="As in faster,ics; an unknown one lists all. Default: all.")
+        str | None,
+        typer.Option(
+            metavar="A,B,..", help="Claims to test, such as faster,ics; an unknown one lists all. Default: all."
+        ),
     ] = None,
     seeds: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help=f"How many: seeds 0 to N-1. Default: {SEEDS}.", show_default=False),
+        typer.Option(metavar="N", min=1, help=f"Number of seeds, 0 to N-1. Default: {SEEDS}.", show_default=False),
     ] = None,
     quick: Annotated[
         bool,
@@ -46,13 +49,14 @@ def claims(
         float | None,
         typer.Option(
             metavar="N",
-            help=f"Of all claims run those that fit. Default: {MINUTES:g}; with --only no limit; "
+            help=f"Run the claims that fit in N minutes. Default: {MINUTES:g}; with --only no limit; "
             f"with --decide {DECIDE_MINUTES:g}.",
             show_default=False,
         ),
     ] = None,
     first_seed: Annotated[
-        int, typer.Option("--first-seed", metavar="N", min=0, help="Count the seeds from here: independent runs.")
+        int,
+        typer.Option("--first-seed", metavar="N", min=0, help="The first seed; another one makes independent runs."),
     ] = 0,
     against: Annotated[
         Path | None,
@@ -60,23 +64,23 @@ def claims(
             metavar="FILE",
             exists=True,
             dir_okay=False,
-            help="Show beside each verdict that of FILE, from --json of other runs.",
+            help="Compare the verdicts with those in FILE, the --json output of other runs.",
         ),
     ] = None,
     stored: Annotated[
-        bool, typer.Option("--stored", help="Train nothing: judge by the runs that DIR/runs.sqlite has.")
+        bool, typer.Option("--stored", help="Train nothing: judge by the runs in DIR/runs.sqlite.")
     ] = False,
     out: Annotated[Path, typer.Option(metavar="DIR", file_okay=False, help="Where runs.sqlite is.")] = OUT,
     jobs: Jobs = None,
     scheduler: Scheduler = None,
     json: AsJson = False,
 ) -> None:
-    """Check what is claimed about normalization: supported, contradicted, undecided, or no telling here.
+    """Test claims about normalization: supported, contradicted, undecided, or cannot tell here.
 
     Exact claims are computed. The others are decided by runs over several seeds, by rules that were written down
-    before the first result. What is trained is kept in DIR/runs.sqlite and never trained twice, so it can be done in
-    parts: rerun a stopped command to resume it. Without --only what fits in ten minutes is run, and the others are
-    listed with their cost and the verdict on record. `normwise report` draws the runs.
+    before the first result. Runs are stored in DIR/runs.sqlite and never trained twice: rerun the command to resume.
+    Without --only it runs what fits in ten minutes, and lists the other claims with their cost and recorded verdict.
+    `normwise report` draws the runs.
     """
     from normwise.lab.claim import judge
     from normwise.lab.claims import chosen

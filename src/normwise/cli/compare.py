@@ -40,12 +40,15 @@ def compare(
     ] = None,
     norms: Annotated[
         str | None,
-        typer.Option(metavar="A,B,..", help="As in none,batch,layer; an unknown one lists the task's. Default: all."),
+        typer.Option(
+            metavar="A,B,..",
+            help="Norms to compare, such as none,batch,layer; an unknown one lists the task's. Default: all.",
+        ),
     ] = None,
     batch_sizes: Annotated[str | None, typer.Option(metavar="N,N,..", help="Default: the task's own.")] = None,
     seeds: Seeds = SEEDS,
     steps: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Batches to train on. Default: the task's own.")
+        int | None, typer.Option(metavar="N", min=1, help="Training steps, one batch each. Default: the task's own.")
     ] = None,
     quick: Annotated[
         bool,
@@ -55,7 +58,7 @@ def compare(
         str | None,
         typer.Option(
             metavar="X,X,..",
-            help="Learning rates offered to every norm; the training loss decides. Default: the task's own.",
+            help="Learning rates to try with every norm; the training loss decides. Default: the task's own.",
         ),
     ] = None,
     task: Annotated[
@@ -75,9 +78,9 @@ def compare(
 ) -> None:
     """Train the same network with different norms, batch sizes and seeds on real data, and show which to use.
 
-    What is trained is kept in DIR/runs.sqlite: a run is never trained twice, and a stopped comparison resumes where
-    it was. The curves are in DIR/report.html, one file that needs no network. With no arguments: mlp and cnn at
-    their defaults, in under two minutes on two cores.
+    Runs are stored in DIR/runs.sqlite and never trained twice: rerun the command to resume. The curves are in
+    DIR/report.html, one file that needs no network. With no arguments: mlp and cnn at their defaults, in under two
+    minutes on two cores.
     """
     from normwise.lab.report import write_report
     from normwise.lab.score import score
@@ -204,9 +207,7 @@ def train(
         return False
     except KeyboardInterrupt:
         done = len(store.keys().intersection(keys))
-        console.print(
-            f"Stopped: {done} of {len(specs)} runs are kept in {store.path}; the same command goes on from there."
-        )
+        console.print(f"Stopped: {done} of {len(specs)} runs are kept in {store.path}; rerun the command to resume.")
         raise typer.Exit(INTERRUPTED) from None
     return True
 

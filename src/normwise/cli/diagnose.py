@@ -30,16 +30,16 @@ def diagnose(
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", file_okay=False, help="Where diagnosis.html is written.")] = OUT,
-    max_batches: Annotated[int, typer.Option(metavar="N", min=1, help="Look at no more batches than this.")] = 8,
+    max_batches: Annotated[int, typer.Option(metavar="N", min=1, help="Use at most N batches.")] = 8,
     max_seconds: Annotated[
-        float | None, typer.Option(metavar="S", help="Begin nothing more after so long, and say what was left out.")
+        float | None, typer.Option(metavar="S", help="Start nothing new after S seconds, and list what was left out.")
     ] = None,
     ignore: Annotated[
         list[str] | None,
         typer.Option(
             metavar="CODE[:LAYERS]",
-            help="Silence a code, everywhere or in layers of a pattern: NW005, NW001:encoder.*; may be repeated. "
-            "What [tool.normwise.diagnose] in pyproject.toml says is silenced too.",
+            help="Silence a code, everywhere or in layers whose names fit a pattern: NW005, NW001:encoder.*; may be "
+            "repeated. [tool.normwise.diagnose] in pyproject.toml can silence codes too.",
         ),
     ] = None,
     strict: Annotated[
@@ -50,9 +50,9 @@ def diagnose(
 ) -> None:
     """Show what normalization does in your model, and what is wrong with it.
 
-    A few batches are enough, and nothing is trained; with an optimizer a few steps are watched as well. The model is
-    afterwards what it was. Findings come first, each with its cause and its cure; then a line for each layer. The page
-    DIR/diagnosis.html has all numbers, layer by layer.
+    A few batches are enough, and nothing is trained; with an optimizer a few steps are watched as well. Afterwards
+    the model is as it was before. Findings come first, each with its cause and its cure; then a line for each layer.
+    The page DIR/diagnosis.html has all numbers, layer by layer.
     """
     from normwise.diagnosis.page import write_page
     from normwise.diagnosis.table import as_text

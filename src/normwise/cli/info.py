@@ -1,4 +1,4 @@
-"""`normwise info`: what normwise runs on here, and why."""
+"""`normwise info`: what runs on this machine, and why."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from normwise.cli.json_output import AsJson, print_json
 
 
 def info(json: AsJson = False) -> None:
-    """Show what normwise runs on here: versions, devices and backends.
+    """Show what runs on this machine, and why: versions, devices and backends.
 
-    Each backend is found or comes with the reason why not. NORMWISE_BACKEND=NAME in the environment forces one;
-    a forced backend never falls back. NORMWISE_ISA=LEVEL chooses the C++ kernels' instruction set,
-    "none" turns them off.
+    Each backend is listed as found, or with the reason why it was not. NORMWISE_BACKEND=NAME in the environment
+    forces one; a forced backend never falls back. NORMWISE_ISA=LEVEL chooses the C++ kernels' instruction set, "none"
+    turns them off.
     """
     facts = gather()
     if json:
@@ -65,7 +65,7 @@ def untried(system: str, machine: str) -> str | None:
     if (system, machine) == ("Linux", "x86_64"):
         return None
     if (system, machine) == ("Linux", "aarch64"):
-        return "the kernels alone were tested, by an emulator; no wheel was built, and nothing ran beside torch"
+        return "only the kernels were tested, in an emulator; no wheel was built, and nothing ran with torch"
     return "nothing of normwise was ever built or tested"
 
 
@@ -84,8 +84,11 @@ def as_text(facts: dict[str, Any]) -> str:
         lines.append(f"  The cpu kernels use {isa}; recurrent layers in bfloat16 multiply {how}.")
     lines.append("  The triton kernels were proven by Triton's interpreter; nothing was measured on a GPU yet.")
     forced = facts["forced"]
-    lines += ["", f"Forced: {forced}" if forced else "Forced: none; each call takes the best that can run it."]
-    lines += ["", "python -m normwise.selftest tells whether all of it computes right here."]
+    lines += [
+        "",
+        f"Forced: {forced}" if forced else "Forced: none; each call takes the fastest backend that can run it.",
+    ]
+    lines += ["", "python -m normwise.selftest checks that everything computes correctly here."]
     return "\n".join(lines)
 
 

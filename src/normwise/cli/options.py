@@ -10,9 +10,9 @@ import typer
 OUT = Path("normwise-out")
 """The folder of runs and pages, unless --out says otherwise."""
 
-Seeds = Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="How many: seeds 0 to N-1.")]
+Seeds = Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Number of seeds, 0 to N-1.")]
 Jobs = Annotated[
-    int | None, typer.Option("--jobs", metavar="N", min=1, help="Processes. Default: one a core.", show_default=False)
+    int | None, typer.Option("--jobs", metavar="N", min=1, help="Processes. Default: one per core.", show_default=False)
 ]
 Scheduler = Annotated[
     str | None,

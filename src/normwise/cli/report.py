@@ -16,13 +16,13 @@ def report(
     ] = OUT,
     png: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", file_okay=False, help="Write every figure as a PNG too."),
+        typer.Option(metavar="DIR", file_okay=False, help="Also write every figure to DIR as a PNG."),
     ] = None,
 ) -> None:
-    """Draw what is stored: claims with their verdicts, then each task's numbers and curves.
+    """Make a page of the stored runs: claims with their verdicts, then each task's numbers and curves.
 
-    DIR/report.html is one file that needs no network: for a screen, a phone or the printer. With --png the figures
-    are written as pictures for papers.
+    DIR/report.html is one file that needs no network: for a screen, a phone or the printer. --png writes the figures
+    for papers.
     """
     from normwise.lab.pictures import write_pictures
     from normwise.lab.report import write_report

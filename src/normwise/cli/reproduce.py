@@ -14,10 +14,13 @@ from normwise.cli.options import OUT, Jobs, Scheduler, Seeds
 def reproduce(
     paper: Annotated[str, typer.Argument(metavar="PAPER", help="bn-mnist, ln-mnist or rbn-pmnist.")],
     data: Annotated[
-        Path, typer.Option(metavar="DIR", help="MNIST's four IDX files, or others under their names, .gz or not.")
+        Path,
+        typer.Option(
+            metavar="DIR", help="Folder with MNIST's four IDX files, or others under the same names, .gz or not."
+        ),
     ],
     steps: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Updates of each run. Default: the paper's.")
+        int | None, typer.Option(metavar="N", min=1, help="Training steps of each run. Default: the paper's.")
     ] = None,
     seeds: Seeds = 1,
     quick: Annotated[bool, typer.Option("--quick", help="A few updates, to see that it runs: minutes.")] = False,
@@ -28,18 +31,17 @@ def reproduce(
     scheduler: Scheduler = None,
     json: AsJson = False,
 ) -> None:
-    """Repeat a paper's experiment at its size and redraw its figure.
+    """Repeat a paper's experiment at full size and redraw its figure.
 
     bn-mnist: Ioffe & Szegedy 2015, section 4.1: accuracy over the steps with and without BatchNorm, and the
-    percentiles of what one sigmoid gets. Minutes.
+    percentiles of one sigmoid's input. Minutes.
 
     ln-mnist: Ba et al. 2016, section 6.6: likelihood and test error at batch size 128 and 4. Hours.
 
     rbn-pmnist: Cooijmans et al. 2016, section 5.1: an LSTM on permuted pixels, and the norm of its gradient over the
     784 time steps. Days: the paper makes 100,000 updates.
 
-    A run notes every half minute how far it is, in DIR/checkpoints; stopped, the same command goes on from there, to
-    the same numbers.
+    A run writes a checkpoint to DIR/checkpoints every half minute: rerun the command to resume, with the same results.
     """
     from normwise.cli.compare import print_rows, print_tables, train
     from normwise.lab.report import write_report

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
-    help="Look at the runs of a store, or write them for other programs.",
-    short_help="List, show and export what is stored.",
+    help="List, show and export stored runs.",
+    short_help="List, show and export stored runs.",
 )
 
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", file_okay=False, help="Where runs.sqlite is.")]
@@ -34,13 +34,13 @@ def _store(out: Path) -> Store:
     return Store(out / "runs.sqlite", make=False)
 
 
-@app.command("list", short_help="List the stored runs, one a line.")
+@app.command("list", short_help="List the stored runs, one per line.")
 def list_runs(
     out: Out = OUT, task: OfTask = None, norm: OfNorm = None, status: OfStatus = None, json: AsJson = False
 ) -> None:
-    """List the stored runs, one a line, in the order in which they were finished.
+    """List the stored runs, one per line, in the order in which they finished.
 
-    The accuracy is that at the end, on the held-out cases; the loss is that of the last batch of the training.
+    Accuracy is the final one, on the held-out cases; loss is that of the last training batch.
     """
     from normwise.lab.runs import chosen, head
     from normwise.lab.strict_json import to_json
@@ -78,7 +78,7 @@ COLUMNS = ("key", "task", "norm", "batch", "rate", "seed", "steps", "status", "a
 SHOWN = ("final/accuracy", "train/loss")
 
 
-@app.command(short_help="Show one run, and its series.")
+@app.command(short_help="Show one run and its series.")
 def show(
     key: Annotated[str, typer.Argument(metavar="KEY", help="The run's key, or its beginning.")],
     series: Annotated[
@@ -125,10 +125,10 @@ def export(
         Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write comma-separated text.")
     ] = None,
     parquet: Annotated[
-        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write Parquet; takes normwise[parquet].")
+        Path | None, typer.Option(metavar="FILE", dir_okay=False, help="Write Parquet; needs normwise[parquet].")
     ] = None,
     summary: Annotated[
-        bool, typer.Option("--summary", help="A row a run, with the last value of each series as JSON.")
+        bool, typer.Option("--summary", help="One row per run, with the last value of each series as JSON.")
     ] = False,
     out: Out = OUT,
     task: OfTask = None,

@@ -54,7 +54,7 @@ class Monitor:
     Between these steps there is no hook on the model and nothing is computed. On these steps only forward passes in
     train mode count, all of them: with gradient accumulation a step is the optimizer's. The model, its gradients and
     the random state are left alone. A model compiled by torch.compile, whole or in part, runs eagerly on these steps,
-    since compiled code passes hooks by, and is not compiled again for them. Use it in a `with` block, or call
+    since compiled code skips hooks, and is not compiled again for them. Use it in a `with` block, or call
     `close()`, to be sure that no hook stays after an interrupted step.
 
     Args:

@@ -1,7 +1,7 @@
 """What a diagnosis consists of: plain numbers, layer by layer, and the findings drawn from them.
 
     Diagnosis
-      .findings, .silenced   list[Finding]      what the rules say of the numbers, the gravest first
+      .findings, .silenced   list[Finding]      what the rules say of the numbers, most severe first
       .layers                list[Layer]        in the order of their first call; those never called come last
       .groups                list[FindingGroup] the findings again, one entry for each code
       .streams               list[Stream]       what chains of blocks hand on: the residual stream of a transformer

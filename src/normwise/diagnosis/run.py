@@ -65,7 +65,7 @@ def diagnose(
             pyproject.toml from the working directory upwards.
 
     Returns:
-        `Diagnosis`: numbers for each layer, and findings, the gravest first. `normwise.diagnosis.records` describes it.
+        `Diagnosis`: numbers for each layer, and findings, most severe first. `normwise.diagnosis.records` describes it.
 
     Raises:
         DiagnosisError: a model, batches, loss or setting that does not fit; says the cure.

@@ -85,7 +85,7 @@ def _layers(d: Diagnosis) -> Iterator[str]:
     if opening:
         who = ", ".join(f"{x.name or d.model} {number(x.gap)}" for x in opening)
         yield from textwrap.wrap(
-            f"Alone in train mode, these move the model's output, in its deviations: {who}.", WIDTH
+            f"Change of the model's output, in its deviations, with one layer alone in train mode: {who}.", WIDTH
         )
 
 

@@ -3,7 +3,7 @@
     TrainingHook          for any loop: one call a step, one context around each evaluation
     LightningMonitor      a callback of Lightning's Trainer
     TransformersMonitor   a callback of the Trainer of Hugging Face transformers
-    Recalibrate           running statistics taken anew before a validation, and after weights were averaged
+    Recalibrate           running statistics re-estimated before a validation, and after weights were averaged
     CSVLogger, TensorBoardLogger, WandbLogger   write what is seen; so does whatever has `log(look)` or `add_scalar`
 
 The first, `Recalibrate` and `CSVLogger` need torch alone. The others import their library when they are first named.

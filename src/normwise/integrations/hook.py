@@ -29,13 +29,13 @@ log = logging.getLogger("normwise")
 
 @dataclass(frozen=True)
 class Recalibrate:
-    """When a model's running statistics are taken anew, and from what: see `normwise.recalibrate`.
+    """When a model's running statistics are re-estimated, and from what: see `normwise.recalibrate`.
 
     Attributes:
         batches: how many batches of the train loader; or batches of your own, such as a DataLoader without
             augmentation. Some thousand samples do (Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm").
-        before_validation: before each validation. What training had is put back after it, so that training goes on as
-            if nothing had been.
+        before_validation: before each validation. Training's statistics are restored after it, so that training goes on
+            as without.
         keep: do not put it back.
         at_end: once more when training has ended and averaged weights, if there are any (SWA, EMA), are in the model.
             This stays in the model.
@@ -85,9 +85,9 @@ class TrainingHook:
                     validate(model)
 
     It is a `normwise.Monitor`, which says what is looked at and what that means for compiled models, gradient
-    accumulation and mixed precision, and besides that: a new finding is also said by the logger "normwise" of Python's
-    `logging` (advice at level INFO); with torch.distributed rank 0 alone looks and writes; and running statistics can
-    be taken anew for each evaluation. Handlers of other trainers call the same methods: in ignite
+    accumulation and mixed precision, and besides that: a new finding also goes to the logger "normwise" of Python's
+    `logging` (advice at level INFO); with torch.distributed only rank 0 measures and writes; and running statistics can
+    be re-estimated for each evaluation. Handlers of other trainers call the same methods: in ignite
     `trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda _: hook.step())`, in fastai `after_step` and
     `before_validate` of a callback.
 
@@ -204,7 +204,7 @@ class TrainingHook:
         return self.recalibrated(train_batches, forward=forward)
 
     def recalibrated(self, train_batches: Iterable[Any] | None, *, forward: Forward | None = None) -> Report:
-        """Take the running statistics anew now, whatever the settings say of when."""
+        """Re-estimate the running statistics now, whatever the settings say of when."""
         settings = self.recalibrate or Recalibrate()
         if not isinstance(settings.batches, int):
             batches: Iterable[Any] = settings.batches

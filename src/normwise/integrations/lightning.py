@@ -30,7 +30,7 @@ class LightningMonitor(Callback):
     clipping, without the loss scale of mixed precision. Its state goes into checkpoints, so a run that goes on does not
     repeat its findings. On several ranks rank 0 looks.
 
-    With `recalibrate`, the running statistics are taken anew from the train loader before each validation of a fit (not
+    With `recalibrate`, running statistics are re-estimated from the train loader before each validation of a fit (not
     before its sanity check), and put back before the checkpoint of that epoch is written, unless
     `Recalibrate(keep=True)`. Of several train loaders the batches are taken in turn, or, with a `forward=`, together as
     `training_step` gets them. `Recalibrate(at_end=True)` follows when `fit` ends, after StochasticWeightAveraging and

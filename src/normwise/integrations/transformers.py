@@ -19,10 +19,10 @@ class TransformersMonitor(TrainerCallback):
     A step is one of the optimizer, `state.global_step`, also with gradient accumulation and after a resume. The norms
     of the weights' gradients are those that the optimizer gets, after clipping. On several ranks rank 0 looks.
 
-    With `recalibrate`, running statistics are taken anew from the train loader before each evaluation that the trainer
-    makes while it trains, and put back before a checkpoint is written, unless `Recalibrate(keep=True)`. Around a
-    `trainer.evaluate()` of your own use `with callback.hook.evaluation(loader):`, since the trainer says nothing before
-    it evaluates.
+    With `recalibrate`, running statistics are re-estimated from the train loader before each evaluation that the
+    trainer makes while it trains, and put back before a checkpoint is written, unless `Recalibrate(keep=True)`. Around
+    a `trainer.evaluate()` of your own use `with callback.hook.evaluation(loader):`, since the trainer has no callback
+    before an evaluation.
 
     Args:
         loggers: as for `TrainingHook`; None logs findings alone.

@@ -99,8 +99,8 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
             )
         if domain is None:
             raise ValueError(
-                f"the layer has the statistics of {self.domains} domains: say of which the batch is, by domain=, a "
-                "number or one for each sample"
+                f"the layer has the statistics of {self.domains} domains: say by domain= which one the batch "
+                "belongs to, a number or one for each sample"
             )
         domain = one_for_all(domain)
         if not isinstance(domain, int | torch.SymInt):
@@ -274,14 +274,14 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
         act: "relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "hardsigmoid", "elu", "gelu_tanh", "softplus",
             "mish" or None.
         virtual_batch_size: ghost batch norm: in training each run of this many samples has its own statistics; the
-            last one is smaller where the batch is no multiple (joined to the one before if it would hold one value per
-            channel). Running averages are still those of the whole batch.
+            last one is smaller if the batch size is no multiple (merged with the one before if it would hold one value
+            per channel). Running averages are still those of the whole batch.
         dim: the axis of the channels, e.g. -1 for (N, L, C).
-        correction: the running variance is of squares over count - correction: 1 is torch's, 0 that of Keras and Flax.
-        domains: keep the running statistics of so many domains, (domains, C), and count their batches; the call then
-            says by `domain=` of which its batch is: a number, or (N,) one for each sample, who in training are
-            normalized among those of their domain.
-        domain_affine: gain and bias of each domain too.
+        correction: the running variance divides by count - correction: 1 as in torch, 0 as in Keras and Flax.
+        domains: the number of domains, each with running statistics and a batch count of its own, (domains, C); a call
+            then names its domain by `domain=`: a number, or (N,) one for each sample. In training a sample is
+            normalized with the others of its domain.
+        domain_affine: a gain and bias for each domain too.
 
     Source: Ioffe & Szegedy 2015; Hoffer, Hubara & Soudry 2017 for virtual batches; Chang et al. 2019 for domains.
     """

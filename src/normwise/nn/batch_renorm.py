@@ -138,11 +138,11 @@ class BatchRenorm1d(_BatchRenorm):
 
         r = clip(sigma_B / sigma, 1 / r_max, r_max), d = clip((mean_B - mean) / sigma, -d_max, d_max),
 
-    where mean and sigma = sqrt(var + eps) are the running averages; r and d are constants for the gradient. Within the
+    where mean and sigma = sqrt(var + eps) are the running averages; no gradient flows through r and d. Within the
     limits this is what evaluation computes, so training sees what evaluation will see, however small the batch. With
     r_max = 1 and d_max = 0 it is BatchNorm. In evaluation it is BatchNorm; the state_dict has BatchNorm's keys.
 
-    The limits must start as BatchNorm's, while the running averages are not yet those of anything: by default they do
+    The limits must start as BatchNorm's, while the running averages are still far from the data's: by default they do
     for 5000 batches and then grow, r_max to 3 by 40000 and d_max to 5 by 25000 (the paper's schedule; for a training
     of other length give a `LinearRamp` of your own). Steps are counted in `num_batches_tracked`.
 

@@ -35,14 +35,14 @@ class Activated(NotScripted):
         """What is added to the variance. RuntimeError where the layer has an activation or an offset."""
         if self.act is not None:
             raise RuntimeError(
-                f"{type(self).__name__} with act={self.act!r} gives its eps to nobody who may leave the activation out "
-                "(torch.nn.SyncBatchNorm.convert_sync_batchnorm, fuse_conv_bn_eval and others would): use "
+                f"{type(self).__name__} with act={self.act!r} hides its eps from code that may leave the activation "
+                "out (torch.nn.SyncBatchNorm.convert_sync_batchnorm, fuse_conv_bn_eval and others would): use "
                 "normwise.convert, fold or freeze, or take the activation out first (layer.act = None) and put a "
                 "module of torch.nn behind the layer. The number is in vars(layer)['eps']"
             )
         if offset_of(self):
             raise RuntimeError(
-                f"{type(self).__name__} with offset={offset_of(self)} gives its eps to nobody who may take the weight "
+                f"{type(self).__name__} with offset={offset_of(self)} hides its eps from code that may take the weight "
                 "for the gain (torch.nn.TransformerEncoderLayer in evaluation and others would): use normwise.convert "
                 "or fold, or put offset + weight into the weight of a layer without an offset. The number is in "
                 "vars(layer)['eps']"

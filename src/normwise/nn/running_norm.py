@@ -120,7 +120,7 @@ class RunningNorm(nn.Module):
         For instance the discounted returns by whose deviation rewards are then divided, in evaluation mode.
         """
         if self.per_instance:
-            raise RuntimeError("per_instance=True takes the statistics of each input anew: there is none to update")
+            raise RuntimeError("per_instance=True computes statistics for each input: there are none to update")
         valid = running_norm.valid_elements(input, self.shape, mask, lengths)
         running_norm.see(self._seen(), input, valid, self.across_ranks, self.process_group)
 

@@ -38,11 +38,11 @@ class SyncBatchNorm(_BatchNorm):
         act: "relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "hardsigmoid", "elu", "gelu_tanh", "softplus",
             "mish" or None.
         dim: the axis of the channels, e.g. -1 for (N, L, C).
-        correction: the running variance is of squares over count - correction: 1 is torch's, 0 that of Keras and Flax.
+        correction: the running variance divides by count - correction: 1 as in torch, 0 as in Keras and Flax.
 
     Raises:
         RuntimeError, in training: this process was started as one of several ranks (WORLD_SIZE, as torchrun sets it)
-            that are not connected; another rank died or stayed away for longer than the group's timeout.
+            that are not connected; another rank died or did not take part within the group's timeout.
         ValueError, on every rank: the ranks disagree in the number of channels, or (on the CPU) in the dtype; the
             batches of all ranks together hold one value per channel.
 

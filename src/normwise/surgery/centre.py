@@ -171,7 +171,7 @@ class _Search:
             elif step.product is not None:
                 writers[_Writer(step.product.weight, True)] = self._product_axis(step.product, features)
             elif step.norm is not None or step.name == "layer_norm":
-                raise Refusal("what a norm puts out goes on in its stream, as in a post-norm net")
+                raise Refusal("a norm's output goes on in its stream, as in a post-norm net")
             else:
                 raise Refusal(f"{step.name} writes into its stream, of which the result cannot be centred")
         return dropout

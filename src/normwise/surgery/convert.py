@@ -88,7 +88,7 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
     "frozen" | FrozenBatchNorm1d/2d/3d: statistics, gain and bias are fixed | BatchNorm of all kinds
     "normwise" | the namesakes in normwise, recurrent layers included | torch.nn's layers
     "torch" | the namesakes in torch.nn, for deployment; what `fuse` did is undone | normwise's layers
-    "original" | the very classes that `to="normwise"` took the place of, with the tensors of now | what it put there
+    "original" | the original classes that `to="normwise"` replaced, with the current tensors | what it put there
 
     Carried over: gain and bias always (parameters stay the same objects, so with `inplace` an optimizer goes on, and a
     weight beside an `offset` goes only where the offset is the same); running statistics where they mean the same,
@@ -98,15 +98,15 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
     forward (as timm's BatchNormAct2d its `drop` and `act`). The random state is left alone. What changed, what did not
     carry over, what was skipped and why is in the report.
 
-    Norm layers of other classes (transformers' RMSNorms, timm's norms with activation, your own) are taken for what
-    they compute, not for what they are called: each is run beside the layer of normwise that computes the same, with
+    Norm layers of other classes (transformers' RMSNorms, timm's norms with activation, your own) are recognized by
+    what they compute, not by name: each is run beside the layer of normwise that computes the same, with
     random gains, in training and evaluation, and the two must agree. With an `example` they must agree on the model's
     own inputs too, in outputs and gradients. A class that is not in the catalogue needs the example. What has no
     counterpart is left alone, and the report says why.
 
     A group's values are its channels times the positions of the input, which only an `example` tells: without one the
     channels alone must be 16. With fewer in all there is one group. What would be a group of fewer than 4 values, or a
-    LayerNorm over fewer, is skipped: it would put out next to nothing but its bias.
+    LayerNorm over fewer, is skipped: its output would be almost only its bias.
 
     LayerNorm(x) = RMSNorm(x) where the features of x have mean zero. `to="rms", exact=True` makes it so in a pre-norm
     net: what writes into the residual stream (embeddings, projections, position parameters) is centred over the

@@ -51,7 +51,7 @@ def _with_axes(x: Tensor, axes: int) -> Tensor:
 
 
 def fold(model: nn.Module, example: Any = None, *, where: Where = None, inplace: bool = False) -> Surgery:
-    r"""Work the norms of a model in evaluation into the weights beside them, and take them out.
+    r"""Fold the norms of a model in evaluation into adjacent weights, and remove them.
 
         model, report = normwise.fold(model.eval())
 
@@ -209,7 +209,7 @@ def _into_previous(model: nn.Module, one: Layer, ways: list[Calls]) -> list[str]
 def _into_next(model: nn.Module, one: Layer, ways: list[Calls]) -> list[str]:
     norm = one.module
     if option(norm, "act") is not None:
-        raise Refusal("its activation stands between it and the layer behind it")
+        raise Refusal("its activation comes between it and the next layer")
     behind = _behind(ways, norm, (*CONVS, nn.Linear))
     found = set()
     for layer in behind:
@@ -251,7 +251,7 @@ def _before(way: Calls, norm: nn.Module) -> Any:
     source = way.call(norm).args[0]
     layer = way.module(source)
     if not isinstance(layer, LINEAR):
-        raise Refusal("before it stands no convolution or linear layer")
+        raise Refusal("no convolution or linear layer comes before it")
     way.call(layer)
     assert isinstance(source, fx.Node)
     if len(source.users) != 1:
@@ -265,7 +265,7 @@ def _behind(ways: list[Calls], norm: nn.Module, kinds: tuple[type[nn.Module], ..
     for way in ways:
         users = [way.module(user) for user in way.call(norm).users]
         if not users or not all(isinstance(layer, kinds) for layer in users):
-            raise Refusal("behind it stands something else than a convolution or linear layer")
+            raise Refusal("it is followed by something other than a convolution or linear layer")
         for layer in users:
             assert layer is not None
             way.call(layer)

@@ -32,7 +32,7 @@ def freeze(model: nn.Module, *, affine: bool = True, where: Where = None) -> Rep
     """Fix the running statistics of a model's batch norms and RunningNorms, in place, until `unfreeze`.
 
     A frozen layer normalizes by its running statistics in training as in evaluation, and they stay as they are, also
-    after `model.train()`, which would wake a layer that was merely put into evaluation. Copies and pickles of the model
+    after `model.train()`, which would undo `layer.eval()`. Copies and pickles of the model
     are frozen too. Layers without running statistics (LayerNorm, GroupNorm) have nothing to freeze.
 
     Args:

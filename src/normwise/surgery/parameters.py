@@ -80,8 +80,8 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
         optimizer = torch.optim.AdamW(normwise.decay_groups(model, 0.1), lr=3e-4)
 
     Without it are the gains and biases of norms, of whatever shape, and every other vector or number (the biases of
-    other layers). Behind a norm, the size of what it multiplies does what weight decay cannot mean, and a gain of 0
-    puts a channel to sleep. Parameters that are not trained (`requires_grad=False`) are in neither group, and a group
+    other layers). The size of a gain is the scale of its norm's output, which decay is not meant to shrink, and a gain
+    of 0 turns a channel off. Parameters that are not trained (`requires_grad=False`) are in neither group, and a group
     that would be empty is left out.
 
     Raises:

@@ -69,7 +69,7 @@ def recalibrate(
       torch.optim.swa_utils.update_bn does; it needs batches as large as those of training, and as mixed: data sorted by
       class give each layer but the first statistics of batches that no training has seen (shuffle, or `exact=True`).
     - `exact=True`: by the statistics that are already set, layer after layer, in one pass over the data for each
-      layer. The result is what evaluation will meet, and the same however the data are cut into batches. (But what is
+      layer. The result is what evaluation will see, and the same however the data are cut into batches. (But what is
       inside a recurrent layer always runs by the batch's own statistics: a step needs those of the step before.)
 
     Args:
@@ -239,7 +239,7 @@ class _Run:
 
     @contextmanager
     def restoring(self, wanted: list[Layer]) -> Iterator[None]:
-        """The model in evaluation, without gradients or compiled code, which passes hooks by. Afterwards all modes are
+        """The model in evaluation, without gradients or compiled code, which skips hooks. Afterwards all modes are
         as they were; after an error so is every buffer of the layers."""
         self.state = Values(state_of(*(one.module for one in wanted)))
         with modes_kept(self.model.modules()):

@@ -37,7 +37,7 @@ def few_samples(task: Circumstances) -> str | None:
         return None
     if task.batch_size == 1:
         return "at batch size 1 a feature has one value, and no deviation"
-    return f"at batch size {task.batch_size} mean and variance come from few samples and wander from batch to batch"
+    return f"at batch size {task.batch_size} mean and variance come from few samples and vary from batch to batch"
 
 
 def few_on_a_rank(task: Circumstances) -> str | None:

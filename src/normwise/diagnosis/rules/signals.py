@@ -27,7 +27,7 @@ def flat(diagnosis: Diagnosis) -> Iterator[Match]:
             what = f"{units.saturated:.0%} of the inputs of its {units.nonlinearity} lie beyond {units.threshold:g}"
             yield Match(layer.name, {"what": what, "share": units.saturated})
         elif units is not None and units.nonlinearity == "relu" and units.dead > DEAD:
-            what = f"{units.dead:.0%} of its {units.units} ReLUs are below 0 on every sample"
+            what = f"{units.dead:.0%} of its {units.units} ReLUs are off on every sample"
             yield Match(layer.name, {"what": what, "share": units.dead})
         for inside in layer.recurrence:
             worst = max(inside.gates, key=lambda gate: gate.saturated)

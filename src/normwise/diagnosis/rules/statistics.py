@@ -56,7 +56,7 @@ def few_values(diagnosis: Diagnosis) -> Iterator[Match]:
 
 
 def _few(values: int, samples: int, instead: str) -> dict[str, Any]:
-    return {"values": values, "samples": samples, "wander": 1 / math.sqrt(values), "instead": instead}
+    return {"values": values, "samples": samples, "standard_error": 1 / math.sqrt(values), "instead": instead}
 
 
 def _instead(layer: Layer) -> str:
@@ -64,10 +64,10 @@ def _instead(layer: Layer) -> str:
     if layer.norm is not None and layer.norm.segments:
         return "LayerNorm with segments=, whose statistics are those of all features of a segment"
     shape = layer.input.shape if layer.input is not None else []
-    renorm = "model, _ = normwise.convert(model, to='renorm'), which leans on running statistics"
+    renorm = "model, _ = normwise.convert(model, to='renorm'), which normalizes by running statistics as well"
     if 1 < len(shape) < 4 and shape[1] < FEWEST_IN_A_GROUP:
         return renorm
-    return f"model, _ = normwise.convert(model, to='group'), whose statistics are those of one sample; or {renorm}"
+    return f"model, _ = normwise.convert(model, to='group'), whose statistics are per sample; or {renorm}"
 
 
 def far_running(diagnosis: Diagnosis) -> Iterator[Match]:
@@ -125,10 +125,8 @@ def small_eps(diagnosis: Diagnosis) -> Iterator[Match]:
             name = str(dtype).removeprefix("torch.")
             what = f"eps={norm.eps:g} is 0 in {name}, the input's dtype: a constant input is divided by 0"
             if not vanishes:
-                what = (
-                    f"Some variances of the {name} input are mere rounding, which eps={norm.eps:g} lets the norm scale "
-                )
-                what += f"up to {norm.noise:.2g} of its output's deviation"
+                what = f"Some variances of the {name} input are rounding error, which eps={norm.eps:g} lets the norm "
+                what += f"scale up to {norm.noise:.2g} of its output's deviation"
             needed = 10.0 ** math.ceil(math.log10(max(norm.needed_eps, 1e-5)) - 1e-9)
             evidence = {"eps": norm.eps, "dtype": name, "noise": norm.noise, "needed": needed}
             yield Match(layer.name, evidence | {"what": what})

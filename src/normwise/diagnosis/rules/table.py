@@ -11,8 +11,8 @@ RULES: tuple[Rule, ...] = (
         "batch statistics from very few values",
         "warning",
         statistics.few_values,
-        "In train mode a channel's mean and variance come from {values} values of {samples} samples: the mean strays "
-        "by {wander:.2g} deviations from batch to batch, and what a sample becomes depends on its neighbours.",
+        "In train mode a channel's mean and variance come from {values} values of {samples} samples: the mean has a "
+        "standard error of {standard_error:.2g} deviations, and a sample's output depends on the rest of the batch.",
         "{instead}; or larger batches. If only the last batch is this small: drop_last=True for the DataLoader",
         ("small-batch", "train-eval-gap", "batch-of-one"),
         "batch",
@@ -24,8 +24,8 @@ RULES: tuple[Rule, ...] = (
         "warning",
         statistics.far_running,
         "Eval mode normalizes with a running mean that lies {distance:.2g} deviations from the batches', and a running "
-        "variance {ratio:.2g} times theirs (medians over the channels; {tracked} batches went into them).",
-        "normwise.recalibrate(model, batches), with batches like those that the model will meet",
+        "variance {ratio:.2g} times theirs (medians over the channels, after {tracked} batches).",
+        "normwise.recalibrate(model, batches), with batches like those that the model will see",
         ("train-eval-gap",),
     ),
     Rule(
@@ -33,7 +33,7 @@ RULES: tuple[Rule, ...] = (
         "non-finite statistics",
         "error",
         statistics.nonfinite,
-        "{what}; one such batch spoils the running averages for good.",
+        "{what}; one such batch makes the running averages NaN for good.",
         "find the batch: torch.isfinite(inputs).all(); then normwise.recalibrate(model, batches) to re-estimate them",
     ),
     Rule(
@@ -54,8 +54,8 @@ RULES: tuple[Rule, ...] = (
         "a bias before a norm that removes it",
         "advice",
         parameters.removed_bias,
-        "The norm {norm!r} subtracts the mean of each channel, and the bias of {layer!r} with it: what arrives of its "
-        "gradient is {share:.1g} of what flows there.",
+        "The norm {norm!r} subtracts the mean of each channel, and the bias of {layer!r} with it: the bias receives "
+        "{share:.1g} of the gradient at the output of {layer!r}.",
         "build {layer!r} with bias=False; the norm has a bias of its own",
         ("bn-columns",),
     ),
@@ -65,16 +65,16 @@ RULES: tuple[Rule, ...] = (
         "warning",
         statistics.swapped_momentum,
         "momentum={momentum:g} is the weight of the NEW batch in torch, so {momentum:.0%} of the running statistics "
-        "are the last batch's alone; Keras and Flax mean the weight of the old ones.",
-        "momentum={swapped:g} where the layer is built, as normwise.from_keras_momentum({momentum:g}) computes it; in "
-        "the model as it is {module}.momentum = {swapped:g}",
+        "come from the last batch; in Keras and Flax it is the weight of the old average.",
+        "momentum={swapped:g} where the layer is built, which is normwise.from_keras_momentum({momentum:g}); in the "
+        "model as it is {module}.momentum = {swapped:g}",
     ),
     Rule(
         "NW007",
         "each rank's own statistics, of a small local batch",
         "warning",
         statistics.statistics_of_a_rank,
-        "{ranks} ranks normalize each by the statistics of its own {samples} samples.",
+        "Each of {ranks} ranks normalizes by the statistics of its own {samples} samples.",
         "model, _ = normwise.convert(model, to='sync') before wrapping it (normwise.SyncBatchNorm: statistics over all "
         "ranks)",
         ("small-batch",),
@@ -86,10 +86,9 @@ RULES: tuple[Rule, ...] = (
         "dead gains",
         "warning",
         parameters.dead_gains,
-        "{dead} of {of} gains are less than a thousandth of the median one: these channels put out their bias and "
-        "nothing else.",
-        "{module}.weight.data[{channels}] = {weight} wakes them; to let go of them, prune these "
-        "channels. Keep gains out of the weight decay (NW011)",
+        "{dead} of {of} gains are less than a thousandth of the median one: these channels output only their bias.",
+        "{module}.weight.data[{channels}] = {weight} revives them; or prune these channels. "
+        "Exclude gains from weight decay (NW011)",
         ("no-affine",),
     ),
     Rule(
@@ -102,12 +101,12 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "NW010",
-        "a frozen layer that train() wakes",
+        "a frozen layer that train() unfreezes",
         "warning",
         parameters.woken,
         "The layer is frozen ({how}), but model.train() puts it into train mode, where it normalizes by the batch and "
-        "moves its running statistics.",
-        "normwise.freeze(model), which lasts through model.train(); where={layer!r} freezes this layer alone",
+        "updates its running statistics.",
+        "normwise.freeze(model), which survives model.train(); where={layer!r} freezes only this layer",
     ),
     Rule(
         "NW011",
@@ -115,9 +114,9 @@ RULES: tuple[Rule, ...] = (
         "advice",
         parameters.decayed,
         "weight_decay={weight_decay:g} of {optimizer} also pulls {gains} gains and {biases} biases of norms to 0 "
-        "({examples}); behind a norm the size of these does what weight decay cannot mean.",
+        "({examples}); their size is the scale of the norms' outputs, which decay is not meant to shrink.",
         "where the optimizer is built: normwise.decay_groups(model, {weight_decay:g}) in place of model.parameters(); "
-        "for the one there is: group = optimizer.param_groups[{group}]; small = [p for p in group['params'] if p.dim() "
+        "for the existing one: group = optimizer.param_groups[{group}]; small = [p for p in group['params'] if p.dim() "
         "< 2]; group['params'] = [p for p in group['params'] if p.dim() >= 2]; optimizer.add_param_group({{**group, "
         "'params': small, 'weight_decay': 0.0}})",
         ("no-affine",),
@@ -127,7 +126,7 @@ RULES: tuple[Rule, ...] = (
         "saturated units or gates",
         "warning",
         signals.flat,
-        "{what}, where next to no gradient passes.",
+        "{what}, where almost no gradient passes.",
         "a norm before the nonlinearity, such as normwise.LayerNorm; inside a recurrence model, _ = "
         "normwise.convert(model, recurrent='layer'); smaller initial weights; for ReLUs a smaller learning rate",
         ("saturation",),
@@ -139,7 +138,7 @@ RULES: tuple[Rule, ...] = (
         "warning",
         signals.vanishing_or_exploding,
         "The gradient {how} {over}: {last:.2g} at its late end, {first:.2g} at its early end; {norms}.",
-        "a norm in each block (normwise.LayerNorm or BatchNorm) and a path around it, y = x + block(norm(x)); in a "
+        "a norm in each block (normwise.LayerNorm or BatchNorm) and a skip around it, y = x + block(norm(x)); in a "
         "recurrence model, _ = normwise.convert(model, recurrent='layer'), for an LSTM also forget_bias=1.0",
         ("saturation", "rnn"),
         "none",
@@ -161,7 +160,7 @@ RULES: tuple[Rule, ...] = (
         "BatchNorm inside a recurrence, or on varying lengths without mask",
         "warning",
         statistics.in_a_recurrence,
-        "The statistics are mixed over time: {how}.",
+        "Statistics of different time steps are mixed: {how}.",
         "build it as normwise.LSTM with norm='layer', or norm='batch' with num_stat_steps= the longest sequence, which "
         "keeps statistics for each step; on varying lengths norm(x, lengths=lengths), or normwise.LayerNorm",
         ("time-average", "rnn", "longer"),
@@ -175,7 +174,7 @@ RULES: tuple[Rule, ...] = (
         signals.growing_sums,
         "Without a norm the summed inputs of {place} grow {growth:.2g}-fold over the sequence: {first:.2g} at the "
         "second step, {last:.2g} at the last.",
-        "model, _ = normwise.convert(model, recurrent='layer'), which holds them at one size",
+        "model, _ = normwise.convert(model, recurrent='layer'), which keeps their size constant",
         ("steady-sums",),
         "none",
         circumstances.growing,
@@ -195,9 +194,9 @@ RULES: tuple[Rule, ...] = (
         "outlier features in the residual stream",
         "advice",
         transformers.outlier_features,
-        "Behind {blocks} of {of} blocks a few features tower above the others, most behind {worst!r}: |x| up to "
+        "After {blocks} of {of} blocks a few features are far larger than the others, most after {worst!r}: |x| up to "
         "{peak:.3g}, {ratio:.3g} times the root mean square of the median feature (kurtosis {kurtosis:.3g}), in "
-        "features {channels}. It trains, but integers scaled to the largest leave next to nothing of the rest.",
+        "features {channels}. It trains, but int8 activations scaled to the largest leave little for the rest.",
         "before quantizing activations move the scale into the weights behind each norm (as SmoothQuant, Xiao et al. "
         "2023): s = y.abs().amax((0, 1)).clamp(min=1e-5).sqrt() over outputs y of the norm, then norm.weight.data /= "
         "s, norm.bias.data /= s where it has one, and linear.weight.data *= s of each layer that takes y; or keep what "
@@ -210,7 +209,7 @@ RULES: tuple[Rule, ...] = (
         transformers.growing_stream,
         "Over {blocks} blocks the stream grows {growth:.3g}-fold, from a root mean square of {first:.3g} behind the "
         "first to {last:.3g} behind the last, by a factor of {factor:.3g} from block to block in the later half; where "
-        "each branch sees a norm of it, it grows at most linearly. Here {norms}.",
+        "each branch normalizes it first, it grows at most linearly. Here {norms}.",
         "a norm at the start of each branch: x = x + branch(normwise.RMSNorm(features)(x)), built once in the block's "
         "__init__; and a small start, branch.out.weight.data /= (2 * blocks) ** 0.5 (Radford et al. 2019)",
     ),
@@ -220,7 +219,7 @@ RULES: tuple[Rule, ...] = (
         "warning",
         transformers.large_logits,
         "The logits q . k * scale reach {largest:.3g}, and lie up to {spread:.3g} from the mean of their row; "
-        "{collapsed:.0%} of the rows give more than 99.75 % to one key, where softmax passes next to no gradient.",
+        "{collapsed:.0%} of the rows give more than 99.75 % to one key, where softmax passes almost no gradient.",
         "normalize queries and keys before they meet (qk-norm, Dehghani et al. 2023; Wortsman et al. 2023): in the "
         "block's __init__ self.q_norm, self.k_norm = normwise.RMSNorm(head_dim), normwise.RMSNorm(head_dim), and q, k "
         "= self.q_norm(q), self.k_norm(k) before scaled_dot_product_attention. nn.MultiheadAttention has no place for "

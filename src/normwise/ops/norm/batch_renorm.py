@@ -88,7 +88,7 @@ def batch_renorm_with_stats(
     if running_stats.is_recomputing():
         raise RuntimeError(
             "BatchRenorm was run again inside a backward (activation checkpointing), but the running averages that its "
-            "correction is taken from have moved since its first run: leave this layer outside of the checkpoint"
+            "correction is taken from were updated in its first run: leave this layer outside of the checkpoint"
         )
     if dim != 1:
         input, mask, residual = inputs.channels_to_axis_1("batch_renorm", input, dim, mask, residual)

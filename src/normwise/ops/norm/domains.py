@@ -100,7 +100,7 @@ def batch_norm_of_domains(
             )
     if ragged.is_ragged(input):
         raise ValueError(
-            "batch_norm: rows of a ragged input are of no sample: give a padded input, or one domain for all"
+            "batch_norm: rows of a ragged input do not tell their sample: give a padded input, or one domain for all"
         )
     x = inputs.tensor("batch_norm", input)
     if ranks is not None:
