@@ -1,12 +1,13 @@
 """A Chinese page says what its English page says: block for block the same code, figures, names, tables and links.
 
-Both are cut into blocks (heading, paragraph, list, table, code) and compared in order, so that whoever changes a figure, a
-row, a name or a line of code in one language is told of the other. Words are not compared: those are a reader's to judge.
+Both are cut into blocks (heading, paragraph, list, table, code) and compared in order, so that whoever changes a
+figure, a row, a name or a line of code in one language is told of the other. Words are not compared.
 """
 
 from __future__ import annotations
 
 import ast
+import calendar
 import re
 import shlex
 import unicodedata
@@ -21,13 +22,11 @@ from support.pages import ROOT, each_of, name_of
 ZH = ROOT / "docs" / "zh"
 INDEX = ZH / "index.md"
 CHINESE = [ROOT / "README.zh.md", *(page for page in sorted(ZH.rglob("*.md")) if page != INDEX)]
-DATE = re.compile(
-    r"(\d+) (January|February|March|April|May|June|July|August|September|October|November|December) (\d{4})"
-)
+MONTHS = [calendar.month_name[month] for month in range(1, 13)]
+DATE = re.compile(rf"(\d+) ({'|'.join(MONTHS)}) (\d{{4}})")
 FIGURE = re.compile(r"(?<![A-Za-z0-9_.])-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 CODE = re.compile(r"(`+)(.+?)\1", re.DOTALL)
-MONTHS = "January February March April May June July August September October November December".split()
 
 each_chinese_page = each_of(CHINESE)
 
@@ -150,7 +149,7 @@ def facts(block: str, page: Path) -> dict[str, object]:
 
 def differences(english: str, chinese: str, english_page: Path, chinese_page: Path) -> list[str]:
     """The first block at which the two part, in words; then every block whose facts differ."""
-    pairs = list(zip(blocks_of(english), blocks_of(chinese)))
+    pairs = list(zip(blocks_of(english), blocks_of(chinese), strict=False))
     for (line, ours), (line_zh, theirs) in pairs:
         if kind(ours) != kind(theirs):
             return [f"line {line}: {kind(ours)}; in Chinese, line {line_zh}: {kind(theirs)}"]
@@ -199,7 +198,7 @@ def test_sections_have_the_ids_of_the_english_ones(page):
     """So a link to a section holds in both languages."""
     english = [block for _, block in blocks_of(read(english_of(page))) if kind(block).startswith("heading")]
     chinese = [block for _, block in blocks_of(read(page)) if kind(block).startswith("heading")]
-    for ours, theirs in zip(english, chinese):
+    for ours, theirs in zip(english, chinese, strict=True):
         if given := re.search(r'<a id="([^"]+)">', theirs):
             assert given[1] == slug(ours.lstrip("# ")), f"{name_of(page)}: {theirs}"
 
@@ -267,7 +266,7 @@ The end.
 """
     chinese = """# 页
 
-快 1.5 倍，见[改造](../surgery.md)；归一化 2 层。
+快 1.5 倍。见[改造](../surgery.md)。归一化 2 层。
 
 ## 节
 
