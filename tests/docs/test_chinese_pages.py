@@ -25,7 +25,7 @@ CHINESE = [ROOT / "README.zh.md", *(page for page in sorted(ZH.rglob("*.md")) if
 MONTHS = [calendar.month_name[month] for month in range(1, 13)]
 DATE = re.compile(rf"(\d+) ({'|'.join(MONTHS)}) (\d{{4}})")
 FIGURE = re.compile(r"(?<![A-Za-z0-9_.])-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
-LINK = re.compile(r"\]\(([^)\s]+)\)")
+LINK = re.compile(r"(?:\]\(|<img src=\")([^)\s\"]+)[)\"]")
 CODE = re.compile(r"(`+)(.+?)\1", re.DOTALL)
 
 each_chinese_page = each_of(CHINESE)
@@ -80,7 +80,7 @@ def kind(block: str) -> str:
         return f"table of {cells} cells"
     if re.match(r"- |\d+\. ", block):
         return f"list of {len(re.findall(r'^(?:- |[0-9]+[.] )', block, re.MULTILINE))} items"
-    return "image" if block.startswith("![") else "paragraph"
+    return "image" if block.startswith(("![", "<img ")) else "paragraph"
 
 
 def figures(text: str) -> Counter[str]:
@@ -131,7 +131,7 @@ def skeleton(formula: str) -> str:
 def facts(block: str, page: Path) -> dict[str, object]:
     """What a block and its translation have in common."""
     if block.startswith("```"):
-        comments = re.findall(r"#.*|\"\"\".*?\"\"\"", block, re.DOTALL if block.startswith("```python") else 0)
+        comments = re.findall(r'#[^\n]*|"""[\s\S]*?"""', block)
         return {"code": statements(block), "figures of the comments": figures(" ".join(comments))}
     if block.startswith("    "):
         return {"formula": skeleton(block)}
