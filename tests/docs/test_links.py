@@ -19,10 +19,11 @@ def without_code(text: str) -> str:
 
 
 def anchors(page: Path) -> set[str]:
-    """Those that GitHub makes of the headings."""
+    """Those that GitHub makes of the headings, and those that a page sets itself."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    own = re.findall(r'<a id="([^"]+)"', text)
+    return {*own, *(re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings)}
 
 
 def broken_links(page: Path) -> list[str]:
@@ -50,6 +51,7 @@ def test_links_lead_somewhere(page):
         ("![a](page.md#gone)", ["page.md#gone"]),
         ("[a](https://example.org/x) [a](page.md) [a](#a-heading-of-code) `[a](gone.md)`", []),
         ("```\n[a](gone.md)\n```", []),
+        ('[a](#set) [a](#other)\n\n## <a id="set"></a>Words', ["#other"]),
     ],
 )
 def test_a_planted_link_is_found(tmp_path, text, broken):
