@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,12 @@ import pytest
 from normwise.lab.claims import claims
 from normwise.lab.cost import read_record
 from normwise.lab.errors import LabError
+from normwise.lab.verdict import VERDICTS
 
 ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+ENGLISH = {verdict: verdict for verdict in VERDICTS}
+CHINESE = dict(zip(("支持", "否定", "未定", "无法判断"), VERDICTS, strict=True))
 
 
 @pytest.fixture
@@ -76,3 +81,13 @@ def test_a_damaged_record_is_named(tmp_path, text):
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(LabError, match=r"claims.json is no record of claims: expected the JSON that `normwise claims"):
         read_record(path)
+
+
+@pytest.mark.parametrize(("page", "words"), [("tutorial/index.md", ENGLISH), ("zh/tutorial.md", CHINESE)])
+def test_the_tutorial_quotes_the_verdicts_on_record(page, words):
+    record = {claim["id"]: claim["verdict"] for claim in json.loads((DOCS / "claims.json").read_text())["claims"]}
+    quoted = re.findall(
+        r"\[`([\w-]+)`\]\(\.\./claims\.md#\1\)[:\uff1a] ?([\w ]+)", (DOCS / page).read_text(encoding="utf-8")
+    )
+    assert len(quoted) > 10
+    assert [(claim, words[verdict.strip()]) for claim, verdict in quoted] == [(c, record[c]) for c, _ in quoted]
