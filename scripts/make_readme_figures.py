@@ -250,7 +250,7 @@ def _taken(
         opened = browser.new_page(viewport={"width": width, "height": 100}, device_scale_factor=scale)
         opened.set_content(page)
         for button in clicks:
-            opened.click(button)
+            opened.locator(button).evaluate("one => one.click()")  # the bar of tabs may lie above it
         if end:
             height = opened.locator(end).bounding_box()["y"]
         height = height or opened.evaluate("document.documentElement.scrollHeight")

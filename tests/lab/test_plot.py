@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -84,7 +85,7 @@ def test_one_point_has_an_axis_around_it():
 
 def test_what_a_script_needs_is_json():
     panel = Panel("p", [Line("no<rm", [0, 1000], [0.12345, math.nan], [0.1, 0.2], [0.3, 0.4], label="eval")])
-    data = json.loads(chart(panel).json)
+    data = json.loads(html.unescape(chart(panel).attribute))
     (row,) = data["$rows"]
     assert (row["norm"], row["label"], row["x"], row["y"]) == ("no<rm", "eval", [0, 1000], [0.123, None])
     assert (row["low"], row["high"]) == ([0.1, 0.2], [0.3, 0.4])
@@ -165,3 +166,15 @@ def test_an_effect_s_interval_and_minimum_are_where_they_belong():
     assert zero < minimum < seeds[0]
     assert effect_svg(Effect("x", "points", 1.0, Measured({}), headroom="none")) == ""
     assert "<svg" in effect_svg(Effect("x", "points", 1.0, Measured({0: 1.0}), headroom="none"))  # one seed, no span
+
+
+@pytest.mark.parametrize(("minimum", "told"), [(50, "50"), (0.05, "0.05"), (-0.25, "\u22120.25"), (1000, "1000")])
+def test_the_smallest_effect_is_told_in_all_its_digits(minimum, told):
+    effect = Effect("x", "points", minimum, Measured({0: 1.3 * minimum, 1: 1.2 * minimum}), headroom="none")
+    assert f">{told}</text>" in effect_svg(effect)
+
+
+def test_ticks_are_told_in_all_their_digits():
+    svg = chart(Panel("p", [Line("batch", [0, 1], [0.0, 0.25])])).svg
+    told = {float(text) for text in re.findall(r">([\d.]+)</text>", svg)}
+    assert told >= {0.05, 0.1, 0.15, 0.2, 0.25}

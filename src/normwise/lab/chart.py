@@ -178,9 +178,10 @@ class Chart:
     words: str
 
     @property
-    def json(self) -> str:
-        """For the page's script."""
-        return to_json({"template": self.template, **self.fields}, compact=True)
+    def attribute(self) -> str:
+        """For the page's script, as an attribute between single quotes: JSON has many double ones."""
+        found = to_json({"template": self.template, **self.fields}, compact=True)
+        return found.replace("&", "&amp;").replace("'", "&#39;").replace("<", "&lt;")
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -232,12 +233,27 @@ def _alone(place: Any) -> Any:
     return {name: _alone(part) for name, part in place.items() if name not in ("params", "name")}
 
 
+# A third of what Vega writes: grid lines and frames that are not drawn, what the page's style says, and roles inside of
+# what is one picture to a screen reader.
+_UNSEEN = re.compile(
+    r'<line [^>]* opacity="0"/>|<path class="foreground"[^>]* display="none"/>|'
+    r'<path class="background"(?:(?! fill=| stroke=)[^>])*/>|'
+    r' (?:pointer-events|aria-hidden|role|aria-roledescription|font-family)="[^"]*"'
+)
+
+
+def _to_tenths(tag: str) -> str:
+    """Lengths of a tag, in pixels; opacities are as they are."""
+    return re.sub(r'(?<!opacity=")\d+\.\d\d+', lambda found: f"{float(found[0]):.1f}", tag)
+
+
 def to_svg(spec: Mapping[str, Any]) -> str:
     """A chart as an ``<svg>`` element."""
     import vl_convert
 
     drawn: str = vl_convert.vegalite_to_svg({**spec, "config": CONFIG})
-    drawn = re.sub(r"\d+\.\d\d+", lambda found: f"{float(found[0]):.1f}", drawn)
+    drawn = re.sub(r"<[^>]+>", lambda tag: _to_tenths(tag[0]), drawn)  # a tag: the text between two is as it is
+    drawn = _UNSEEN.sub("", drawn)
     # Its clip is its own: every picture calls the first one clip0, as does what a script draws.
     return re.sub(r'(?<=id=")(?=clip)|(?<=url\(#)(?=clip)', f"{zlib.crc32(drawn.encode()):x}-", drawn)
 

@@ -46,7 +46,8 @@ def _template() -> dict[str, Any]:
     from altair.utils.schemapi import debug_mode
 
     with debug_mode(False):  # a place, such as "$domain", is not what the schema expects there
-        axis = alt.Axis(values="$told", title=None, grid=False, domain=False, format="~g", labelFontSize=10)
+        labels = "format(datum.value, '~g')"  # by `format=` Vega takes fewer digits: 5e+1 for 50
+        axis = alt.Axis(values="$told", title=None, grid=False, domain=False, labelExpr=labels, labelFontSize=10)
         x = alt.X("x:Q", scale=alt.Scale(domain="$domain", nice=False, zero=False), axis=axis)
 
         def of(values: str) -> alt.Chart:
