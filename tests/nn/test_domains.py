@@ -234,7 +234,7 @@ def test_several_domains_are_not_folded_into_one_weight(domains):
     ("call", "error", "words"),
     [
         (lambda x: normwise.BatchNorm1d(CHANNELS)(x, domain=0), ValueError, "one set of statistics"),
-        (lambda x: layer()(x), ValueError, "say of which"),
+        (lambda x: layer()(x), ValueError, "say by domain= which one"),
         (lambda x: layer()(x, domain=3), ValueError, r"\[0, 3\)"),
         (lambda x: layer()(x, domain=-1), ValueError, r"\[0, 3\)"),
         (lambda x: layer()(x, domain=True), TypeError, "number"),

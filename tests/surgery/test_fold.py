@@ -134,7 +134,7 @@ def test_gain_and_bias_go_into_every_linear_layer_behind(norm):
     assert not list(folded.norm.parameters())
     assert list(folded.also.parameters())
     assert [change.name for change in report.changed] == ["norm"]
-    assert "something else" in report.skipped[0].reason
+    assert "something other" in report.skipped[0].reason
     assert "offset" not in repr(folded)
 
 
