@@ -123,6 +123,26 @@ def test_export_has_the_node_and_runs() -> None:
     assert torch.equal(program.module()(x)[0], layer(x)[0])
 
 
+class WithLengths(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = normwise.LSTM(INPUT, HIDDEN)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        return self.layer(x, lengths=lengths)[0]
+
+
+def test_an_export_where_steps_and_batch_happen_to_be_equal_takes_others() -> None:
+    """Who compares the two, if only for the words of an error, ties the program to the sizes of its example."""
+    model, x, lengths = WithLengths().eval(), torch.randn(3, 3, INPUT), torch.tensor([1, 3, 2])
+    steps, batch = (torch.export.Dim(name, min=2, max=64) for name in ("steps", "batch"))
+    shapes = {"x": {0: steps, 1: batch}, "lengths": {0: batch}}
+    program = torch.export.export(model, (x, lengths), dynamic_shapes=shapes)
+    assert len(recurrences_in([program.graph_module])) == 1
+    for call in ((x, lengths), (torch.randn(5, 2, INPUT), torch.tensor([5, 1]))):
+        assert torch.equal(program.module()(*call), model(*call))
+
+
 @pytest.mark.parametrize("backend", ["reference", "aten"])
 def test_a_forced_backend_unrolls_as_before(backend: str) -> None:
     torch._dynamo.reset()

@@ -45,7 +45,9 @@ def rows(x: Tensor, weights: Weights, batch_first: bool | None = None) -> None:
 def other_order(given: int, steps: int, batch: int, batch_first: bool) -> str:
     """What to do where `given` samples were told of that are as many as the steps of the input as the layer reads it:
     the end of an error about what must have one for each of `batch` samples."""
-    if given != steps or given == batch:
+    if (
+        given == batch or given != steps
+    ):  # in this order: one as many as it should be sees no other size while compiling
         return ""
     read, other = ("(B, T, C)", "(T, B, C)") if batch_first else ("(T, B, C)", "(B, T, C)")
     return (
@@ -99,7 +101,7 @@ def lengths(given: Any, steps: int, batch: int, batched: bool, batch_first: bool
     given = inputs.lengths_tensor(given)
     if not batched:
         given = given.reshape(-1)
-    elif given.dim() == 1 and (hint := other_order(len(given), steps, batch, batch_first)):
+    elif given.dim() == 1 and (hint := other_order(given.shape[0], steps, batch, batch_first)):
         raise inputs.ShapeError(
             f"lengths must be of shape ({batch},), one for each sample of the input, but got {tuple(given.shape)}{hint}"
         )
