@@ -79,7 +79,7 @@ def compare(
     """Train the same network with different norms, batch sizes and seeds on real data, and show which to use.
 
     Runs are stored in DIR/runs.sqlite and never trained twice: rerun the command to resume. The curves are in
-    DIR/report.html, one file that needs no network. With no arguments: mlp and cnn at their defaults, in under two
+    DIR/report.html, one file that needs no network. With no arguments: mlp and cnn at their defaults, in two to four
     minutes on two cores.
     """
     from normwise.lab.report import write_report
