@@ -23,6 +23,6 @@ if __name__ == "__main__":
     if not wanted:
         sys.exit(f"normwise has no extra {extra!r}, or it requires nothing")
     if any(one.startswith("normwise[") for one in wanted):
-        sys.exit(f"the extra {extra!r} names other extras of normwise: install those first, or `pip install -e .[{extra}]`")
+        sys.exit(f"the extra {extra!r} names other extras of normwise: `pip install -e .[{extra}]` has them all")
     command = [sys.executable, "-m", "pip", "install", *options, *project["dependencies"], *wanted]
     sys.exit(subprocess.run(command, check=False).returncode)
