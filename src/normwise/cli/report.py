@@ -31,7 +31,7 @@ def report(
 
     with Store(out / "runs.sqlite", make=False) as store:
         found = study(store)
-    page = write_report(found.rows, found.tasks, out / "report.html", judged=found.judged)
+    page = write_report(found.rows, found.tasks, out / "report.html", judged=found.judged, references=found.references)
     typer.echo(f"Report: {page} ({page.stat().st_size / 1e6:.1f} MB)")
     if found.left_out:
         typer.echo(

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import Dataset
 
 from normwise.diagnosis.errors import DiagnosisError, UserCodeError
 from normwise.diagnosis.pace import Pace
-from normwise.surgery.batches import LABELS, Forward, call, device_of, label_of, moved, split
+from normwise.surgery.batches import LABELS, Forward, call, device_of, label_of, moved, one_batch_at_a_time, split
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -97,9 +98,14 @@ def take(batches: Iterable[Any], limit: int, model: nn.Module, forward: Forward 
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         raise DiagnosisError(f"max_batches must be a positive integer, but got {limit!r}")
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+        cure = (
+            one_batch_at_a_time(batches)
+            if isinstance(batches, Dataset)
+            else "for a single batch give [(inputs, target)]"
+        )
         raise DiagnosisError(
             f"batches must be an iterable of pairs (inputs, target), such as a DataLoader, but got "
-            f"{type(batches).__name__}: for a single batch give [(inputs, target)]"
+            f"{type(batches).__name__}: {cure}"
         )
     device = device_of(model)
     taken: list[Batch] = []
@@ -165,6 +171,8 @@ def scalar(loss: Loss | None, output: Any, batch: Batch) -> Tensor:
         DiagnosisError: it is none.
         UserCodeError: from whatever the loss raises.
     """
+    if isinstance(loss, type) and issubclass(loss, nn.Module):
+        raise DiagnosisError(f"loss is the class {loss.__name__}, not a function: make one, loss={loss.__name__}()")
     if loss is None:
         value = _own_loss(output)
     else:
@@ -202,7 +210,7 @@ def _cure(output: Any, batch: Batch) -> str:
         return (
             f"batch {batch.index} is {type(batch.whole).__name__} without a target, so that loss got the batch itself: "
             "let `batches` yield pairs (inputs, target), several inputs as a tuple, ((x, lengths), target), or dicts "
-            f"that hold one of {', '.join(LABELS)}"
+            f"that hold one of {', '.join(LABELS)}. If what was given as `batches` is itself one batch, give [batch]"
         )
     cure = (
         "loss is called as loss(output, target), with what the model returned and the second of the pair that "

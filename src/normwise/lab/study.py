@@ -22,12 +22,14 @@ VERSION = ("settings", "source", "lab", "normwise", "torch", "backend")
 @dataclass(frozen=True)
 class Study:
     """What a store says: rows for the tables and figures, tasks by name (None for one whose code is not at hand), and
-    all claims, judged by its runs. ``left_out`` counts the runs that are not drawn."""
+    all claims, judged by its runs. ``left_out`` counts the runs that are not drawn; ``references`` has, for the user's
+    tasks by their names, what they were called by."""
 
     rows: list[Row]
     tasks: dict[str, Task | None]
     judged: list[Judged]
     left_out: int
+    references: dict[str, str]
 
 
 def study(store: Store) -> Study:
@@ -49,6 +51,7 @@ def study(store: Store) -> Study:
     names = list(dict.fromkeys(run.identity["task"] for run in drawn))
     names.sort(key=lambda name: _place(name, list(BUILT_IN)))
     drawn.sort(key=_order)
+    called_by = store.references()
     used = {run.identity["seed"] for run in current}
     first, seeds = min(used), 1 + max(used) - min(used)
     judged = [judge(claim, whole.values(), seeds, first_seed=first) for claim in claims().values()]
@@ -57,6 +60,11 @@ def study(store: Store) -> Study:
         tasks={name: _task(name, drawn) for name in names},
         judged=judged,
         left_out=len(index) - len(drawn),
+        references={
+            run.identity["task"]: called_by[run.identity["source"]]
+            for run in drawn
+            if run.identity["source"] in called_by
+        },
     )
 
 

@@ -185,9 +185,7 @@ RULES: tuple[Rule, ...] = (
         "error",
         signals.not_finite,
         "{what}. {where}.",
-        "torch.autograd.set_detect_anomaly(True) names the operation on the way back; keep log, sqrt and division away "
-        "from 0, x.clamp(min=1e-6), and exp and half precision from overflow; masked scores take a large negative "
-        "number, torch.finfo(x.dtype).min, instead of -inf",
+        "{cure}",
     ),
     Rule(
         "NW018",
