@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from normwise.diagnosis.records import Diagnosis, Layer, NonFinite, Recurrence, Size
+from normwise.diagnosis.rules import cures
 from normwise.diagnosis.rules.rule import Match, some
 
 # Share of a sigmoid's or tanh's inputs, or of a gate's values, in the flat part; share of ReLUs that never open.
@@ -25,16 +26,19 @@ def flat(diagnosis: Diagnosis) -> Iterator[Match]:
         units = layer.units
         if units is not None and units.nonlinearity != "relu" and units.saturated > SATURATED:
             what = f"{units.saturated:.0%} of the inputs of its {units.nonlinearity} lie beyond {units.threshold:g}"
-            yield Match(layer.name, {"what": what, "share": units.saturated})
+            cure = cures.text("saturated", cures.norm_before(layer))
+            yield Match(layer.name, {"what": what, "share": units.saturated, "cure": cure})
         elif units is not None and units.nonlinearity == "relu" and units.dead > DEAD:
             what = f"{units.dead:.0%} of its {units.units} ReLUs are off on every sample"
-            yield Match(layer.name, {"what": what, "share": units.dead})
+            cure = cures.text("dead", cures.norm_before(layer))
+            yield Match(layer.name, {"what": what, "share": units.dead, "cure": cure})
         for inside in layer.recurrence:
             worst = max(inside.gates, key=lambda gate: gate.saturated)
             limit = SATURATED if worst.threshold == 3 else GATES
             if worst.threshold and worst.saturated > limit:
                 what = f"{worst.saturated:.0%} of gate {worst.name!r} of {inside.place} lie beyond {worst.threshold:g}"
-                yield Match(layer.name, {"what": what, "share": worst.saturated, "gate": worst.name})
+                cure = cures.text("gates")
+                yield Match(layer.name, {"what": what, "share": worst.saturated, "gate": worst.name, "cure": cure})
 
 
 def gradient_by_depth(diagnosis: Diagnosis) -> Iterator[Match]:
@@ -48,7 +52,9 @@ def gradient_by_depth(diagnosis: Diagnosis) -> Iterator[Match]:
         last = max(stack[-1 - max(1, len(stack) // 4) : -1], key=_output)
     evidence = _ratio(_output(first), _output(last), BY_DEPTH)
     if evidence is not None:
-        yield Match(first.name, evidence | {"over": f"from {last.name!r} back to {first.name!r}", **_norms(diagnosis)})
+        cure = cures.text("depth", cures.norms_behind(diagnosis, stack))
+        evidence |= {"over": f"from {last.name!r} back to {first.name!r}", **_norms(diagnosis), "cure": cure}
+        yield Match(first.name, evidence)
 
 
 def gradient_by_time(diagnosis: Diagnosis) -> Iterator[Match]:
@@ -60,7 +66,7 @@ def gradient_by_time(diagnosis: Diagnosis) -> Iterator[Match]:
         if evidence is not None:
             norm = f"{inside.norm} norm inside" if inside.norm else "no norm inside"
             over = f"over {len(inside.gradient)} steps of {inside.place}, back to the first"
-            yield Match(layer.name, evidence | {"over": over, "norms": norm})
+            yield Match(layer.name, evidence | {"over": over, "norms": norm, "cure": cures.text("time")})
 
 
 def vanishing_or_exploding(diagnosis: Diagnosis) -> Iterator[Match]:
@@ -80,14 +86,16 @@ def no_norm(diagnosis: Diagnosis) -> Iterator[Match]:
         drift = max(_factor(sizes[0], sizes[-2]), _factor(_output(stack[0]), _output(stack[-2])))
         if drift > DRIFT:
             what = f"signals or gradients change {drift:.3g}-fold over {len(stack)} layers with weights"
-            yield Match("", {"what": what, "layers": len(stack), "drift": drift})
+            cure = cures.text("stack", cures.norms_behind(diagnosis, stack))
+            yield Match("", {"what": what, "layers": len(stack), "drift": drift, "cure": cure})
     for layer in diagnosis.layers:
         drifts = [
             max(_factor(r.gradient[0], r.gradient[-1]), _growth(r.summed)) for r in layer.recurrence if r.gradient
         ]
         if len(layer.recurrence) >= RECURRENT_LAYERS and drifts and max(drifts) > DRIFT:
             what = f"summed inputs or gradients change {max(drifts):.3g}-fold over the steps of a recurrent stack"
-            yield Match(layer.name, {"what": what, "layers": len(layer.recurrence), "drift": max(drifts)})
+            evidence = {"what": what, "layers": len(layer.recurrence), "drift": max(drifts)}
+            yield Match(layer.name, evidence | {"cure": cures.text("recurrent stack")})
 
 
 def growing_sums(diagnosis: Diagnosis) -> Iterator[Match]:
