@@ -64,6 +64,8 @@ class Batch:
                 "model(inputs): let `batches` yield (inputs, target) so that this fits, or pass forward=lambda model, "
                 "batch: model(...)"
             )
+            if isinstance(self.whole, Mapping) and not self.has_target:
+                cure += f". The labels of a dict are what one of {', '.join(LABELS)} names: here there is none of these"
         else:
             cure = "see that model(inputs) runs on this batch, in train and in eval mode, before diagnosing it"
         return UserCodeError(f"{text}\nCure: {cure}")
@@ -171,7 +173,7 @@ def scalar(loss: Loss | None, output: Any, batch: Batch) -> Tensor:
         DiagnosisError: it is none.
         UserCodeError: from whatever the loss raises.
     """
-    if isinstance(loss, type) and issubclass(loss, nn.Module):
+    if inspect.isclass(loss):
         raise DiagnosisError(f"loss is the class {loss.__name__}, not a function: make one, loss={loss.__name__}()")
     if loss is None:
         value = _own_loss(output)

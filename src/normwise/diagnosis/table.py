@@ -19,7 +19,8 @@ def as_text(diagnosis: Diagnosis) -> str:
 
 
 def _head(d: Diagnosis) -> list[str]:
-    words = f"{d.model}: {d.parameters:,} parameters, {len(d.layers)} layers, {d.data.batches} batches"
+    words = f"{d.model}: {d.parameters:,} parameters, {len(d.layers)} layers, "
+    words += f"{d.data.batches} batch{'es' * (d.data.batches != 1)}"
     if d.gap is not None and math.isnan(d.gap.output):
         words += "; the outputs of train and eval mode cannot be compared, for they hold NaN or infinity"
     elif d.gap is not None:

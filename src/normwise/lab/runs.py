@@ -61,7 +61,8 @@ def versions(runs: Sequence[Run]) -> tuple[dict[str, str], list[str]]:
     for run in runs:
         of_task = found.setdefault(run.identity["task"], {})
         of_task.setdefault(to_json([run.identity[name] for name in WHAT], sort_keys=True), []).append(run)
-    numbers, sentences = {}, []
+    numbers: dict[str, str] = {}
+    sentences: list[str] = []
     for task, groups in found.items():
         for number, group in enumerate(groups.values(), 1):
             numbers |= {run.key: str(number) if len(groups) > 1 else "" for run in group}

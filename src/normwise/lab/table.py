@@ -79,7 +79,9 @@ def _cells(path: Path) -> list[tuple[int, list[str]]]:
     """(line number, cells) of every line that is not blank."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, skipinitialspace=True, strict=True)
+            # csv leaves out spaces before a quote, and takes those behind one for a fault.
+            plain = (re.sub(r'"[ \t]+(?=,|\r?\n|$)', '"', line) for line in file)
+            reader = csv.reader(plain, skipinitialspace=True, strict=True)
             lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except OSError as error:
         raise LabError(f"{path}: cannot be read: {error.strerror}") from error
