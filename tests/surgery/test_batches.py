@@ -129,6 +129,11 @@ def test_three_parts_are_refused_by_both_with_the_way_out():
             normwise.recalibrate(Net(), [((X, N), Y), ((X, N), Y), (X, N, Y)], exact=exact)
 
 
+def test_classes_that_are_floats_are_said_to_be():
+    with pytest.raises(normwise.diagnosis.DiagnosisError, match=r"target is torch\.float32, and .*: target\.long\(\)"):
+        normwise.diagnose(nn.Linear(5, 5), [(X[:, 0], Y.float())], loss=nn.functional.cross_entropy)
+
+
 def test_labels_of_another_name_are_said_to_be_missing():
     with pytest.raises(normwise.diagnosis.DiagnosisError, match=r"one of labels, label, targets, target names: here"):
         normwise.diagnose(nn.Linear(5, 5), [{"input": X[:, 0], "y": Y}], loss=loss)

@@ -181,7 +181,9 @@ def scalar(loss: Loss | None, output: Any, batch: Batch) -> Tensor:
         try:
             value = loss(output, batch.target)
         except Exception as error:
-            raise UserCodeError(f"loss raised {type(error).__name__}: {error}\nCure: {_cure(output, batch)}") from error
+            raise UserCodeError(
+                f"loss raised {type(error).__name__}: {error}\nCure: {_cure(output, batch, error)}"
+            ) from error
     if not isinstance(value, Tensor):
         raise DiagnosisError(
             f"loss must return a scalar tensor, but got {type(value).__name__}: leave out .item() and float()"
@@ -207,7 +209,7 @@ def _own_loss(output: Any) -> Tensor:
     return value
 
 
-def _cure(output: Any, batch: Batch) -> str:
+def _cure(output: Any, batch: Batch, error: Exception) -> str:
     if not batch.has_target:
         return (
             f"batch {batch.index} is {type(batch.whole).__name__} without a target, so that loss got the batch itself: "
@@ -225,6 +227,8 @@ def _cure(output: Any, batch: Batch) -> str:
         )
         if _member(output, "loss") is not None:
             cure += ", or leave out loss=, since it computes its own"
+    if isinstance(batch.target, Tensor) and batch.target.is_floating_point() and "Long" in str(error):
+        cure += f"; the target is {batch.target.dtype}, and numbers of classes are integers: target.long()"
     return cure
 
 
