@@ -1,8 +1,15 @@
 from __future__ import annotations
 
 import re
+from html import unescape
 
 import pytest
+
+from normwise.lab.report import commands
+from normwise.lab.spec import expand
+from normwise.lab.store import Store
+from normwise.lab.study import study
+from normwise.lab.sweep import sweep
 
 SMALL = ("--norms", "none,layer", "--batch-sizes", "16", "--seeds", "1", "--lr", "0.1", "--steps", "3", "--jobs", "1")
 
@@ -52,7 +59,17 @@ def make():
 
 
 def commands_of(folder):
-    return re.findall(r"normwise compare [^<]*", (folder / "report.html").read_text(encoding="utf-8"))
+    """Those on the page."""
+    return [
+        unescape(text) for text in re.findall(r"normwise compare [^<]*", (folder / "report.html").read_text("utf-8"))
+    ]
+
+
+def stored_commands(folder):
+    """Those that `normwise report` would write, without the time that a page takes."""
+    with Store(folder / "runs.sqlite") as store:
+        found = study(store)
+    return [command for _, _, command in commands(found.rows, found.references["mine"])]
 
 
 def test_its_commands_name_the_users_file_and_say_where_it_has_changed(normwise_command, tmp_path):
@@ -60,18 +77,16 @@ def test_its_commands_name_the_users_file_and_say_where_it_has_changed(normwise_
     file.write_text(TASK)
     assert normwise_command("compare", "--task", f"{file}:make", *SMALL, "--out", str(tmp_path)).status == 0
     by_compare = commands_of(tmp_path)
-    assert all(f"--task &#39;{file}:make&#39; --norms" in command for command in by_compare)
-    assert normwise_command("report", "--out", str(tmp_path)).status == 0
-    assert commands_of(tmp_path) == by_compare
+    assert all(f"--task '{file}:make' --norms" in command for command in by_compare)
+    assert stored_commands(tmp_path) == by_compare
     file.write_text(TASK.replace('"mine"', '"mine"  # edited'))
-    normwise_command("report", "--out", str(tmp_path))
-    assert commands_of(tmp_path)
-    assert all("--out again  # the file, or a module of its own, has been edited" in c for c in commands_of(tmp_path))
-    file.rename(tmp_path / "moved.py")
-    normwise_command("report", "--out", str(tmp_path))
-    assert all("--out again  # the file is not there any more" in c for c in commands_of(tmp_path))
-    moved = ("--task", f"{tmp_path / 'moved.py'}:make")
-    (tmp_path / "moved.py").write_text(TASK)
-    normwise_command("compare", *moved, *SMALL, "--out", str(tmp_path))  # trains nothing
-    normwise_command("report", "--out", str(tmp_path))
-    assert all("moved.py:make --norms" in c and "#" not in c.replace("&#", "") for c in commands_of(tmp_path))
+    assert normwise_command("report", "--out", str(tmp_path)).status == 0
+    edited = "  # the file, or a module of its own, has been edited since: this trains what it is now"
+    assert commands_of(tmp_path) == [command + edited for command in by_compare]
+    moved = file.rename(tmp_path / "moved.py")
+    assert all("--out again  # the file is not there any more" in command for command in stored_commands(tmp_path))
+    moved.write_text(TASK)
+    same = {"norms": ["none", "layer"], "batch_sizes": [16], "learning_rates": [0.1], "steps": 3}
+    with Store(tmp_path / "runs.sqlite") as store:
+        sweep(expand(f"{moved}:make", seeds=1, **same), store, jobs=1, finished=lambda *_: pytest.fail("trained again"))
+    assert stored_commands(tmp_path) == [c.replace(f"'{file}:make'", f"{moved}:make") for c in by_compare]

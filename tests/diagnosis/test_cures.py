@@ -127,7 +127,7 @@ def test_a_bias_that_is_taken_out_changes_no_output():
     assert model[0].bias.abs().max() > 0.01
     torch.testing.assert_close(cured(arguments, line)["model"](x), before)
     assert model[0].bias is None
-    without = nn.Sequential(nn.Linear(6, 8), nn.InstanceNorm1d(8, track_running_stats=False))
+    without = nn.Sequential(nn.Conv1d(5, 8, 1), nn.InstanceNorm1d(8))
     text = cures.without_bias(*diagnose(without, [torch.randn(4, 5, 6)], loss=lambda y, _: y.square().sum()).layers)
     assert text == "model.get_submodule('0').bias = None"
 
