@@ -88,7 +88,9 @@ def sequences(layers: Layers, x: Any, hx: Any, lengths: Any, reset: Any) -> tupl
     if reset is not None:
         reset = _reset_flags(reset, steps, batch, given.x.device, batched, layers.batch_first)
     # An LSTM's output is what its backward reads, as with torch's; but rows of a PackedSequence are the caller's own.
-    returns_copy = given.source is None and (layers.config.cell != "lstm" or given.packed is not None)
+    # In bfloat16 that is so where the processor multiplies it; elsewhere torch runs step by step, and its output may be.
+    fused = layers.config.cell == "lstm" and given.packed is None and given.x.dtype == torch.float32
+    returns_copy = given.source is None and not fused
     result = run(_request(layers, given, states, reset), returns_copy, layers.between)
     h, c = _finals(layers, given, result)
     found = packed.output(result.output, given, shape, batch_first)
