@@ -88,7 +88,7 @@ def sequences(layers: Layers, x: Any, hx: Any, lengths: Any, reset: Any) -> tupl
     if reset is not None:
         reset = _reset_flags(reset, steps, batch, given.x.device, batched, layers.batch_first)
     # An LSTM's output is what its backward reads, as with torch's; but rows of a PackedSequence are the caller's own.
-    # In bfloat16 that is so where the processor multiplies it; elsewhere torch runs step by step, and its output may be.
+    # In bfloat16 torch's does so only where the processor multiplies it; elsewhere a changed output harms nothing.
     fused = layers.config.cell == "lstm" and given.packed is None and given.x.dtype == torch.float32
     returns_copy = given.source is None and not fused
     result = run(_request(layers, given, states, reset), returns_copy, layers.between)
