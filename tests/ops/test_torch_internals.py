@@ -126,3 +126,14 @@ def test_batch_norm_keeps_the_mean_and_reciprocal_deviation_of_the_batch() -> No
     torch.testing.assert_close((mean, rstd), (expected, (var + 1e-3).rsqrt()))
     assert torch.equal(y, torch.batch_norm(x, weight, bias, None, None, True, 0.0, 1e-3, True))
     assert y.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_where_torch_s_lstm_fails_under_autocast(dtype: torch.dtype) -> None:
+    layer, failed = torch.nn.LSTM(3, 4), False
+    with torch.autocast("cpu", dtype=dtype):
+        try:
+            layer(torch.randn(5, 2, 3))
+        except RuntimeError:
+            failed = True
+    assert failed == of_backends.lstm_fails_under_autocast(dtype)

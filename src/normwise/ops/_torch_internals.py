@@ -6,15 +6,15 @@ tests/ops/test_torch_internals.py tests for each what breaks without it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 from torch.autograd import forward_ad
 
+from normwise.backends._torch_internals import constant_while_compiling
 from normwise.backends.devices import on_cpu
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "without_fake_tensors",
 ]
 
-F = TypeVar("F", bound=Callable[..., Any])
 
 # Inside torch.func's vmap, grad and the like: no value of a tensor may be looked at.
 transforms_active = torch._C._are_functorch_transforms_active
@@ -115,15 +114,6 @@ def is_fake(t: Tensor) -> bool:
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(t, FakeTensor)
-
-
-def constant_while_compiling(function: F) -> F:
-    """`function`, whose result torch.compile takes for a constant instead of tracing it.
-
-    What torch.compiler.assume_constant_result does; but calling that loads the compiler, which costs a second.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
 
 
 def compiler_loaded() -> bool:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from normwise.backends._torch_internals import lstm_fails_under_autocast
 from normwise.backends.devices import on_cpu
 from normwise.backends.protocol import (
     LayerKernel,
@@ -47,8 +48,9 @@ def supports_stack(request: RecurrenceRequest) -> str | None:
         return "torch's own layers have no norm inside, no zoneout, and one kind of GRU"
     if request.resets[0] is not None:
         return "torch's own layers take no reset"
-    if request.autocast is torch.float16 and request.config.cell == "lstm" and on_cpu(request.x):
-        return "torch's own LSTM fails under autocast to float16 on the CPU"
+    autocast = request.autocast
+    if autocast and request.config.cell == "lstm" and on_cpu(request.x) and lstm_fails_under_autocast(autocast):
+        return f"torch's own LSTM fails under autocast to {autocast} on this CPU"
     if request.layout.batch_sizes is not None and request.layout.steps == 0:
         return "torch's own layers take no batch without a step"
     return None
