@@ -97,7 +97,7 @@ $(STAMP): $(SOURCES)
 # imported: those that are, Python compiles by itself (--no-compile). Editable installs need pip 21.3.
 $(VENV)/.installed-to-compare: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c 'import pip, sys; sys.exit(pip.__version__ < "22")' || $(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -c 'import pip, sys; sys.exit(int(pip.__version__.partition(".")[0]) < 22)' || $(BIN)/python -m pip install --quiet --upgrade pip
 	NORMWISE_LEVELS=native $(BIN)/python -m pip install --quiet --no-deps --no-compile -e '.[lab]' & kernels=$$!; \
 	$(BIN)/python scripts/install_extra.py lab --quiet --no-compile -c constraints.txt; packages=$$?; \
 	wait $$kernels && test $$packages = 0

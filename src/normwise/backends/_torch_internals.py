@@ -29,10 +29,16 @@ def lstm_fails_under_autocast(dtype: torch.dtype) -> bool:
 
     Bfloat16 needs a processor with AVX-512 or the like. Without autocast torch asks, and runs step by step.
     """
-    return dtype == torch.float16 or (dtype == torch.bfloat16 and not _onednn_knows_bfloat16())
+    takes_onednn = torch.backends.mkldnn.is_available()
+    return dtype == torch.float16 or (dtype == torch.bfloat16 and takes_onednn and not onednn_knows_bfloat16())
+
+
+@constant_while_compiling
+def onednn_knows_bfloat16() -> bool:
+    """Whether torch has its kernels run bfloat16 on this CPU, as its LSTM; False without oneDNN."""
+    return _onednn_knows_bfloat16()
 
 
 @functools.cache
 def _onednn_knows_bfloat16() -> bool:
-    """True without oneDNN too: torch does not take it then."""
-    return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from normwise.backends._torch_internals import onednn_knows_bfloat16
+from normwise.backends.devices import on_cpu
 from normwise.backends.protocol import (
     LayerKernel,
     LayerRequest,
@@ -87,10 +89,10 @@ def sequences(layers: Layers, x: Any, hx: Any, lengths: Any, reset: Any) -> tupl
     states = arguments.states(hx, layers.sizes(batch), given.x, batched, layers.name, other)
     if reset is not None:
         reset = _reset_flags(reset, steps, batch, given.x.device, batched, layers.batch_first)
-    # An LSTM's output is what its backward reads, as with torch's; but rows of a PackedSequence are the caller's own.
-    # In bfloat16 torch's does so only where the processor multiplies it; elsewhere a changed output harms nothing.
-    fused = layers.config.cell == "lstm" and given.packed is None and given.x.dtype == torch.float32
-    returns_copy = given.source is None and not fused
+    # An LSTM's output is what its backward reads, as with torch's fused ones; but rows of a PackedSequence are the
+    # caller's own, and without a fused one, as for bfloat16 on some processors, torch's output may be changed.
+    fused = layers.config.cell == "lstm" and not _steps_one_by_one(given.x)
+    returns_copy = given.source is None and not (fused and given.packed is None)
     result = run(_request(layers, given, states, reset), returns_copy, layers.between)
     h, c = _finals(layers, given, result)
     found = packed.output(result.output, given, shape, batch_first)
@@ -222,6 +224,11 @@ def _finals(
     if order is None:
         return h, c
     return packed.restore(h, order), None if c is None else packed.restore(c, order)
+
+
+def _steps_one_by_one(x: Tensor) -> bool:
+    """Whether torch's LSTM runs without a kernel of its own."""
+    return x.dtype == torch.bfloat16 and on_cpu(x) and not onednn_knows_bfloat16()
 
 
 def run(request: RecurrenceRequest, returns_copy: bool = False, between: Between | None = None) -> RecurrenceResult:
