@@ -247,16 +247,16 @@ template <class P, class In> struct BatchBackward {
   int64_t chunk;  // steps
   bool separate;  // dp and dq differ
   bool repeats_p;
-  InputProjection<In> inputs;           // p of the chunk, where the forward did not keep it
+  InputProjection<In> inputs;  // p of the chunk, where the forward did not keep it
   PackedMatrix weight_ih, weight_hh;
-  float *dp, *dq;                       // of the chunk's rows
-  float* dreadout;                      // of a step's samples
-  const float **h_before, **c_before;   // of the chunk's rows: the state before
-  void *packed_x, *packed_h;            // x and h_before of the chunk
-  const float* zeros;                   // units
-  char* packed_left;                    // for each thread: left-hand rows
+  float *dp, *dq;                      // of the chunk's rows
+  float* dreadout;                     // of a step's samples
+  const float **h_before, **c_before;  // of the chunk's rows: the state before
+  void *packed_x, *packed_h;           // x and h_before of the chunk
+  const float* zeros;                  // units
+  char* packed_left;                   // for each thread: left-hand rows
   int64_t packed_left_size;
-  const float** row_pointers;           // for each thread: to the rows of a matrix that it packs
+  const float** row_pointers;  // for each thread: to the rows of a matrix that it packs
   int64_t row_pointer_count;
   ColumnSums sums;
   Barrier& barrier;
@@ -301,8 +301,10 @@ template <class P, class In> struct BatchBackward {
   void step(ThreadShare share, UnitRange own, int64_t s, int64_t chunk_first, void* left) const {
     const int64_t n = rows.samples(s), start = rows.start(s), units = layer.units, gate_units = layer.gate_units;
     const int64_t at = StatColumns::row(a, s) * stats.width;
-    const float* p = repeats_p ? inputs.row(start, chunk_first) : a.input_terms ? a.input_terms + start * gate_units : nullptr;
-    float *dq_first = dq + (start - chunk_first) * gate_units;
+    const float* p = repeats_p       ? inputs.row(start, chunk_first)
+                     : a.input_terms ? a.input_terms + start * gate_units
+                                     : nullptr;
+    float* dq_first = dq + (start - chunk_first) * gate_units;
     cell(layer, stats,
          {.terms = {.p = p,
                     .q = a.hidden_terms ? a.hidden_terms + start * gate_units : nullptr,

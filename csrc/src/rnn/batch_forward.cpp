@@ -16,9 +16,9 @@ struct ForwardStep {
   StepTerms terms;
   float *mean, *var;  // the step's own, filled; null where they were given
   int64_t samples;
-  float *h, *c;    // the state, replaced
-  float* output;   // filled
-  float* cells;    // filled, or null
+  float *h, *c;   // the state, replaced
+  float* output;  // filled
+  float* cells;   // filled, or null
 };
 
 template <int V, class Part>

@@ -8,17 +8,16 @@
 namespace NW_ISA {
 namespace {
 
-// Rows of one step: v + r * stride is row r. Null: there is no such thing.
 struct StepTerms {
-  const float *p, *q;  // gate_units apart; p is null where q holds p + q
+  const float *p, *q;       // rows of the step's samples; p is null where q holds p + q
   const float *mean, *var;  // of the step
 };
 
 // The units from j of every gate: N_ih(p), N_hh(q) and the biases after them.
 template <int gates, int V> struct GateNorms {
   ColumnScales<V> p[gates], q[gates];
-  Columns<V> bias[gates];              // b_ih + b_hh
-  Columns<V> bias_ih, bias_hh;         // of the candidate alone, in a GRU whose reset gate acts on the hidden term
+  Columns<V> bias[gates];       // b_ih + b_hh
+  Columns<V> bias_ih, bias_hh;  // of the candidate alone, in a GRU whose reset gate acts on the hidden term
 };
 
 template <int gates, int V, class Part>
@@ -40,7 +39,7 @@ NW_INLINE void prepare_gates(const Layer& layer, const StatColumns& stats, const
   norms.bias_hh = load_columns<V>(layer.bias_hh + (gates - 1) * layer.units + j, part);
 }
 
-// N_ih(p) and N_hh(q) of gate g without biases; `at` is that of the vector's first unit in a row of gates.
+// N(v) of the k-th vector without a bias; `at` is where it begins in a row of gates.
 template <int V, class Part>
 NW_INLINE vec<float> normalized(const ColumnScales<V>& s, const float* v, int64_t at, int k, Part part) {
   return (load(v + at, part) - s.mean.at[k]) * s.scale.at[k];
@@ -75,7 +74,7 @@ NW_INLINE GruGates gru_gates(const Layer& layer, const GateNorms<3, V>& norms, c
   return gates;
 }
 
-// One thread's share of the units: whole blocks, so that no column is computed otherwise with another number of threads.
+// One thread's share of the units, in whole blocks, so that a column is computed alike with any number of threads.
 struct UnitRange {
   int64_t begin, end;
   UnitRange(int64_t units, int index, int count) {

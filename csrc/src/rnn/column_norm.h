@@ -7,7 +7,7 @@
 namespace NW_ISA {
 namespace {
 
-constexpr int block_vectors = 64 / vector_bytes > 0 ? 64 / vector_bytes : 1;
+constexpr int block_vectors = 64 / vector_bytes;
 constexpr int64_t block_columns = block_vectors * lanes<float>;
 
 // Calls body(j, columns, part) for blocks of columns from .. to-1: V vectors, of which one alone may be partial.
@@ -138,9 +138,9 @@ template <int V, class Part> NW_INLINE Columns<V> column_sums(const float* v, in
   return sum[0];
 }
 
-// The gradient dv of z = (v - mean) * scale over n rows of columns: dv = scale * (dz - avg(dz) - v_hat * avg(dz * v_hat))
-// where the statistics are those of these rows, dv = scale * dz where they were given; dv may be dz. All rows are
-// `stride` apart. `sum_dz` are the sums of dz; adds those of dz * v_hat to `dgain`.
+// The gradient dv of z = (v - mean) * scale over n rows of columns: scale * (dz - avg(dz) - v_hat * avg(dz * v_hat))
+// where the statistics are those of these rows, scale * dz where they were given; dv may be dz. All rows are `stride`
+// apart. `sum_dz` are the sums of dz; adds those of dz * v_hat to `dgain`.
 template <int V, class Part>
 NW_INLINE void column_norm_gradient(const float* dz, const float* v, int64_t stride, int64_t n, bool given,
                                     const ColumnScales<V>& s, const Columns<V>& sum_dz, double* dgain, float* dv,

@@ -74,8 +74,9 @@ inline bool has_separate_terms(const nw_recurrent& a) {
 inline bool has_few_inputs(const nw_recurrent& a) {
   return a.inputs <= max_small_inputs && a.norm_placement != NW_SUM;
 }
-// Whether the cells compute p themselves. Statistics over samples need a whole column of it, a product that the backward
-// repeats.
+
+// Whether the cells compute p themselves. Statistics over samples need a whole column of it: there p is a product, and
+// the backward repeats it.
 inline bool has_small_input(const nw_recurrent& a) { return has_few_inputs(a) && !of_samples(a); }
 
 // Whether the forward saves activated gates instead of q, as it does for an LSTM without norms.
