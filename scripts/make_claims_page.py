@@ -3,6 +3,7 @@
     normwise claims --json > results.json
     python scripts/make_claims_page.py results.json   # takes these results into docs/claims.json, then writes the page
     python scripts/make_claims_page.py                # writes the page from docs/claims.json as it is
+    python scripts/make_claims_page.py --again two.json   # takes these in as the independent runs to compare with
 
 Results replace those of the same claims; claims that they lack stay as they were. `normwise claims` reads
 docs/claims.json too, for what a claim costs and for the verdicts of claims that it does not run.
@@ -17,6 +18,8 @@ from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- made by scripts/make_claims_page.py -->", "<!-- end of what is made -->"
+BEGIN_TWICE, END_TWICE = "<!-- compared by scripts/make_claims_page.py -->", "<!-- end of what is compared -->"
+DECIDED = {"supported", "contradicted"}
 OF_CLAIM = ("id", "verdict", "reason", "sentence", "source", "kind", "seeds", "first_seed", "seconds_a_seed")
 OF_CHECK = ("what", "verdict", "value", "limit", "at_most")
 OF_EFFECT = (
@@ -40,24 +43,76 @@ def short(value: Any) -> Any:
     return [short(one) for one in value] if isinstance(value, list) else value
 
 
-def taken_in(record: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+def taken_in(record: dict[str, Any], results: dict[str, Any], where: str = "claims") -> dict[str, Any]:
     """The record with the results in the place of what it had of the same claims; those that lack runs are left out."""
     ran = [compact(claim) for claim in results["claims"] if claim["runs_found"] == claim["runs_wanted"]]
-    claims = {claim["id"]: claim for claim in [*record["claims"], *ran]}
+    if where == "again":
+        ran = [claim for claim in ran if claim["kind"] != "exact"]  # computed: the same whatever the seeds
+        first = {claim["id"]: set(seeds_of(claim)) for claim in record["claims"]}
+        shared = [claim["id"] for claim in ran if first.get(claim["id"], set()) & set(seeds_of(claim))]
+        if shared:
+            sys.exit(f"not independent, some seeds are the same: {', '.join(shared)}. Give --first-seed.")
+    claims = {claim["id"]: claim for claim in [*record.get(where, []), *ran]}
     exact_first = sorted(claims.values(), key=lambda claim: (claim["kind"] == "run", claim["id"]))
-    return {"made_with": results["made_with"], "claims": exact_first}
+    made_with = record.get("made_with", {}) if where == "again" else results["made_with"]
+    return {**record, "made_with": made_with, where: exact_first}
+
+
+def seeds_of(claim: dict[str, Any]) -> range:
+    return range(claim["first_seed"], claim["first_seed"] + claim["seeds"])
 
 
 def page(record: dict[str, Any], before: str) -> str:
-    """The page with what stands between the two marks made anew."""
-    start, _, rest = before.partition(BEGIN)
-    _, _, end = rest.partition(END)
-    return f"{start}{BEGIN}\n\n{made(record)}\n{END}{end}"
+    """The page with what stands between the marks made anew."""
+    return between(BEGIN_TWICE, twice(record), END_TWICE, between(BEGIN, made(record), END, before))
+
+
+def between(begin: str, made: str, end: str, before: str) -> str:
+    head, _, rest = before.partition(begin)
+    _, found, tail = rest.partition(end)
+    if not found:
+        sys.exit(f"docs/claims.md lacks the marks {begin} and {end}")
+    return f"{head}{begin}\n\n{made}\n{end}{tail}"
+
+
+def twice(record: dict[str, Any]) -> str:
+    """Both runs side by side: verdicts of claims and, since one open part leaves a claim open, of parts."""
+    first = {claim["id"]: claim for claim in record["claims"]}
+    rows, claims, parts = [], [], []
+    for again in record.get("again", []):
+        one = first[again["id"]]
+        pairs = [(a, b) for a in one["parts"] for b in again["parts"] if a["what"] == b["what"] and "unit" in a]
+        of_parts = [outcome(a, b) for a, b in pairs]
+        claims.append(outcome(one, again))
+        parts += of_parts
+        runs = " | ".join(f"{run['verdict']}, seeds {seeds_of(run)[0]}-{seeds_of(run)[-1]}" for run in (one, again))
+        rows.append(f"| `{again['id']}` | {runs} | {claims[-1]} | {counted(of_parts)} |")
+        for (a, b), found in zip(pairs, of_parts, strict=True):
+            if found == "differ":
+                rows.append(
+                    f"| {a['what']} | {measured(a)}: {a['verdict']} | {measured(b)}: {b['verdict']} | differ | |"
+                )
+    if not rows:
+        return "Not compared yet.\n"
+    said = f"{len(claims)} trained claims ran twice: {counted(claims)}; of their parts {counted(parts)}."
+    head = ["| Claim | Recorded | Again | Verdicts | Parts |", "|---|---|---|---|---|"]
+    return "\n".join([said, "", *head, *rows]) + "\n"
+
+
+def outcome(one: dict[str, Any], again: dict[str, Any]) -> str:
+    if not {one["verdict"], again["verdict"]} <= DECIDED:
+        return "open"
+    return "agree" if one["verdict"] == again["verdict"] else "differ"
+
+
+def counted(outcomes: list[str]) -> str:
+    counts = ((word, outcomes.count(word)) for word in ("agree", "differ", "open"))
+    return ", ".join(f"{count} {word}" for word, count in counts if count)
 
 
 def made(record: dict[str, Any]) -> str:
     claims = record["claims"]
-    counts = {}
+    counts: dict[str, int] = {}
     for claim in claims:
         counts[claim["verdict"]] = counts.get(claim["verdict"], 0) + 1
     with_what = ", ".join(f"{name} {version}" for name, version in record["made_with"].items())
@@ -122,8 +177,12 @@ def room(part: dict[str, Any]) -> str:
 def main(arguments: list[str]) -> None:
     stored, text = DOCS / "claims.json", DOCS / "claims.md"
     record = json.loads(stored.read_text("utf-8")) if stored.exists() else {"claims": []}
-    for results in arguments:
-        record = taken_in(record, json.loads(Path(results).read_text("utf-8")))
+    where = "claims"
+    for argument in arguments:
+        if argument == "--again":
+            where = "again"
+        else:
+            record = taken_in(record, json.loads(Path(argument).read_text("utf-8")), where)
     written = json.dumps(record, indent=1, ensure_ascii=True) + "\n"
     if len(written) > MOST_BYTES:
         sys.exit(f"docs/claims.json would have {len(written):,} bytes, more than {MOST_BYTES:,}")

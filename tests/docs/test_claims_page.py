@@ -75,6 +75,36 @@ def test_results_replace_those_of_the_same_claims_and_leave_the_others(script, t
     ).read_text("utf-8")
 
 
+def test_independent_runs_are_set_beside_the_record(script, tmp_path):
+    def part(what, verdict, mean):
+        numbers = {"minimum": 1, "mean": mean, "interval": [mean, mean], "confidence": 0.95, "headroom": 9.0}
+        texts = {"what": what, "verdict": verdict, "unit": "points", "no_ceiling": "", "reason": "", "would_decide": ""}
+        return {**texts, **numbers, "power": 0.9, "seeds_needed": None}
+
+    def runs(first_seed, *verdicts):
+        parts = [part("x", verdicts[1], 1.5), part("y", verdicts[2], 0.5)]
+        claim = {"id": "cnn", "verdict": verdicts[0], "reason": "", "sentence": "S.", "source": "T.", "kind": "run",
+                 "seeds": 5, "first_seed": first_seed, "seconds_a_seed": 1.0, "runs_found": 4, "runs_wanted": 4,
+                 "parts": parts}  # fmt: skip
+        results = tmp_path / "results.json"
+        results.write_text(json.dumps({"made_with": {"torch": "9"}, "claims": [claim]}))
+        return str(results)
+
+    def compared():
+        text = (tmp_path / "claims.md").read_text("utf-8")
+        return text[text.index(script.BEGIN_TWICE) : text.index(script.END_TWICE)]
+
+    script.main([runs(0, "contradicted", "supported", "contradicted")])
+    with pytest.raises(SystemExit, match=r"cnn\. Give --first-seed"):
+        script.main(["--again", runs(4, "supported", "supported", "supported")])
+    script.main(["--again", runs(1000, "supported", "supported", "supported")])
+    assert "1 trained claims ran twice: 1 differ; of their parts 1 agree, 1 differ." in compared()
+    assert "| `cnn` | contradicted, seeds 0-4 | supported, seeds 1000-1004 | differ | 1 agree, 1 differ |" in compared()
+    assert "| y | 0.5 points (0.5 to 0.5), at least 1: contradicted | 0.5 points (0.5 to 0.5), at least 1" in compared()
+    script.main(["--again", runs(1000, "undecided", "supported", "undecided")])
+    assert "| open | 1 agree, 1 open |" in compared()
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"claims": [{"id": "cnn"}]}', '{"claims": 3}', "\xff"])
 def test_a_damaged_record_is_named(tmp_path, text):
     path = tmp_path / "claims.json"

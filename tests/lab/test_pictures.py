@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import re
+
 import pytest
+import vl_convert
 
 from normwise.lab import pictures
 from normwise.lab.errors import LabError
@@ -51,6 +54,13 @@ def test_a_picture_has_the_light_page_s_colours_and_a_legend():
     assert '"legend": {"title": null' in text
     alone = pictures.together(Figure("Loss", "", [Panel("a", lines[:1])]))
     assert '"symbolType"' not in pictures.light(alone)
+
+
+def test_panels_of_one_norm_each_keep_their_colours():
+    panels = [Panel(norm, [Line(norm, [0, 1], [1.0, 2.0])]) for norm in ("none", "batch")]
+    drawn = vl_convert.vegalite_to_svg(pictures.light(pictures.together(Figure("Inputs", "", panels))))
+    strokes = re.findall(r'<path d=[^>]* stroke="(#\w+)"', drawn)
+    assert strokes == ["#6e6e6e", "#0072b2"]
 
 
 def test_the_heat_map_has_a_square_for_each_number():

@@ -160,6 +160,17 @@ def test_the_keyboard_saves_a_figure(open_page, report, kind, start):
         assert lines[1].startswith("batch size 16,none,,")
 
 
+def test_a_saved_figure_of_one_norm_a_panel_keeps_their_colours(open_page, report):
+    page = open_page(report)
+    page.get_by_role("tab", name="mlp", exact=True).click()
+    figure = page.locator("#mlp figure", has=page.get_by_role("heading", name="The input of one nonlinearity")).first
+    figure.locator("summary").click()
+    with page.expect_download() as download:
+        figure.get_by_role("button", name="SVG").click()
+    text = download.value.path().read_text(encoding="utf-8")
+    assert all(colour in text for colour in ("#6e6e6e", "#0072b2", "#d55e00"))  # no norm, batch, layer
+
+
 def test_the_heat_map_is_saved_too(open_page, report):
     page = open_page(report)
     page.get_by_role("tab", name="mlp", exact=True).click()

@@ -12,6 +12,7 @@ from typing import Any
 from normwise.lab.chart import CONFIG, still
 from normwise.lab.errors import LabError
 from normwise.lab.figures import Figure
+from normwise.lab.plot import colour
 from normwise.lab.report import Section, section
 from normwise.lab.score import Row
 from normwise.lab.tasks import Task
@@ -56,21 +57,23 @@ def specs(part: Section) -> dict[str, dict[str, Any]]:
 def together(figure: Figure) -> dict[str, Any]:
     """The panels of a figure as one chart, with a legend. The page's script does the same for its own files."""
     shown = [still(chart.spec) for chart in figure.charts if chart.panel.choice == 0]
-    norms = {line.norm for panel in figure.panels for line in panel.lines}
+    norms = list(dict.fromkeys(line.norm for panel in figure.panels for line in panel.lines))
     return {
         "title": figure.title,
-        "concat": shown if len(norms) < 2 else with_legend(shown),
+        "concat": shown if len(norms) < 2 else with_legend(shown, norms),
         "columns": COLUMNS,
         "resolve": {"scale": {"color": "shared"}},
     }
 
 
-def with_legend(place: Any) -> Any:
+def with_legend(place: Any, norms: Sequence[str]) -> Any:
+    """One scale for all panels: a panel's own knows its norms alone, and of several Vega would take the first."""
     if isinstance(place, dict):
         if place.get("field") == "norm":
-            return {**place, "legend": {"title": None, "symbolType": "circle", "orient": "bottom"}}
-        return {name: with_legend(part) for name, part in place.items()}
-    return [with_legend(part) for part in place] if isinstance(place, list) else place
+            scale = {"domain": list(norms), "range": [colour(norm) for norm in norms]}
+            return {**place, "scale": scale, "legend": {"title": None, "symbolType": "circle", "orient": "bottom"}}
+        return {name: with_legend(part, norms) for name, part in place.items()}
+    return [with_legend(part, norms) for part in place] if isinstance(place, list) else place
 
 
 def light(spec: Mapping[str, Any]) -> str:

@@ -142,11 +142,16 @@ const walk = (part, change) => Array.isArray(part) ? part.map((one) => walk(one,
   ? change(Object.fromEntries(Object.entries(part).map(([name, one]) => [name, walk(one, change)]))) : part;
 function pictureOf(figure) {
   const panels = all(".panel:not(.other, .emptied)", figure);
+  // One scale for all: a panel's own knows its norms alone, and of several Vega would take the first.
+  const colours = Object.fromEntries(panels.map(fieldsOf).flatMap((one) => one.$norms.map((norm, i) => [norm, one.$colours[i]])));
   const spec = panels.length ? {title: figure.querySelector("h3").textContent, columns: 3, resolve: {scale: {color: "shared"}},
     concat: walk(panels.map(specOf), (part) => {
       delete part.params; // of which, as of names, there may be no two in one chart
       delete part.name;
-      if (part.field === "norm") part.legend = {title: null, symbolType: "circle", orient: "bottom"};
+      if (part.field === "norm") {
+        part.legend = {title: null, symbolType: "circle", orient: "bottom"};
+        part.scale = {domain: Object.keys(colours), range: Object.values(colours)};
+      }
       return part;
     })} : JSON.parse(figure.dataset.spec);
   return JSON.parse(resolved(JSON.stringify({...spec, config: {...config, background: "var(--card)"}})));
