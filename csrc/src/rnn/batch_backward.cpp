@@ -24,7 +24,6 @@ struct BackwardStep {
   float* dc;                     // the gradient of c, replaced by that of c_before; LSTM
   float *dp, *dq;                // filled; dp is null where q is p + q
   float* dreadout;               // scratch, like dc; LSTM with a norm of c
-  bool given;                    // no gradient passes through the statistics
 };
 
 // Sums over all rows, from which the gradients of gains and biases are: gate_units each, and units.
@@ -61,13 +60,13 @@ NW_INLINE void products_gradient(const Layer& layer, const StatColumns& stats, c
     add_columns<V>(sums.bias_ih + at, sum_ih, part);
     if (apart) add_columns<V>(sums.bias_hh + at, sum_hh, part);
     if (stats.ih >= 0) {
-      column_norm_gradient<V>(apart ? dp : dq, step.terms.p + at, gate_units, n, step.given, norms.p[g], sum_ih,
+      column_norm_gradient<V>(apart ? dp : dq, step.terms.p + at, gate_units, n, step.terms.given, norms.p[g], sum_ih,
                               sums.gain_ih + at, dp, part);
     }
     if (stats.hh < 0) continue;
-    column_norm_gradient<V>(dq, step.terms.q + at, gate_units, n, step.given, norms.q[g], sum_hh, sums.gain_hh + at, dq,
-                            part);
-    if (layer.norm_placement == NW_SUM && step.given) {  // a mean over samples takes b_inner away
+    column_norm_gradient<V>(dq, step.terms.q + at, gate_units, n, step.terms.given, norms.q[g], sum_hh,
+                            sums.gain_hh + at, dq, part);
+    if (layer.norm_placement == NW_SUM && step.terms.given) {  // a mean over samples takes b_inner away
       Columns<V> inner;
 #pragma GCC unroll 4
       for (int k = 0; k < V; ++k) inner.at[k] = norms.q[g].scale.at[k] * sum_hh.at[k];
@@ -82,12 +81,14 @@ NW_INLINE void lstm_columns(const Layer& layer, const StatColumns& stats, const 
   const int64_t units = layer.units, gate_units = layer.gate_units, n = step.samples;
   const bool normalized_c = stats.c >= 0, normalizes_state = layer.cell_norm == NW_CELL_STATE;
   GateNorms<4, V> norms;
-  prepare_gates<4, V>(layer, stats, step.terms, j, part, norms);
+  prepare_gates<4, V>(layer, stats, step.terms, step.samples, j, part, norms);
   ColumnScales<V> s{};
   Columns<V> bias_c{};
   if (normalized_c) {
     const int64_t first = stats.c + j;
-    s = column_scales<V>(step.terms.mean + first, step.terms.var + first, layer.gain_c + j, layer.eps, part);
+    Columns<V> rest{};  // of what became the state it is found out below
+    if (!normalizes_state) rest = measure<V>(step.terms, n, stats.c, step.cells, units, j, part);
+    s = column_scales<V>(step.terms.mean + first, step.terms.var + first, layer.gain_c + j, layer.eps, rest, part);
     bias_c = load_columns<V>(layer.bias_c + j, part);
   }
   const auto through_gates = [&](float* dz, float* dc, vec<float> c_before, vec<float> i, vec<float> f, vec<float> g,
@@ -109,8 +110,8 @@ NW_INLINE void lstm_columns(const Layer& layer, const StatColumns& stats, const 
       float *dz = step.dq + r * gate_units + unit, *dc = step.dc + at;
       const vec<float> dh = total_dh(step, at, part), c_before = load(step.c_before[r] + unit, part);
       if (normalized_c) {
-        const vec<float> c = normalizes_state ? f * c_before + i * g : load(step.cells + at, part);
-        const vec<float> t = tanh((c - s.mean.at[k]) * s.scale.at[k] + bias_c.at[k]);
+        const vec<float> c = load(step.cells + at, part);
+        const vec<float> t = tanh(normalizes_state ? c : s.deviation(c, k) * s.scale.at[k] + bias_c.at[k]);
         vec<float> d = dh * o * (1.f - t * t);
         if (normalizes_state) d += load(dc, part);
         store(step.dreadout + at, d, part);
@@ -129,8 +130,21 @@ NW_INLINE void lstm_columns(const Layer& layer, const StatColumns& stats, const 
       const vec<float> c = normalizes_state
                                ? f * load(step.c_before[r] + j + k * lanes<float>, part) + i * g
                                : load(step.cells + at, part);
-      return c - s.mean.at[k];
+      return s.deviation(c, k);
     };
+    if (normalizes_state && !step.terms.given) {
+      Columns<V> rest[1];
+      sum_rows<1, V>(n, rest, [&](int64_t r, Columns<V>(&of_row)[1]) NW_LAMBDA {
+#pragma GCC unroll 4
+        for (int k = 0; k < V; ++k) {
+          const float* gates = step.dq + r * gate_units + j + k * lanes<float>;
+          of_row[0].at[k] += deviation(r, k, 0, load(gates, part), load(gates + units, part),
+                                       load(gates + 2 * units, part));
+        }
+      });
+#pragma GCC unroll 4
+      for (int k = 0; k < V; ++k) s.rest.at[k] = rest[0].at[k] / (n > 0 ? float(n) : 1.f);
+    }
     Columns<V> sum[2];
     sum_rows<2, V>(n, sum, [&](int64_t r, Columns<V>(&of_row)[2]) NW_LAMBDA {
 #pragma GCC unroll 4
@@ -160,7 +174,7 @@ NW_INLINE void lstm_columns(const Layer& layer, const StatColumns& stats, const 
         float *dz = step.dq + r * gate_units + unit, *dc = step.dc + at;
         const vec<float> i = load(dz, part), f = load(dz + units, part), g = load(dz + 2 * units, part);
         vec<float> d = load(step.dreadout + at, part);
-        if (!step.given) d = d - shift.at[k] - deviation(r, k, at, i, f, g) * slope.at[k];
+        if (!step.terms.given) d = d - shift.at[k] - deviation(r, k, at, i, f, g) * slope.at[k];
         d *= s.scale.at[k];
         if (!normalizes_state) d += load(dc, part);
         through_gates(dz, dc, load(step.c_before[r] + unit, part), i, f, g, d);
@@ -175,7 +189,7 @@ NW_INLINE void gru_columns(const Layer& layer, const StatColumns& stats, const B
                            const ColumnSums& sums, int64_t j, Part part) {
   const int64_t units = layer.units, gate_units = layer.gate_units;
   GateNorms<3, V> norms;
-  prepare_gates<3, V>(layer, stats, step.terms, j, part, norms);
+  prepare_gates<3, V>(layer, stats, step.terms, step.samples, j, part, norms);
   for (int64_t r = 0; r < step.samples; ++r) {
     const float *p = step.terms.p + r * gate_units, *q = step.terms.q + r * gate_units;
 #pragma GCC unroll 4
@@ -203,7 +217,7 @@ template <bool separate, bool relu, int V, class Part>
 NW_INLINE void rnn_columns(const Layer& layer, const StatColumns& stats, const BackwardStep& step,
                            const ColumnSums& sums, int64_t j, Part part) {
   GateNorms<1, V> norms;
-  prepare_gates<1, V>(layer, stats, step.terms, j, part, norms);
+  prepare_gates<1, V>(layer, stats, step.terms, step.samples, j, part, norms);
   for (int64_t r = 0; r < step.samples; ++r) {
 #pragma GCC unroll 4
     for (int k = 0; k < V; ++k) {
@@ -309,7 +323,10 @@ template <class P, class In> struct BatchBackward {
          {.terms = {.p = p,
                     .q = a.hidden_terms ? a.hidden_terms + start * gate_units : nullptr,
                     .mean = a.mean + at,
-                    .var = a.var + at},
+                    .var = a.var + at,
+                    .given = a.statistics == NW_GIVEN,
+                    .to_mean = nullptr,
+                    .to_var = nullptr},
           .samples = n,
           .h_before = h_before + (start - chunk_first),
           .c_before = c_before + (start - chunk_first),
@@ -320,8 +337,7 @@ template <class P, class In> struct BatchBackward {
           .dc = args.dc,
           .dp = separate ? dp + (start - chunk_first) * gate_units : nullptr,
           .dq = dq_first,
-          .dreadout = dreadout,
-          .given = a.statistics == NW_GIVEN},
+          .dreadout = dreadout},
          sums, own);
     for (int64_t i = 0; a.reset && args.dc && own.end > own.begin && i < n; ++i) {
       if (a.reset[start + i]) {

@@ -14,33 +14,18 @@ constexpr int64_t chunk_rows = 256;
 // One step as the cells read and write it; the rows of matrices are those of its samples.
 struct ForwardStep {
   StepTerms terms;
-  float *mean, *var;  // the step's own, filled; null where they were given
   int64_t samples;
   float *h, *c;   // the state, replaced
   float* output;  // filled
   float* cells;   // filled, or null
 };
 
-template <int V, class Part>
-NW_INLINE void measure_gates(const Layer& layer, const StatColumns& stats, const ForwardStep& step, int64_t j,
-                             Part part) {
-  if (!step.mean) return;
-  const auto measure = [&](const float* v, int64_t first, int64_t at) NW_LAMBDA {
-    if (first < 0) return;
-    column_moments<V>(v + at, layer.gate_units, step.samples, step.mean + first + at, step.var + first + at, part);
-  };
-  for (int g = 0; g < layer.gates; ++g) {
-    measure(step.terms.p, stats.ih, g * layer.units + j);
-    measure(step.terms.q, stats.hh, g * layer.units + j);
-  }
-}
-
 template <bool separate, int V, class Part>
 NW_INLINE void lstm_columns(const Layer& layer, const StatColumns& stats, const ForwardStep& step, int64_t j,
                             Part part) {
   const int64_t units = layer.units, gate_units = layer.gate_units;
   GateNorms<4, V> norms;
-  prepare_gates<4, V>(layer, stats, step.terms, j, part, norms);
+  prepare_gates<4, V>(layer, stats, step.terms, step.samples, j, part, norms);
   for (int64_t r = 0; r < step.samples; ++r) {
     const float *p = step.terms.p + r * gate_units, *q = step.terms.q + r * gate_units;
 #pragma GCC unroll 4
@@ -64,16 +49,16 @@ NW_INLINE void lstm_columns(const Layer& layer, const StatColumns& stats, const 
   }
   if (stats.c < 0) return;
   const int64_t first = stats.c + j;
-  if (step.mean) column_moments<V>(step.c + j, units, step.samples, step.mean + first, step.var + first, part);
+  const Columns<V> rest = measure<V>(step.terms, step.samples, stats.c, step.c, units, j, part);
   const ColumnScales<V> s =
-      column_scales<V>(step.terms.mean + first, step.terms.var + first, layer.gain_c + j, layer.eps, part);
+      column_scales<V>(step.terms.mean + first, step.terms.var + first, layer.gain_c + j, layer.eps, rest, part);
   const Columns<V> bias = load_columns<V>(layer.bias_c + j, part);
   const bool normalizes_state = layer.cell_norm == NW_CELL_STATE;
   for (int64_t r = 0; r < step.samples; ++r) {
 #pragma GCC unroll 4
     for (int k = 0; k < V; ++k) {
       const int64_t at = r * units + j + k * lanes<float>;
-      const vec<float> c = load(step.c + at, part), readout = (c - s.mean.at[k]) * s.scale.at[k] + bias.at[k];
+      const vec<float> c = load(step.c + at, part), readout = s.deviation(c, k) * s.scale.at[k] + bias.at[k];
       if (normalizes_state) store(step.c + at, readout, part);
       if (step.cells) store(step.cells + at, normalizes_state ? readout : c, part);
       const vec<float> h = load(step.output + at, part) * tanh(readout);
@@ -87,7 +72,7 @@ template <bool separate, int V, class Part>
 NW_INLINE void gru_columns(const Layer& layer, const StatColumns& stats, const ForwardStep& step, int64_t j,
                            Part part) {
   GateNorms<3, V> norms;
-  prepare_gates<3, V>(layer, stats, step.terms, j, part, norms);
+  prepare_gates<3, V>(layer, stats, step.terms, step.samples, j, part, norms);
   for (int64_t r = 0; r < step.samples; ++r) {
     const float *p = step.terms.p + r * layer.gate_units, *q = step.terms.q + r * layer.gate_units;
 #pragma GCC unroll 4
@@ -106,7 +91,7 @@ template <bool separate, bool relu, int V, class Part>
 NW_INLINE void rnn_columns(const Layer& layer, const StatColumns& stats, const ForwardStep& step, int64_t j,
                            Part part) {
   GateNorms<1, V> norms;
-  prepare_gates<1, V>(layer, stats, step.terms, j, part, norms);
+  prepare_gates<1, V>(layer, stats, step.terms, step.samples, j, part, norms);
   for (int64_t r = 0; r < step.samples; ++r) {
     const float *p = step.terms.p + r * layer.gate_units, *q = step.terms.q + r * layer.gate_units;
 #pragma GCC unroll 4
@@ -125,7 +110,6 @@ template <int cell, bool separate>
 void step_forward(const Layer& layer, const StatColumns& stats, const ForwardStep& step, UnitRange own) {
   for_each_column_block(own.begin, own.end, [&](int64_t j, auto columns, auto part) NW_LAMBDA {
     constexpr int V = decltype(columns)::value;
-    measure_gates<V>(layer, stats, step, j, part);
     if constexpr (cell == NW_LSTM) lstm_columns<separate, V>(layer, stats, step, j, part);
     if constexpr (cell == NW_GRU) gru_columns<separate, V>(layer, stats, step, j, part);
     if constexpr (cell == NW_RNN_TANH) rnn_columns<separate, false, V>(layer, stats, step, j, part);
@@ -204,11 +188,15 @@ template <class P, class In> struct BatchForward {
                      layer.gate_units, !separate, left, s & 1);
     barrier.wait(share.count);
     const int64_t at = StatColumns::row(a, s) * stats.width;
-    const bool own_statistics = a.statistics == NW_OF_STEP;
+    const bool given = a.statistics == NW_GIVEN;
     cell(layer, stats,
-         {.terms = {.p = separate ? p_first : nullptr, .q = q_first, .mean = a.mean + at, .var = a.var + at},
-          .mean = own_statistics ? a.mean + at : nullptr,
-          .var = own_statistics ? a.var + at : nullptr,
+         {.terms = {.p = separate ? p_first : nullptr,
+                    .q = q_first,
+                    .mean = a.mean + at,
+                    .var = a.var + at,
+                    .given = given,
+                    .to_mean = given ? nullptr : a.mean + at,
+                    .to_var = given ? nullptr : a.var + at},
           .samples = n,
           .h = h,
           .c = c,

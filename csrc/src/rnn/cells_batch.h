@@ -11,7 +11,20 @@ namespace {
 struct StepTerms {
   const float *p, *q;       // rows of the step's samples; p is null where q holds p + q
   const float *mean, *var;  // of the step
+  bool given;               // they are not those of these samples
+  float *to_mean, *to_var;  // the same, to be filled; or null, if they are known
 };
+
+// Measures the columns of v from `at` where this is to be done; the statistics of v begin at `first`, -1: it has none.
+// Returns the part of the mean that its rounding left.
+template <int V, class Part>
+NW_INLINE Columns<V> measure(const StepTerms& t, int64_t samples, int64_t first, const float* v, int64_t stride,
+                             int64_t at, Part part) {
+  if (first < 0 || t.given) return {};
+  const int64_t to = first + at;
+  if (t.to_mean) return column_moments<V>(v + at, stride, samples, t.to_mean + to, t.to_var + to, part);
+  return column_averages<V>(v + at, stride, samples, load_columns<V>(t.mean + to, part), part);
+}
 
 // The units from j of every gate: N_ih(p), N_hh(q) and the biases after them.
 template <int gates, int V> struct GateNorms {
@@ -21,18 +34,20 @@ template <int gates, int V> struct GateNorms {
 };
 
 template <int gates, int V, class Part>
-NW_INLINE void prepare_gates(const Layer& layer, const StatColumns& stats, const StepTerms& t, int64_t j, Part part,
-                             GateNorms<gates, V>& norms) {
+NW_INLINE void prepare_gates(const Layer& layer, const StatColumns& stats, const StepTerms& t, int64_t samples,
+                             int64_t j, Part part, GateNorms<gates, V>& norms) {
   const auto row = [](const float* of_step, int64_t first, int64_t at) NW_LAMBDA -> const float* {
     return first < 0 ? nullptr : of_step + first + at;
   };
 #pragma GCC unroll 4
   for (int g = 0; g < gates; ++g) {
     const int64_t at = g * layer.units + j;
+    const Columns<V> rest_p = measure<V>(t, samples, stats.ih, t.p, layer.gate_units, at, part);
+    const Columns<V> rest_q = measure<V>(t, samples, stats.hh, t.q, layer.gate_units, at, part);
     norms.p[g] = column_scales<V>(row(t.mean, stats.ih, at), row(t.var, stats.ih, at), layer.gain_ih + at, layer.eps,
-                                  part);
+                                  rest_p, part);
     norms.q[g] = column_scales<V>(row(t.mean, stats.hh, at), row(t.var, stats.hh, at), layer.gain_hh + at, layer.eps,
-                                  part);
+                                  rest_q, part);
     norms.bias[g] = load_columns<V>(layer.bias + at, part);
   }
   norms.bias_ih = load_columns<V>(layer.bias_ih + (gates - 1) * layer.units + j, part);
@@ -42,7 +57,7 @@ NW_INLINE void prepare_gates(const Layer& layer, const StatColumns& stats, const
 // N(v) of the k-th vector without a bias; `at` is where it begins in a row of gates.
 template <int V, class Part>
 NW_INLINE vec<float> normalized(const ColumnScales<V>& s, const float* v, int64_t at, int k, Part part) {
-  return (load(v + at, part) - s.mean.at[k]) * s.scale.at[k];
+  return s.deviation(load(v + at, part), k) * s.scale.at[k];
 }
 template <bool separate, int gates, int V, class Part>
 NW_INLINE vec<float> gate_input(const Layer& layer, const GateNorms<gates, V>& norms, const float* p, const float* q,

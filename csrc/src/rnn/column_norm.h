@@ -62,28 +62,38 @@ template <int N, int V, class Body> NW_INLINE void sum_rows(int64_t n, Columns<V
   }
 }
 
-// Mean and biased variance over n rows of the columns at v, by two passes.
+// The averages over n rows of v - about.
 template <int V, class Part>
-NW_INLINE void column_moments(const float* v, int64_t stride, int64_t n, float* mean, float* var, Part part) {
-  const float count = n > 0 ? float(n) : 1.f;
-  Columns<V> sum[1], squares[1];
+NW_INLINE Columns<V> column_averages(const float* v, int64_t stride, int64_t n, const Columns<V>& about, Part part) {
+  Columns<V> sum[1];
   sum_rows<1, V>(n, sum, [&](int64_t r, Columns<V>(&sums)[1]) NW_LAMBDA {
 #pragma GCC unroll 4
-    for (int k = 0; k < V; ++k) sums[0].at[k] += load(v + r * stride + k * lanes<float>, part);
+    for (int k = 0; k < V; ++k) sums[0].at[k] += load(v + r * stride + k * lanes<float>, part) - about.at[k];
   });
 #pragma GCC unroll 4
-  for (int k = 0; k < V; ++k) sum[0].at[k] /= count;
+  for (int k = 0; k < V; ++k) sum[0].at[k] /= n > 0 ? float(n) : 1.f;
+  return sum[0];
+}
+
+// Mean and biased variance over n rows of the columns at v. Returns the part of the mean that is left after it was
+// rounded: of samples that are nearly equal it is no small part of their deviations.
+template <int V, class Part>
+NW_INLINE Columns<V> column_moments(const float* v, int64_t stride, int64_t n, float* mean, float* var, Part part) {
+  const Columns<V> rounded = column_averages<V>(v, stride, n, {}, part);
+  const Columns<V> rest = column_averages<V>(v, stride, n, rounded, part);
+  Columns<V> squares[1];
   sum_rows<1, V>(n, squares, [&](int64_t r, Columns<V>(&sums)[1]) NW_LAMBDA {
 #pragma GCC unroll 4
     for (int k = 0; k < V; ++k) {
-      const vec<float> d = load(v + r * stride + k * lanes<float>, part) - sum[0].at[k];
+      const vec<float> d = (load(v + r * stride + k * lanes<float>, part) - rounded.at[k]) - rest.at[k];
       sums[0].at[k] += d * d;
     }
   });
 #pragma GCC unroll 4
-  for (int k = 0; k < V; ++k) squares[0].at[k] /= count;
-  store_columns<V>(mean, sum[0], part);
+  for (int k = 0; k < V; ++k) squares[0].at[k] /= n > 0 ? float(n) : 1.f;
+  store_columns<V>(mean, rounded, part);
   store_columns<V>(var, squares[0], part);
+  return rest;
 }
 
 // rstd_of of each lane.
@@ -94,13 +104,16 @@ NW_INLINE vec<float> rstds_of(vec<float> var, float eps) {
   return var < std::numeric_limits<float>::infinity() ? 1.f / root : nan;
 }
 
-// N(v) without its bias as (v - mean) * scale. Without a norm mean is 0 and scale 1, which change no bit.
+// N(v) without its bias as deviation(v) * scale. Without a norm the means are 0 and scale is 1, which change no bit.
 template <int V> struct ColumnScales {
-  Columns<V> mean, rstd, scale;
+  Columns<V> mean, rest, rstd, scale;
+  NW_INLINE vec<float> deviation(vec<float> v, int k) const { return (v - mean.at[k]) - rest.at[k]; }
 };
 template <int V, class Part>
-NW_INLINE ColumnScales<V> column_scales(const float* mean, const float* var, const float* gain, float eps, Part part) {
+NW_INLINE ColumnScales<V> column_scales(const float* mean, const float* var, const float* gain, float eps,
+                                        const Columns<V>& rest, Part part) {
   ColumnScales<V> s;
+  s.rest = rest;
 #pragma GCC unroll 4
   for (int k = 0; k < V; ++k) {
     if (mean) {
@@ -138,7 +151,7 @@ template <int V, class Part> NW_INLINE Columns<V> column_sums(const float* v, in
   return sum[0];
 }
 
-// The gradient dv of z = (v - mean) * scale over n rows of columns: scale * (dz - avg(dz) - v_hat * avg(dz * v_hat))
+// The gradient dv of z = deviation(v) * scale over n rows of columns: scale * (dz - avg(dz) - v_hat * avg(dz * v_hat))
 // where the statistics are those of these rows, scale * dz where they were given; dv may be dz. All rows are `stride`
 // apart. `sum_dz` are the sums of dz; adds those of dz * v_hat to `dgain`.
 template <int V, class Part>
@@ -150,7 +163,7 @@ NW_INLINE void column_norm_gradient(const float* dz, const float* v, int64_t str
 #pragma GCC unroll 4
     for (int k = 0; k < V; ++k) {
       const int64_t at = k * lanes<float>;
-      sums[0].at[k] += load(dz + r * stride + at, part) * (load(v + r * stride + at, part) - s.mean.at[k]);
+      sums[0].at[k] += load(dz + r * stride + at, part) * s.deviation(load(v + r * stride + at, part), k);
     }
   });
   Columns<V> shift, slope;
@@ -167,7 +180,7 @@ NW_INLINE void column_norm_gradient(const float* dz, const float* v, int64_t str
     for (int k = 0; k < V; ++k) {
       const int64_t at = k * lanes<float>;
       vec<float> d = load(dz + r * stride + at, part);
-      if (!given) d = d - shift.at[k] - (load(v + r * stride + at, part) - s.mean.at[k]) * slope.at[k];
+      if (!given) d = d - shift.at[k] - s.deviation(load(v + r * stride + at, part), k) * slope.at[k];
       store(dv + r * stride + at, s.scale.at[k] * d, part);
     }
   }
