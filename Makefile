@@ -87,13 +87,20 @@ format: $(STAMP)
 
 # constraints.txt holds exact versions, so that every machine tests the same packages
 # (and pip does not fetch a build of torch that weighs several GB).
-$(STAMP): EXTRA := dev
-$(VENV)/.installed-to-compare: EXTRA := lab
-$(VENV)/.installed-to-compare: LEVELS := NORMWISE_LEVELS=native
-$(STAMP) $(VENV)/.installed-to-compare: $(SOURCES)
+$(STAMP): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
-	$(LEVELS) $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[$(EXTRA)]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The kernels are compiled while the packages are installed, which takes one core. Of their Python files most are never
+# imported: those that are, Python compiles by itself (--no-compile). Editable installs need pip 21.3.
+$(VENV)/.installed-to-compare: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import pip, sys; sys.exit(pip.__version__ < "22")' || $(BIN)/python -m pip install --quiet --upgrade pip
+	NORMWISE_LEVELS=native $(BIN)/python -m pip install --quiet --no-deps --no-compile -e '.[lab]' & kernels=$$!; \
+	$(BIN)/python scripts/install_extra.py lab --quiet --no-compile -c constraints.txt; packages=$$?; \
+	wait $$kernels && test $$packages = 0
 	touch $@
 
 # What is released of Linux, but for the container that cibuildwheel builds in: a source distribution and, built from

@@ -143,3 +143,20 @@ def test_make_compare_installs_what_it_needs_alone_and_never_takes_the_rest_away
     (tmp_path / ".installed-to-compare").touch()
     assert "pip install" not in commands_of("compare", tmp_path)
     assert "-e '.[dev]'" in commands_of("test-all-kernels", tmp_path)
+
+
+@pytest.mark.parametrize(("kernels", "packages"), [(0, 0), (1, 0), (0, 1)])
+def test_what_is_installed_side_by_side_fails_with_either(tmp_path: Path, kernels: int, packages: int) -> None:
+    """`make compare` compiles in the background: neither half may fail unseen."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f"""#!/bin/sh
+case "$*" in
+  *"-e .[lab]"*) exit {kernels} ;;
+  *install_extra*) exit {packages} ;;
+esac
+""")
+    python.chmod(0o755)
+    stamp = tmp_path / ".installed-to-compare"
+    made = subprocess.run(["make", str(stamp), f"VENV={tmp_path}"], cwd=ROOT, capture_output=True, timeout=60)
+    assert (made.returncode == 0) == stamp.exists() == (kernels == packages == 0)

@@ -38,3 +38,27 @@ def test_no_store_is_an_error_and_makes_nothing(normwise_command, tmp_path):
     assert (status, out) == (2, "")
     assert "no such store" in err
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_one_task_gets_a_page_of_its_own_with_all_its_figures(normwise_command, folder):
+    assert normwise_command("compare", "mlp-bad-start", *SMALL, "--out", str(folder)).status == 0
+    (folder / "report.html").write_text("as it was")
+    status, out, err = normwise_command("report", "--task", "mlp-bad-start", "--out", str(folder))
+    page = folder / "report-mlp-bad-start.html"
+    assert (status, err) == (0, "")
+    assert out.startswith(f"Report: {page} (")
+    text = page.read_text(encoding="utf-8")
+    assert re.findall(r'id="tab-([\w-]+)"', text) == ["mlp-bad-start", "rules"]
+    assert "Gradient flow, layer by layer" in text
+    assert (folder / "report.html").read_text() == "as it was"
+    assert normwise_command("report", "--task", "mlp", "--task", "mlp-bad-start", "--out", str(folder)).status == 0
+    text = (folder / "report-mlp-mlp-bad-start.html").read_text(encoding="utf-8")
+    assert re.findall(r'id="tab-([\w-]+)"', text) == ["mlp", "mlp-bad-start", "rules"]
+
+
+def test_a_task_that_the_store_lacks_is_named_with_those_that_it_has(normwise_command, folder):
+    status, _, err = normwise_command("report", "--task", "cnn", "--out", str(folder))
+    assert status == 2
+    assert "'cnn'" in err
+    assert "mlp" in err
+    assert not (folder / "report-cnn.html").exists()

@@ -94,6 +94,8 @@ def test_independent_runs_are_set_beside_the_record(script, tmp_path):
         text = (tmp_path / "claims.md").read_text("utf-8")
         return text[text.index(script.BEGIN_TWICE) : text.index(script.END_TWICE)]
 
+    record = json.loads((tmp_path / "claims.json").read_text("utf-8"))
+    (tmp_path / "claims.json").write_text(json.dumps({**record, "again": []}))
     script.main([runs(0, "contradicted", "supported", "contradicted")])
     with pytest.raises(SystemExit, match=r"cnn\. Give --first-seed"):
         script.main(["--again", runs(4, "supported", "supported", "supported")])

@@ -83,9 +83,9 @@ BATCH_SIZES = [
     (3, 0, 5, 7),
 ]
 # Samples from which on no draw is decided by rounding. Over two or three, and where few sequences are left, a norm may
-# divide a rounding by next to no deviation: of 219 draws of each recurrence up to one in twenty (of one unit) exceed, by
-# luck, what an eager loop's error allows; of five samples none is above 0.61 of that, with running statistics none above
-# 0.4.
+# divide a rounding by next to no deviation: of 219 draws of each recurrence up to one in twenty (of one unit) exceed,
+# by luck, what an eager loop's error allows; of five samples none is above 0.61 of that, with running statistics none
+# above 0.4.
 FEW_SAMPLES = 5
 LAYOUTS = [
     {},

@@ -70,6 +70,19 @@ def test_a_built_in_task_with_other_settings_is_not_taken_for_the_one_at_hand(st
     assert study(store).tasks == {"cnn": None}
 
 
+def test_some_tasks_alone_come_without_claims_and_the_others_are_not_counted(store):
+    add(store, cnn(2))
+    add(store, cnn(1, task="mine"))
+    add(store, cnn(1, task="mine", steps=100))
+    found = study(store, ["mine"])
+    assert list(found.tasks) == ["mine"]
+    assert {row.task for row in found.rows} == {"mine"}
+    assert found.judged == []
+    assert found.left_out == 6
+    with pytest.raises(LabError, match=r"'mlp'.*cnn"):
+        study(store, ["mine", "mlp"])
+
+
 def test_an_empty_store_is_an_error_with_the_cure(store):
     with pytest.raises(LabError, match=r"has no runs yet; `normwise claims --out"):
         study(store)

@@ -10,7 +10,11 @@ from statistics import fmean, median
 
 from normwise.lab.chart import Chart, charts
 from normwise.lab.plot import Line, Panel
-from normwise.lab.score import Band, Row, band
+from normwise.lab.score import POINTS, Band, Row, band
+
+IN_BRIEF = ("Training loss", "Held-out accuracy")
+POINTS_IN_BRIEF = 15
+"""Of a task that only claims need, the figures that a long report draws, and the points of a line there."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,9 @@ class Figure:
         return charts(self.panels, log=self.log, percent=self.percent)
 
 
-def figures(rows: Sequence[Row]) -> list[Figure]:
-    """All figures of one task; those for which no run has a series are left out."""
+def figures(rows: Sequence[Row], *, points: int = POINTS) -> list[Figure]:
+    """All figures of one task; those for which no run has a series are left out. In the curves over the steps a line
+    has ``points`` at most."""
     shown = [row for row in rows if row.runs]
     drawn = [
         _curves(
@@ -50,6 +55,7 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
             "Cross-entropy of the training batches, in nats, on a logarithmic scale.",
             "train/loss",
             log=True,
+            points=points,
         ),
         _curves(
             shown,
@@ -59,6 +65,7 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
             "heldout/eval/accuracy",
             dotted="heldout/train/accuracy",
             percent=True,
+            points=points,
         ),
         _curves(
             shown,
@@ -133,9 +140,11 @@ def _curves(
     dotted: str = "",
     log: bool = False,
     percent: bool = False,
+    points: int = POINTS,
 ) -> Figure:
     def lines(row: Row) -> list[Line]:
-        main, other = band(row.runs, name), band(row.runs, dotted) if dotted else None
+        main = band(row.runs, name, bins=points)
+        other = band(row.runs, dotted, bins=points) if dotted else None
         label = "eval mode" if dotted else ""
         found = [line(row.norm, main, label=label)] if main else []
         return found + ([line(row.norm, other, style="dotted", label="train mode")] if other else [])

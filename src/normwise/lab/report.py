@@ -6,8 +6,8 @@ from __future__ import annotations
 import contextlib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import normwise
 from normwise.lab.chart import CONFIG, library, template
 from normwise.lab.claim import Judged
 from normwise.lab.errors import LabError
-from normwise.lab.figures import Figure, figures, sizes_of
+from normwise.lab.figures import IN_BRIEF, POINTS_IN_BRIEF, Figure, figures, sizes_of
 from normwise.lab.figures_of_papers import of_paper
 from normwise.lab.figures_over_time import over_time
 from normwise.lab.norms import NORMS
@@ -27,8 +27,11 @@ from normwise.lab.plot_effect import effect_svg
 from normwise.lab.plot_heat import heat_map
 from normwise.lab.score import BITS, Row, parts_of
 from normwise.lab.strict_json import to_json
-from normwise.lab.tasks import BUILT_IN, PAPERS, TEXTS, Task
+from normwise.lab.tasks import BUILT_IN, CLAIM_TASKS, PAPERS, TEXTS, VARIANTS, Task
 from normwise.lab.verdict import Check
+
+MOST_TABS = 8
+"""Of a page. With more, the tasks that only claims need share one tab, in brief."""
 
 FAINTEST, STRONGEST = 6, 52  # per cent of the heat map's colour behind the lowest and the highest number
 
@@ -56,6 +59,10 @@ class Section:
     figures: list[Figure]
     settings: list[tuple[str, str]]
     commands: list[tuple[Row, float, str]]
+    left_out: tuple[str, ...] = ()
+    """The titles of figures that it has and that are not drawn."""
+    claims: tuple[str, ...] = ()
+    """The ids of the claims that its runs decide."""
 
     @property
     def criterion(self) -> str:
@@ -66,7 +73,7 @@ class Section:
     @property
     def anchor(self) -> str:
         """The name as an element's id and part of a file's name."""
-        return re.sub(r"[^\w]+", "-", self.name)
+        return anchor(self.name)
 
     @property
     def own(self) -> bool:
@@ -89,6 +96,10 @@ class Section:
         return [(f"accuracy/{part}", "%.1f%%", 100) for part in self.parts]
 
 
+def anchor(task: str) -> str:
+    return re.sub(r"[^\w]+", "-", task)
+
+
 def write_report(
     rows: Sequence[Row],
     tasks: Mapping[str, Task | None],
@@ -96,6 +107,7 @@ def write_report(
     *,
     judged: Sequence[Judged] = (),
     references: Mapping[str, str] | None = None,
+    brief: bool = True,
 ) -> Path:
     """Write the page and return its path.
 
@@ -105,6 +117,7 @@ def write_report(
         path: the file.
         judged: the claims, for the top of the page.
         references: for a task of the user's, by its name, what it was called by: FILE.py:function.
+        brief: whether tasks that only claims need may share a tab (``in_brief``).
 
     Raises:
         LabError: the file cannot be written; a page that was there stays.
@@ -116,12 +129,16 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    drawn = [
-        section(name, task, [row for row in rows if row.task == name], (references or {}).get(name))
-        for name, task in tasks.items()
-    ]
+    shared = in_brief(tasks, with_claims=bool(judged)) if brief else set()
+    drawn = []
+    for name, task in tasks.items():
+        of_task = [row for row in rows if row.task == name]
+        one = section(name, task, of_task, (references or {}).get(name), brief=name in shared)
+        drawn.append(replace(one, claims=decided_by(of_task, judged)))
     page = environment.get_template("report.html.j2").render(
-        sections=drawn,
+        sections=[one for one in drawn if one.name not in shared],
+        more=[one for one in drawn if one.name in shared],
+        draw_all=lambda name: shlex.join(["normwise", "report", "--out", str(path.parent), "--task", name]),
         norms={name: text for name, text in NORMS.items() if any(row.norm == name for row in rows)},
         filters=list(dict.fromkeys(norm for one in drawn for norm in one.norms)),
         judged=[one for one in judged if one.found or not one.wanted],
@@ -168,10 +185,31 @@ def _write_whole(path: Path, text: str) -> None:
 MARKS = {"supported": "✓", "contradicted": "✗", "undecided": "?", "cannot tell": "∅"}
 
 
-def section(name: str, task: Task | None, rows: Sequence[Row], reference: str | None = None) -> Section:
-    """What the page says about one task; `reference` is what a user's was called by, where that is known."""
+def in_brief(tasks: Iterable[str], *, with_claims: bool) -> set[str]:
+    """Which of the tasks share a tab, so that the page has ``MOST_TABS`` at most where these are what makes it more."""
+    names = list(tasks)
+    if len(names) + with_claims + 1 <= MOST_TABS:
+        return set()
+    return {name for name in names if name in CLAIM_TASKS or name in VARIANTS}
+
+
+def decided_by(rows: Sequence[Row], judged: Sequence[Judged]) -> tuple[str, ...]:
+    """The claims that look at runs of these rows."""
+    keys = {run.key for row in rows for run in row.runs}
+    return tuple(one.claim.id for one in judged if not keys.isdisjoint(one.runs))
+
+
+def section(
+    name: str, task: Task | None, rows: Sequence[Row], reference: str | None = None, *, brief: bool = False
+) -> Section:
+    """What the page says about one task; `reference` is what a user's was called by, where that is known. In brief it
+    has the figures of ``IN_BRIEF`` alone, with fewer points."""
     sizes = sizes_of(rows)
     means = [row.merit().mean for row in rows if row.stats]
+    drawn = [*of_paper(rows), *figures(rows), *over_time(rows)]
+    left_out = tuple(figure.title for figure in drawn if figure.title not in IN_BRIEF) if brief else ()
+    if brief:
+        drawn = [figure for figure in figures(rows, points=POINTS_IN_BRIEF) if figure.title in IN_BRIEF]
     return Section(
         name=name,
         summary=task.summary if task else "",
@@ -181,9 +219,10 @@ def section(name: str, task: Task | None, rows: Sequence[Row], reference: str | 
         norms=list(dict.fromkeys(row.norm for row in rows)),
         cells={(row.norm, row.batch_size): Cell(row, heat(row, means)) for row in rows},
         parts=parts_of(rows),
-        figures=[*of_paper(rows), *figures(rows), *over_time(rows)],
+        figures=drawn,
         settings=settings(rows),
         commands=commands(rows, reference),
+        left_out=left_out,
     )
 
 

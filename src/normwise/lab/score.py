@@ -28,6 +28,9 @@ from normwise.lab.store import Run
 FINAL_SHARE = 0.1
 """The training loss of a run is the mean over this last share of its steps: one batch's loss says little."""
 
+POINTS = 30
+"""Of a curve that is drawn, at most."""
+
 BITS = "bits_per_character"
 FINAL_ACCURACY = ["final", "accuracy"]  # with the part's name between them
 
@@ -192,7 +195,7 @@ class Band:
     high: list[float]
 
 
-def band(runs: Sequence[Run], name: str, *, bins: int = 30) -> Band | None:
+def band(runs: Sequence[Run], name: str, *, bins: int = POINTS) -> Band | None:
     """Series ``name`` over ``runs``, long ones averaged down to ``bins`` points; None where no run has it.
 
     Runs that diverged are shorter: past their end the band is over the others.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from normwise.lab.claim import Judged, judge
 from normwise.lab.claims import claims
-from normwise.lab.errors import LabError
+from normwise.lab.errors import LabError, unknown
 from normwise.lab.norms import NORMS
 from normwise.lab.score import Row, score
 from normwise.lab.store import Run, Store
@@ -30,19 +30,24 @@ class Study:
     left_out: int
 
 
-def study(store: Store) -> Study:
-    """All that the page shows.
+def study(store: Store, tasks: Sequence[str] = ()) -> Study:
+    """All that the page shows, or of it no more than ``tasks``, without the claims.
 
     Of runs of one task under several versions (of its code, the lab, normwise, torch) the version with most runs
     counts; of several lengths at one batch size the figures show the one with most runs, and of these the longest.
     Claims are judged by all runs of that version.
 
     Raises:
-        LabError: the store has no runs.
+        LabError: the store has no runs, or none of one of the tasks.
     """
     index = store.index()
     if not index:
         raise LabError(f"{store.path} has no runs yet; `normwise claims --out {store.path.parent}` makes some")
+    by_task = _by_task(index)
+    for name in tasks:
+        if name not in by_task:
+            raise unknown("task in this store", name, sorted(by_task))
+    index = [run for name, runs in by_task.items() for run in runs if name in (tasks or by_task)]
     current = [run for runs in _by_task(index).values() for run in _most(runs, _version)]
     drawn = [run for runs in _by_task(current).values() for run in _of_one_length(runs)]
     whole = {run.key: run for run in store.runs(run.key for run in current)}
@@ -51,7 +56,8 @@ def study(store: Store) -> Study:
     drawn.sort(key=_order)
     used = {run.identity["seed"] for run in current}
     first, seeds = min(used), 1 + max(used) - min(used)
-    judged = [judge(claim, whole.values(), seeds, first_seed=first) for claim in claims().values()]
+    asked = [] if tasks else claims().values()
+    judged = [judge(claim, whole.values(), seeds, first_seed=first) for claim in asked]
     return Study(
         rows=score(whole[run.key] for run in drawn),
         tasks={name: _task(name, drawn) for name in names},

@@ -41,6 +41,7 @@ __all__ = [
     "PAPERS",
     "TASKS",
     "TEXTS",
+    "VARIANTS",
     "Batch",
     "LoadedTask",
     "Task",
@@ -80,6 +81,9 @@ CLAIM_TASKS: dict[str, Callable[[], Task]] = {
 """Set-ups that one claim is about (``lab/claims``): had by name like the others, and in no list of them."""
 
 BUILT_IN = TASKS | CLAIM_TASKS
+
+VARIANTS = ("mlp-bad-start", "charlm-ragged")
+"""Of ``TASKS`` those that ask one question about another task: a long report shows them with the set-ups of claims."""
 
 TEXTS = ("charlm-lstm", "charlm-gru", "charlm-transformer", "charlm-ragged")
 """The tasks on text: each can be had on a file of the user's."""

@@ -2,7 +2,7 @@
 document.body.classList.add("scripted");
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
-// Tabs: one part of the page at a time; the address says which. Print shows all of them.
+// Tabs: one part of the page at a time; the address says which, or which task or claim of a part. Print shows all.
 const tabs = all("[role=tab]");
 function open(tab, focus) {
   for (const other of tabs) {
@@ -11,14 +11,18 @@ function open(tab, focus) {
     other.tabIndex = chosen ? 0 : -1;
     document.getElementById(other.getAttribute("aria-controls")).hidden = !chosen;
   }
-  // Of the norms only those that this part has.
-  const part = document.getElementById(tab.getAttribute("aria-controls"));
-  const here = new Set(all("[data-norm]", part).map((element) => element.dataset.norm));
-  document.querySelector(".filter.norms").hidden = !here.size;
-  for (const box of all(".filter.norms input")) box.parentElement.hidden = !here.has(box.value);
+  offerNorms();
   if (focus) tab.focus();
   dispatchEvent(new Event("resize")); // charts fit the screen as it is now
 }
+// Of the norms only those that are seen: of this part, and of its tasks those that are unfolded.
+function offerNorms() {
+  const here = new Set(all("[role=tabpanel]:not([hidden]) [data-norm]").filter((one) => !one.closest(".task:not([open])")).map((one) => one.dataset.norm));
+  document.querySelector(".filter.norms").hidden = !here.size;
+  for (const box of all(".filter.norms input")) box.parentElement.hidden = !here.has(box.value);
+}
+for (const task of all(".task"))
+  task.addEventListener("toggle", () => { offerNorms(); if (task.open) dispatchEvent(new Event("resize")); });
 for (const [place, tab] of tabs.entries()) {
   tab.addEventListener("click", () => { open(tab); history.replaceState(null, "", "#" + tab.getAttribute("aria-controls")); });
   tab.addEventListener("keydown", (event) => {
@@ -28,9 +32,14 @@ for (const [place, tab] of tabs.entries()) {
     open(tabs[(place + step + tabs.length) % tabs.length], true);
   });
 }
-const asked = () => tabs.find((tab) => "#" + tab.getAttribute("aria-controls") === location.hash);
-addEventListener("hashchange", () => { if (asked()) open(asked()); });
-open(asked() ?? tabs[0]);
+function openAsked() {
+  const wanted = document.getElementById(location.hash.slice(1)), part = wanted?.closest("[role=tabpanel]");
+  if (part) open(tabs.find((tab) => tab.getAttribute("aria-controls") === part.id));
+  if (wanted?.matches("details")) { wanted.open = true; wanted.scrollIntoView(); }
+}
+addEventListener("hashchange", openAsked);
+open(tabs[0]);
+openAsked();
 
 // Filters: norms in figures and tables, verdicts of claims.
 const hiding = document.head.appendChild(document.createElement("style"));
@@ -55,7 +64,7 @@ for (const select of all("select[data-choices]"))
   });
 // In print nobody can open what is folded.
 let folded = [];
-addEventListener("beforeprint", () => { folded = all(".claim:not([open])"); for (const one of folded) one.open = true; });
+addEventListener("beforeprint", () => { folded = all(".claim:not([open]), .task:not([open])"); for (const one of folded) one.open = true; });
 addEventListener("afterprint", () => { for (const one of folded) one.open = false; });
 
 // Charts: what the page has as a picture becomes live when it comes near the screen.
@@ -174,7 +183,7 @@ async function save(figure, kind) {
   }
   const link = document.createElement("a");
   link.href = address;
-  link.download = `${figure.closest("[role=tabpanel]").id}-${figure.dataset.picture}.${kind}`;
+  link.download = `${figure.closest(".task, [role=tabpanel]").id}-${figure.dataset.picture}.${kind}`;
   link.click();
   figure.querySelector(".save").open = false;
 }
