@@ -31,8 +31,6 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def decided_by_rounding(name: str, dtype: torch.dtype, units: int) -> bool:
     """Where nothing can be said of a gradient: that of a norm over one unit or two is all rounding, in bfloat16 that of
     a norm over a few; and bfloat16 decides on which side of 0 a ReLU is."""
-    if name in BATCH_CONFIGS:
-        return False
     if dtype == torch.bfloat16:
         return units < FEW_UNITS or name == "rnn relu"
     return units < 3 and CONFIGS[name].norm is not None
@@ -95,8 +93,18 @@ LAYOUTS = [
 ]
 
 
+def all_rounding(name: str, size: Size, tables: int | None) -> bool:
+    """Where a gradient of c0 has passed a norm over two samples and nothing beside it."""
+    return tables is None and size[1] == 2 and BATCH_CONFIGS[name].cell_norm == "state"
+
+
 @pytest.mark.parametrize(
-    ("name", "size", "layout", "tables"), pairwise(sorted(BATCH_CONFIGS), BATCH_SIZES, LAYOUTS, [None, 1, 3])
+    ("name", "size", "layout", "tables"),
+    [
+        case
+        for case in pairwise(sorted(BATCH_CONFIGS), BATCH_SIZES, LAYOUTS, [None, 1, 3])
+        if not all_rounding(case[0], case[1], case[3])
+    ],
 )
 def test_batch_statistics_of_each_step_and_running_ones_are_the_references(
     name: str, size: Size, layout: dict[str, bool], tables: int | None
@@ -137,9 +145,8 @@ def test_every_number_of_threads(dtype: torch.dtype, name: str) -> None:
 
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    name=st.sampled_from(sorted(CONFIGS | BATCH_CONFIGS)),
+    name=st.sampled_from(sorted(CONFIGS)),
     dtype=st.sampled_from(DTYPES),
-    tables=st.sampled_from([None, 1, 4]),
     size=st.tuples(st.integers(1, 6), st.integers(0, 40), st.integers(1, 70), st.integers(3, 70)),
     rows=st.fixed_dictionaries({"reverse": st.booleans(), "ragged": st.booleans(), "resets": st.booleans()}),
     offset=st.integers(0, 3),
@@ -147,22 +154,29 @@ def test_every_number_of_threads(dtype: torch.dtype, name: str) -> None:
     seed=st.integers(0, 1 << 30),
 )
 def test_any_size_of_any_recurrence(
-    name: str,
-    dtype: torch.dtype,
-    tables: int | None,
-    size: Size,
-    rows: dict[str, bool],
-    offset: int,
-    threads: int,
-    seed: int,
+    name: str, dtype: torch.dtype, size: Size, rows: dict[str, bool], offset: int, threads: int, seed: int
 ) -> None:
     assume(not decided_by_rounding(name, dtype, size[3]))
     torch.manual_seed(seed)
-    if name in BATCH_CONFIGS:  # in float32 alone
-        assume(tables is not None or (size[1] >= FEW_SAMPLES and not rows["ragged"]))
-        check(lambda: Sample(BATCH_CONFIGS[name], size, **rows, offset=offset, tables=tables), [threads])
-    else:
-        check(lambda: Sample(CONFIGS[name], size, dtype, **rows, offset=offset), [threads])
+    check(lambda: Sample(CONFIGS[name], size, dtype, **rows, offset=offset), [threads])
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(sorted(BATCH_CONFIGS)),
+    tables=st.sampled_from([None, 1, 4]),
+    size=st.tuples(st.integers(1, 6), st.integers(0, 40), st.integers(1, 70), st.integers(1, 70)),
+    rows=st.fixed_dictionaries({"reverse": st.booleans(), "ragged": st.booleans(), "resets": st.booleans()}),
+    offset=st.integers(0, 3),
+    threads=st.integers(1, 4),
+    seed=st.integers(0, 1 << 30),
+)
+def test_any_size_with_batch_norm(
+    name: str, tables: int | None, size: Size, rows: dict[str, bool], offset: int, threads: int, seed: int
+) -> None:
+    assume(tables is not None or size[1] == 0 or (size[1] >= FEW_SAMPLES and not rows["ragged"]))
+    torch.manual_seed(seed)
+    check(lambda: Sample(BATCH_CONFIGS[name], size, **rows, offset=offset, tables=tables), [threads])
 
 
 @each_dtype

@@ -106,7 +106,8 @@ def forward(request: LayerRequest, needs_grad: bool) -> LayerResult:
         output = output.index_select(0, layout.flip)
     of_steps = stats if config.norm == "batch" and request.running is None else None
     moments = {} if of_steps is None else _moments(config, units, layout, of_steps)
-    return LayerResult(output, h, c, moments, (kept, *saved, of_steps) if needs_grad else ())
+    all_saved = (kept, *saved, *([] if of_steps is None else [of_steps])) if needs_grad else ()
+    return LayerResult(output, h, c, moments, all_saved)
 
 
 def backward(
