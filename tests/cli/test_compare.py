@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from support.pages import ROOT, blocks
+
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "custom_task.py"
 SMALL = ("--steps", "4", "--seeds", "2", "--lr", "0.1", "--batch-sizes", "16,1", "--jobs", "1")
 
@@ -94,6 +96,20 @@ def test_the_example_of_a_user_s_own_task(normwise_command, tmp_path):
     assert [row["norm"] for row in result["rows"]] == ["none", "batch", "layer", "rms"]
     assert all(row["task"] == "speakers" for row in result["rows"])
     assert min(row["accuracy"]["mean"] for row in result["rows"]) > 0.8
+
+
+def test_the_task_on_the_page_of_the_lab_is_a_file_that_runs(normwise_command, tmp_path):
+    (_, text), *_ = blocks(ROOT / "docs" / "lab.md", "python")
+    file = tmp_path / "rings.py"
+    file.write_text(text)
+    status, out, err = normwise_command(
+        "compare", "--task", f"{file}:make_task", "--quick", "--jobs", "1", "--json", "--out", str(tmp_path)
+    )
+    assert status == 0, err
+    rows = json.loads(out)["rows"]
+    assert {(row["task"], row["norm"], row["batch_size"]) for row in rows} == {
+        ("rings", norm, size) for norm in ("none", "batch", "layer", "rms") for size in (32, 4)
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,15 @@
 from __future__ import annotations
 
 import re
+from html import unescape
 
 import pytest
+
+from normwise.lab.report import commands
+from normwise.lab.spec import expand
+from normwise.lab.store import Store
+from normwise.lab.study import study
+from normwise.lab.sweep import sweep
 
 SMALL = ("--norms", "none,layer", "--batch-sizes", "16", "--seeds", "1", "--lr", "0.1", "--steps", "3", "--jobs", "1")
 
@@ -62,3 +69,48 @@ def test_a_task_that_the_store_lacks_is_named_with_those_that_it_has(normwise_co
     assert "'cnn'" in err
     assert "mlp" in err
     assert not (folder / "report-cnn.html").exists()
+
+
+TASK = """
+from normwise.lab.tasks.mlp import Mlp
+
+class Mine(Mlp):
+    name = "mine"
+
+def make():
+    return Mine()
+"""
+
+
+def commands_of(folder):
+    """Those on the page."""
+    return [
+        unescape(text) for text in re.findall(r"normwise compare [^<]*", (folder / "report.html").read_text("utf-8"))
+    ]
+
+
+def stored_commands(folder):
+    """Those that `normwise report` would write, without the time that a page takes."""
+    with Store(folder / "runs.sqlite") as store:
+        found = study(store)
+    return [command for _, _, command in commands(found.rows, found.references["mine"])]
+
+
+def test_its_commands_name_the_users_file_and_say_where_it_has_changed(normwise_command, tmp_path):
+    file = tmp_path / "my task.py"
+    file.write_text(TASK)
+    assert normwise_command("compare", "--task", f"{file}:make", *SMALL, "--out", str(tmp_path)).status == 0
+    by_compare = commands_of(tmp_path)
+    assert all(f"--task '{file}:make' --norms" in command for command in by_compare)
+    assert stored_commands(tmp_path) == by_compare
+    file.write_text(TASK.replace('"mine"', '"mine"  # edited'))
+    assert normwise_command("report", "--out", str(tmp_path)).status == 0
+    edited = "  # the file, or a module of its own, has been edited since: this trains what it is now"
+    assert commands_of(tmp_path) == [command + edited for command in by_compare]
+    moved = file.rename(tmp_path / "moved.py")
+    assert all("--out again  # the file is not there any more" in command for command in stored_commands(tmp_path))
+    moved.write_text(TASK)
+    same = {"norms": ["none", "layer"], "batch_sizes": [16], "learning_rates": [0.1], "steps": 3}
+    with Store(tmp_path / "runs.sqlite") as store:
+        sweep(expand(f"{moved}:make", seeds=1, **same), store, jobs=1, finished=lambda *_: pytest.fail("trained again"))
+    assert stored_commands(tmp_path) == [c.replace(f"'{file}:make'", f"{moved}:make") for c in by_compare]

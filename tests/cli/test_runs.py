@@ -51,6 +51,29 @@ def test_list_prints_a_row_per_run(normwise_command, folder):
     assert max(map(len, [first, *rows[:3]])) <= 80
 
 
+def test_runs_of_a_task_that_was_edited_are_told_apart(normwise_command, tmp_path):
+    with Store(tmp_path / "runs.sqlite") as store:
+        for key, norm, task, changes in (
+            ("aa11", "batch", "mine", {}),
+            ("aa22", "batch", "mine", {"source": "edited"}),
+            ("aa33", "layer", "mine", {"source": "edited"}),
+            ("aa44", "layer", "mlp", {}),
+        ):
+            store.add(key, {**identity(norm, 0), "task": task, **changes}, Result("undefined", "one position"))
+    first, *rows = normwise_command("runs", "list", "--out", str(tmp_path)).out.splitlines()
+    assert first.split()[:4] == ["key", "task", "version", "norm"]
+    assert [row.split()[:4] for row in rows[:4]] == [
+        ["aa11", "mine", "1", "batch"],
+        ["aa22", "mine", "2", "batch"],
+        ["aa33", "mine", "2", "layer"],
+        ["aa44", "mlp", "layer", "8"],
+    ]
+    assert max(map(len, [first, *rows[:4]])) <= 80
+    assert rows[-1].startswith("mine: 2 versions, which differ in the task's file or a module of its own (1 from ")
+    alone = normwise_command("runs", "list", "--out", str(tmp_path), "--norm", "layer").out
+    assert "version" not in alone
+
+
 def test_list_can_be_narrowed_and_read_by_programs(normwise_command, folder):
     for arguments, keys in (
         (("--norm", "layer"), ["aa22"]),

@@ -13,6 +13,8 @@ import normwise
 from normwise.diagnosis import diagnose
 from normwise.diagnosis.choices import CHOICES
 from normwise.diagnosis.records import Finding
+from normwise.diagnosis.rules import cures
+from normwise.diagnosis.rules.cures import TEXTS
 from normwise.diagnosis.rules.statistics import FEWEST_IN_A_GROUP
 from normwise.diagnosis.rules.table import RULES
 from normwise.surgery.groups import FEWEST
@@ -20,11 +22,13 @@ from support.faults import FAULTS, OverSteps, batches, given, mlp
 
 CALL = r"normwise\.(?:convert|recalibrate|freeze|fold)\([^()]*\)"
 ASSIGNMENT = r"model(?:\.get_submodule\('[^']*'\))?\.[\w.]+(?:\[[^=]*\])? = [\w.+-]+"
-LINE = re.compile(rf"group = optimizer.*\}}\)|(?:\w+, \w+ = )?{CALL}|{ASSIGNMENT}")
-# Of these the cure is to build the model otherwise; what is printed besides is for recurrent layers.
-BUILT_OTHERWISE = {"NW005", "NW012", "NW012 dead", "NW013", "NW014", "NW014 recurrent", "NW015"}
-BUILT_OTHERWISE |= {"NW015 siamese", "NW015 shared", "NW015 lengths"}
-BUILT_OTHERWISE |= {name for name in FAULTS if name.startswith(("NW017", "NW018", "NW019", "NW020", "NW021"))}
+WITHOUT_BIAS = r"layer, norm = .*\.bias = None"
+REPLACED = r"(?:for name in \([^)]*\): )?model\.set_submodule\(.*?\)(?=;|$)"
+SCALED = r"a = model\.get_submodule\('[^']*'\)(?:; a\.[^;]*)+"
+LINE = re.compile(rf"group = optimizer.*\}}\)|{WITHOUT_BIAS}|{REPLACED}|{SCALED}|(?:\w+, \w+ = )?{CALL}|{ASSIGNMENT}")
+# Of these the cure is to build the model otherwise, or to mend the data.
+BUILT_OTHERWISE = {"NW015 shared", "NW020"}
+BUILT_OTHERWISE |= {name for name in FAULTS if name.startswith(("NW017", "NW018", "NW019", "NW021"))}
 
 
 def lines(cure: str) -> list[str]:
@@ -102,7 +106,60 @@ def test_the_conversion_to_synchronized_norms():
 
 def test_what_converts_a_model_keeps_the_result():
     """convert and fold return another model; run without `model, _ =` the line would change nothing."""
-    texts = [rule.cure for rule in RULES] + [choice.code for choices in CHOICES.values() for choice in choices]
+    texts = (
+        [rule.cure for rule in RULES]
+        + [*TEXTS.values()]
+        + [choice.code for choices in CHOICES.values() for choice in choices]
+    )
     calls = [call for text in texts for call in re.findall(r"(\S+ \S+ \S+ |^|\S* )?normwise\.(?:convert|fold)\(", text)]
     assert len(calls) >= 8
     assert all(call == "model, _ = " for call in calls)
+
+
+def test_a_bias_that_is_taken_out_changes_no_output():
+    arguments = faulty("NW005")
+    model, (x, _) = arguments["model"], arguments["batches"][0]
+    model(x)
+    before = model.eval()(x)
+    (finding,) = found(arguments, "NW005")
+    model.eval()
+    (line,) = lines(finding.cure)
+    assert model[0].bias.abs().max() > 0.01
+    torch.testing.assert_close(cured(arguments, line)["model"](x), before)
+    assert model[0].bias is None
+    without = nn.Sequential(nn.Conv1d(5, 8, 1), nn.InstanceNorm1d(8))
+    text = cures.without_bias(*diagnose(without, [torch.randn(4, 5, 6)], loss=lambda y, _: y.square().sum()).layers)
+    assert text == "model.get_submodule('0').bias = None"
+
+
+def test_norms_are_put_behind_convolutions_too():
+    convolutions = nn.Sequential()
+    for _ in range(9):
+        convolutions.extend([nn.Conv2d(4, 4, 3, padding=1), nn.Tanh()])
+        nn.init.normal_(convolutions[-2].weight, std=0.03)
+    model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(64, 3))
+    arguments = given(model, batches(32, (4, 4, 4)))
+    (finding,) = found(arguments, "NW014")
+    (line,) = lines(finding.cure)
+    assert "normwise.BatchNorm2d(model.get_submodule(name).out_channels)" in line
+    assert not found(cured(arguments, line), "NW014")
+    mixed = nn.Sequential(nn.Conv2d(4, 4, 1), *convolutions, nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 3))
+    (finding,) = found(given(mixed, batches(32, (4, 4, 4))), "NW014")
+    assert not lines(finding.cure)  # two kinds of layers: words
+
+
+@pytest.mark.parametrize(
+    ("shape", "layer"),
+    [
+        ((8, 6), "normwise.LayerNorm(6)"),
+        ((8, 5, 6), "normwise.LayerNorm(6)"),
+        ((8, 6, 5), "normwise.LayerNorm(6, dim=1)"),
+        ((8, 6, 5, 5), "normwise.LayerNorm(6, dim=1)"),
+        ((8, 6, 6), None),
+        ((8, 5, 5), None),
+    ],
+)
+def test_a_norm_is_over_the_axis_that_has_the_features(shape, layer):
+    assert cures._layer_norm(shape, 6) == layer
+    if layer is not None:
+        assert eval(layer, {"normwise": normwise})(torch.randn(shape)).shape == shape

@@ -167,9 +167,32 @@ def test_the_first_layer_that_is_not_finite_is_named():
 def test_batches_that_are_not_finite_are_said_to_be():
     data = batches()
     data[1][0][2, 3] = torch.inf
-    (finding,) = [f for f in diagnose(**given(mlp(nn.LayerNorm(8)), data)).findings if f.code == "NW017"]
-    assert finding.layer == ""
-    assert "1 values of the batches themselves are" in finding.cause
+    for norm in (nn.LayerNorm(8), nn.BatchNorm1d(8)):  # with BatchNorm there is a NW003 besides
+        first, *_ = diagnose(**given(mlp(norm), data)).findings
+        assert (first.code, first.layer) == ("NW017", "")
+        assert first.cause.startswith("The data hold NaN or infinity: 1 value of the inputs of batch 1. From there ")
+        assert "x.nan_to_num()" in first.cure
+
+
+def test_parameters_that_are_not_finite_are_named_before_all_that_follows():
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight[2, 3] = torch.nan
+    found = diagnose(**given(model, batches()))
+    assert found.nonfinite.parameters == {"0.weight": [1, 48]}
+    first, second = found.findings[:2]
+    assert (first.code, first.layer, second.code) == ("NW017", "0", "NW003")
+    given_with = "The model was given with NaN or infinity in its parameters: 0.weight (1 of 48). From there "
+    assert first.cause.startswith(given_with)
+    (line,) = re.findall(r"model\.get_submodule\('0'\)\.reset_parameters\(\)", first.cure)
+    exec(line, {"model": model})
+    assert "NW017" not in codes(diagnose(**given(model, batches())))
+
+
+def test_a_parameter_that_a_step_spoils_was_not_given_so():
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    found = diagnose(**given(model, batches(count=3), optimizer=torch.optim.SGD(model.parameters(), lr=1e38)))
+    assert found.nonfinite.parameters == {}
 
 
 def test_a_loss_that_the_steps_drive_away_is_found():

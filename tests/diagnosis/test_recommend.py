@@ -10,7 +10,7 @@ from torch import nn
 
 import normwise
 from normwise.diagnosis import DiagnosisError, diagnose
-from normwise.diagnosis.choices import CHOICES
+from normwise.diagnosis.choices import CHOICES, OTHER_WORDS, WORDS
 from normwise.diagnosis.rules.circumstances import Circumstances
 from normwise.diagnosis.rules.claims import SOURCES
 from normwise.diagnosis.rules.table import RULES
@@ -80,7 +80,15 @@ def test_an_unknown_batch_size_is_said():
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("a nice net", "no kind of net can be told"),
+        (
+            "a nice net",
+            "no kind of net can be told from 'a nice net': use one of these words.*mlp: 'mlp', 'linear', 'dense'",
+        ),
+        ("GNN", "no kind of net can be told from 'GNN': of a graph net say 'mlp'.*segments=graph"),
+        ("a GAN's generator", "what kind of net is the generator, or the discriminator, 'conv', 'mlp'"),
+        ("actor-critic (RL)", "what kind of net is the policy, .*'online'.*normwise.RunningNorm"),
+        ("PPO", "what kind of net is the policy"),
+        ("time series", "per_instance=True"),
         ("a transfomer", "Did you mean 'transformer'"),
         ({"kind": "convolution"}, "kind='convolution': a task has kind .'conv'"),
         ({"kind": "conv", "size": 3}, "unknown field 'size'"),
@@ -90,6 +98,17 @@ def test_an_unknown_batch_size_is_said():
 def test_what_says_too_little(what, message):
     with pytest.raises(DiagnosisError, match=message):
         normwise.recommend(what)
+
+
+def test_what_a_message_says_to_say_is_understood():
+    for other in OTHER_WORDS.values():
+        for word in re.findall(r"'(\w+)'", other):
+            assert normwise.recommend(f"{word} of an mlp" if word == "online" else word).norm
+    for word, kind in WORDS.items():
+        assert normwise.recommend(word).task.kind == kind
+        assert word not in OTHER_WORDS
+    assert normwise.recommend("a U-Net").task.kind == normwise.recommend("res-net").task.kind == "conv"
+    assert normwise.recommend("graph net of mlp").task.kind == "mlp"
 
 
 def test_a_batch_size_below_one_is_refused():

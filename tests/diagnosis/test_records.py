@@ -12,6 +12,7 @@ from torch import nn
 from normwise.diagnosis import Diagnosis, diagnose
 from normwise.diagnosis.distributions import Gathered, Moments, distribution
 from normwise.diagnosis.records import PERCENTILES
+from normwise.diagnosis.table import number
 
 
 @pytest.fixture
@@ -43,6 +44,22 @@ def test_an_unknown_layer_is_named_with_those_there_are(found):
     assert found.layer("2").kind == "Sigmoid"
     with pytest.raises(KeyError, match="no layer 'conv': the layers are '0', '1', '2', '3'"):
         found.layer("conv")
+
+
+def test_a_layers_repr_is_a_line_of_its_main_numbers(found):
+    for layer in found.layers:
+        assert len(repr(layer)) < 200, repr(layer)
+    norm = found.layer("1")
+    start = f"<Layer '1': BatchNorm1d, output 20x5, mean {number(norm.output.all.mean)}, std "
+    assert repr(norm).startswith(start)
+    assert repr(norm).endswith("; has .input, .output, .gradient, .norm, .gap>")
+    unused = nn.Sequential(nn.Linear(2, 2), nn.Identity())
+    unused.forward = lambda x: unused[0](x)
+    layers = diagnose(unused, [torch.randn(4, 2)], loss=lambda y, _: y.sum()).layers
+    assert "never called" in repr(layers[-1])
+    assert len(repr(norm.norm)) < 1500  # in which distributions are lines too
+    assert repr(norm.norm.running.distance).endswith(", 1 not finite>")
+    assert repr(norm.input.all).startswith("<Distribution of 200: mean ")
 
 
 def test_distribution_of_everything_in_parts():

@@ -231,3 +231,13 @@ def test_a_process_killed_as_it_made_the_file_is_undone(path):
     with Store(path) as store:
         store.add("a", {}, RESULT)
         assert store.keys() == {"a"}
+
+
+def test_a_store_without_references_has_none_and_takes_them(path):
+    with Store(path) as store:
+        assert store.references() == {}
+        store.note_reference("abc:make", "one.py:make")
+        store.note_reference("abc:make", "two.py:make")
+        store.note_reference("def:make", "one.py:make")
+    with Store(path, make=False) as store:
+        assert store.references() == {"abc:make": "two.py:make", "def:make": "one.py:make"}

@@ -31,6 +31,10 @@ def test_blank_lines_spaces_quotes_and_a_byte_order_mark_are_no_matter(tmp_path)
     assert table.columns == ["height, cm", "age"]
     assert table.rows == ["line 3", "line 5"]
     assert table.values == [[168, 34], [183, 41]]
+    named = read(tmp_path, 'who , "height, cm" , body mass\n "Anna B." , "168" , 61\nBen,183 ,82\n')
+    assert (named.columns, named.rows) == (["height, cm", "body mass"], ["Anna B.", "Ben"])
+    assert named.values == [[168, 61], [183, 82]]
+    assert read(tmp_path, "day,a,b\n2026-01-02,1,2\n2026-01-03,3,4\n").rows == ["2026-01-02", "2026-01-03"]
 
 
 @pytest.mark.parametrize(
@@ -51,6 +55,12 @@ def test_blank_lines_spaces_quotes_and_a_byte_order_mark_are_no_matter(tmp_path)
         ("a;b\n1,5;2\n", "line 2: 2 cells, but line 1 has 1. It seems to be separated by semicolons"),
         ("1,5;2,5\n3,5;4,5\n", "'5;2' is not a number; cells are separated by commas, decimals take a point. It seems"),
         ("a\tb\n1\t2\n", "It seems to be separated by tabs"),
+        ('a,b\nx,"1,000"\n', "line 2, column 2 (b): '1,000' is not a number; write it without marks between the"),
+        ('a,b\n"-12 345.5",3\n', "as -12345.5"),
+        ('a,b\n"1,5",3\n', "line 2, column 1 (a): '1,5' is not a number; decimals take a point: 1.5"),
+        ("a,b\n1,3%\n", "'3%' is not a number; write the number alone, as 3, and its unit into the column's name"),
+        ("a,b,c\n$5,1,2\n", "line 2, column 1 (a): '$5' is not a number; write the number alone, as 5"),
+        ("a,b\n1,N/A\n", "'N/A' is not a number; a missing value has no place here: leave out its row"),
         ('a,b\n1,2\n"3,4\n', "line 3: not comma-separated text"),
         (b"a,b\n1,\xff\n", "not UTF-8 text (byte 6)"),
     ],

@@ -179,6 +179,7 @@ def made_of(data, **settings):
         ),
         ((Batch(torch.zeros(0, 2), torch.zeros(0)), GOOD), r"the cases to train on .* have 0 inputs, 0 targets: exp"),
         ((GOOD, Batch(torch.zeros(2, 2), torch.zeros(2), torch.ones(1))), r"2 inputs, 2 targets, 1 lengths"),
+        ((GOOD, Batch(torch.zeros(2, 2), torch.zeros(2))), r"targets held out .* torch.float32: .*targets\.long\(\)"),
     ],
 )
 def test_data_that_are_no_two_batches_are_named(data, message):

@@ -50,4 +50,5 @@ def run_python_blocks(page: Path) -> None:
     namespace = {"__name__": "__snippet__"}
     for line, text in blocks(page, "python"):
         # Blank lines in front make a traceback point at the page's own line.
-        exec(compile("\n" * (line - 1) + text, str(page), "exec"), namespace)
+        # A block stands for itself: this file's own annotations are text, which a dataclass in a block would look up.
+        exec(compile("\n" * (line - 1) + text, str(page), "exec", dont_inherit=True), namespace)

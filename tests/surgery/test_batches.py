@@ -124,6 +124,33 @@ def test_three_parts_are_refused_by_both_with_the_way_out():
         normwise.diagnose(Net(), batches, loss=loss)
     with pytest.raises(ValueError, match=words):
         normwise.recalibrate(Net(), batches)
+    for exact in (False, True):
+        with pytest.raises(ValueError, match=f"^recalibrate: batch 2 is {words}"):
+            normwise.recalibrate(Net(), [((X, N), Y), ((X, N), Y), (X, N, Y)], exact=exact)
+
+
+def test_classes_that_are_floats_are_said_to_be():
+    with pytest.raises(normwise.diagnosis.DiagnosisError, match=r"target is torch\.float32, and .*: target\.long\(\)"):
+        normwise.diagnose(nn.Linear(5, 5), [(X[:, 0], Y.float())], loss=nn.functional.cross_entropy)
+
+
+def test_labels_of_another_name_are_said_to_be_missing():
+    with pytest.raises(normwise.diagnosis.DiagnosisError, match=r"one of labels, label, targets, target names: here"):
+        normwise.diagnose(nn.Linear(5, 5), [{"input": X[:, 0], "y": Y}], loss=loss)
+
+
+def test_a_data_set_is_no_batches():
+    data = torch.utils.data.TensorDataset(X, Y)
+    words = r"got TensorDataset: torch\.utils\.data\.DataLoader\(dataset, batch_size=32\)"
+    with pytest.raises(TypeError, match=words):
+        normwise.recalibrate(Net(), data)
+    with pytest.raises(normwise.diagnosis.DiagnosisError, match=words):
+        normwise.diagnose(Net(), data, loss=loss)
+
+
+def test_a_loss_that_is_a_class_is_said_to_be():
+    with pytest.raises(normwise.diagnosis.DiagnosisError, match=r"the class MSELoss.*loss=MSELoss\(\)"):
+        normwise.diagnose(nn.Linear(5, 5), [X[:, 0]], loss=nn.MSELoss)
 
 
 @dataclasses.dataclass

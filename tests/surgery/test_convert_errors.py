@@ -107,3 +107,13 @@ def test_the_pair_that_comes_back_is_not_the_model():
     model, report = copy.deepcopy(pair)
     assert isinstance(model.stem[1], normwise.GroupNorm)
     assert str(report) == str(pair.report)
+
+
+def test_a_class_and_its_parameters_are_no_model():
+    with pytest.raises(TypeError, match=r"got the class Linear: make a model of it first, Linear\(\.\.\.\)"):
+        normwise.convert(nn.Linear, to="group")
+    for parameters in (nn.Linear(2, 2).parameters(), [*nn.Linear(2, 2).parameters()]):
+        with pytest.raises(TypeError, match=r"decay_groups expects .*: give the model itself, not model\.parameters"):
+            normwise.decay_groups(parameters, 0.01)
+    with pytest.raises(ValueError, match="got the class Linear"):
+        normwise.diagnose(nn.Linear, [])

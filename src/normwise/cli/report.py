@@ -37,7 +37,14 @@ def report(
     with Store(out / "runs.sqlite", make=False) as store:
         found = study(store, task or ())
     name = "-".join(["report", *(anchor(one) for one in dict.fromkeys(task or ()))])
-    page = write_report(found.rows, found.tasks, out / f"{name}.html", judged=found.judged, brief=not task)
+    page = write_report(
+        found.rows,
+        found.tasks,
+        out / f"{name}.html",
+        judged=found.judged,
+        references=found.references,
+        brief=not task,
+    )
     typer.echo(f"Report: {page} ({page.stat().st_size / 1e6:.1f} MB)")
     if found.left_out:
         typer.echo(

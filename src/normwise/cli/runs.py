@@ -40,9 +40,10 @@ def list_runs(
 ) -> None:
     """List the stored runs, one per line, in the order in which they finished.
 
-    Accuracy is the final one, on the held-out cases; loss is that of the last training batch.
+    Accuracy is the final one, on the held-out cases; loss is that of the last training batch. Where a task was run in
+    several versions (its file edited, another torch), a column numbers them, and a line below says what differs.
     """
-    from normwise.lab.runs import chosen, head
+    from normwise.lab.runs import chosen, head, versions
     from normwise.lab.strict_json import to_json
 
     with _store(out) as store:
@@ -50,11 +51,19 @@ def list_runs(
     if json:
         print_json(to_json([head(run) for run in runs], indent=2))
         return
+    numbers, differences = versions(runs)
     lines = [COLUMNS, *(_cells(run) for run in runs)]
+    if differences:
+        lines = [
+            (*line[:2], version, *line[2:])
+            for line, version in zip(lines, ["version", *(numbers[run.key] for run in runs)], strict=True)
+        ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     typer.echo(f"\n{len(runs)} runs in {out / 'runs.sqlite'}")
+    for difference in differences:
+        typer.echo(difference)
 
 
 def _cells(run: Run) -> tuple[str, ...]:

@@ -11,10 +11,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import Dataset
 
 from normwise.diagnosis.errors import DiagnosisError, UserCodeError
 from normwise.diagnosis.pace import Pace
-from normwise.surgery.batches import LABELS, Forward, call, device_of, label_of, moved, split
+from normwise.surgery.batches import LABELS, Forward, call, device_of, label_of, moved, one_batch_at_a_time, split
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -63,6 +64,8 @@ class Batch:
                 "model(inputs): let `batches` yield (inputs, target) so that this fits, or pass forward=lambda model, "
                 "batch: model(...)"
             )
+            if isinstance(self.whole, Mapping) and not self.has_target:
+                cure += f". The labels of a dict are what one of {', '.join(LABELS)} names: here there is none of these"
         else:
             cure = "see that model(inputs) runs on this batch, in train and in eval mode, before diagnosing it"
         return UserCodeError(f"{text}\nCure: {cure}")
@@ -97,9 +100,14 @@ def take(batches: Iterable[Any], limit: int, model: nn.Module, forward: Forward 
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         raise DiagnosisError(f"max_batches must be a positive integer, but got {limit!r}")
     if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+        cure = (
+            one_batch_at_a_time(batches)
+            if isinstance(batches, Dataset)
+            else "for a single batch give [(inputs, target)]"
+        )
         raise DiagnosisError(
             f"batches must be an iterable of pairs (inputs, target), such as a DataLoader, but got "
-            f"{type(batches).__name__}: for a single batch give [(inputs, target)]"
+            f"{type(batches).__name__}: {cure}"
         )
     device = device_of(model)
     taken: list[Batch] = []
@@ -165,13 +173,17 @@ def scalar(loss: Loss | None, output: Any, batch: Batch) -> Tensor:
         DiagnosisError: it is none.
         UserCodeError: from whatever the loss raises.
     """
+    if inspect.isclass(loss):
+        raise DiagnosisError(f"loss is the class {loss.__name__}, not a function: make one, loss={loss.__name__}()")
     if loss is None:
         value = _own_loss(output)
     else:
         try:
             value = loss(output, batch.target)
         except Exception as error:
-            raise UserCodeError(f"loss raised {type(error).__name__}: {error}\nCure: {_cure(output, batch)}") from error
+            raise UserCodeError(
+                f"loss raised {type(error).__name__}: {error}\nCure: {_cure(output, batch, error)}"
+            ) from error
     if not isinstance(value, Tensor):
         raise DiagnosisError(
             f"loss must return a scalar tensor, but got {type(value).__name__}: leave out .item() and float()"
@@ -197,12 +209,12 @@ def _own_loss(output: Any) -> Tensor:
     return value
 
 
-def _cure(output: Any, batch: Batch) -> str:
+def _cure(output: Any, batch: Batch, error: Exception) -> str:
     if not batch.has_target:
         return (
             f"batch {batch.index} is {type(batch.whole).__name__} without a target, so that loss got the batch itself: "
             "let `batches` yield pairs (inputs, target), several inputs as a tuple, ((x, lengths), target), or dicts "
-            f"that hold one of {', '.join(LABELS)}"
+            f"that hold one of {', '.join(LABELS)}. If what was given as `batches` is itself one batch, give [batch]"
         )
     cure = (
         "loss is called as loss(output, target), with what the model returned and the second of the pair that "
@@ -215,6 +227,8 @@ def _cure(output: Any, batch: Batch) -> str:
         )
         if _member(output, "loss") is not None:
             cure += ", or leave out loss=, since it computes its own"
+    if isinstance(batch.target, Tensor) and batch.target.is_floating_point() and "Long" in str(error):
+        cure += f"; the target is {batch.target.dtype}, and numbers of classes are integers: target.long()"
     return cure
 
 

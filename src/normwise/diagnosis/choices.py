@@ -133,8 +133,9 @@ def recommend(
 
     Args:
         what: a model; or words, of which "conv", "image", "mlp", "linear", "rnn", "lstm", "gru", "transformer",
-            "attention", "padded", "longer", "deep", "online" count; or a mapping with `kind` ("conv", "mlp",
-            "recurrent", "transformer") and other fields of `Circumstances` (ranks, padded, layers, longer).
+            "attention" and the like say what net it is, and "padded", "longer", "deep", "online" count; or a
+            mapping with `kind` ("conv", "mlp", "recurrent", "transformer") and other fields of `Circumstances`
+            (ranks, padded, layers, longer).
         batch_size: samples a step on one rank.
         lengths: of sequences, as the layers take it: integers (tensor, list or array). Where they differ there is
             padding.
@@ -204,6 +205,8 @@ WORDS: dict[str, Kind] = {
     "bert": "transformer",
     "gpt": "transformer",
     "vit": "transformer",
+    "llm": "transformer",
+    "llama": "transformer",
     "lstm": "recurrent",
     "gru": "recurrent",
     "rnn": "recurrent",
@@ -213,12 +216,39 @@ WORDS: dict[str, Kind] = {
     "cnn": "conv",
     "resnet": "conv",
     "unet": "conv",
+    "vgg": "conv",
+    "mobilenet": "conv",
+    "efficientnet": "conv",
     "image": "conv",
     "images": "conv",
     "mlp": "mlp",
     "linear": "mlp",
     "dense": "mlp",
     "tabular": "mlp",
+}
+
+
+_OPEN = "what kind of net is {net}, 'conv', 'mlp', 'recurrent' or 'transformer'? Give that word"
+_GRAPHS = (
+    "of a graph net say 'mlp' for the maps at each node, which are normalized like any rows, (nodes, features); each "
+    "graph by its own statistics is normwise.InstanceNorm1d(features)(nodes, segments=graph): docs/howto/graphs.md"
+)
+_AGENTS = (
+    f"{_OPEN.format(net='the policy')}, and 'online' where it sees one step at a time; observations and rewards in "
+    "units of their own are for normwise.RunningNorm: docs/howto/reinforcement-learning.md"
+)
+_SERIES = (
+    f"{_OPEN.format(net='the forecaster')}; levels and scales that differ between series are for "
+    "normwise.RunningNorm(variables, per_instance=True): docs/howto/time-series.md"
+)
+
+# What people call a problem or a way of training, of which nobody can say what the net is: what to say instead.
+OTHER_WORDS: dict[str, str] = {
+    **dict.fromkeys(("graph", "graphs", "gnn", "gcn", "gat", "molecule", "molecules", "cloud", "clouds"), _GRAPHS),
+    **dict.fromkeys(("rl", "reinforcement", "agent", "policy", "ppo", "dqn", "sac", "actor", "critic"), _AGENTS),
+    **dict.fromkeys(("series", "timeseries", "forecast", "forecasting"), _SERIES),
+    **dict.fromkeys(("gan", "generator", "discriminator"), _OPEN.format(net="the generator, or the discriminator")),
+    **dict.fromkeys(("vae", "autoencoder", "diffusion", "speech", "audio"), _OPEN.format(net="it")),
 }
 
 
@@ -236,15 +266,22 @@ def _circumstances(what: Any) -> Circumstances:
 
 
 def _from_words(text: str) -> Circumstances:
-    words = [word.strip(".,;:()").lower() for word in text.replace("-", " ").split()]
+    # "U-Net" is "unet", and "actor-critic" two words.
+    spelt = (text.replace("-", " ").replace("_", " ").replace("/", " "), text.replace("-", ""))
+    words = [word.strip(".,;:()").lower() for spelling in spelt for word in spelling.split()]
     # In the order of the table: a transformer on images is a transformer.
     kind = next((kind for word, kind in WORDS.items() if word in words), None)
     if kind is None:
         near = [m for word in words for m in difflib.get_close_matches(word, WORDS, n=1, cutoff=_TYPO)]
+        other = next((OTHER_WORDS[word] for word in words if word in OTHER_WORDS), None)
+        if other is not None:
+            raise DiagnosisError(f"no kind of net can be told from {text!r}: {other}. Or give the model")
         hint = f" Did you mean {near[0]!r}?" if near else ""
+        kinds = {kind: [word for word, its_kind in WORDS.items() if its_kind == kind] for kind in CHOICES}
+        known = "; ".join(f"{kind}: {', '.join(map(repr, words))}" for kind, words in kinds.items())
         raise DiagnosisError(
-            f"no kind of net can be told from {text!r}: use one of {', '.join(map(repr, WORDS))}, whatever "
-            f"the task is, or give the model.{hint}"
+            f"no kind of net can be told from {text!r}: use one of these words, whatever the task is ({known}), or "
+            f"give the model.{hint}"
         )
     return Circumstances(
         kind,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from normwise.diagnosis import records
 from normwise.diagnosis.batches import Batch, Loss, main_tensor, take
 from normwise.diagnosis.layers import Named, is_ours, may_be_norm, own_parameters, unwrapped
-from normwise.diagnosis.modes import Eval, matters, passes
+from normwise.diagnosis.modes import Eval, count_nonfinite, matters, passes
 from normwise.diagnosis.pace import Pace
 from normwise.diagnosis.rules.rule import some
 from normwise.diagnosis.steps import check_optimizer, groups, watch_steps
@@ -70,6 +70,9 @@ def collect(
         evaluated = Eval(model, taken, pace, notes)
         evaluated.run(loss)
         found_gap, by_layer = evaluated.gap(train, switched)
+        spoilt = dataclasses.replace(watch.nonfinite, eval_outputs=evaluated.nonfinite)
+        if spoilt.outputs or spoilt.losses or spoilt.gradients or spoilt.eval_outputs:
+            spoilt = dataclasses.replace(spoilt, parameters=_spoilt_parameters(model))
         training = None
         shifts: dict[str, records.Shift] = {}
         members: list[records.Group] = []
@@ -107,12 +110,18 @@ def collect(
         layers=layers,
         streams=watch.streams.records(),
         attention=watch.attention.records(),
-        nonfinite=dataclasses.replace(watch.nonfinite, eval_outputs=evaluated.nonfinite),
+        nonfinite=spoilt,
         gap=found_gap,
         training=training,
         optimizer=members,
         notes=notes,
     )
+
+
+def _spoilt_parameters(model: torch.nn.Module) -> dict[str, list[int]]:
+    """By name how many of how many numbers of a parameter are NaN or infinite, for those that have any."""
+    counts = {name: [count_nonfinite(p), p.numel()] for name, p in model.named_parameters()}
+    return {name: count for name, count in counts.items() if count[0]}
 
 
 def ranks() -> int:

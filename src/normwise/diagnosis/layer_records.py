@@ -154,9 +154,11 @@ class Shift:
     cosine: list[float]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Layer:
     """A module that computes something itself: one without children, or with parameters of its own.
+
+    Its repr is a line; the parts have all numbers, and `dataclasses.asdict(layer)` has them at once.
 
     Attributes:
         name: dotted, as in `model.named_modules()`.
@@ -190,3 +192,13 @@ class Layer:
     recurrence: list[Recurrence] = field(default_factory=list)
     shift: Shift | None = None
     gap: float | None = None
+
+    def __repr__(self) -> str:
+        from normwise.diagnosis.table import described  # which is made of these records
+
+        there = [
+            name
+            for name in ("input", "output", "units", "gradient", "norm", "recurrence", "shift", "gap")
+            if getattr(self, name) not in (None, [])
+        ]
+        return f"<Layer {described(self)}{'; has ' if there else ''}{', '.join(f'.{name}' for name in there)}>"

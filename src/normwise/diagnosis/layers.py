@@ -16,6 +16,7 @@ from normwise.diagnosis.records import Role
 from normwise.nn.batch_renorm import BatchRenorm1d, BatchRenorm2d, BatchRenorm3d
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm
 from normwise.surgery.norms import is_norm_name, stands_for
+from normwise.surgery.select import instead_of_model
 
 # torch's classes and, since this library's layers are subclasses of them, this library's too.
 NORMS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -114,7 +115,7 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, str | None]:
         DiagnosisError: no module, or one that cannot be looked into as it is.
     """
     if not isinstance(model, nn.Module):
-        raise DiagnosisError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
+        raise DiagnosisError(f"model must be a torch.nn.Module, but got {instead_of_model(model)}")
     wrapper: str | None = None
     while True:
         inner = getattr(model, "_orig_mod", None)

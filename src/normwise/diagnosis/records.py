@@ -141,7 +141,9 @@ class NonFinite:
     """What is NaN or infinite, over all batches.
 
     Attributes:
-        inputs: values of the batches themselves.
+        inputs: values of the batches themselves; `batches` says which, counted from 0.
+        parameters: names of the model's parameters that held such a value when it was given, with how many of how many.
+            Looked for where outputs, losses or gradients have it.
         outputs, eval_outputs: values of the model's output in train and in eval mode.
         losses: batches on which the loss is.
         gradients: names of the parameters whose gradient has such a value.
@@ -156,6 +158,8 @@ class NonFinite:
     eval_outputs: int = 0
     first: FirstNonFinite | None = None
     first_gradient: FirstNonFinite | None = None
+    batches: list[int] = field(default_factory=list)
+    parameters: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,10 @@ def judged(numbers: Diagnosis, silenced: Sequence[tuple[str, str]] = ()) -> Diag
         for length in range(1, len(parts) + 1):
             order.setdefault(".".join(parts[:length]), place)
     findings = [finding for rule in RULES for finding in rule.findings(numbers)]
-    findings.sort(key=lambda f: (SEVERITIES.index(f.severity), f.code, order.get(f.layer, -1)))
+    # What was given with the model or the data goes before all that follows from it.
+    findings.sort(
+        key=lambda f: (SEVERITIES.index(f.severity), not f.evidence.get("given"), f.code, order.get(f.layer, -1))
+    )
     shown: list[Finding] = [f for f in findings if not silence.is_silenced(f, silenced)]
     hidden = [f for f in findings if silence.is_silenced(f, silenced)]
     return dataclasses.replace(numbers, findings=shown, silenced=hidden)

@@ -19,7 +19,8 @@ def as_text(diagnosis: Diagnosis) -> str:
 
 
 def _head(d: Diagnosis) -> list[str]:
-    words = f"{d.model}: {d.parameters:,} parameters, {len(d.layers)} layers, {d.data.batches} batches"
+    words = f"{d.model}: {d.parameters:,} parameters, {len(d.layers)} layers, "
+    words += f"{d.data.batches} batch{'es' * (d.data.batches != 1)}"
     if d.gap is not None and math.isnan(d.gap.output):
         words += "; the outputs of train and eval mode cannot be compared, for they hold NaN or infinity"
     elif d.gap is not None:
@@ -90,11 +91,23 @@ def _layers(d: Diagnosis) -> Iterator[str]:
 
 
 def _layer(layer: Layer) -> str:
+    shape, *numbers = _cells(layer)
+    return _line(layer.name or "(the model)", layer.kind, shape, *(number(value) for value in numbers))
+
+
+def _cells(layer: Layer) -> tuple[str, float | None, float | None, float | None]:
     out = layer.output
     gradient = layer.gradient.output if layer.gradient is not None else None
     shape = "never called" if layer.order is None else _shape(out)
-    mean, std = (None, None) if out is None else (out.all.mean, out.all.std)
-    return _line(layer.name or "(the model)", layer.kind, shape, number(mean), number(std), number(gradient))
+    return (shape, None, None, gradient) if out is None else (shape, out.all.mean, out.all.std, gradient)
+
+
+def described(layer: Layer) -> str:
+    """A layer's line of the table as words, for its repr."""
+    shape, *numbers = _cells(layer)
+    words = [f"{word} {number(x)}" for word, x in zip(("mean", "std", "grad"), numbers, strict=True) if x is not None]
+    called = shape if layer.order is None else f"output {shape}"
+    return ", ".join([f"{layer.name!r}: {layer.kind}", *([called] if shape else []), *words])
 
 
 def _line(name: str, kind: str, shape: str, *numbers: str) -> str:

@@ -17,9 +17,9 @@ class Histogram:
     counts: list[int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Distribution:
-    """A set of numbers.
+    """A set of numbers, whose repr is a line.
 
     `mean`, `std` (biased), `minimum` and `maximum` are over all `count` finite values. `percentiles` (those of
     `PERCENTILES`) and the histogram are over an evenly spaced part of them where there are very many.
@@ -37,6 +37,16 @@ class Distribution:
     def percentile(self, wanted: int) -> float:
         """One of `PERCENTILES`."""
         return self.percentiles[PERCENTILES.index(wanted)]
+
+    def __repr__(self) -> str:
+        from normwise.diagnosis.table import number  # which is made of these records
+
+        numbers = ", ".join(
+            f"{word} {number(value)}"
+            for word, value in (("mean", self.mean), ("std", self.std), ("from", self.minimum), ("to", self.maximum))
+        )
+        spoilt = f", {self.nonfinite:,} not finite" if self.nonfinite else ""
+        return f"<Distribution of {self.count:,}: {numbers}{spoilt}>"
 
 
 @dataclass(frozen=True)

@@ -139,13 +139,15 @@ class Watch:
         outputs = count_nonfinite(output)
         # Scores that are masked by -inf come to nothing: only what reaches the end counts.
         counts = bool(outputs or spoiled or not math.isfinite(loss))
+        of_batch = count_nonfinite(inputs)
         self.nonfinite = NonFinite(
-            before.inputs + count_nonfinite(inputs),
+            before.inputs + of_batch,
             before.outputs + outputs,
             before.losses + (not math.isfinite(loss)),
             list(dict.fromkeys([*before.gradients, *spoiled])),
             first=before.first or (self.forward_trail.first if counts else None),
             first_gradient=before.first_gradient or (self.backward_trail.first if spoiled else None),
+            batches=[*before.batches, *([batch.index] if of_batch else [])],
         )
 
     def begin(self, samples: int, valid: Valid | None) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import normwise
+from normwise.lab import user_file
 from normwise.lab.chart import CONFIG, library, template
 from normwise.lab.claim import Judged
 from normwise.lab.errors import LabError
@@ -116,7 +117,8 @@ def write_report(
         tasks: by name, in the order of the page; None for one whose code is not at hand.
         path: the file.
         judged: the claims, for the top of the page.
-        references: for a task of the user's, by its name, what it was called by: FILE.py:function.
+        references: for a task of the user's, by its name, what it was called by: FILE.py:function. The commands say
+            where that file is another one by now.
         brief: whether tasks that only claims need may share a tab (``in_brief``).
 
     Raises:
@@ -265,6 +267,7 @@ def settings(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def commands(rows: Sequence[Row], reference: str | None = None) -> list[tuple[Row, float, str]]:
     """For each norm, batch size and learning rate the command that makes its runs again."""
     found = []
+    since: dict[str, str] = {}
     for row in rows:
         for rate in row.offered:
             identity = row.runs[0].identity
@@ -274,8 +277,23 @@ def commands(rows: Sequence[Row], reference: str | None = None) -> list[tuple[Ro
             words += ["--steps", str(identity["steps"]), "--seeds", str(max(row.seeds) + 1)]
             backend = identity["backend"]
             prefix = "" if backend == "auto" else f"NORMWISE_BACKEND={shlex.quote(backend)} "
-            found.append((row, rate, f"{prefix}{shlex.join(words)} --out again"))
+            source = identity["source"]
+            if source not in since:
+                since[source] = _since(reference, source)
+            found.append((row, rate, f"{prefix}{shlex.join(words)} --out again{since[source]}"))
     return found
+
+
+def _since(reference: str | None, source: str) -> str:
+    """A comment behind a command whose file is another one now, or gone: it would not train these runs."""
+    if reference is None:
+        return ""
+    path = Path(reference.rpartition(":")[0])
+    if not path.is_file():
+        return "  # the file is not there any more, seen from the folder where this page was made"
+    if user_file.source_of(path) != source.rpartition(":")[0]:
+        return "  # the file, or a module of its own, has been edited since: this trains what it is now"
+    return ""
 
 
 def _task_words(name: str, identity: Mapping[str, Any], reference: str | None) -> list[str]:

@@ -15,6 +15,15 @@ from normwise.lab.strict_json import to_json
 
 SETTINGS = ("task", "norm", "batch_size", "learning_rate", "seed", "steps")
 VERSIONS = ("lab", "normwise", "torch", "backend")
+WHAT = {
+    "settings": "the task's settings or data",
+    "source": "the task's file or a module of its own",
+    "lab": "the lab's code",
+    "normwise": "normwise's version",
+    "torch": "torch's version",
+    "backend": "the backend",
+}
+"""What makes versions of a task, in words."""
 VALUE_COLUMNS = ("key", *SETTINGS, "status", "series", "step", "value")
 RUN_COLUMNS = (
     "key", *SETTINGS, "status", "reason", "machine", "finished", "settings", "source", *VERSIONS, "last_values"
@@ -43,6 +52,33 @@ def chosen(
 
 def _of(run: Run, kind: str) -> str:
     return run.status if kind == "status" else str(run.identity[kind])
+
+
+def versions(runs: Sequence[Run]) -> tuple[dict[str, str], list[str]]:
+    """By key the version of each run, numbered within its task as they were first stored, and a sentence for each task
+    with more than one: what differs. The number is "" for tasks with one."""
+    found: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        of_task = found.setdefault(run.identity["task"], {})
+        of_task.setdefault(to_json([run.identity[name] for name in WHAT], sort_keys=True), []).append(run)
+    numbers: dict[str, str] = {}
+    sentences: list[str] = []
+    for task, groups in found.items():
+        for number, group in enumerate(groups.values(), 1):
+            numbers |= {run.key: str(number) if len(groups) > 1 else "" for run in group}
+        if len(groups) > 1:
+            firsts = [group[0] for group in groups.values()]
+            differing = [
+                words
+                for name, words in WHAT.items()
+                if any(r.identity[name] != firsts[0].identity[name] for r in firsts)
+            ]
+            since = ", ".join(f"{number} from {run.finished}" for number, run in enumerate(firsts, 1))
+            sentences.append(
+                f"{task}: {len(groups)} versions, which differ in {' and '.join(differing)} ({since}, UTC); "
+                "`normwise runs show KEY` has each in full"
+            )
+    return numbers, sentences
 
 
 def find(store: Store, prefix: str) -> Run:

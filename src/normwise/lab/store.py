@@ -44,6 +44,15 @@ CREATE TABLE series (
 ) WITHOUT ROWID;
 """
 
+# Beside the runs: where a user's task was last found is no part of what a run is. Made when it is first needed, so that
+# it is in stores of any age, and nobody who reads the runs alone meets another schema.
+REFERENCES = """
+CREATE TABLE IF NOT EXISTS task_references (
+    source TEXT PRIMARY KEY,   -- as in the identity of the runs
+    reference TEXT NOT NULL    -- FILE.py:function
+) WITHOUT ROWID
+"""
+
 
 class SeriesLike(Protocol):
     """Values over steps."""
@@ -241,6 +250,20 @@ class Store:
                     for position, (name, series) in enumerate(result.series.items())
                 ],
             )
+
+    def note_reference(self, source: str, reference: str) -> None:
+        """Keep by which words a user's task was called, ``FILE.py:function``: the last ones count."""
+        if self.references().get(source) == reference:
+            return
+        with self._named(), self._transaction():
+            self._connection.execute(REFERENCES)
+            self._connection.execute("INSERT OR REPLACE INTO task_references VALUES (?, ?)", (source, reference))
+
+    def references(self) -> dict[str, str]:
+        """By which words each task of the user's was last called; the keys are the sources in the runs' identities."""
+        with self._named():
+            there = self._connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'task_references'").fetchone()
+            return dict(self._connection.execute("SELECT * FROM task_references")) if there else {}
 
     def keys(self) -> set[str]:
         """The keys of all stored runs."""

@@ -22,12 +22,14 @@ VERSION = ("settings", "source", "lab", "normwise", "torch", "backend")
 @dataclass(frozen=True)
 class Study:
     """What a store says: rows for the tables and figures, tasks by name (None for one whose code is not at hand), and
-    all claims, judged by its runs. ``left_out`` counts the runs that are not drawn."""
+    all claims, judged by its runs. ``left_out`` counts the runs that are not drawn; ``references`` has, for the user's
+    tasks by their names, what they were called by."""
 
     rows: list[Row]
     tasks: dict[str, Task | None]
     judged: list[Judged]
     left_out: int
+    references: dict[str, str]
 
 
 def study(store: Store, tasks: Sequence[str] = ()) -> Study:
@@ -54,6 +56,7 @@ def study(store: Store, tasks: Sequence[str] = ()) -> Study:
     names = list(dict.fromkeys(run.identity["task"] for run in drawn))
     names.sort(key=lambda name: _place(name, list(BUILT_IN)))
     drawn.sort(key=_order)
+    called_by = store.references()
     used = {run.identity["seed"] for run in current}
     first, seeds = min(used), 1 + max(used) - min(used)
     asked = [] if tasks else claims().values()
@@ -63,6 +66,11 @@ def study(store: Store, tasks: Sequence[str] = ()) -> Study:
         tasks={name: _task(name, drawn) for name in names},
         judged=judged,
         left_out=len(index) - len(drawn),
+        references={
+            run.identity["task"]: called_by[run.identity["source"]]
+            for run in drawn
+            if run.identity["source"] in called_by
+        },
     )
 
 

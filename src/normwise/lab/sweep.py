@@ -28,6 +28,7 @@ from normwise.lab.errors import LabError, WorkerError
 from normwise.lab.run import Result, run
 from normwise.lab.spec import Spec
 from normwise.lab.store import Store, this_machine
+from normwise.lab.tasks import is_own, load_task
 
 
 def cores() -> int:
@@ -62,6 +63,9 @@ def sweep(
             versions; the scheduler does not answer or has no workers.
         WorkerError: a worker died of a run.
     """
+    for task in dict.fromkeys(spec.task for spec in specs):
+        if is_own(task):
+            store.note_reference(load_task(task).source, task)
     stored = store.keys()
     waiting = {key: spec for spec in _in_order(specs) if (key := spec.key()) not in stored}
     elsewhere: list[Spec] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,8 @@ def _table(path: Path, lines: list[tuple[int, list[str]]]) -> Table:
     body = lines[1:] if has_header else lines
     if not body:
         raise LabError(f"{path}: the file has a header and no rows; expected numbers below line {first_line}")
-    has_names = width > 1 and not any(_is_number(cells[0]) for _, cells in body)
+    # "$5" and "1,000" are no names but numbers written as none can be read, and refused as such.
+    has_names = width > 1 and not any(_is_number(cells[0]) or _is_almost(cells[0]) for _, cells in body)
     start = 1 if has_names else 0
     columns = first[start:] if has_header else [f"column {i + 1}" for i in range(start, width)]
     return Table(
@@ -77,7 +79,9 @@ def _cells(path: Path) -> list[tuple[int, list[str]]]:
     """(line number, cells) of every line that is not blank."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, skipinitialspace=True, strict=True)
+            # csv leaves out spaces before a quote, and takes those behind one for a fault.
+            plain = (re.sub(r'"[ \t]+(?=,|\r?\n|$)', '"', line) for line in file)
+            reader = csv.reader(plain, skipinitialspace=True, strict=True)
             lines = [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader]
     except OSError as error:
         raise LabError(f"{path}: cannot be read: {error.strerror}") from error
@@ -109,8 +113,32 @@ def _number(cell: str, where: str) -> float:
     if not cell:
         raise LabError(f"{where}: the cell is empty; expected a number")
     if not _is_number(cell):
-        raise LabError(f"{where}: {cell!r} is not a number; cells are separated by commas, decimals take a point")
+        raise LabError(f"{where}: {cell!r} is not a number; {_written(cell)}")
     value = float(cell)
     if not math.isfinite(value):
         raise LabError(f"{where}: {cell!r} is not finite; statistics need finite numbers")
     return value
+
+
+GROUPED = re.compile(r"[+-]?\d{1,3}(?:[ ,'\u00a0\u2009\u202f]\d{3})+(?:\.\d+)?")
+DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+")
+WITH_A_MARK = re.compile(r"(?:[$€£¥]\s?)?([+-]?\d+(?:\.\d+)?)\s?(?:[$€£¥%])?")
+MISSING = ("-", "na", "n/a", "null", "none", "?", ".")
+
+
+def _is_almost(cell: str) -> bool:
+    """A number with marks between its thousands, a decimal comma, a sign of currency or per cent."""
+    return any(form.fullmatch(cell) for form in (GROUPED, DECIMAL_COMMA, WITH_A_MARK))
+
+
+def _written(cell: str) -> str:
+    """What kind of text the cell is, and how it would be a number."""
+    if GROUPED.fullmatch(cell):
+        return f"write it without marks between the thousands, as {re.sub(r'[^0-9.+-]', '', cell)}"
+    if DECIMAL_COMMA.fullmatch(cell):
+        return f"decimals take a point: {cell.replace(',', '.')}"
+    if bare := WITH_A_MARK.fullmatch(cell):
+        return f"write the number alone, as {bare[1]}, and its unit into the column's name"
+    if cell.lower() in MISSING:
+        return "a missing value has no place here: leave out its row or its column"
+    return "cells are separated by commas, decimals take a point"

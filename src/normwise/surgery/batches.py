@@ -23,10 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import Dataset
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
 
 LABELS = ("labels", "label", "targets", "target")
+
+
+class UnknownPartsError(ValueError):
+    """A batch of which nobody knows what the model gets; whoever goes over the batches says which one it is."""
 
 
 class Parts(NamedTuple):
@@ -40,7 +45,7 @@ def split(batch: Any, model: nn.Module) -> Parts:
     """The parts of a batch, by the convention above.
 
     Raises:
-        ValueError: a tuple or list of three and more, of which nobody knows what is a target.
+        UnknownPartsError: a tuple or list of three and more, of which nobody knows what is a target.
     """
     if isinstance(batch, Mapping):
         name = label_of(batch)
@@ -51,12 +56,23 @@ def split(batch: Any, model: nn.Module) -> Parts:
     if not isinstance(batch, (tuple, list)) or isinstance(batch, PackedSequence):
         return Parts(batch, batch)
     if len(batch) not in (1, 2):
-        raise ValueError(
+        raise UnknownPartsError(
             f"{len(batch)} items, of which it is not known what the model gets: several inputs go into a tuple, "
             "((x, lengths), target), named ones into a dict, ({'x': x, 'mask': mask}, target); or pass "
             "forward=lambda model, batch: model(...)"
         )
     return Parts(batch[0], batch[-1])
+
+
+def one_batch_at_a_time(batches: Any) -> str:
+    """The cure where something else was given than an iterable of batches."""
+    if isinstance(batches, Dataset):
+        return "torch.utils.data.DataLoader(dataset, batch_size=32) makes batches of its samples"
+    if isinstance(batches, Tensor):
+        return "[x] is one batch, x.split(32) several"
+    if isinstance(batches, Mapping):
+        return "[batch] is one batch"
+    return "give a list of them"
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

@@ -15,7 +15,7 @@ from normwise.measure.snapshot import Values, modes_kept, state_of
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm
 from normwise.nn.running_norm import RunningNorm
 from normwise.ops import distributed
-from normwise.surgery.batches import Forward, run, without_graph
+from normwise.surgery.batches import Forward, UnknownPartsError, one_batch_at_a_time, run, without_graph
 from normwise.surgery.forwards import normalizes_its_input
 from normwise.surgery.freeze import is_frozen
 from normwise.surgery.norms.recognize import stands_for
@@ -100,7 +100,7 @@ def recalibrate(
     if not isinstance(batches, Iterable) or isinstance(batches, (Tensor, Mapping)):
         raise TypeError(
             "batches must be an iterable of batches, such as a DataLoader or a list of tensors, but got "
-            f"{type(batches).__name__}: [x] is one batch, x.split(32) several"
+            f"{type(batches).__name__}: {one_batch_at_a_time(batches)}"
         )
     distributed.group_of(process_group, default=True)  # says now what is wrong with it
     candidates = [one for one in layers(model, (nn.Module,)) if _may_keep(one.module)]
@@ -203,7 +203,7 @@ class _Run:
                 hook = one.module.register_forward_pre_hook(lambda module, args, name=one.name: met.append(name))
                 hooks.callback(hook.remove)
             for batch in self.batches:
-                self.forward(self.model, batch)
+                self.call(batch, 0)
                 break
         places = [Moments(*(torch.zeros(1) for _ in range(3))) for _ in wanted]
         for one, place in zip(wanted, places, strict=True):
@@ -220,10 +220,16 @@ class _Run:
         with ExitStack() as hooks:
             for pool in pools.values():
                 hooks.callback(pool.observe())
-            for batch in batches:
-                self.forward(self.model, batch)
+            for number, batch in enumerate(batches):
+                self.call(batch, number)
                 self.done += 1
         return pools
+
+    def call(self, batch: Any, number: int) -> None:
+        try:
+            self.forward(self.model, batch)
+        except UnknownPartsError as error:
+            raise UnknownPartsError(f"recalibrate: batch {number} is {error}") from None
 
     def share(self, pools: list[Pool], wanted: list[Layer]) -> None:
         """Pool over the ranks, in one exchange."""

@@ -69,7 +69,16 @@ def option(layer: nn.Module, name: str) -> Any:
 def require_module(verb: str, model: nn.Module) -> None:
     """Raises TypeError for what is no model."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"{verb} expects a torch.nn.Module, but got {type(model).__name__}")
+        raise TypeError(f"{verb} expects a torch.nn.Module, but got {instead_of_model(model)}")
+
+
+def instead_of_model(given: Any) -> str:
+    """What was given in the place of a model, with the way to one where the slip is a common one."""
+    if isinstance(given, type) and issubclass(given, nn.Module):
+        return f"the class {given.__name__}: make a model of it first, {given.__name__}(...)"
+    if isinstance(given, Iterator) or (isinstance(given, list) and any(isinstance(p, nn.Parameter) for p in given)):
+        return f"{type(given).__name__}: give the model itself, not model.parameters()"
+    return type(given).__name__
 
 
 def layers(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[Layer]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from normwise.diagnosis.records import Diagnosis
+from normwise.diagnosis.rules import cures
 from normwise.diagnosis.rules.rule import Match
 from normwise.diagnosis.rules.statistics import norms
 
@@ -22,7 +23,7 @@ def removed_bias(diagnosis: Diagnosis) -> Iterator[Match]:
         share = source.gradient.bias_share if source.gradient is not None else None
         dtype = source.output.dtype if source.output is not None else "float32"
         if share is not None and share < REMOVED.get(dtype, 1e-3):
-            yield Match(source.name, {"norm": layer.name, "share": share})
+            yield Match(source.name, {"norm": layer.name, "share": share, "line": cures.without_bias(source, layer)})
 
 
 def dead_gains(diagnosis: Diagnosis) -> Iterator[Match]:

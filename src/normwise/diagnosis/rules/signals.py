@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from normwise.diagnosis.records import Diagnosis, Layer, Recurrence, Size
+from normwise.diagnosis.records import Diagnosis, Layer, NonFinite, Recurrence, Size
+from normwise.diagnosis.rules import cures
 from normwise.diagnosis.rules.rule import Match, some
 
 # Share of a sigmoid's or tanh's inputs, or of a gate's values, in the flat part; share of ReLUs that never open.
@@ -25,16 +26,19 @@ def flat(diagnosis: Diagnosis) -> Iterator[Match]:
         units = layer.units
         if units is not None and units.nonlinearity != "relu" and units.saturated > SATURATED:
             what = f"{units.saturated:.0%} of the inputs of its {units.nonlinearity} lie beyond {units.threshold:g}"
-            yield Match(layer.name, {"what": what, "share": units.saturated})
+            cure = cures.text("saturated", cures.norm_before(layer))
+            yield Match(layer.name, {"what": what, "share": units.saturated, "cure": cure})
         elif units is not None and units.nonlinearity == "relu" and units.dead > DEAD:
             what = f"{units.dead:.0%} of its {units.units} ReLUs are off on every sample"
-            yield Match(layer.name, {"what": what, "share": units.dead})
+            cure = cures.text("dead", cures.norm_before(layer))
+            yield Match(layer.name, {"what": what, "share": units.dead, "cure": cure})
         for inside in layer.recurrence:
             worst = max(inside.gates, key=lambda gate: gate.saturated)
             limit = SATURATED if worst.threshold == 3 else GATES
             if worst.threshold and worst.saturated > limit:
                 what = f"{worst.saturated:.0%} of gate {worst.name!r} of {inside.place} lie beyond {worst.threshold:g}"
-                yield Match(layer.name, {"what": what, "share": worst.saturated, "gate": worst.name})
+                cure = cures.text("gates")
+                yield Match(layer.name, {"what": what, "share": worst.saturated, "gate": worst.name, "cure": cure})
 
 
 def gradient_by_depth(diagnosis: Diagnosis) -> Iterator[Match]:
@@ -48,7 +52,9 @@ def gradient_by_depth(diagnosis: Diagnosis) -> Iterator[Match]:
         last = max(stack[-1 - max(1, len(stack) // 4) : -1], key=_output)
     evidence = _ratio(_output(first), _output(last), BY_DEPTH)
     if evidence is not None:
-        yield Match(first.name, evidence | {"over": f"from {last.name!r} back to {first.name!r}", **_norms(diagnosis)})
+        cure = cures.text("depth", cures.norms_behind(diagnosis, stack))
+        evidence |= {"over": f"from {last.name!r} back to {first.name!r}", **_norms(diagnosis), "cure": cure}
+        yield Match(first.name, evidence)
 
 
 def gradient_by_time(diagnosis: Diagnosis) -> Iterator[Match]:
@@ -60,7 +66,7 @@ def gradient_by_time(diagnosis: Diagnosis) -> Iterator[Match]:
         if evidence is not None:
             norm = f"{inside.norm} norm inside" if inside.norm else "no norm inside"
             over = f"over {len(inside.gradient)} steps of {inside.place}, back to the first"
-            yield Match(layer.name, evidence | {"over": over, "norms": norm})
+            yield Match(layer.name, evidence | {"over": over, "norms": norm, "cure": cures.text("time")})
 
 
 def vanishing_or_exploding(diagnosis: Diagnosis) -> Iterator[Match]:
@@ -80,14 +86,16 @@ def no_norm(diagnosis: Diagnosis) -> Iterator[Match]:
         drift = max(_factor(sizes[0], sizes[-2]), _factor(_output(stack[0]), _output(stack[-2])))
         if drift > DRIFT:
             what = f"signals or gradients change {drift:.3g}-fold over {len(stack)} layers with weights"
-            yield Match("", {"what": what, "layers": len(stack), "drift": drift})
+            cure = cures.text("stack", cures.norms_behind(diagnosis, stack))
+            yield Match("", {"what": what, "layers": len(stack), "drift": drift, "cure": cure})
     for layer in diagnosis.layers:
         drifts = [
             max(_factor(r.gradient[0], r.gradient[-1]), _growth(r.summed)) for r in layer.recurrence if r.gradient
         ]
         if len(layer.recurrence) >= RECURRENT_LAYERS and drifts and max(drifts) > DRIFT:
             what = f"summed inputs or gradients change {max(drifts):.3g}-fold over the steps of a recurrent stack"
-            yield Match(layer.name, {"what": what, "layers": len(layer.recurrence), "drift": max(drifts)})
+            evidence = {"what": what, "layers": len(layer.recurrence), "drift": max(drifts)}
+            yield Match(layer.name, evidence | {"cure": cures.text("recurrent stack")})
 
 
 def growing_sums(diagnosis: Diagnosis) -> Iterator[Match]:
@@ -115,26 +123,63 @@ def not_finite(diagnosis: Diagnosis) -> Iterator[Match]:
     what = [words for count, words in counted if count]
     if not what:
         return
-    layer, where = _first_not_finite(diagnosis)
     whole = " and ".join([", ".join(what[:-1]), what[-1]] if len(what) > 1 else what)
-    yield Match(
-        layer,
-        {
-            "what": f"{whole[0].upper()}{whole[1:]} are NaN or infinite",
-            "where": where,
-            "outputs": n.outputs,
-            "losses": n.losses,
-            "gradients": some(n.gradients),
-        },
-    )
+    evidence = {"outputs": n.outputs, "losses": n.losses, "gradients": some(n.gradients)}
+    if n.parameters or n.inputs:
+        # Nothing has to be looked for: this comes first, and what follows from it after.
+        layer = next(iter(n.parameters), "").rpartition(".")[0]
+        given = " and ".join(_parameters(n) + _batches(n))
+        given = f"{given[0].upper()}{given[1:]}"
+        evidence |= {"what": given, "where": f"From there {whole} are", "given": True, "cure": _cure(n, layer)}
+    else:
+        layer, where = _first_not_finite(diagnosis)
+        evidence |= {"what": f"{whole[0].upper()}{whole[1:]} are NaN or infinite", "where": where, "given": False}
+        evidence["cure"] = WHERE_IT_ARISES
+    yield Match(layer, evidence)
+
+
+WHERE_IT_ARISES = (
+    "torch.autograd.set_detect_anomaly(True) names the operation on the way back; keep log, sqrt and division away "
+    "from 0, x.clamp(min=1e-6), and exp and half precision from overflow; masked scores take a large negative number, "
+    "torch.finfo(x.dtype).min, instead of -inf"
+)
+
+
+def _parameters(n: NonFinite) -> list[str]:
+    if not n.parameters:
+        return []
+    each = [f"{name} ({count} of {of})" for name, (count, of) in n.parameters.items()]
+    return [f"the model was given with NaN or infinity in its parameters: {some(each)}"]
+
+
+def _batches(n: NonFinite) -> list[str]:
+    if not n.inputs:
+        return []
+    which = f"batch {n.batches[0]}" if len(n.batches) == 1 else f"batches {some([str(index) for index in n.batches])}"
+    return [f"the data hold NaN or infinity: {n.inputs} value{'s' * (n.inputs > 1)} of the inputs of {which}"]
+
+
+def _cure(n: NonFinite, layer: str) -> str:
+    cures = []
+    if n.parameters:
+        module = f"model.get_submodule({layer!r})" if layer else "model"
+        cures.append(
+            "load a checkpoint from before it, or let the layers that have it start anew, as "
+            f"{module}.reset_parameters() where the class has that; if training brought it about, a smaller learning "
+            "rate, or the gradient clipped (torch.nn.utils.clip_grad_norm_)"
+        )
+    if n.inputs:
+        cures.append(
+            "mend the data where they are read: leave such samples out, x[x.isfinite().flatten(1).all(1)], or fill the "
+            "gaps, x.nan_to_num(), which puts 0 for NaN"
+        )
+    return "; ".join(cures)
 
 
 def _first_not_finite(diagnosis: Diagnosis) -> tuple[str, str]:
     """The first layer that has it, on the way forward or else on the way back, and that in words."""
     n = diagnosis.nonfinite
     called = [layer for layer in diagnosis.layers if layer.order is not None]
-    if n.inputs:
-        return "", f"{n.inputs} values of the batches themselves are"
     if (first := n.first) is not None:
         sizes = _sizes(first.before, "the largest |x| of the outputs before")
         if not first.comes_in:

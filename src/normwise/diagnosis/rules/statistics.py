@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from normwise.diagnosis.records import Diagnosis, Layer, Norm
+from normwise.diagnosis.rules import cures
 from normwise.diagnosis.rules.rule import Match
 
 # A mean of m values strays by 1/sqrt(m) deviations: a quarter of one at 16. Positions of one image are much alike, so
@@ -138,12 +139,14 @@ def in_a_recurrence(diagnosis: Diagnosis) -> Iterator[Match]:
             continue
         if norm.inside_recurrence:
             how = f"its output comes back as its input, {layer.calls} times a pass, with one set of running statistics"
-            yield Match(layer.name, {"how": how, "calls": layer.calls})
+            cure = cures.text("inside", cures.norm_in_place(layer))
+            yield Match(layer.name, {"how": how, "calls": layer.calls, "cure": cure})
         elif norm.lengths and norm.lengths[1] > VARYING * norm.lengths[0] and not norm.masked and not norm.padding:
             shortest, longest = norm.lengths
             how = f"the batches are {shortest} to {longest} steps long, and it is given neither mask nor lengths"
-            yield Match(layer.name, {"how": how, "shortest": shortest, "longest": longest})
+            evidence = {"how": how, "shortest": shortest, "longest": longest}
+            yield Match(layer.name, evidence | {"cure": cures.text("lengths")})
     for layer in diagnosis.layers:
         if any(inside.shared_statistics for inside in layer.recurrence):
             how = "all its time steps share one row of running statistics (num_stat_steps=1)"
-            yield Match(layer.name, {"how": how, "calls": layer.calls})
+            yield Match(layer.name, {"how": how, "calls": layer.calls, "cure": cures.text("shared")})

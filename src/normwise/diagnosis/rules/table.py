@@ -56,7 +56,7 @@ RULES: tuple[Rule, ...] = (
         parameters.removed_bias,
         "The norm {norm!r} subtracts the mean of each channel, and the bias of {layer!r} with it: the bias receives "
         "{share:.1g} of the gradient at the output of {layer!r}.",
-        "build {layer!r} with bias=False; the norm has a bias of its own",
+        "build {layer!r} with bias=False; the norm has a bias of its own; in the model as it is {line}",
         ("bn-columns",),
     ),
     Rule(
@@ -127,8 +127,7 @@ RULES: tuple[Rule, ...] = (
         "warning",
         signals.flat,
         "{what}, where almost no gradient passes.",
-        "a norm before the nonlinearity, such as normwise.LayerNorm; inside a recurrence model, _ = "
-        "normwise.convert(model, recurrent='layer'); smaller initial weights; for ReLUs a smaller learning rate",
+        "{cure}",
         ("saturation",),
         "none",
     ),
@@ -138,8 +137,7 @@ RULES: tuple[Rule, ...] = (
         "warning",
         signals.vanishing_or_exploding,
         "The gradient {how} {over}: {last:.2g} at its late end, {first:.2g} at its early end; {norms}.",
-        "a norm in each block (normwise.LayerNorm or BatchNorm) and a skip around it, y = x + block(norm(x)); in a "
-        "recurrence model, _ = normwise.convert(model, recurrent='layer'), for an LSTM also forget_bias=1.0",
+        "{cure}",
         ("saturation", "rnn"),
         "none",
     ),
@@ -149,8 +147,7 @@ RULES: tuple[Rule, ...] = (
         "advice",
         signals.no_norm,
         "There is no norm, and {what}.",
-        "put normwise.BatchNorm2d or normwise.LayerNorm behind each layer with weights; in a recurrent stack model, _ "
-        "= normwise.convert(model, recurrent='layer')",
+        "{cure}",
         ("faster", "rnn"),
         "none",
         circumstances.deep,
@@ -161,8 +158,7 @@ RULES: tuple[Rule, ...] = (
         "warning",
         statistics.in_a_recurrence,
         "Statistics of different time steps are mixed: {how}.",
-        "build it as normwise.LSTM with norm='layer', or norm='batch' with num_stat_steps= the longest sequence, which "
-        "keeps statistics for each step; on varying lengths norm(x, lengths=lengths), or normwise.LayerNorm",
+        "{cure}",
         ("time-average", "rnn", "longer"),
         "batch",
         circumstances.recurrence,
@@ -185,9 +181,7 @@ RULES: tuple[Rule, ...] = (
         "error",
         signals.not_finite,
         "{what}. {where}.",
-        "torch.autograd.set_detect_anomaly(True) names the operation on the way back; keep log, sqrt and division away "
-        "from 0, x.clamp(min=1e-6), and exp and half precision from overflow; masked scores take a large negative "
-        "number, torch.finfo(x.dtype).min, instead of -inf",
+        "{cure}",
     ),
     Rule(
         "NW018",
@@ -223,7 +217,7 @@ RULES: tuple[Rule, ...] = (
         "normalize queries and keys before they meet (qk-norm, Dehghani et al. 2023; Wortsman et al. 2023): in the "
         "block's __init__ self.q_norm, self.k_norm = normwise.RMSNorm(head_dim), normwise.RMSNorm(head_dim), and q, k "
         "= self.q_norm(q), self.k_norm(k) before scaled_dot_product_attention. nn.MultiheadAttention has no place for "
-        "it: write its projections out. Without it, a smaller learning rate and a longer warm-up",
+        "it: write its projections out. Without it, a smaller learning rate and a longer warm-up{line}",
     ),
     Rule(
         "NW021",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from statistics import median
 
 from normwise.diagnosis.records import Diagnosis, Stream
+from normwise.diagnosis.rules import cures
 from normwise.diagnosis.rules.rule import Match, some
 from normwise.diagnosis.rules.statistics import norms
 
@@ -70,9 +71,12 @@ def growing_stream(diagnosis: Diagnosis) -> Iterator[Match]:
 
 
 def large_logits(diagnosis: Diagnosis) -> Iterator[Match]:
+    layers = {layer.name: layer for layer in diagnosis.layers}
     for attention in diagnosis.attention:
         collapsed = attention.collapsed > COLLAPSED and attention.spread > LARGE
         if collapsed or attention.spread > HUGE:
+            layer = layers.get(attention.layer)
+            line = None if layer is None else cures.smaller_queries_and_keys(layer, attention.spread)
             yield Match(
                 attention.layer,
                 {
@@ -80,6 +84,7 @@ def large_logits(diagnosis: Diagnosis) -> Iterator[Match]:
                     "spread": attention.spread,
                     "collapsed": attention.collapsed,
                     "rows": attention.rows,
+                    "line": "" if line is None else f". The weights as they are can be scaled down: {line}",
                 },
             )
 

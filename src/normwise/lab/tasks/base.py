@@ -31,7 +31,10 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Cases of a data set: inputs (N, ...), targets (N,), and for padded sequences (N, T, ...) the lengths (N,)."""
+    """Cases of a data set: inputs (N, ...), targets (N,), and for padded sequences (N, T, ...) the lengths (N,).
+
+    Targets are the numbers of classes, as integers; ``IGNORED`` (-100) marks positions that do not count.
+    """
 
     inputs: Tensor
     targets: Tensor
@@ -157,7 +160,8 @@ class Task(ABC):
         """``data()``, made once.
 
         Raises:
-            LabError: it is no pair of batches, or one has no cases or not as many inputs as targets and lengths.
+            LabError: it is no pair of batches, or one has no cases or not as many inputs as targets and lengths, or its
+                targets are no classes.
         """
         made = self.data()
         if not (isinstance(made, tuple) and len(made) == 2 and all(isinstance(part, Batch) for part in made)):
@@ -178,6 +182,12 @@ class Task(ABC):
                 found = ", ".join(f"{count} {name}" for name, count in counts.items())
                 raise LabError(
                     f"the cases {which} of task {self.name!r} have {found}: expected equally many, and at least 1"
+                )
+            if part.targets.is_floating_point() or part.targets.is_complex():
+                raise LabError(
+                    f"the targets {which} of task {self.name!r} are of {part.targets.dtype}: expected the numbers of "
+                    "classes, as int64 (targets.long()), since norms are compared by accuracy. To compare them on "
+                    "numbers (regression) sort these into classes, such as quartiles"
                 )
         return made
 
