@@ -27,7 +27,7 @@
 extern "C" {
 #endif
 
-#define NW_ABI 9 /* raised whenever a struct or function below changes or is added */
+#define NW_ABI 10 /* raised whenever a struct or function below changes or is added */
 
 enum nw_status { NW_OK = 0, NW_BAD_ARGUMENT = 1, NW_OUT_OF_MEMORY = 2, NW_STATS_NOT_UPDATED = 3 };
 enum nw_dtype { NW_FLOAT32 = 0, NW_BFLOAT16 = 1, NW_FLOAT64 = 2 };
@@ -215,19 +215,26 @@ int nw_channels_backward(const nw_channels_backward_args* args);
  *     NW_UNNORMALIZED: p + b_ih + q + b_hh
  *     NW_SEPARATE:     N_ih(p) + b_ih + N_hh(q) + b_hh
  *     NW_SUM:          N_sum(p + q + b_inner) + b_ih + b_hh
- *   groups: how many neighbouring gates share statistics, four counts, 0 where there is no further group.
+ *     NW_INPUT:        N_ih(p) + b_ih + q + b_hh, with statistics over samples alone
+ *   NW_OF_ROW: mean and variance are over the features of one row. groups: how many neighbouring gates share them, four
+ *     counts, 0 where there is no further group.
+ *   NW_OF_STEP: they are over the samples of one step, for each feature; groups and center are not read. `mean` and
+ *     `var`, biased, of step s fill row s, in the order of processing; 0 where a step has no sample.
+ *   NW_GIVEN: they are given for each feature; step s reads row min(s, stat_rows - 1), and no gradient passes.
+ *   The columns of `mean` and `var` are the features of N_ih, then N_hh or N_sum, then N_c, as far as there are such.
  *   NW_LSTM: c' = s(f) * c + s(i) * tanh(g), h' = s(o) * tanh(c'); NW_CELL_READOUT: h' = s(o) * tanh(N_c(c') + b_c);
  *     NW_CELL_STATE: c' = N_c(s(f) * c + s(i) * tanh(g)) + b_c.
  *   NW_GRU: r = s(r), z = s(z + update_offset); n = tanh(n_input + r * n_hidden), or tanh(r * n) with
  *     reset_candidate; h' = z * h + (1 - z) * n, or (1 - z) * h + z * n with update_paper.
  *   NW_RNN_TANH, NW_RNN_RELU: h' = tanh or relu of the summed input.
- *   Statistics are float. The gradients of gains and biases depend on `threads` in their last digits.
+ *   Statistics are float. With NW_OF_ROW gradients of gains and biases depend on `threads` in their last digits.
  *   With products = NW_BFLOAT16 both operands of every matrix product, W_ih x, W_hh h and those of the backward, are
  *   rounded to bfloat16 and summed in float; W_ih x with at most four inputs is not rounded. Everything else, and all
  *   memory, is float.
  */
 enum nw_cell { NW_LSTM = 0, NW_GRU = 1, NW_RNN_TANH = 2, NW_RNN_RELU = 3 };
-enum nw_norm_placement { NW_UNNORMALIZED = 0, NW_SEPARATE = 1, NW_SUM = 2 };
+enum nw_norm_placement { NW_UNNORMALIZED = 0, NW_SEPARATE = 1, NW_SUM = 2, NW_INPUT = 3 };
+enum nw_statistics { NW_OF_ROW = 0, NW_OF_STEP = 1, NW_GIVEN = 2 };
 enum nw_cell_norm { NW_CELL_NONE = 0, NW_CELL_READOUT = 1, NW_CELL_STATE = 2 };
 
 typedef struct nw_recurrent {
@@ -249,12 +256,16 @@ typedef struct nw_recurrent {
   /* What the backward needs, filled by the forward; all null where no backward follows. nw_recurrent_saves says which
    * of them this recurrence uses. */
   float* input_terms;  /* (rows, G * units): p, less its mean where center = 1; unused with at most four inputs */
-  float* hidden_terms; /* (rows, G * units): q, p + q + b_inner, or activated gates; less its mean where center = 1 */
+  float* hidden_terms; /* (rows, G * units): q, p + q + b_inner, or activated gates; less its mean where center = 1.
+                        * Both are as they are unless NW_OF_ROW. */
   float* cells;        /* (rows, units): the state c */
   float* stats;        /* (rows, widths[3]): rstd of every group, mean and rstd of c */
+  float* mean;         /* (stat_rows, features), unless NW_OF_ROW: filled by the forward with NW_OF_STEP, else read */
+  float* var;          /* as mean */
   int64_t steps, batch, rows, inputs, units;
+  int64_t stat_rows; /* >= 1 with NW_GIVEN, steps with NW_OF_STEP */
   double eps, update_offset;
-  int32_t dtype, cell, norm_placement, center, cell_norm, reset_candidate, update_paper;
+  int32_t dtype, cell, norm_placement, statistics, center, cell_norm, reset_candidate, update_paper;
   int32_t reverse; /* run from the last step to the first; only without batch_sizes */
   int32_t groups[4];
   int32_t threads;

@@ -24,6 +24,7 @@ Numbers normals(size_t n, double scale = 1) {
 struct Recurrence {
   int cell, norm_placement, cell_norm = NW_CELL_NONE, groups[4] = {};
   bool center = true, reset_candidate = false, update_paper = false;
+  int statistics = NW_OF_ROW;
 };
 
 struct Size {
@@ -47,6 +48,8 @@ struct Problem {
   std::vector<uint8_t> reset;
   std::vector<int64_t> start;  // of each step's rows
   int64_t rows = 0;
+  int64_t stat_rows = 0, features = 0;
+  Numbers mean, var;  // (stat_rows, features), where they are given
 
   Problem(const Recurrence& recurrence, const Size& size, StepLayout layout)
       : recurrence(recurrence),
@@ -61,11 +64,18 @@ struct Problem {
       if (layout == RAGGED) batch_sizes.push_back(rows - start.back());
     }
     for (int64_t r = 0; layout == RESET && r < rows; ++r) reset.push_back(uint8_t(r % 3 == 1));
+    if (recurrence.statistics == NW_OF_ROW) return;
+    features = (recurrence.norm_placement == NW_SEPARATE ? 2 : 1) * gates * size.units +
+               (recurrence.cell_norm == NW_CELL_NONE ? 0 : size.units);
+    stat_rows = recurrence.statistics == NW_OF_STEP ? size.steps : 2;
+    if (recurrence.statistics == NW_GIVEN) mean = normals(size_t(stat_rows * features)), var = mean;
+    for (double& v : var) v = double(float(0.5 + v * v));
   }
+  int64_t samples(int64_t s) const { return batch_sizes.empty() ? size.batch : batch_sizes[size_t(s)]; }
 
   std::vector<Numbers> inputs() const {
     const size_t units = size_t(size.units), wide = size_t(gates) * units, ins = size_t(size.inputs);
-    const bool norm = recurrence.norm_placement != NW_UNNORMALIZED, separate = recurrence.norm_placement == NW_SEPARATE;
+    const int placement = recurrence.norm_placement;
     std::vector<Numbers> v(FIELDS);
     v[X] = normals(size_t(rows) * ins);
     v[H0] = normals(size_t(size.batch) * units);
@@ -74,9 +84,9 @@ struct Problem {
     v[W_HH] = normals(wide * units, 1 / std::sqrt(double(units)));
     v[B_IH] = normals(wide);
     if (!reverse) v[B_HH] = normals(wide);  // one case without
-    if (separate) v[G_IH] = normals(wide);
-    if (norm) v[G_HH] = normals(wide);
-    if (recurrence.norm_placement == NW_SUM) v[B_INNER] = normals(wide);
+    if (placement == NW_SEPARATE || placement == NW_INPUT) v[G_IH] = normals(wide);
+    if (placement == NW_SEPARATE || placement == NW_SUM) v[G_HH] = normals(wide);
+    if (placement == NW_SUM) v[B_INNER] = normals(wide);
     if (recurrence.cell_norm != NW_CELL_NONE) v[G_C] = normals(units), v[B_C] = normals(units);
     return v;
   }
@@ -93,12 +103,14 @@ void normalize(double* v, int64_t n, bool center, double eps, const double* gain
 
 struct Outcome {
   Numbers output, h, c;
+  Numbers mean, var;  // of the steps' batches
 };
 
-// The equations, one sample at a time.
+// The equations, one step of all samples at a time.
 Outcome truth(const Problem& p, const std::vector<Numbers>& v) {
   const int64_t units = p.size.units, wide = p.gates * units, ins = p.size.inputs;
-  Outcome out{Numbers(size_t(p.rows * units)), v[H0], v[C0]};
+  Outcome out{Numbers(size_t(p.rows * units)), v[H0], v[C0], p.mean, p.var};
+  if (p.recurrence.statistics == NW_OF_STEP) out.mean = out.var = Numbers(size_t(p.stat_rows * p.features), 0.0);
   auto at = [&](Field f, int64_t i) { return v[f].empty() ? 0.0 : v[f][size_t(i)]; };
   auto norm_groups = [&](Numbers& n, Field gain) {
     int64_t first = 0;
@@ -108,8 +120,21 @@ Outcome truth(const Problem& p, const std::vector<Numbers>& v) {
     }
   };
   for (int64_t k = 0; k < p.size.steps; ++k) {
-    const int64_t s = p.reverse ? p.size.steps - 1 - k : k;
-    const int64_t samples = p.batch_sizes.empty() ? p.size.batch : p.batch_sizes[size_t(s)];
+    const int64_t s = p.reverse ? p.size.steps - 1 - k : k, samples = p.samples(s);
+    // Norm over samples of features first .. of n numbers each, which are features from .. of the statistics.
+    auto norm_columns = [&](std::vector<Numbers>& rows, int64_t n, int64_t from, Field gain) {
+      for (int64_t j = 0; j < n; ++j) {
+        const size_t of_step = size_t(std::min(k, p.stat_rows - 1) * p.features + from + j);
+        double &mean = out.mean[of_step], &var = out.var[of_step];
+        if (p.recurrence.statistics == NW_OF_STEP) {
+          for (const Numbers& row : rows) mean += row[size_t(j)] / double(samples);
+          for (const Numbers& row : rows) var += (row[size_t(j)] - mean) * (row[size_t(j)] - mean) / double(samples);
+        }
+        const double scale = v[gain][size_t(j)] / std::sqrt(var + p.eps);
+        for (Numbers& row : rows) row[size_t(j)] = (row[size_t(j)] - mean) * scale;
+      }
+    };
+    std::vector<Numbers> ins_of, hids_of, seen_of;
     for (int64_t b = 0; b < samples; ++b) {
       const int64_t row = p.start[size_t(s)] + b;
       double *h = &out.h[size_t(b * units)], *c = out.c.empty() ? nullptr : &out.c[size_t(b * units)];
@@ -122,41 +147,69 @@ Outcome truth(const Problem& p, const std::vector<Numbers>& v) {
         for (int64_t i = 0; i < ins; ++i) in[size_t(g)] += at(W_IH, g * ins + i) * at(X, row * ins + i);
         for (int64_t u = 0; u < units; ++u) hid[size_t(g)] += at(W_HH, g * units + u) * h[u];
       }
-      if (p.recurrence.norm_placement == NW_SEPARATE) norm_groups(in, G_IH), norm_groups(hid, G_HH);
       if (p.recurrence.norm_placement == NW_SUM) {
         for (int64_t g = 0; g < wide; ++g) in[size_t(g)] += hid[size_t(g)] + at(B_INNER, g), hid[size_t(g)] = 0;
-        norm_groups(in, G_HH);
       }
-      for (int64_t g = 0; g < wide; ++g) in[size_t(g)] += at(B_IH, g), hid[size_t(g)] += at(B_HH, g);
-      auto gate = [&](int64_t which, int64_t u) {
-        return in[size_t(which * units + u)] + hid[size_t(which * units + u)];
-      };
-      Numbers fresh(static_cast<size_t>(units));
-      if (p.recurrence.cell == NW_LSTM) {
-        for (int64_t u = 0; u < units; ++u)
-          c[u] = sigmoid(gate(1, u)) * c[u] + sigmoid(gate(0, u)) * std::tanh(gate(2, u));
-        Numbers seen(c, c + units);
-        if (p.recurrence.cell_norm != NW_CELL_NONE) {
-          normalize(seen.data(), units, p.recurrence.center, p.eps, v[G_C].data());
-          for (int64_t u = 0; u < units; ++u) seen[size_t(u)] += at(B_C, u);
-        }
-        if (p.recurrence.cell_norm == NW_CELL_STATE) std::copy(seen.begin(), seen.end(), c);
-        for (int64_t u = 0; u < units; ++u) fresh[size_t(u)] = sigmoid(gate(3, u)) * std::tanh(seen[size_t(u)]);
-      } else if (p.recurrence.cell == NW_GRU) {
+      ins_of.push_back(in), hids_of.push_back(hid);
+    }
+    const int placement = p.recurrence.norm_placement;
+    if (p.recurrence.statistics == NW_OF_ROW) {
+      for (Numbers& in : ins_of) {
+        if (placement != NW_UNNORMALIZED) norm_groups(in, placement == NW_SUM ? G_HH : G_IH);
+      }
+      for (Numbers& hid : hids_of) {
+        if (placement == NW_SEPARATE) norm_groups(hid, G_HH);
+      }
+    } else {
+      norm_columns(ins_of, wide, 0, placement == NW_SUM ? G_HH : G_IH);
+      if (placement == NW_SEPARATE) norm_columns(hids_of, wide, wide, G_HH);
+    }
+    // z of gate `which` of a sample, biases included.
+    auto input = [&](int64_t b, int64_t i) { return ins_of[size_t(b)][size_t(i)] + at(B_IH, i); };
+    auto hidden = [&](int64_t b, int64_t i) { return hids_of[size_t(b)][size_t(i)] + at(B_HH, i); };
+    auto gate = [&](int64_t b, int64_t which, int64_t u) {
+      return input(b, which * units + u) + hidden(b, which * units + u);
+    };
+    if (p.recurrence.cell == NW_LSTM) {
+      for (int64_t b = 0; b < samples; ++b) {
+        double* c = &out.c[size_t(b * units)];
         for (int64_t u = 0; u < units; ++u) {
-          const double r = sigmoid(gate(0, u)), z = sigmoid(gate(1, u) + p.offset);
-          const size_t n = size_t(2 * units + u);
-          const double candidate = std::tanh(p.recurrence.reset_candidate ? r * (in[n] + hid[n]) : in[n] + r * hid[n]);
+          c[u] = sigmoid(gate(b, 1, u)) * c[u] + sigmoid(gate(b, 0, u)) * std::tanh(gate(b, 2, u));
+        }
+        seen_of.emplace_back(c, c + units);
+      }
+      if (p.recurrence.cell_norm != NW_CELL_NONE) {
+        if (p.recurrence.statistics == NW_OF_ROW) {
+          for (Numbers& seen : seen_of) normalize(seen.data(), units, p.recurrence.center, p.eps, v[G_C].data());
+        } else {
+          norm_columns(seen_of, units, p.features - units, G_C);
+        }
+      }
+      for (int64_t b = 0; b < samples; ++b) {
+        Numbers& seen = seen_of[size_t(b)];
+        for (int64_t u = 0; u < units; ++u) seen[size_t(u)] += at(B_C, u);
+        if (p.recurrence.cell_norm == NW_CELL_STATE) std::copy(seen.begin(), seen.end(), &out.c[size_t(b * units)]);
+      }
+    }
+    for (int64_t b = 0; b < samples; ++b) {
+      double* h = &out.h[size_t(b * units)];
+      Numbers fresh(static_cast<size_t>(units));
+      for (int64_t u = 0; u < units; ++u) {
+        if (p.recurrence.cell == NW_LSTM) {
+          fresh[size_t(u)] = sigmoid(gate(b, 3, u)) * std::tanh(seen_of[size_t(b)][size_t(u)]);
+        } else if (p.recurrence.cell == NW_GRU) {
+          const double r = sigmoid(gate(b, 0, u)), z = sigmoid(gate(b, 1, u) + p.offset);
+          const int64_t n = 2 * units + u;
+          const double candidate = std::tanh(p.recurrence.reset_candidate ? r * (input(b, n) + hidden(b, n))
+                                                                          : input(b, n) + r * hidden(b, n));
           const double old = p.recurrence.update_paper ? 1 - z : z;
           fresh[size_t(u)] = old * h[u] + (1 - old) * candidate;
-        }
-      } else {
-        for (int64_t u = 0; u < units; ++u) {
-          fresh[size_t(u)] = p.recurrence.cell == NW_RNN_TANH ? std::tanh(gate(0, u)) : std::max(gate(0, u), 0.0);
+        } else {
+          fresh[size_t(u)] = p.recurrence.cell == NW_RNN_TANH ? std::tanh(gate(b, 0, u)) : std::max(gate(b, 0, u), 0.0);
         }
       }
       std::copy(fresh.begin(), fresh.end(), h);
-      std::copy(h, h + units, &out.output[size_t(row * units)]);
+      std::copy(h, h + units, &out.output[size_t((p.start[size_t(s)] + b) * units)]);
     }
   }
   return out;
@@ -181,7 +234,8 @@ void check(const Recurrence& recurrence, const Size& size, StepLayout layout, in
   const Problem p(recurrence, size, layout);
   const std::vector<Numbers> v = p.inputs();
   const std::string what = "recurrent cell " + std::to_string(recurrence.cell) + " norm placement " +
-                           std::to_string(recurrence.norm_placement) + " norm of c " +
+                           std::to_string(recurrence.norm_placement) + " statistics " +
+                           std::to_string(recurrence.statistics) + " norm of c " +
                            std::to_string(recurrence.cell_norm) + " layout " + std::to_string(layout) + " products " +
                            std::to_string(products);
   std::vector<Floats> given;
@@ -203,6 +257,7 @@ void check(const Recurrence& recurrence, const Size& size, StepLayout layout, in
   layer.output = output.get();
   layer.steps = size.steps, layer.batch = size.batch, layer.rows = p.rows;
   layer.inputs = size.inputs, layer.units = size.units;
+  layer.stat_rows = p.stat_rows, layer.statistics = recurrence.statistics;
   layer.eps = p.eps, layer.update_offset = p.offset;
   layer.dtype = NW_FLOAT32, layer.cell = recurrence.cell, layer.norm_placement = recurrence.norm_placement,
   layer.center = recurrence.center;
@@ -216,6 +271,10 @@ void check(const Recurrence& recurrence, const Size& size, StepLayout layout, in
   for (int64_t width : widths) saved.emplace_back(size_t(p.rows * width));
   layer.input_terms = saved[0].get(), layer.hidden_terms = saved[1].get();
   layer.cells = saved[2].get(), layer.stats = saved[3].get();
+  const bool of_step = recurrence.statistics == NW_OF_STEP;
+  Floats mean = of_step ? Floats(size_t(p.stat_rows * p.features)) : Floats(p.mean);
+  Floats var = of_step ? Floats(size_t(p.stat_rows * p.features)) : Floats(p.var);
+  layer.mean = mean.get(), layer.var = var.get();
 
   nw_recurrent_forward_args forward{.layer = layer, .h = h.get(), .c = c.get()};
   check_status(what + " forward", nw_recurrent_forward(&forward));
@@ -224,6 +283,7 @@ void check(const Recurrence& recurrence, const Size& size, StepLayout layout, in
     for (size_t i = 0; i < got.n; ++i) close(what + " " + name, products, got.get()[i], expected[i], 10);
   };
   same("output", output, exact.output), same("h", h, exact.h), same("c", c, exact.c);
+  same("mean", mean, exact.mean), same("variance", var, exact.var);
 
   const Numbers up = normals(output.n), up_h = normals(state), up_c = normals(lstm);
   Floats doutput(up), dh(up_h), dc(up_c);
@@ -279,6 +339,15 @@ void check_recurrent() {
       {.cell = NW_RNN_TANH, .norm_placement = NW_SEPARATE, .groups = {1}},
       {.cell = NW_RNN_TANH, .norm_placement = NW_SUM, .groups = {1}, .center = false},
       {.cell = NW_RNN_RELU, .norm_placement = NW_UNNORMALIZED},
+      {.cell = NW_LSTM, .norm_placement = NW_SEPARATE, .cell_norm = NW_CELL_READOUT, .statistics = NW_OF_STEP},
+      {.cell = NW_LSTM, .norm_placement = NW_SUM, .cell_norm = NW_CELL_STATE, .statistics = NW_OF_STEP},
+      {.cell = NW_LSTM, .norm_placement = NW_INPUT, .cell_norm = NW_CELL_STATE, .statistics = NW_GIVEN},
+      {.cell = NW_GRU, .norm_placement = NW_SEPARATE, .update_paper = true, .statistics = NW_OF_STEP},
+      {.cell = NW_GRU, .norm_placement = NW_INPUT, .reset_candidate = true, .statistics = NW_OF_STEP},
+      {.cell = NW_GRU, .norm_placement = NW_SUM, .reset_candidate = true, .statistics = NW_GIVEN},
+      {.cell = NW_RNN_TANH, .norm_placement = NW_INPUT, .statistics = NW_OF_STEP},
+      {.cell = NW_RNN_TANH, .norm_placement = NW_SEPARATE, .statistics = NW_GIVEN},
+      {.cell = NW_RNN_TANH, .norm_placement = NW_SUM, .statistics = NW_OF_STEP},
   };
   const Size sizes[] = {{1, 1, 1, 2}, {3, 5, 2, 7}, {2, 9, 5, 19}, {3, 1, 3, 65}};  // steps, batch, inputs, units
   for (const Recurrence& recurrence : recurrences) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def rows_of(wanted, path):
     [
         ("bn-mnist", {"none", "batch"}, {60}, {50_000}),
         ("ln-mnist", {"none", "batch", "layer"}, {128, 4}, {60 * (600 // 128), 60 * (600 // 4)}),
-        ("rbn-pmnist", {"none", "batch-per-step"}, {100}, {100_000}),
+        ("rbn-pmnist", {"none", "batch-per-step", "layer"}, {100}, {100_000}),
     ],
 )
 def test_sizes_are_the_papers_(folder, paper, norms, sizes, steps):
@@ -101,7 +102,7 @@ def test_ln_mnist_has_its_figures_over_epochs(folder, tmp_path):
     assert all(0 <= low <= y <= high <= 1 for low, y, high in zip(line.low, line.y, line.high, strict=True))
 
 
-@pytest.mark.parametrize("norm", ["none", "batch-per-step"])
+@pytest.mark.parametrize("norm", ["none", "batch-per-step", "layer"])
 def test_rbn_pmnist_learns_from_all_784_steps(folder, norm):
     task = load_task(reference("rbn-pmnist", folder)).task
     model, batch = task.model(norm, 0).train(), task.cases[0].select(slice(0, 4))
@@ -114,6 +115,41 @@ def test_rbn_pmnist_learns_from_all_784_steps(folder, norm):
     assert gradient.shape == (4, 784)
     assert (gradient >= 0).all()  # without a norm the early ones are too small for float32
     assert (gradient[:, -100:] > 0).all()
+
+
+@pytest.mark.parametrize("norm", ["none", "batch-per-step", "layer"])
+def test_the_first_gradients_of_rbn_pmnist_are_finite(folder, norm):
+    """Images begin with black pixels, row by row with more than a hundred: without noise in the initial state norms of
+    zeros make the gradient overflow."""
+    task = load_task(reference("rbn-pmnist", folder)).task
+    train = task.cases[0].select(slice(0, 20))
+    dark = replace(train, inputs=train.inputs.clone())
+    dark.inputs[:, :100] = 0
+
+    def largest(noise):
+        model = replace(task, noise=noise).model(norm, 0).train()
+        task.loss(task.forward(model, dark), dark).backward()
+        assert all(p.grad is not None for p in model.parameters())
+        of_time = task.over_time(model, dark)["gradient"]
+        return torch.cat([of_time.flatten(), *[p.grad.flatten() for p in model.parameters()]]).abs().max()
+
+    assert largest(task.noise).isfinite()
+    if norm == "layer":
+        assert not largest(0.0).isfinite()
+
+
+def test_noise_in_the_initial_state_is_of_training_with_a_norm_alone(folder):
+    task = load_task(reference("rbn-pmnist", folder)).task
+    batch = task.cases[0].select(slice(0, 8))
+    for norm, noisy in (("none", False), ("batch-per-step", True), ("layer", True)):
+        model = task.model(norm, 0).train()
+        start = model.initial(batch.inputs)
+        assert bool(start.any()) == noisy
+        assert float(start.std()) == pytest.approx(0.1 * noisy, rel=0.2)
+        with torch.no_grad():
+            assert torch.equal(task.forward(model, batch), task.forward(model, batch)) != noisy
+            model.eval()
+            assert torch.equal(task.forward(model, batch), task.forward(model, batch))
 
 
 def test_rbn_pmnist_has_its_figures(folder, tmp_path):
@@ -131,9 +167,9 @@ def test_rbn_pmnist_has_its_figures(folder, tmp_path):
         for spec in wanted:
             store.add(spec.key(), spec.identity(), Result("done", "", made_up))
         accuracy, gradient = of_paper(score(store.runs(spec.key() for spec in wanted)))
-    assert [line.norm for line in accuracy.panels[0].lines] == ["none", "batch-per-step"]
+    assert [line.norm for line in accuracy.panels[0].lines] == ["none", "batch-per-step", "layer"]
     assert [panel.title for panel in gradient.panels] == ["before the training", "after it"]
-    assert [line.norm for line in gradient.panels[1].lines] == ["none", "batch-per-step"]
+    assert [line.norm for line in gradient.panels[1].lines] == ["none", "batch-per-step", "layer"]
     assert gradient.panels[1].lines[0].x[-1] > 770
 
 

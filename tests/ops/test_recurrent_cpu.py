@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 
 import pytest
 import torch
@@ -73,6 +74,49 @@ def test_the_kernels_are_the_reference(cell, name, norm, lengths, backwards):
         assert_close(a, e, kind="composed", count=T * B, scale=max(1.0, e.abs().max().item()))
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("variant", ["cooijmans2016", "laurent2015"])
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_batch_norm_layers_take_the_kernels_and_are_the_reference(cell, variant, training):
+    """Outputs, gradients and the tables afterwards; the tables may change before the backward."""
+    options = {"norm": "batch", "variant": variant, "num_stat_steps": 4, "bidirectional": True, "momentum": 0.3}
+    layer = getattr(normwise, cell)(INPUT, HIDDEN, 2, **options)
+    with torch.no_grad():
+        for name, table in layer.named_buffers():
+            table.add_(torch.rand_like(table) if "var" in name else torch.randn_like(table))
+    exact = getattr(normwise, cell)(INPUT, HIDDEN, 2, **options, dtype=torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    x, upstream = torch.randn(T, B, INPUT), torch.randn(T, B, 2 * HIDDEN)
+    lengths, found = torch.tensor([6, 2, 4, 3, 5]), []
+    for of, backend in ((layer, "cpu"), (exact, "reference")):
+        leaves = [x.to(of.weight_ih_l0.dtype).requires_grad_(), *of.parameters()]
+        with using(backend), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # longer than the tables
+            output, states = of.train(training)(leaves[0], lengths=lengths)
+        tables = [t.clone() for t in of.buffers()]
+        with torch.no_grad():
+            for table in of.buffers():
+                table.zero_()
+        grads = torch.autograd.grad(output, leaves, upstream.to(output.dtype))
+        found.append([output, *(states if cell == "LSTM" else [states]), *tables, *grads])
+    with ran() as took, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        layer(x, lengths=lengths)
+    assert took == {"cpu"}
+    for a, e in zip(*found, strict=True):
+        assert_close(a, e, kind="composed", count=T * B, scale=max(1.0, e.abs().max().item()))
+
+
+def test_batch_norm_of_a_compiled_model_is_atens_loop():
+    """No node takes tables or gives moments."""
+    layer, x, graphs = normwise.RNN(INPUT, HIDDEN, norm="batch"), torch.randn(2, B, INPUT), []
+    eager = layer(x)[0]
+    assert_close(torch.compile(layer, backend=lambda g, _: graphs.append(g) or g.forward)(x)[0], eager, kind="composed")
+    targets = [str(n.target) for g in graphs for n in g.graph.nodes]
+    assert not any("normwise.recurrence" in target for target in targets)
+    assert any("batch_norm" in target for target in targets)
+
+
 @pytest.mark.parametrize("wanted", ["x", "h0", "c0", "weight_hh", "bias_c"])
 @pytest.mark.parametrize("seen", ["output", "h", "c"])
 def test_only_the_gradients_that_are_asked_for(wanted, seen):
@@ -91,7 +135,10 @@ def test_only_the_gradients_that_are_asked_for(wanted, seen):
     assert_close(got, want, kind="composed", count=T * B, scale=max(1.0, want.abs().max().item()))
 
 
-@pytest.mark.parametrize(("cell", "name", "norm"), [("lstm", "ba2016", "layer"), ("gru", "dreamer", "rms")])
+@pytest.mark.parametrize(
+    ("cell", "name", "norm"),
+    [("lstm", "ba2016", "layer"), ("gru", "dreamer", "rms"), ("lstm", "cooijmans2016", "batch")],
+)
 def test_a_second_derivative_is_the_references(cell, name, norm):
     config, w, x, h0, c0 = sample(cell, name, norm)
     exact = [wide(t) for t in (x, h0, c0, *w)]
@@ -156,8 +203,9 @@ def differentiated(layer, backend, x, upstream):
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
-        (Recurrence("lstm", "batch"), {}, "no batch statistics inside a recurrence"),
-        (Recurrence("lstm", "layer", "input"), {}, "no norm on the input term alone"),
+        (Recurrence("lstm", "batch", "input", statistics="sequence"), {}, "batch statistics of single steps, not of"),
+        (Recurrence("lstm", "batch"), {"dtype": torch.bfloat16}, "statistics of a batch in float32 alone"),
+        (Recurrence("lstm", "layer", "input"), {}, "no layer or RMS norm on the input term alone"),
         (Recurrence("lstm"), {"proj_size": 2}, "no projection"),
         (Recurrence("lstm", zoneout=0.1), {}, "no zoneout"),
         (Recurrence("lstm"), {"dtype": torch.float64}, "take float32 or bfloat16, not torch.float64"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normwise.backends.aten import rnn as aten
 from normwise.backends.cpu import rnn as kernels
-from normwise.backends.protocol import LayerRequest, LayerResult, Layout
+from normwise.backends.protocol import LayerRequest, LayerResult, Layout, Moments
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.reference import recurrence as reference
 from normwise.backends.reference import rnn as reference_rnn
@@ -34,6 +34,27 @@ CONFIGS["gru paper"] = replace(PRESETS["gru"]["ba2016"], update_gate="paper")
 CONFIGS["gru unnormalized candidate"] = Recurrence("gru", None, reset_after=False)
 CONFIGS["gru candidate"] = replace(PRESETS["gru"]["haste"], reset_after=False)
 CONFIGS["rnn relu"] = Recurrence("rnn", None, nonlinearity="relu")
+
+# With batch norm: of every cell in every place.
+BATCH_CONFIGS: dict[str, Recurrence] = {
+    f"{cell} {name}": config
+    for cell, presets in PRESETS.items()
+    for name, config in presets.items()
+    if config.norm == "batch"
+}
+BATCH_CONFIGS["lstm batch, state"] = replace(PRESETS["lstm"]["cooijmans2016"], cell_norm="state", gain=1.0)
+BATCH_CONFIGS["lstm batch, input and state"] = replace(PRESETS["lstm"]["laurent2015"], cell_norm="state")
+BATCH_CONFIGS["lstm batch, sum"] = replace(
+    PRESETS["lstm"]["cooijmans2016"], norm_placement="sum", inner_bias=True, cell_norm=None
+)
+BATCH_CONFIGS["lstm batch, sum and readout"] = replace(PRESETS["lstm"]["torchaudio"], norm="batch", cell_norm="readout")
+BATCH_CONFIGS["gru batch, sum"] = replace(PRESETS["gru"]["dreamer"], norm="batch")
+BATCH_CONFIGS["gru batch, candidate"] = replace(
+    PRESETS["gru"]["cooijmans2016"], reset_after=False, update_gate="paper", update_offset=0.5
+)
+BATCH_CONFIGS["gru batch, input and candidate"] = replace(PRESETS["gru"]["laurent2015"], reset_after=False)
+BATCH_CONFIGS["rnn batch, sum"] = replace(PRESETS["rnn"]["ba2016"], norm="batch", inner_bias=True)
+BATCH_CONFIGS["rnn batch, relu"] = replace(PRESETS["rnn"]["cooijmans2016"], nonlinearity="relu")
 
 
 @contextmanager
@@ -67,7 +88,8 @@ class Sample:
     """Inputs of one call, its gradients from above, and what comes of them: exactly, and by a loop in their dtype.
 
     `ragged`: each sequence has a length of its own, one perhaps none, and NaN where it has ended. `resets`: one step in
-    four starts from zeros. `offset`: every tensor's storage starts so many elements late.
+    four starts from zeros. `offset`: every tensor's storage starts so many elements late. `tables`: batch norm reads
+    running statistics from these many rows, the first step from the second; else a batch's moments are results too.
     """
 
     def __init__(
@@ -80,6 +102,7 @@ class Sample:
         ragged: bool = False,
         resets: bool = False,
         offset: int = 0,
+        tables: int | None = None,
     ) -> None:
         self.config, self.dtype, (self.steps, self.batch, inputs, units) = config, dtype, size
 
@@ -101,6 +124,10 @@ class Sample:
             self.x[padding] = float("nan")
             self.upstream[0][padding] = float("inf")
         self.lengths, self.reset, self.reverse = lengths, reset, reverse
+        self.running, self.start_step = None, 1 if tables else 0
+        if tables is not None:
+            sites = config.sites(units).items()
+            self.running = {s: (torch.randn(tables, n) / 2, torch.rand(tables, n) + 0.5) for s, n in sites}
         self.rows = packed.Sequences(self.x, Layout(self.steps, self.batch))
         if lengths is not None:
             self.rows = packed.pack(self.x, lengths, batch_first=False, bidirectional=True)
@@ -113,10 +140,14 @@ class Sample:
         tensors = (self.x, self.h0, self.c0, *self.weights)
         at = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
         options = {"lengths": self.lengths, "reset": self.reset, "reverse": self.reverse}
+        if self.running is not None:
+            running = {site: (mean.double(), var.double()) for site, (mean, var) in self.running.items()}
+            options |= {"running": running, "start_step": self.start_step}
         found = reference.recurrence(*at[:3], Weights(*at[3:]), self.config, **options)
         outputs = [t for t in (found.output, found.h, found.c) if t is not None]
         leaves, upstream = [t for t in at if t is not None], [g.double() for g in self.upstream]
-        return [t.detach() for t in outputs] + list(torch.autograd.grad(outputs, leaves, upstream))
+        grads = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True, materialize_grads=True)
+        return [t.detach() for t in outputs] + list(grads) + self.moments(found.statistics)
 
     def by_layer(self, layer: Callable[..., LayerResult]) -> list[Tensor]:
         """The same in the sample's dtype by a backend's layer that autograd differentiates."""
@@ -131,7 +162,8 @@ class Sample:
         # Where no sequence has a step, a loop reads no weight.
         grads = torch.autograd.grad(outputs, leaves, upstream, allow_unused=True, materialize_grads=True)
         gradients = dict(zip([name for name, t in at.items() if t is not None], grads, strict=True))
-        return self.as_given([t.detach() for t in outputs], [gradients.get(name) for name in at])
+        found_gradients = [gradients.get(name) for name in at]
+        return self.as_given([t.detach() for t in outputs], found_gradients) + self.moments(found.statistics)
 
     @property
     def given(self) -> LayerRequest:
@@ -146,7 +178,14 @@ class Sample:
             rows.layout,
             self.reverse,
             None if self.reset is None else packed.resets(rows, self.reset, True)[self.reverse],
+            running=self.running,
+            start_step=self.start_step,
         )
+
+    def moments(self, statistics: dict[str, Moments]) -> list[Tensor]:
+        """Batch moments of the steps that some sequence has."""
+        steps = self.rows.layout.steps
+        return [t[:steps] for site in statistics.values() for t in (site.mean, site.var, site.count)]
 
     def sorted(self, state: Tensor | None) -> Tensor | None:
         order = self.rows.order
@@ -188,11 +227,13 @@ class Sample:
             found = kernels.forward(given, True)
             again = kernels.forward(given, False)
             assert torch.equal(found.output, again.output)  # keeping values changes none
+            assert all(map(torch.equal, self.moments(found.statistics), self.moments(again.statistics)))
             upstream = [*self.upstream_of_rows, None][:3]
             gradients = kernels.backward(given, found.saved, upstream, [True] * (3 + len(Weights._fields)))
         finally:
             torch.set_num_threads(before)
-        return self.as_given([t for t in found[:3] if t is not None], gradients)
+        outputs = [t for t in found[:3] if t is not None]
+        return self.as_given(outputs, gradients) + self.moments(found.statistics)
 
     def excess(self, found: list[Tensor]) -> float:
         """The largest error of what was `found`, as a share of what is allowed: as exact as the loop, up to the luck of
@@ -202,7 +243,7 @@ class Sample:
         worst = 0.0
         for got, eager, true in zip(found, self.eager, self.truth, strict=True):
             assert got.shape == true.shape
-            assert got.dtype == self.dtype
+            assert got.dtype == eager.dtype
             assert got.isfinite().all()
             if true.numel():
                 size = max(float(true.abs().max()), 1e-3 * scale, 1e-30)

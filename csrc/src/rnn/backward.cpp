@@ -329,6 +329,7 @@ template <class P> int run_backward(const nw_recurrent_backward_args* args) {
 
 int recurrent_backward(const nw_recurrent_backward_args* args, bool use_amx) {
   if (!well_formed(args->layer) || !has_all_saved(args->layer)) return NW_BAD_ARGUMENT;
+  if (of_samples(args->layer)) return batch_backward(args, use_amx);
   return with_precision(args->layer.products, use_amx,
                         [&](auto precision) { return run_backward<decltype(precision)>(args); });
 }

@@ -196,6 +196,7 @@ template <class P> int run_forward(const nw_recurrent_forward_args* args) {
 
 int recurrent_forward(const nw_recurrent_forward_args* args, bool use_amx) {
   if (!well_formed(args->layer)) return NW_BAD_ARGUMENT;
+  if (of_samples(args->layer)) return batch_forward(args, use_amx);
   return with_precision(args->layer.products, use_amx,
                         [&](auto precision) { return run_forward<decltype(precision)>(args); });
 }

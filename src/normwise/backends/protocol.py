@@ -285,8 +285,9 @@ class RecurrenceRequest(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """All that a backend without batch statistics reads."""
-        return self.x, self.h0, self.c0, *self.resets, *[w for layer in self.weights for w in layer]
+        """All that a backend reads."""
+        tables = () if self.running is None else [t for of in self.running for pair in of.values() for t in pair]
+        return self.x, self.h0, self.c0, *self.resets, *[w for layer in self.weights for w in layer], *tables
 
 
 class RecurrenceResult(NamedTuple):

@@ -91,7 +91,7 @@ def _rbn_pmnist(rows: Sequence[Row]) -> list[Figure]:
     return [
         _accuracy(rows, "Accuracy over the steps"),
         Figure(
-            "Gradient norm over the time steps, both nets in one panel",
+            "Gradient norm over the time steps, all nets in one panel",
             "Root mean square over test cases of the norm of the gradient of a case's loss with respect to the hidden "
             "state of each time step. Where it falls to the left, early pixels have little say in what is learnt.",
             panels,

@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.backends.protocol import Gate, LayerKernel, LayerRequest, Layout, NormConfig, NormFamily, NormRequest
+from normwise.backends.protocol import (
+    Gate,
+    LayerKernel,
+    LayerRequest,
+    Layout,
+    Moments,
+    NormConfig,
+    NormFamily,
+    NormRequest,
+    Running,
+)
 from normwise.backends.recurrence import Recurrence, Weights
 from normwise.backends.reference import rnn as reference_rnn
 from normwise.backends.reference.norms import backward as differentiable_backward
@@ -181,17 +191,23 @@ class RecurrentLayer(torch.autograd.Function):
         layout: Layout,
         reverse: bool,
         reset: Tensor | None,
+        running: Running | None,
+        start_step: int,
         *tensors: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        result = kernel.forward(_layer_request(config, layout, reverse, reset, tensors), True)
+    ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Moments]]:
+        if running is not None:
+            running = _rows_read(running, start_step, layout.steps)
+        result = kernel.forward(_layer_request(config, layout, reverse, reset, running, tensors), True)
         output, saved = result.output, result.saved
         if returns_copy and saved[0] is output:
             output = output.clone()
-        ctx.save_for_backward(*tensors, layout.batch_sizes, layout.flip, reset, *saved)
+        tables = () if running is None else [t for pair in running.values() for t in pair]
+        ctx.save_for_backward(*tensors, layout.batch_sizes, layout.flip, reset, *tables, *saved)
         # Without its tensors, which are saved.
+        ctx.sites = None if running is None else tuple(running)
         ctx.kernel, ctx.config, ctx.size, ctx.reverse = kernel, config, (layout.steps, layout.batch), reverse
         ctx.set_materialize_grads(False)
-        return output, result.h, result.c
+        return output, result.h, result.c, result.statistics
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
@@ -199,13 +215,17 @@ class RecurrentLayer(torch.autograd.Function):
         tensors, (batch_sizes, flip, reset, *saved) = everything[:DIFFERENTIABLE], everything[DIFFERENTIABLE:]
         steps, batch = ctx.size
         layout = Layout(steps, batch, batch_sizes, flip)
-        request = _layer_request(ctx.config, layout, ctx.reverse, reset, tensors)
-        needs = ctx.needs_input_grad[6:]
+        running = None
+        if ctx.sites is not None:
+            pairs, saved = saved[: 2 * len(ctx.sites)], saved[2 * len(ctx.sites) :]
+            running = dict(zip(ctx.sites, zip(pairs[::2], pairs[1::2], strict=True), strict=True))
+        request = _layer_request(ctx.config, layout, ctx.reverse, reset, running, tensors)
+        grads, needs = grads[:3], ctx.needs_input_grad[8:]
         if supports_grad_output(*grads, on_gpu=request.x.is_cuda):
             found = ctx.kernel.backward(request, saved, grads, needs)
         else:
             found = differentiable_layer_backward(request, grads, needs)
-        return None, None, None, None, None, None, *found
+        return None, None, None, None, None, None, None, None, *found
 
 
 # x, h0, c0 and the fields of Weights.
@@ -213,10 +233,26 @@ DIFFERENTIABLE = 3 + len(Weights._fields)
 
 
 def _layer_request(
-    config: Recurrence, layout: Layout, reverse: bool, reset: Tensor | None, tensors: tuple[Tensor | None, ...]
+    config: Recurrence,
+    layout: Layout,
+    reverse: bool,
+    reset: Tensor | None,
+    running: Running | None,
+    tensors: tuple[Tensor | None, ...],
 ) -> LayerRequest:
     x, h0, c0, *weights = tensors
-    return LayerRequest(config, x, h0, c0, Weights(*weights), layout, reverse, reset)  # type: ignore[arg-type]
+    of = LayerRequest(config, x, h0, c0, Weights(*weights), layout, reverse, reset)  # type: ignore[arg-type]
+    return of._replace(running=running)
+
+
+def _rows_read(running: Running, start_step: int, steps: int) -> Running:
+    """Copies of what `steps` steps from `start_step` read of the tables, which may be updated before the backward."""
+
+    def rows(table: Tensor) -> Tensor:
+        first = min(start_step, len(table) - 1)
+        return table[first : max(start_step + steps, first + 1)].clone()
+
+    return {site: (rows(mean), rows(var)) for site, (mean, var) in running.items()}
 
 
 def differentiable_layer_backward(

@@ -304,6 +304,8 @@ def _kernel_obstacle(request: Any, operation: str, known_readable: bool = False)
         # A recurrence becomes one node (custom_op/); but ONNX, for one, knows no such node.
         if operation == "norm" or not on_cpu(request.x) or torch.onnx.is_in_onnx_export():
             return "while compiling, ATen's operations are left to the compiler"
+        if request.config.norm == "batch":
+            return "while compiling, a recurrence with batch norm is ATen's loop: no node takes or gives its statistics"
         return CPU.recurrence.supports(request)
     if is_traced_or_transformed():
         return "torch.func, forward-mode derivatives, dispatch modes and torch.jit.trace do not see a C++ kernel"

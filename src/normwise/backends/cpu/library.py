@@ -14,7 +14,7 @@ from typing import NamedTuple, NoReturn
 
 from torch import Tensor  # torch must be loaded before the library, see above
 
-ABI = 9
+ABI = 10
 NAME = {"Darwin": "libnormwise.dylib"}.get(platform.system(), "libnormwise.so")
 STATS_NOT_UPDATED = 3  # NW_STATS_NOT_UPDATED: all was done but updating running averages
 ISA_LEVELS = ("avx512_amx", "avx512", "avx2", "baseline")

@@ -17,7 +17,15 @@ from torch import Tensor
 from normwise.backends.cpu import library, structs
 from normwise.backends.cpu.library import functions, raise_fault
 from normwise.backends.cpu.memory import DTYPES, address
-from normwise.backends.protocol import LayerKernel, LayerRequest, LayerResult, RecurrenceRequest, Saved
+from normwise.backends.protocol import (
+    LayerKernel,
+    LayerRequest,
+    LayerResult,
+    Layout,
+    Moments,
+    RecurrenceRequest,
+    Saved,
+)
 from normwise.backends.recurrence import Recurrence, Weights
 
 # The argument structs of normwise.h: pointers, int64, double, int32.
@@ -26,12 +34,14 @@ _RECURRENT = structs.packer(structs.RECURRENT)
 
 # The enums of normwise.h.
 _CELLS = {"lstm": 0, "gru": 1, "rnn_tanh": 2, "rnn_relu": 3}
-_PLACEMENTS = {None: 0, "separate": 1, "sum": 2}
+_PLACEMENTS = {None: 0, "separate": 1, "sum": 2, "input": 3}
+_OF_ROW, _OF_STEP, _GIVEN = 0, 1, 2
 _CELL_NORMS: dict[str | None, int] = {None: 0, "readout": 1, "state": 2}
 
 # What a forward keeps for the backward, None where this recurrence does not need it. The output is row by row in the
 # order of processing; in float32 where what the caller gets is rounded, and that would not do.
 SAVED = ("output", "input_terms", "hidden_terms", "cells", "stats")
+# After these a batch norm keeps the statistics of the steps, (2, steps, features): means and biased variances.
 # The struct's order of parameters. A norm over the sum has its gain where the kernel keeps the hidden term's.
 _ORDER = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "gain_ih", "gain_hh", "bias_inner", "gain_c", "bias_c")
 
@@ -41,10 +51,10 @@ _WIDE = torch.float32
 def supports(request: RecurrenceRequest) -> str | None:
     """What the kernels cannot do; that there are no kernels here is the last reason to be named."""
     config, dtype = request.config, request.autocast or request.x.dtype
-    if config.norm == "batch":
-        return "the C++ kernels take no batch statistics inside a recurrence"
-    if config.norm is not None and config.norm_placement == "input":
-        return "the C++ kernels take no norm on the input term alone"
+    if config.norm == "batch" and config.statistics == "sequence" and request.running is None:
+        return "the C++ kernels take the batch statistics of single steps, not of whole sequences"
+    if config.norm not in (None, "batch") and config.norm_placement == "input":
+        return "the C++ kernels take no layer or RMS norm on the input term alone"
     if config.zoneout:
         return "the C++ kernels take no zoneout"
     for weights in request.weights:
@@ -52,6 +62,8 @@ def supports(request: RecurrenceRequest) -> str | None:
             return "the C++ kernels take no projection"
         if 0 in (weights.weight_ih.shape[-1], weights.weight_hh.shape[-1]):
             return "the C++ kernels have at least one input and one unit"
+        if config.norm == "batch" and {dtype, *(w.dtype for w in weights if w is not None)} != {_WIDE}:
+            return "the C++ kernels take statistics of a batch in float32 alone"
         if not _known_dtypes(dtype, weights, request.autocast is not None):
             dtypes = sorted({str(dtype), *(str(w.dtype) for w in weights if w is not None)})
             return f"the recurrent C++ kernels take float32 or bfloat16, not {', '.join(dtypes)}"
@@ -81,7 +93,8 @@ def forward(request: LayerRequest, needs_grad: bool) -> LayerResult:
         saved = [output.new_empty((at.rows, width)) if width else None for width in widths[:4]]
     h = torch.empty_like(h0)
     c = None if c0 is None else torch.empty_like(c0)
-    fields = _fields(request, at, output, saved)
+    stats = _stats(request, units)
+    fields = _fields(request, at, output, saved, stats)
     status = functions.nw_recurrent_forward(FORWARD.pack(*fields, h.data_ptr(), address(c)))
     if status:
         raise_fault(status)
@@ -91,7 +104,10 @@ def forward(request: LayerRequest, needs_grad: bool) -> LayerResult:
         kept = kept if config.cell != "lstm" else output
     if request.reverse and layout.flip is not None:
         output = output.index_select(0, layout.flip)
-    return LayerResult(output, h, c, {}, (kept, *saved) if needs_grad else ())
+    of_steps = stats if config.norm == "batch" and request.running is None else None
+    moments = {} if of_steps is None else _moments(config, units, layout, of_steps)
+    all_saved = (kept, *saved, *([] if of_steps is None else [of_steps])) if needs_grad else ()
+    return LayerResult(output, h, c, moments, all_saved)
 
 
 def backward(
@@ -104,7 +120,8 @@ def backward(
     given = request.x
     at = _readable(request)
     x, h0, c0, units = at.x, at.h0, at.c0, at.units
-    output, kept = _readable_saved(request.config, x, units, given.dtype, saved)
+    output, kept = _readable_saved(request.config, x, units, given.dtype, saved[: len(SAVED)])
+    stats = _stats(request, units, saved[-1] if len(saved) > len(SAVED) else None)
     flip = request.layout.flip if request.reverse else None
     doutput, dh, dc = grads
     if doutput is not None:
@@ -116,7 +133,7 @@ def backward(
     found: list[Tensor | None] = [None] * len(at.weights)
     if any(needs[3:]):
         found = [None if w is None else torch.empty_like(w) for w in at.weights]
-    fields = _fields(request, at, output, kept)
+    fields = _fields(request, at, output, kept, stats)
     pointers = [address(t) for t in (doutput, dh, dc, dx, *found)]
     status = functions.nw_recurrent_backward(BACKWARD.pack(*fields, *pointers))
     if status:
@@ -244,26 +261,63 @@ def _as(grad: Tensor | None, given: Tensor | None) -> Tensor | None:
     return grad.to(given.dtype)
 
 
-def _fields(request: LayerRequest, at: _Readable, output: Tensor, saved: Sequence[Tensor | None]) -> list[int | float]:
+def _stats(request: LayerRequest, units: int, kept: Tensor | None = None) -> Tensor | None:
+    """Batch norm: the kernel's rows of means and variances, (2, rows, features): room for those of each step, or what
+    the forward `kept` of them; from tables the rows that the steps read."""
+    config, running, steps = request.config, request.running, request.layout.steps
+    if config.norm != "batch":
+        return None
+    features = sum(config.sites(units).values())
+    if running is None:
+        if kept is None:
+            return torch.empty((2, steps, features), dtype=_WIDE, device="cpu")
+        _expect("statistics", kept, (2, steps, features), (_WIDE,))
+        return _wide(kept)
+    columns = []
+    for site, width in config.sites(units).items():
+        tables = running[site]
+        rows = len(tables[0])
+        first = min(request.start_step, rows - 1)
+        last = min(max(request.start_step + steps, first + 1), rows)
+        for what, table in zip(("mean", "variance"), tables, strict=True):
+            _expect(f"running {what} of {site}", table, (rows, width), (_WIDE,))
+        columns.append(torch.stack([table[first:last] for table in tables]))
+    return _wide(torch.cat(columns, -1))
+
+
+def _moments(config: Recurrence, units: int, layout: Layout, stats: Tensor) -> dict[str, Moments]:
+    """The statistics of the steps, by site."""
+    sizes = layout.batch_sizes
+    count = stats.new_full((layout.steps, 1), layout.batch) if sizes is None else sizes.to(_WIDE).unsqueeze(1)
+    sites = config.sites(units)
+    mean, var = (t.split(list(sites.values()), -1) for t in stats)
+    return {site: Moments(m, v, count) for site, m, v in zip(sites, mean, var, strict=True)}
+
+
+def _fields(
+    request: LayerRequest, at: _Readable, output: Tensor, saved: Sequence[Tensor | None], stats: Tensor | None
+) -> list[int | float]:
     """The fields of nw_recurrent."""
     config, layout = request.config, request.layout
     pointers = (at.x, at.batch_sizes, at.reset, *at.weights, at.h0, at.c0, output, *saved)
     return [
         *[address(t) for t in pointers],
+        *((0, 0) if stats is None else (stats[0].data_ptr(), stats[1].data_ptr())),
         layout.steps,
         layout.batch,
         at.rows,
         at.x.shape[-1],
         at.units,
-        *_settings(config, request.reverse and at.batch_sizes is None),
+        0 if stats is None else stats.shape[1],
+        *_settings(config, request.reverse and at.batch_sizes is None, request.running is not None),
         torch.get_num_threads(),
         DTYPES[request.x.dtype],
     ]
 
 
 @cache
-def _settings(config: Recurrence, reverse: bool) -> tuple[int | float, ...]:
-    """From `eps` to `groups`."""
+def _settings(config: Recurrence, reverse: bool, given: bool) -> tuple[int | float, ...]:
+    """From `eps` to `groups`; `given`: batch norm takes statistics from tables."""
     unnormalized = config.norm is None
     groups = () if unnormalized else config.groups or (config.gates,)
     return (
@@ -272,6 +326,7 @@ def _settings(config: Recurrence, reverse: bool) -> tuple[int | float, ...]:
         DTYPES[_WIDE],
         _CELLS[f"rnn_{config.nonlinearity}" if config.cell == "rnn" else config.cell],
         _PLACEMENTS[None if unnormalized else config.norm_placement],
+        _OF_ROW if config.norm != "batch" else _GIVEN if given else _OF_STEP,
         config.norm == "layer",
         _CELL_NORMS[config.cell_norm],
         not config.reset_after,
@@ -286,8 +341,8 @@ def _settings(config: Recurrence, reverse: bool) -> tuple[int | float, ...]:
 def saved_widths(config: Recurrence, inputs: int, units: int, dtype: torch.dtype) -> tuple[int, ...]:
     """The columns of what a forward keeps, 0 for None, for inputs of `dtype`: `SAVED` without the output, and then the
     output where it is kept in float32 beside the rounded one."""
-    nowhere, counts = [0] * 19, (0, 0, 0, inputs, units)
-    description = _RECURRENT.pack(*nowhere, *counts, *_settings(config, False), 1, DTYPES[dtype])
+    nowhere, counts = [0] * 21, (0, 0, 0, inputs, units, 0)
+    description = _RECURRENT.pack(*nowhere, *counts, *_settings(config, False, False), 1, DTYPES[dtype])
     widths = (ctypes.c_int64 * 4)()
     function = library.library().nw_recurrent_saves
     function.argtypes, function.restype = [ctypes.c_char_p, ctypes.c_void_p], ctypes.c_int

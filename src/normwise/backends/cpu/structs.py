@@ -67,10 +67,10 @@ CHANNELS_BACKWARD = (
 RECURRENT = (
     *_pointers("x batch_sizes reset weight_ih weight_hh"),
     *_pointers("bias_ih bias_hh gain_ih gain_hh bias_inner gain_c bias_c"),
-    *_pointers("h0 c0 output input_terms hidden_terms cells stats"),
-    *_int64("steps batch rows inputs units"),
+    *_pointers("h0 c0 output input_terms hidden_terms cells stats mean var"),
+    *_int64("steps batch rows inputs units stat_rows"),
     *_double("eps update_offset"),
-    *_int32("dtype cell norm_placement center cell_norm reset_candidate update_paper reverse"),
+    *_int32("dtype cell norm_placement statistics center cell_norm reset_candidate update_paper reverse"),
     *_of("4i", "groups"),
     *_int32("threads products"),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,29 @@ from normwise.nn.recurrent_parameters import running_of, weights_of
 
 
 class LastState(nn.Module):
-    """A recurrent layer, and scores from its state after each sequence's last valid step."""
+    """A recurrent layer, and scores from its state after each sequence's last valid step.
 
-    def __init__(self, layer: normwise.RNN | normwise.LSTM, classes: int) -> None:
+    With ``noise`` h starts in training from normal numbers of this deviation, else from zeros.
+    """
+
+    def __init__(self, layer: normwise.RNN | normwise.LSTM, classes: int, noise: float = 0.0) -> None:
         super().__init__()
         self.recurrent = layer
         self.linear = nn.Linear(layer.hidden_size, classes)
+        self.noise = noise
+
+    def initial(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The h of (N, T, I) that training starts from, (N, H)."""
+        if not self.noise:
+            return x.new_zeros(len(x), self.recurrent.hidden_size)
+        return self.noise * torch.randn(len(x), self.recurrent.hidden_size, generator=generator, dtype=x.dtype)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        _, state = self.recurrent(x, lengths=lengths)
+        start: Any = None
+        if self.noise and self.training:
+            start = self.initial(x)[None]
+            start = (start, torch.zeros_like(start)) if self.recurrent.cell == "lstm" else start
+        _, state = self.recurrent(x, start, lengths=lengths)
         h = state[0] if isinstance(state, tuple) else state
         scores: Tensor = self.linear(h[-1])
         return scores
@@ -73,16 +87,19 @@ def over_steps(task: Task, model: LastState, batch: Batch) -> dict[str, Tensor]:
     - "unnormalized": mean square of W_ih x_t + W_hh h_(t-1);
     - "summed": mean square of the summed input that the gates see, after norms and biases;
     - "gradient": squared norm of the gradient of the case's own loss with respect to h_t.
+
+    In training and evaluation alike h starts as in training, with noise that is the same at every look: from zeros a
+    norm of zeros would multiply the gradient of each step by 1 / sqrt(eps).
     """
     assert batch.lengths is not None
     layer, x = model.recurrent, batch.inputs.transpose(0, 1)
     weights, tape = weights_of(layer, "_l0"), list[Step]()
-    start = x.new_zeros(len(batch), layer.hidden_size)
+    start = model.initial(batch.inputs, torch.Generator().manual_seed(0))
     with torch.enable_grad():
         result = recurrence(
             x,
             start,
-            start if layer.cell == "lstm" else None,
+            torch.zeros_like(start) if layer.cell == "lstm" else None,
             weights,
             layer.recurrence,
             lengths=batch.lengths,

@@ -309,13 +309,14 @@ def layer(kernel: LayerKernel, request: LayerRequest, returns_copy: bool = False
     `autograd.RecurrentLayer`."""
     if kernel.backward is None:
         return kernel.forward(request, False)
-    config, x, h0, c0, weights, layout, reverse, reset, *_ = request
+    config, x, h0, c0, weights, layout, reverse, reset, _, running, start_step = request
     tensors = x, h0.to(x.dtype), None if c0 is None else c0.to(x.dtype), *weights
     if torch.compiler.is_compiling():
         return custom_op.recurrence(backend, request._replace(h0=tensors[1], c0=tensors[2]), returns_copy)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        output, h, c = RecurrentLayer.apply(kernel, returns_copy, config, layout, reverse, reset, *tensors)
-        return LayerResult(output, h, c, {})
+        return LayerResult(
+            *RecurrentLayer.apply(kernel, returns_copy, config, layout, reverse, reset, running, start_step, *tensors)
+        )
     return kernel.forward(request._replace(h0=tensors[1], c0=tensors[2]), False)
 
 
