@@ -15,6 +15,7 @@ from normwise.backends.activations import activation
 from normwise.backends.cpu import library
 from normwise.backends.protocol import LengthsRequest
 from normwise.backends.reference import count_valid
+from normwise.backends.words import counted
 from normwise.ops._torch_internals import readable
 from normwise.ops.dispatch import lengths_kernel, values_visible
 
@@ -207,12 +208,16 @@ def dropout_range(dropout: Any) -> None:
 
 
 def per_channel(name: str, value: Tensor | None, x: Tensor) -> None:
-    """A vector with one element per channel of `x` (N, C, ...), or None."""
+    """A vector with one element per channel of `x` (N, C, ...), or None.
+
+    torch's words come last here: a layer's caller has given no running_mean.
+    """
     channels = x.shape[1]
     if value is not None and tuple(value.shape) != (channels,):
         raise ShapeError(
-            f"{name} should contain {channels} elements not {value.numel()}: the input has {channels} channels (axis "
-            f"1), {name} has shape {tuple(value.shape)}{channels_last_hint(x, value.numel())}"
+            f"the input (N, C, ...) of shape {tuple(x.shape)} has {counted(channels, 'channel')}, but {name} is of "
+            f"shape {tuple(value.shape)}: expected one element per channel{channels_last_hint(x, value.numel())}. In "
+            f"torch's words: {name} should contain {channels} elements not {value.numel()}"
         )
 
 
