@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+_OTHERWISE = {"axis": "axes"}
 
 
-def counted(count: Any, what: str, *, many: str | None = None) -> str:
-    """ "1 batch", "2 batches", "1,000 runs": `what` is one of them, `many` several where an s is not enough."""
-    if many is None:
-        many = f"{what}es" if what.endswith(("s", "x", "ch", "sh")) else f"{what}s"
-    return f"{count:,} {what if count == 1 else many}"
+def counted(count: int, what: str) -> str:
+    """ "1 batch", "2 batches", "1,000 runs"; `what` is the word for one, and may have others before it."""
+    *before, noun = what.split(" ")
+    if count != 1:
+        noun = _OTHERWISE.get(noun) or noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+    # A symbolic size knows no format.
+    return f"{f'{count:,}' if type(count) is int else count} {' '.join([*before, noun])}"

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
 from normwise.backends.scalars import flags
+from normwise.backends.words import counted
 from normwise.nn.construct import Activated, affine, affine_without_bias, reset_affine
 from normwise.nn.skipped import CountsSkipped
 from normwise.ops import dispatch, inputs, symbolic
@@ -101,8 +102,8 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
             )
         if domain is None:
             raise ValueError(
-                f"the layer has the statistics of {self.domains} domains: say by domain= which one the batch "
-                "belongs to, a number or one for each sample"
+                f"the layer has the statistics of {counted(self.domains, 'domain')}: say by domain= which one the "
+                "batch belongs to, a number or one for each sample"
             )
         domain = one_for_all(domain)
         if not isinstance(domain, int | torch.SymInt):

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
 from normwise.backends.scalars import flags
+from normwise.backends.words import counted
 from normwise.nn.construct import Activated, affine, reset_affine
 from normwise.ops import inputs, symbolic
 from normwise.ops.distributed import StatsGroup
@@ -294,7 +295,7 @@ def _dim(dim: int | Sequence[int] | None, shape: list[int]) -> int | tuple[int, 
         dim = inputs.whole_number("dim", dim)
         named = 1
     if named != len(shape):
-        raise ValueError(f"dim={dim} names {named} axes, but normalized_shape={shape} has {len(shape)}")
+        raise ValueError(f"dim={dim} names {counted(named, 'axis')}, but normalized_shape={shape} has {len(shape)}")
     return dim
 
 

@@ -316,10 +316,12 @@ def feature_dims(x: Tensor, shape: tuple[int, ...], dim: int | Sequence[int] | N
         return None
     named = (dim,) if isinstance(dim, int) else tuple(dim)
     if len(named) != len(shape):
-        raise ValueError(f"dim={dim} names {len(named)} axes, but normalized_shape={list(shape)} has {len(shape)}")
+        raise ValueError(
+            f"dim={dim} names {counted(len(named), 'axis')}, but normalized_shape={list(shape)} has {len(shape)}"
+        )
     if any(not -x.dim() <= d < x.dim() for d in named):
         raise ShapeError(
-            f"Dimension out of range: dim={dim} for an input of shape {tuple(x.shape)} with {x.dim()} axes"
+            f"Dimension out of range: dim={dim} for an input of shape {tuple(x.shape)} with {counted(x.dim(), 'axis')}"
         )
     dims = tuple(d % x.dim() for d in named)
     if len(set(dims)) < len(dims):
@@ -411,7 +413,7 @@ def channels_to_axis_1(op: str, x: Any, dim: int, mask: Any, residual: Any) -> t
         )
     if not -x.dim() <= dim < x.dim():
         raise ShapeError(
-            f"Dimension out of range: dim={dim} for an input of shape {tuple(x.shape)} with {x.dim()} axes"
+            f"Dimension out of range: dim={dim} for an input of shape {tuple(x.shape)} with {counted(x.dim(), 'axis')}"
         )
     if dim % x.dim() == 0:
         raise ShapeError(f"dim={dim} names axis 0, which holds the samples: name the axis of the channels")
