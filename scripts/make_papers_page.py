@@ -27,11 +27,7 @@ from normwise.lab.store import Run, Store
 from normwise.lab.tasks import PAPERS
 
 DOCS = Path(__file__).parents[1] / "docs"
-COLUMNS = (
-    "| Norm | Batch | Steps | Epochs | Seeds | Test error, % | Test loss, nats | Training loss, nats | Hours a run |"
-)
-
-
+COLUMNS = "| Norm | Batch | Steps (epochs) | Seeds | Test errors, % | Test loss | Training loss | Hours |"
 STATS = ("accuracy", "loss", "train_loss")
 BEGIN, END = "<!-- {} by scripts/make_papers_page.py -->", "<!-- end of {} -->"
 
@@ -72,7 +68,7 @@ def short(value: float) -> float:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [COLUMNS, "|" + "---|" * (COLUMNS.count("|") - 1)]
     for row in rows:
-        about = [row["norm"], row["batch_size"], f"{row['steps']:,}", f"{row['epochs']:.3g}", row["seeds"]]
+        about = [row["norm"], row["batch_size"], f"{row['steps']:,} ({row['epochs']:.3g})", row["seeds"]]
         error = [100 * (1 - value) for value in row.get("accuracy", [])]
         found = [spoken(error, 2), spoken(row.get("loss"), 4), spoken(row.get("train_loss"), 5)]
         lines.append(f"| {' | '.join(map(str, [*about, *found, format(row['hours'], '.2g')]))} |")

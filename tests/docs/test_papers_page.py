@@ -67,8 +67,8 @@ def test_of_each_norm_and_batch_size_the_longest_training_counts(script):
     assert keys == ["bn-mnist none 60 10000 0", "bn-mnist batch 60 50000 0", "bn-mnist batch 60 50000 1"]
     rows = script.score(run for run in runs if run.key in keys)
     lines = script.table([script.as_record(row) for row in rows]).splitlines()
-    assert lines[2] == "| none | 60 | 10,000 | 10 | 1 | 10.00 | 0.2500 | 0.10000 | 0.1 |"
-    assert lines[3] == "| batch | 60 | 50,000 | 50 | 2 | 1.95 ± 0.07 | 0.2500 ± 0.0000 | 0.10000 ± 0.00000 | 0.5 |"
+    assert lines[2] == "| none | 60 | 10,000 (10) | 1 | 10.00 | 0.2500 | 0.10000 | 0.1 |"
+    assert lines[3] == "| batch | 60 | 50,000 (50) | 2 | 1.95 ± 0.07 | 0.2500 ± 0.0000 | 0.10000 ± 0.00000 | 0.5 |"
 
 
 def test_a_page_without_marks_is_refused(script):

@@ -107,6 +107,35 @@ def test_batch_norm_layers_take_the_kernels_and_are_the_reference(cell, variant,
         assert_close(a, e, kind="composed", count=T * B, scale=max(1.0, e.abs().max().item()))
 
 
+def test_running_statistics_in_float64_are_atens_loop():
+    """As they are where somebody wants their averages exact; the kernels read float32."""
+    layer, x = normwise.GRU(INPUT, HIDDEN, norm="batch", num_stat_steps=T).eval(), torch.randn(T, B, INPUT)
+    wanted = layer(x)[0]
+    for name, table in layer.named_buffers():
+        setattr(layer, name, table.double())
+    with ran() as took:
+        assert_close(layer(x)[0], wanted, kind="composed", count=T)
+    assert took == {"aten"}
+    with normwise.backend("cpu"), pytest.raises(normwise.BackendError, match="running statistics in float32 alone"):
+        layer(x)
+
+
+def test_running_statistics_that_are_learnt_get_their_gradient():
+    layer, x = normwise.LSTM(INPUT, HIDDEN, norm="batch", num_stat_steps=T).eval(), torch.randn(T, B, INPUT)
+    tables, found = [t.requires_grad_() for t in layer.buffers()], []
+    for backend in ("chosen", "reference"):
+        with using(backend):
+            found.append(torch.autograd.grad(layer(x)[0].square().sum(), tables))
+    for a, e in zip(*found, strict=True):
+        assert e.any()
+        assert_close(a, e, kind="composed", count=T * B, scale=max(1.0, e.abs().max().item()))
+    with normwise.backend("cpu"), pytest.raises(normwise.BackendError, match="no gradient of running statistics"):
+        layer(x)
+    with ran() as took, torch.no_grad():
+        layer(x)
+    assert took == {"cpu"}
+
+
 def test_batch_norm_of_a_compiled_model_is_atens_loop():
     """No node takes tables or gives moments."""
     layer, x, graphs = normwise.RNN(INPUT, HIDDEN, norm="batch"), torch.randn(2, B, INPUT), []

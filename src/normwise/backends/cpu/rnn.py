@@ -24,6 +24,7 @@ from normwise.backends.protocol import (
     Layout,
     Moments,
     RecurrenceRequest,
+    Running,
     Saved,
 )
 from normwise.backends.recurrence import Recurrence, Weights
@@ -53,6 +54,8 @@ def supports(request: RecurrenceRequest) -> str | None:
     config, dtype = request.config, request.autocast or request.x.dtype
     if config.norm == "batch" and config.statistics == "sequence" and request.running is None:
         return "the C++ kernels take the batch statistics of single steps, not of whole sequences"
+    if request.running is not None and (obstacle := _obstacle_of_tables(request.running)) is not None:
+        return obstacle
     if config.norm not in (None, "batch") and config.norm_placement == "input":
         return "the C++ kernels take no layer or RMS norm on the input term alone"
     if config.zoneout:
@@ -68,6 +71,16 @@ def supports(request: RecurrenceRequest) -> str | None:
             dtypes = sorted({str(dtype), *(str(w.dtype) for w in weights if w is not None)})
             return f"the recurrent C++ kernels take float32 or bfloat16, not {', '.join(dtypes)}"
     return library.missing()
+
+
+def _obstacle_of_tables(running: Sequence[Running]) -> str | None:
+    """What keeps the kernels from running statistics, or None."""
+    tables = [table for of_layer in running for pair in of_layer.values() for table in pair]
+    if any(table.dtype is not _WIDE for table in tables):
+        return "the C++ kernels take running statistics in float32 alone"
+    if torch.is_grad_enabled() and any(table.requires_grad for table in tables):
+        return "the C++ kernels give no gradient of running statistics"
+    return None
 
 
 def _known_dtypes(dtype: torch.dtype, weights: Weights, autocast: bool) -> bool:
