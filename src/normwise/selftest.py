@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import normwise
 from normwise.backends.cpu import library
+from normwise.backends.words import counted
 
 # The largest error that passes, as a share of the largest number that is right: 256 steps of rounding of float32, and 4
 # of bfloat16, whose inner results are rounded, too. Right results stay below half of it, wrong ones are far above.
@@ -147,8 +148,8 @@ class Report:
                 if not found <= limit:
                     faults.append(f"{name} is off by {found:.1g} of its largest number, {limit:.1g} is allowed")
         except Exception as exception:  # whatever it is: the others are to be tried as well
-            faults.append(f"after {count} calls: {type(exception).__name__}: {exception}")
-        told = f"{count} layers, forward and backward; largest error {worst:.0%} of what is allowed"
+            faults.append(f"after {counted(count, 'call')}: {type(exception).__name__}: {exception}")
+        told = f"{counted(count, 'layer')}, forward and backward; largest error {worst:.0%} of what is allowed"
         self.line("FAILED" if faults else "ok", what, "; ".join(faults) or told)
 
 

@@ -114,3 +114,23 @@ def test_its_commands_name_the_users_file_and_say_where_it_has_changed(normwise_
     with Store(tmp_path / "runs.sqlite") as store:
         sweep(expand(f"{moved}:make", seeds=1, **same), store, jobs=1, finished=lambda *_: pytest.fail("trained again"))
     assert stored_commands(tmp_path) == [c.replace(f"'{file}:make'", f"{moved}:make") for c in by_compare]
+
+
+def test_an_edited_task_is_drawn_as_it_is_now_and_the_page_says_what_is_left_out(normwise_command, tmp_path):
+    edited = TASK.replace('"mine"', '"mine"  # edited')
+    with Store(tmp_path / "runs.sqlite") as store:
+        for number, (text, norms) in enumerate([(TASK, ["none", "layer"]), (edited, ["layer"])]):
+            file = tmp_path / f"mine_{number}.py"  # a process keeps what a file made
+            file.write_text(text)
+            one = expand(f"{file}:make", seeds=1, norms=norms, batch_sizes=[16], learning_rates=[0.1], steps=3)
+            sweep(one, store, jobs=1, finished=lambda *_: None)
+    said = (
+        "Version 2 of 2 is drawn, the newest, with 1 run; 2 runs of the other are left out. They differ in the task's "
+        "file or a module of its own; "
+    )
+    status, out, _ = normwise_command("report", "--out", str(tmp_path))
+    assert status == 0
+    assert f"mine: {said}`normwise runs list` numbers them.\n" in out
+    text = unescape((tmp_path / "report.html").read_text("utf-8"))
+    assert f'<p class="soft">{said}normwise runs list numbers them.</p>' in text
+    assert {re.findall("--norms (\\w+)", command)[0] for command in commands_of(tmp_path)} == {"layer"}

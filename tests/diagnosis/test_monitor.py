@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 import normwise
 from normwise.diagnosis import DiagnosisError
+from normwise.diagnosis.records import Finding
+from normwise.integrations import TrainingHook
 
 cross_entropy = nn.functional.cross_entropy
 
@@ -64,6 +66,26 @@ def test_writes_every_so_many_steps():
     # The running statistics come nearer to the batch's, which is always the same.
     distances = [value for _, value in writer.scalars["normwise/1/running/distance"]]
     assert distances[0] > distances[-1]
+
+
+def test_its_repr_says_where_it_is():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    monitor = normwise.Monitor(model, every=3)
+    assert repr(monitor) == "<Monitor of Sequential, every=3: 0 steps done, looks at the next one; no findings>"
+    monitor.step()
+    assert repr(monitor) == "<Monitor of Sequential, every=3: 1 step done, looks again in 2 steps; no findings>"
+    monitor.step()
+    code = dict.fromkeys(("severity", "title", "evidence", "cause", "cure", "claims"), "")
+    monitor.findings = [Finding(code=f"NW{n:03}", layer="0", **code) for n in (*range(1, 18), 1)]
+    assert repr(monitor) == (
+        "<Monitor of Sequential, every=3: 2 steps done, looks again in 1 step; 18 findings (NW001, NW002, NW003, "
+        "NW004, NW005, ...)>"
+    )
+    assert repr(TrainingHook(model, every=3)).startswith(
+        "<TrainingHook of Sequential: <Monitor of Sequential, every=3: "
+    )
+    assert len(repr(monitor)) < 200
+    monitor.close()
 
 
 def test_the_numbers_are_those_of_the_step():

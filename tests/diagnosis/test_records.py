@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import normwise
 from normwise.diagnosis import Diagnosis, diagnose
 from normwise.diagnosis.distributions import Gathered, Moments, distribution
 from normwise.diagnosis.records import PERCENTILES
@@ -60,6 +62,29 @@ def test_a_layers_repr_is_a_line_of_its_main_numbers(found):
     assert len(repr(norm.norm)) < 1500  # in which distributions are lines too
     assert repr(norm.norm.running.distance).endswith(", 1 not finite>")
     assert repr(norm.input.all).startswith("<Distribution of 200: mean ")
+    histogram = norm.input.all.histogram
+    assert repr(histogram).startswith(f"<Histogram of {sum(histogram.counts)}: {len(histogram.counts)} bins from ")
+
+
+def test_what_has_a_number_for_each_step_has_a_short_repr():
+    model = normwise.LSTM(5, 4, norm="batch", num_stat_steps=90, batch_first=True)
+    data = [torch.randn(6, 90, 5) for _ in range(2)]
+    (layer,) = diagnose(model, data, loss=lambda y, _: y[0].sum()).layers
+    time = layer.output.time
+    ends = (
+        f"mean {number(time.mean[0])} to {number(time.mean[-1])}, std {number(time.std[0])} to {number(time.std[-1])}"
+    )
+    assert repr(time) == f"<OverTime of 90 steps, first to last: {ends}; has .mean, .std, .percentiles>"
+    assert repr(dataclasses.replace(time, mean=[], std=[])) == (
+        "<OverTime of 0 steps, first to last: no mean, no std; has .mean, .std, .percentiles>"
+    )
+    (recurrence,) = layer.recurrence
+    assert repr(layer.output).startswith(f"<Activations 6x90x4, float32: mean {number(layer.output.all.mean)}, std ")
+    assert repr(layer.output).endswith("; has .all, .features, .samples, .time>")
+    assert repr(recurrence).startswith("<Recurrence 'l0': lstm, norm 'batch', saturated i ")
+    assert repr(recurrence.gates[0]).startswith("<Gate 'i': ")
+    for one in (time, layer.output, recurrence, *recurrence.gates):
+        assert len(repr(one)) < 200, repr(one)
 
 
 def test_distribution_of_everything_in_parts():

@@ -35,17 +35,35 @@ def test_rows_tasks_and_claims_of_a_store(store):
     ]
     assert found.tasks["cnn"].name == "cnn"
     assert found.left_out == 0
+    assert found.notes == {}
     assert {one.claim.id: one.found for one in found.judged}["cnn"] == 18
     assert len(found.judged) == len(claims())
 
 
-def test_the_version_with_most_runs_counts(store):
-    add(store, cnn(1, torch="1.0"))
-    add(store, cnn(3))
+def test_the_newest_version_counts_and_what_is_left_out_is_said(store):
+    add(store, cnn(3, torch="1.0"))
+    add(store, cnn(1))
     found = study(store)
     assert {run.identity["torch"] for row in found.rows for run in row.runs} != {"1.0"}
-    assert found.left_out == 6
-    assert {one.claim.id: one.found for one in found.judged}["cnn"] == 18
+    assert found.left_out == 18
+    assert {one.claim.id: one.found for one in found.judged}["cnn"] == 6
+    (note,) = found.notes["cnn"]
+    assert note == (
+        "Version 2 of 2 is drawn, the newest, with 6 runs; 18 runs of the other are left out. They differ in torch's "
+        "version; `normwise runs list` numbers them."
+    )
+    (again,) = cnn(2, torch="1.0", steps=151)[-1:]
+    add(store, [again])
+    found = study(store)
+    assert {run.identity["torch"] for row in found.rows for run in row.runs} == {"1.0"}
+    assert found.notes["cnn"][0].startswith(
+        "Version 1 of 2 is drawn, the newest, with 19 runs; 6 runs of the other are"
+    )
+    assert found.notes["cnn"][1:] == [
+        "1 run is left out: training was longer or shorter than in most runs of the same batch size."
+    ]
+    add(store, cnn(1, torch="3.0")[:1])
+    assert "Version 3 of 3 is drawn, the newest, with 1 run; 25 runs of the others" in study(store).notes["cnn"][0]
 
 
 def test_figures_show_one_length_and_claims_are_judged_by_all(store):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +55,147 @@ def test_sizes_are_integers_of_any_kind(build: Callable[..., nn.Module], integra
 def test_sizes_that_are_no_integers_are_refused(build: Callable[..., nn.Module], wrong: type) -> None:
     with pytest.raises(TypeError, match=rf"\w+ should be of type int, got: {wrong.__name__} \(.*: give a whole number"):
         build(lambda n: wrong(n))
+
+
+TWO = torch.ones(2)
+STANDS_FOR_NOTHING = ("device", "dtype", "process_group")  # torch's own business
+ARGUMENTS = [
+    (name, parameter)
+    for name, build in {**SIZES, "RunningNorm": lambda n: normwise.RunningNorm(n(3))}.items()
+    for kind in [type(build(int))]
+    if " of " not in name
+    for parameter in inspect.signature(kind).parameters.values()
+    if parameter.name not in STANDS_FOR_NOTHING and not (name in ("GRU", "RNN") and parameter.name == "proj_size")
+]
+
+
+def built(name: str, **given: Any) -> nn.Module:
+    kind = getattr(normwise, name)
+    needed = [p.name for p in inspect.signature(kind).parameters.values() if p.default is p.empty]
+    return kind(**{**dict.fromkeys(needed, 2), **given})
+
+
+@pytest.mark.parametrize(("name", "parameter"), ARGUMENTS, ids=lambda a: a if isinstance(a, str) else a.name)
+def test_what_is_no_such_argument_is_named(name: str, parameter: inspect.Parameter) -> None:
+    for wrong in (".1", [0.5], 1j, TWO, object()):
+        if parameter.name in ("normalized_shape", "shape", "dim") and isinstance(wrong, (list, Tensor)):
+            continue  # of which some may be right
+        said = rf"(?s)\b{parameter.name}\b.*({type(wrong).__name__}|{re.escape(repr(wrong)[:20])})"
+        with pytest.raises((TypeError, ValueError), match=said) as raised:
+            built(name, **{parameter.name: wrong})
+        assert not re.search("not supported between|unsupported operand|ambiguous|unhashable", str(raised.value))
+
+
+NO_NUMBERS = [
+    (
+        "BatchNorm1d",
+        "momentum",
+        "0.1",
+        r"momentum must be a number in \[0, 1\] or None.* got str \('0.1'\): write momentum=0.1$",
+    ),
+    (
+        "BatchNorm1d",
+        "momentum",
+        False,
+        r"got bool \(False\): if it is meant for another argument, give that one by its",
+    ),
+    (
+        "BatchNorm1d",
+        "eps",
+        None,
+        r"eps must be a small positive number such as 1e-5, but got NoneType \(None\): give a num",
+    ),
+    ("LayerNorm", "eps", True, r"eps must be .*got bool \(True\): if it is meant for another argument"),
+    ("LSTM", "eps", "1e-5", r"eps must be .*got str \('1e-5'\): write eps=1e-05$"),
+    ("LSTM", "zoneout", "a", r"zoneout must be a probability in \[0, 1\], but got str \('a'\): give a number$"),
+    (
+        "LSTMCell",
+        "forget_bias",
+        "1",
+        r"forget_bias must be a number or None, but got str \('1'\): write forget_bias=1$",
+    ),
+    ("GRU", "momentum", None, r"momentum must be a number in \[0, 1\], such as 0.1, but got NoneType"),
+    ("RNNCell", "momentum", None, r"momentum must be a number in \[0, 1\], such as 0.1, but got NoneType"),
+    ("BatchRenorm1d", "r_max", None, r"r_max must be a number, 1 or more, or a function of the step, but got NoneType"),
+    ("RunningNorm", "clip", "5", r"clip must be a positive number or None, but got str \('5'\): write clip=5$"),
+    (
+        "RMSNorm",
+        "elementwise_affine",
+        "false",
+        r"elementwise_affine should be of type bool, got: str \('false'\): give T",
+    ),
+    ("GRU", "bidirectional", None, r"bidirectional should be of type bool, got: NoneType \(None\): give True or False"),
+    ("GroupNorm", "num_groups", True, r"num_groups should be of type int, got: bool \(True\): give a whole number"),
+    (
+        "BatchNorm2d",
+        "num_features",
+        TWO.expand(50, 2),
+        r"num_features should be of type int, got: Tensor \(.{37}\.\.\.\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "wrong", "message"), NO_NUMBERS)
+def test_an_argument_of_a_wrong_type_says_what_to_write(name: str, argument: str, wrong: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        built(name, **{argument: wrong})
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "wrong", "message"),
+    [
+        *((n, "eps", math.inf, "eps must be positive, but got inf") for n in ("GroupNorm", "LSTM", "GRUCell")),
+        ("RunningNorm", "eps", math.nan, "eps must be 0 or positive, but got nan"),
+        ("LSTM", "forget_bias", math.nan, "forget_bias must be finite, but got nan"),
+        ("LSTM", "dropout", None, r"dropout should be a number in range \[0, 1\] rep.*, but got NoneType \(None\)"),
+        ("LSTM", "dropout", "0.5", r"dropout should be a number in range \[0, 1\] rep.*, but got str \('0.5'\)"),
+        ("BatchNorm1d", "num_features", -3, "dimension -3: num_features must be 0 or more, but got -3"),
+        ("GroupNorm", "num_channels", -2, "num_channels must be 0 or more, but got -2"),
+        ("LayerNorm", "normalized_shape", (2, -1), "normalized_shape must be 0 or more, but got -1"),
+        ("RunningNorm", "shape", -1, "shape must be 0 or more, but got -1"),
+        ("GRUCell", "hidden_size", -1, "hidden_size must be 0 or more, but got -1"),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused(name: str, argument: str, wrong: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        built(name, **{argument: wrong})
+
+
+@pytest.mark.parametrize("one", [np.float32, np.float64])
+def test_numbers_are_of_any_kind(one: Callable[[float], Any]) -> None:
+    x = torch.randn(4, 3, 5)
+    same(normwise.BatchNorm1d(3, one(0.5), one(0.25))(x), normwise.BatchNorm1d(3, 0.5, 0.25)(x))
+    same(normwise.LayerNorm(5, one(0.5), offset=one(0.5))(x), normwise.LayerNorm(5, 0.5, offset=0.5)(x))
+    torch.manual_seed(0)
+    expected = normwise.GRU(5, 3, eps=0.5, zoneout=0.25).eval()
+    torch.manual_seed(0)
+    same(normwise.GRU(5, 3, eps=one(0.5), zoneout=one(0.25)).eval()(x), expected(x))
+    tensor = torch.tensor(0.5)
+    assert normwise.BatchNorm1d(3, tensor, tensor)(x).isfinite().all()
+
+
+def test_flags_are_of_any_kind() -> None:
+    for no in (0, np.bool_(False), np.int64(0)):
+        assert normwise.BatchNorm1d(3, affine=no, track_running_stats=no).state_dict() == {}
+    for yes in (1, np.bool_(True)):
+        assert len(normwise.BatchNorm1d(3, affine=yes, track_running_stats=yes).state_dict()) == 5
+
+
+CALLS = {
+    "batch_norm": lambda x, **given: normwise.functional.batch_norm(x, **given),
+    "batch_norm without eps": lambda x, **given: normwise.functional.batch_norm(x, momentum=given["eps"]),
+    "layer_norm": lambda x, **given: normwise.functional.layer_norm(x, (3,), **given),
+    "rms_norm": lambda x, **given: normwise.functional.rms_norm(x, (3,), **given),
+    "group_norm": lambda x, **given: normwise.functional.group_norm(x, 1, **given),
+    "instance_norm": lambda x, **given: normwise.functional.instance_norm(x[..., None], **given),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("wrong", ["0.1", [1.0], True])
+def test_what_is_no_number_in_a_call_is_named(call: Callable[..., Any], wrong: Any) -> None:
+    with pytest.raises(TypeError, match=rf"(eps|momentum) must be a .*but got {type(wrong).__name__} \("):
+        call(torch.randn(4, 3), eps=wrong)
 
 
 LENGTHS = {

@@ -320,6 +320,23 @@ def test_a_model_without_anything_to_adapt_is_refused():
         normwise.adapt(nn.Linear(3, 3), [torch.randn(4, 3)])
 
 
+@pytest.mark.parametrize("call", [normwise.adapt, normwise.recalibrate])
+def test_errors_name_what_was_called(call):
+    def model():
+        return nn.Sequential(normwise.BatchNorm1d(3), nn.Linear(3, 2))
+
+    wrong = {
+        "found no norm with running statistics in the model": (nn.Linear(3, 3), [torch.randn(4, 3)]),
+        "found nothing to take statistics of: no batch came": (model(), iter([])),
+        "give larger batches, or normwise.recalibrate": (model(), [torch.randn(1, 3)]),
+        "expects a torch.nn.Module, but got int": (3, [torch.randn(4, 3)]),
+        "batch 0 is 3 items": (model(), [(torch.randn(4, 3),) * 3]),
+    }
+    for said, (net, batches) in wrong.items():
+        with pytest.raises((ValueError, TypeError), match=rf"(?m)^{call.__name__}:? {said}"):
+            call(net, batches)
+
+
 def two_norms() -> nn.Sequential:
     layers = (nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8), nn.LayerNorm(8))
     return nn.Sequential(*layers, nn.Linear(8, 3)).eval()

@@ -25,14 +25,17 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], torch.Tensor, dict[str, Any], type
         x3,
         {},
         RuntimeError,
-        r"running_mean should contain 6 elements not 5",
+        r"^the input \(N, C, ...\) of shape \(3, 6, 5\) has 6 channels, but running_mean is of shape \(5,\): expected "
+        r"one element per channel.*give x.transpose\(1, 2\) or the layer's dim=.*running_mean should contain 6 "
+        r"elements not 5$",
     ),
     "channels of BatchNorm, no averages": (
         lambda: normwise.BatchNorm1d(5, track_running_stats=False),
         x3,
         {},
         RuntimeError,
-        r"weight should contain 6 elements not 5: the input has 6 channels",
+        r"^the input .* has 6 channels, but weight is of shape \(5,\).*In torch's words: weight should contain 6 "
+        r"elements not 5$",
     ),
     "channels of GroupNorm": (
         lambda: normwise.GroupNorm(2, 4),

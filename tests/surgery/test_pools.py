@@ -137,7 +137,7 @@ def test_instance_norms_leave_out_samples_without_a_value():
 def test_after_an_error_a_recurrent_layer_is_as_it_was():
     layer, (batch, *_) = recurrent(num_stat_steps=T).train(), sequences()
     before = state(layer)
-    with pytest.raises(ValueError, match="no finite value in 1 batches"):
+    with pytest.raises(ValueError, match="no finite value in 1 batch:"):
         normwise.recalibrate(layer, [(batch[0] * torch.inf, batch[1])], forward=call)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         normwise.recalibrate(layer, [(torch.randn(T, 1, INPUT).double(), torch.tensor([T]))], forward=call)

@@ -8,10 +8,13 @@ other libraries call the norm's bias and the layer's bias is one parameter here,
 Gates are stacked in torch's order: LSTM i, f, g, o; GRU r, z, n.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
+
+from normwise.backends.scalars import flags, number
 
 Cell = Literal["lstm", "gru", "rnn"]
 NormKind = Literal["layer", "rms", "batch"]
@@ -84,6 +87,13 @@ class Recurrence:
     nonlinearity: Literal["tanh", "relu"] = "tanh"
 
     def __post_init__(self) -> None:
+        number("eps", self.eps, "a small positive number such as 1e-5")
+        number("zoneout", self.zoneout, "a probability in [0, 1]")
+        for name in ("gain", "forget_bias", "update_offset"):
+            number(name, getattr(self, name), "a number")
+            if not -math.inf < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite, but got {getattr(self, name)}")
+        flags(hidden_bias=self.hidden_bias, inner_bias=self.inner_bias, cell_bias=self.cell_bias)
         for name, accepted in ACCEPTED.items():
             value = getattr(self, name)
             if value not in accepted:
@@ -94,8 +104,8 @@ class Recurrence:
                 f"groups={self.groups} must be positive and add up to the {gates} gates of a {self.cell} cell, "
                 f"in the order {', '.join(GATES[self.cell])}"
             )
-        if not self.eps > 0:
-            raise ValueError(f"eps must be positive, but got {self.eps}")
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps must be positive, but got {self.eps}: use a small number such as 1e-5")
         if not 0 <= self.zoneout <= 1:
             raise ValueError(f"zoneout is a probability in [0, 1], but got {self.zoneout}")
         if self.cell_norm is not None and self.cell != "lstm":

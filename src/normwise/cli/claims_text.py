@@ -6,6 +6,8 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from normwise.backends.words import counted
+
 if TYPE_CHECKING:
     from normwise.lab.claim import Claim, Judged, Part
     from normwise.lab.decide import State
@@ -28,16 +30,20 @@ def block(one: Judged) -> str:
     checks = [part for part in one.parts if isinstance(part, Check)]
     failed = [check for check in checks if check.verdict != "supported"]
     holding = sum(part.verdict == "supported" for part in one.parts)
-    share = f" ({holding} of {len(one.parts)} parts supported)" if one.verdict != "supported" and holding else ""
+    share = (
+        f" ({holding} of {counted(len(one.parts), 'part')} supported)" if one.verdict != "supported" and holding else ""
+    )
     lines = [f"{one.verdict.upper()}  {claim.id}{share}", *_wrapped(claim.sentence, "  ")]
     if checks:
-        lines.append(f"  {'+' if not failed else '-'} {len(checks) - len(failed)} of {len(checks)} computed parts hold")
+        lines.append(
+            f"  {'-' if failed else '+'} {len(checks) - len(failed)} of {counted(len(checks), 'computed part')} hold"
+        )
     shown: list[Part] = [part for part in one.parts if part in failed or not isinstance(part, Check)]
     for part in shown:
         lines += [*_wrapped(part.what, f"  {MARKS[part.verdict]} ", "    "), *_wrapped(numbers(part), "      ")]
     if one.wanted:
         missing = "" if one.found == one.wanted else f" of {one.wanted} that the rule asks for"
-        lines.append(f"  {one.found} run{'s' * (one.found != 1)}{missing}")
+        lines.append(f"  {counted(one.found, 'run')}{missing}")
     return "\n".join([*lines, *_wrapped(f"Source: {claim.source}", "  ")])
 
 
@@ -52,7 +58,7 @@ def numbers(part: Part) -> str:
     text = f"{round(part.mean, 9):.3g}"  # equal runs differ by rounding: 0, not 5e-15
     if part.interval is not None and part.spread is not None:
         low, high = part.interval
-        text += f" ± {part.spread:.2g} {part.unit} over {len(part.values)} seeds, "
+        text += f" ± {part.spread:.2g} {part.unit} over {counted(len(part.values), 'seed')}, "
         text += f"{100 * part.confidence:g}% {low:.3g} to {high:.3g}"
     else:
         text += f" {part.unit}, one seed"
@@ -91,7 +97,9 @@ def left_open(states: Iterable[State], jobs: int) -> str:
             said = f"about {state.needed} seeds would decide it, more than the {LOOKS[-1]} of the last look"
         else:
             said = state.judged.reason or "no number of seeds is likely to decide it"
-        lines += _wrapped(f"{state.claim.id} ({state.judged.verdict} after {state.seeds} seeds): {said}", "  ", "    ")
+        lines += _wrapped(
+            f"{state.claim.id} ({state.judged.verdict} after {counted(state.seeds, 'seed')}): {said}", "  ", "    "
+        )
     return "\n".join(["Open:", *lines]) if lines else "Every claim is decided."
 
 

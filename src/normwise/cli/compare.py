@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from normwise.backends.words import counted
 from normwise.cli.json_output import AsJson, print_json
 from normwise.cli.options import OUT, Jobs, Scheduler, Seeds
 from normwise.cli.status import INTERRUPTED
@@ -63,7 +64,9 @@ def compare(
     ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option(metavar="FILE.py:function", help="A task of your own; see examples/custom_task.py."),
+        typer.Option(
+            metavar="FILE.py:function", help="A task of your own, beside any TASK given; see examples/custom_task.py."
+        ),
     ] = None,
     text: Annotated[
         Path | None,
@@ -207,7 +210,8 @@ def train(
         return False
     except KeyboardInterrupt:
         done = len(store.keys().intersection(keys))
-        console.print(f"Stopped: {done} of {len(specs)} runs are kept in {store.path}; rerun the command to resume.")
+        whole = f"{counted(len(specs), 'run')} {'is' if len(specs) == 1 else 'are'}"
+        console.print(f"Stopped: {done} of {whole} kept in {store.path}; rerun the command to resume.")
         raise typer.Exit(INTERRUPTED) from None
     return True
 

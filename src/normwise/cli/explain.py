@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from normwise.backends.words import counted
 from normwise.cli.json_output import AsJson, print_json
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def explain(
 
     table = PEOPLE if csv is None else read_csv(csv)
     if drop is not None and drop > len(table.rows):
-        raise typer.BadParameter(f"{drop}: the table has {len(table.rows)} rows", param_hint="'--drop'")
+        raise typer.BadParameter(f"{drop}: the table has {counted(len(table.rows), 'row')}", param_hint="'--drop'")
     explanation = explain_table(table, drop=-1 if drop is None else drop - 1)
     if json:
         print_json(to_json(asdict(explanation), indent=2))
@@ -68,7 +69,7 @@ def as_text(e: Explanation) -> str:
 def _batch_norm(e: Explanation) -> list[str]:
     rows, columns, norm = e.table.rows, e.table.columns, e.batch_norm
     return [
-        f"The table: {len(rows)} rows, {len(columns)} columns",
+        f"The table: {counted(len(rows), 'row')}, {counted(len(columns), 'column')}",
         "",
         *grid(columns, rows, e.table.values),
         "",

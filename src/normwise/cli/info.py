@@ -6,6 +6,7 @@ from typing import Any
 
 import typer
 
+from normwise.backends.words import counted
 from normwise.cli.json_output import AsJson, print_json
 
 
@@ -73,7 +74,7 @@ def as_text(facts: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
     lines = [versions, *([f"On this platform {untried}."] if (untried := facts["untried"]) else []), "", "Devices"]
     for device in facts["devices"]:
-        size = f", {device['threads']} threads" if "threads" in device else ""
+        size = f", {counted(device['threads'], 'thread')}" if "threads" in device else ""
         size += f", {device['memory_gib']:.0f} GiB" if "memory_gib" in device else ""
         lines.append(f"  {device['device']:<10} {device['name']}{size}")
     lines += ["", "Backends"]

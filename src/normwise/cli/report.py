@@ -43,12 +43,11 @@ def report(
         out / f"{name}.html",
         judged=found.judged,
         references=found.references,
+        notes=found.notes,
         brief=not task,
     )
     typer.echo(f"Report: {page} ({page.stat().st_size / 1e6:.1f} MB)")
-    if found.left_out:
-        typer.echo(
-            f"{found.left_out} stored runs are not drawn: they are of another version, or train for longer or shorter."
-        )
+    for one, notes in found.notes.items():
+        typer.echo(f"{one}: {' '.join(notes)}")
     if png:
         typer.echo(f"Figures: {len(write_pictures(found.rows, found.tasks, png))} in {png}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from normwise.backends.words import counted
 from normwise.cli.json_output import AsJson, print_json
 from normwise.cli.options import OUT
 
@@ -61,7 +62,7 @@ def list_runs(
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-    typer.echo(f"\n{len(runs)} runs in {out / 'runs.sqlite'}")
+    typer.echo(f"\n{counted(len(runs), 'run')} in {out / 'runs.sqlite'}")
     for difference in differences:
         typer.echo(difference)
 
@@ -155,4 +156,4 @@ def export(
             if path is not None:
                 rows = one_a_run(runs) if summary else one_a_value(store, runs)
                 count = write(rows, RUN_COLUMNS if summary else VALUE_COLUMNS, path)
-                typer.echo(f"{path}: {count:,} rows of {len(runs)} runs")
+                typer.echo(f"{path}: {counted(count, 'row')} of {counted(len(runs), 'run')}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from normwise.backends.words import counted
 from normwise.diagnosis.values import Activations, Distribution, Gradient, Units
 
 Role = Literal["norm", "linear", "conv", "recurrent", "attention", "embedding", "nonlinearity", "dropout", "other"]
@@ -93,7 +94,7 @@ class Norm:
     running: Running | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Gate:
     """One gate of a recurrent layer: the share of its values beyond the threshold, over all and at each time step."""
 
@@ -102,8 +103,12 @@ class Gate:
     saturated: float
     over_time: list[float]
 
+    def __repr__(self) -> str:
+        beyond = f"{100 * self.saturated:.3g}% of its values beyond {self.threshold:g}"
+        return f"<Gate {self.name!r}: {beyond}, over {counted(len(self.over_time), 'step')}; has .over_time>"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Recurrence:
     """One layer in one direction of a recurrent module, recomputed step by step from its weights and inputs.
 
@@ -133,6 +138,11 @@ class Recurrence:
     state: list[float]
     gradient: list[float]
     error: float | None
+
+    def __repr__(self) -> str:
+        gates = ", ".join(f"{gate.name} {100 * gate.saturated:.3g}%" for gate in self.gates)
+        there = ", ".join(f".{name}" for name in ("gates", "summed", "state", "gradient") if getattr(self, name))
+        return f"<Recurrence {self.place!r}: {self.cell}, norm {self.norm!r}, saturated {gates}; has {there}>"
 
 
 @dataclass(frozen=True)

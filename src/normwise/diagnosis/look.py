@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from normwise.backends.words import counted
 from normwise.diagnosis.records import Finding, Layer
 
 
@@ -40,7 +41,7 @@ class Look:
 
     def __repr__(self) -> str:
         codes = [finding.code for finding in self.findings]
-        return f"<Look at step {self.step} of {self.model}: {len(self.layers)} layers, new findings {codes}>"
+        return f"<Look at step {self.step} of {self.model}: {counted(len(self.layers), 'layer')}, new findings {codes}>"
 
 
 class Logger(Protocol):

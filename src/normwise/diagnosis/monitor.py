@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normwise.backends.words import counted
 from normwise.diagnosis import silence
 from normwise.diagnosis.collect import ranks, record
 from normwise.diagnosis.distributions import distribution
@@ -102,6 +103,14 @@ class Monitor:
         self._open = ExitStack()
         if steps % every == 0:
             self._look()
+
+    def __repr__(self) -> str:
+        codes = list(dict.fromkeys(finding.code for finding in self.findings))
+        named = ", ".join(codes[:5]) + ", ..." * (len(codes) > 5)
+        found = f"{counted(len(self.findings), 'finding')} ({named})" if codes else "no findings"
+        look = f"looks again in {counted(n, 'step')}" if (n := -self.steps % self.every) else "looks at the next one"
+        name = type(self.model).__name__
+        return f"<Monitor of {name}, every={self.every}: {counted(self.steps, 'step')} done, {look}; {found}>"
 
     def step(self) -> Look | None:
         """Once for each step of the optimizer, after `backward()` and before the next `zero_grad()`.

@@ -36,6 +36,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from normwise.backends.words import counted
 from normwise.diagnosis.layer_records import Gate, Layer, Norm, Recurrence, Role, Running, Shift
 from normwise.diagnosis.plain import restored, strict
 from normwise.diagnosis.transformer_records import Attention, FirstNonFinite, Size, Stream, StreamPoint
@@ -288,7 +289,8 @@ class Diagnosis:
 
     def __repr__(self) -> str:
         counts = {group.code: len(group.findings) for group in self.groups}
-        return f"<Diagnosis of {self.model}: {len(self.layers)} layers, findings {counts}; print() shows its table>"
+        layers = counted(len(self.layers), "layer")
+        return f"<Diagnosis of {self.model}: {layers}, findings {counts}; print() shows its table>"
 
     def _repr_html_(self) -> str:
         from normwise.diagnosis.page import framed

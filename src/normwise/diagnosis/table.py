@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Iterator
 
+from normwise.backends.words import counted
 from normwise.diagnosis.records import Activations, Diagnosis, FindingGroup, Layer
 
 WIDTH = 80
@@ -19,8 +20,8 @@ def as_text(diagnosis: Diagnosis) -> str:
 
 
 def _head(d: Diagnosis) -> list[str]:
-    words = f"{d.model}: {d.parameters:,} parameters, {len(d.layers)} layers, "
-    words += f"{d.data.batches} batch{'es' * (d.data.batches != 1)}"
+    words = f"{d.model}: {counted(d.parameters, 'parameter')}, {counted(len(d.layers), 'layer')}, "
+    words += counted(d.data.batches, "batch")
     if d.gap is not None and math.isnan(d.gap.output):
         words += "; the outputs of train and eval mode cannot be compared, for they hold NaN or infinity"
     elif d.gap is not None:
@@ -60,7 +61,8 @@ def place(group: FindingGroup) -> str:
     if len(group.findings) == 1:
         return group.layers[0] if group.layers else "the model"
     count = len(group.layers)
-    return f"{count} layers" if count == len(group.findings) else f"{count} layers, {len(group.findings)} findings"
+    layers, findings = counted(count, "layer"), counted(len(group.findings), "finding")
+    return layers if count == len(group.findings) else f"{layers}, {findings}"
 
 
 def _indented(words: str) -> list[str]:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from normwise.backends.words import counted
+
 # The percentiles that every distribution has, in this order.
 PERCENTILES = (1, 5, 15, 50, 85, 95, 99)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Histogram:
     """Counts of `len(counts)` bins of equal width from `low` to `high`; the first and last also hold what is beyond."""
 
     low: float
     high: float
     counts: list[int]
+
+    def __repr__(self) -> str:
+        ends = f"from {_number(self.low)} to {_number(self.high)}"
+        return f"<Histogram of {sum(self.counts):,}: {counted(len(self.counts), 'bin')} {ends}>"
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,10 +45,8 @@ class Distribution:
         return self.percentiles[PERCENTILES.index(wanted)]
 
     def __repr__(self) -> str:
-        from normwise.diagnosis.table import number  # which is made of these records
-
         numbers = ", ".join(
-            f"{word} {number(value)}"
+            f"{word} {_number(value)}"
             for word, value in (("mean", self.mean), ("std", self.std), ("from", self.minimum), ("to", self.maximum))
         )
         spoilt = f", {self.nonfinite:,} not finite" if self.nonfinite else ""
@@ -57,7 +61,7 @@ class Spread:
     stds: Distribution
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OverTime:
     """One number for each time step, over samples and features. `percentiles` has a row for each of `PERCENTILES`."""
 
@@ -65,8 +69,12 @@ class OverTime:
     std: list[float]
     percentiles: list[list[float]]
 
+    def __repr__(self) -> str:
+        ends = ", ".join(_ends(name, getattr(self, name)) for name in ("mean", "std"))
+        return f"<OverTime of {counted(len(self.mean), 'step')}, first to last: {ends}; has .mean, .std, .percentiles>"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Activations:
     """A layer's input or output over all batches and calls, in train mode; padding counts as it stands there,
     but for that which a norm is told of by `mask=` or `lengths=`.
@@ -85,6 +93,23 @@ class Activations:
     features: Spread | None = None
     samples: Spread | None = None
     time: OverTime | None = None
+
+    def __repr__(self) -> str:
+        there = [name for name in ("all", "features", "samples", "time") if getattr(self, name) is not None]
+        shape = "x".join(map(str, self.shape))
+        numbers = f"mean {_number(self.all.mean)}, std {_number(self.all.std)}"
+        return f"<Activations {shape}, {self.dtype}: {numbers}; has {', '.join(f'.{name}' for name in there)}>"
+
+
+def _number(value: float) -> str:
+    from normwise.diagnosis.table import number  # which is made of these records
+
+    return number(value)
+
+
+def _ends(name: str, over_time: list[float]) -> str:
+    """The first and the last of numbers over time steps."""
+    return f"{name} {_number(over_time[0])} to {_number(over_time[-1])}" if over_time else f"no {name}"
 
 
 @dataclass(frozen=True)

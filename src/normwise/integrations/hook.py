@@ -133,6 +133,10 @@ class TrainingHook:
             monitor.close()
         self._evaluation: ExitStack | None = None
 
+    def __repr__(self) -> str:
+        watched = "watched by rank 0" if self.monitor is None else repr(self.monitor)
+        return f"<TrainingHook of {type(self.model).__name__}: {watched}>"
+
     @property
     def findings(self) -> list[Finding]:
         """All so far, in the order in which they arose; on rank 0."""

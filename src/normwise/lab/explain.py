@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from normwise.backends.reference import moments
+from normwise.backends.words import counted
 from normwise.lab.errors import LabError
 from normwise.lab.table import Table
 from normwise.nn import BatchNorm1d, LayerNorm
@@ -92,7 +93,7 @@ def explain(table: Table, drop: int = -1) -> Explanation:
     """
     if len(table.rows) < 3:
         raise LabError(
-            f"the table has {len(table.rows)} row(s); expected at least 3, since one is taken away "
+            f"the table has {counted(len(table.rows), 'row')}; expected at least 3, since one is taken away "
             "and BatchNorm needs two to have a variance"
         )
     if len(table.columns) < 2:

@@ -16,6 +16,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from normwise.backends.words import counted
 from normwise.lab.datasets import Digits
 from normwise.lab.errors import LabError
 
@@ -47,8 +48,8 @@ def load_folder(folder: Path) -> Folder:
         images, labels = read_idx(images_path, (SIDE, SIDE)), read_idx(labels_path, ())
         if len(images) != len(labels):
             raise LabError(
-                f"{labels_path}: offset 4: {len(labels)} labels, and {images_path.name} has {len(images)} images; "
-                "take all four files from one place"
+                f"{labels_path}: offset 4: {counted(len(labels), 'label')}, and {images_path.name} has "
+                f"{counted(len(images), 'image')}; take all four files from one place"
             )
         wrong = torch.nonzero(labels >= CLASSES)
         if len(wrong):

@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import normwise
+from normwise.backends.words import counted
 from normwise.lab import user_file
 from normwise.lab.chart import CONFIG, library, template
 from normwise.lab.claim import Judged
@@ -64,6 +65,8 @@ class Section:
     """The titles of figures that it has and that are not drawn."""
     claims: tuple[str, ...] = ()
     """The ids of the claims that its runs decide."""
+    notes: tuple[str, ...] = ()
+    """Sentences on its runs that are stored and not drawn."""
 
     @property
     def criterion(self) -> str:
@@ -108,6 +111,7 @@ def write_report(
     *,
     judged: Sequence[Judged] = (),
     references: Mapping[str, str] | None = None,
+    notes: Mapping[str, Sequence[str]] | None = None,
     brief: bool = True,
 ) -> Path:
     """Write the page and return its path.
@@ -119,6 +123,7 @@ def write_report(
         judged: the claims, for the top of the page.
         references: for a task of the user's, by its name, what it was called by: FILE.py:function. The commands say
             where that file is another one by now.
+        notes: by task, sentences on the stored runs that are not among the rows.
         brief: whether tasks that only claims need may share a tab (``in_brief``).
 
     Raises:
@@ -136,7 +141,7 @@ def write_report(
     for name, task in tasks.items():
         of_task = [row for row in rows if row.task == name]
         one = section(name, task, of_task, (references or {}).get(name), brief=name in shared)
-        drawn.append(replace(one, claims=decided_by(of_task, judged)))
+        drawn.append(replace(one, claims=decided_by(of_task, judged), notes=tuple((notes or {}).get(name, ()))))
     page = environment.get_template("report.html.j2").render(
         sections=[one for one in drawn if one.name not in shared],
         more=[one for one in drawn if one.name in shared],
@@ -244,9 +249,9 @@ def facts(task: Task | None, rows: Sequence[Row]) -> list[str]:
     seeds = max((len(row.seeds) for row in rows), default=0)
     return [
         *([f"{len(task.cases[0]):,} cases to train on, {len(task.cases[1]):,} held out"] if task else []),
-        *([f"{next(iter(steps.values())):,} steps"] if same else []),
-        *([] if same else [f"{count:,} steps at batch size {size}" for size, count in steps.items()]),
-        *([f"{seeds} seed{'s' * (seeds != 1)}"] if seeds else []),
+        *([counted(next(iter(steps.values())), "step")] if same else []),
+        *([] if same else [f"{counted(count, 'step')} at batch size {size}" for size, count in steps.items()]),
+        *([counted(seeds, "seed")] if seeds else []),
     ]
 
 

@@ -54,28 +54,37 @@ def _of(run: Run, kind: str) -> str:
     return run.status if kind == "status" else str(run.identity[kind])
 
 
+def version(run: Run) -> str:
+    """What makes runs of one task those of one version: equal for these, and different for others."""
+    return to_json([run.identity[name] for name in WHAT], sort_keys=True)
+
+
+def versions_of(runs: Iterable[Run]) -> tuple[dict[str, str], str]:
+    """By key the version of each run of a task, numbered from 1 as they were first stored, and what differs."""
+    firsts: dict[str, Run] = {}
+    for run in runs:
+        firsts.setdefault(version(run), run)
+    numbers = {one: str(number) for number, one in enumerate(firsts, 1)}
+    differing = [words for name, words in WHAT.items() if len({to_json(r.identity[name]) for r in firsts.values()}) > 1]
+    return {run.key: numbers[version(run)] for run in runs}, " and ".join(differing)
+
+
 def versions(runs: Sequence[Run]) -> tuple[dict[str, str], list[str]]:
     """By key the version of each run, numbered within its task as they were first stored, and a sentence for each task
     with more than one: what differs. The number is "" for tasks with one."""
-    found: dict[str, dict[str, list[Run]]] = {}
+    found: dict[str, list[Run]] = {}
     for run in runs:
-        of_task = found.setdefault(run.identity["task"], {})
-        of_task.setdefault(to_json([run.identity[name] for name in WHAT], sort_keys=True), []).append(run)
+        found.setdefault(run.identity["task"], []).append(run)
     numbers: dict[str, str] = {}
     sentences: list[str] = []
-    for task, groups in found.items():
-        for number, group in enumerate(groups.values(), 1):
-            numbers |= {run.key: str(number) if len(groups) > 1 else "" for run in group}
-        if len(groups) > 1:
-            firsts = [group[0] for group in groups.values()]
-            differing = [
-                words
-                for name, words in WHAT.items()
-                if any(r.identity[name] != firsts[0].identity[name] for r in firsts)
-            ]
+    for task, of_task in found.items():
+        own, differing = versions_of(of_task)
+        firsts = list({own[run.key]: run for run in reversed(of_task)}.values())[::-1]
+        numbers |= own if len(firsts) > 1 else dict.fromkeys(own, "")
+        if len(firsts) > 1:
             since = ", ".join(f"{number} from {run.finished}" for number, run in enumerate(firsts, 1))
             sentences.append(
-                f"{task}: {len(groups)} versions, which differ in {' and '.join(differing)} ({since}, UTC); "
+                f"{task}: {len(firsts)} versions, which differ in {differing} ({since}, UTC); "
                 "`normwise runs show KEY` has each in full"
             )
     return numbers, sentences

@@ -7,37 +7,40 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from normwise.backends.words import counted
 from normwise.lab.claim import Judged, judge
 from normwise.lab.claims import claims
 from normwise.lab.errors import LabError, unknown
 from normwise.lab.norms import NORMS
+from normwise.lab.runs import version, versions_of
 from normwise.lab.score import Row, score
 from normwise.lab.store import Run, Store
 from normwise.lab.strict_json import to_json
 from normwise.lab.tasks import BUILT_IN, Task
 
-VERSION = ("settings", "source", "lab", "normwise", "torch", "backend")
-
 
 @dataclass(frozen=True)
 class Study:
     """What a store says: rows for the tables and figures, tasks by name (None for one whose code is not at hand), and
-    all claims, judged by its runs. ``left_out`` counts the runs that are not drawn; ``references`` has, for the user's
-    tasks by their names, what they were called by."""
+    all claims, judged by its runs. ``left_out`` counts the runs that are not drawn, and ``notes`` has, for tasks with
+    such runs by their names, sentences on which these are; ``references`` has, for the user's tasks by their names,
+    what they were called by."""
 
     rows: list[Row]
     tasks: dict[str, Task | None]
     judged: list[Judged]
     left_out: int
+    notes: dict[str, list[str]]
     references: dict[str, str]
 
 
 def study(store: Store, tasks: Sequence[str] = ()) -> Study:
     """All that the page shows, or of it no more than ``tasks``, without the claims.
 
-    Of runs of one task under several versions (of its code, the lab, normwise, torch) the version with most runs
-    counts; of several lengths at one batch size the figures show the one with most runs, and of these the longest.
-    Claims are judged by all runs of that version.
+    Of runs of one task under several versions (of its code, the lab, normwise, torch) the newest version counts, that
+    of the run stored last: whoever edits a file and trains again wants to see what it is now. Of several lengths at one
+    batch size the figures show the one with most runs, and of these the longest. Claims are judged by all runs of that
+    version.
 
     Raises:
         LabError: the store has no runs, or none of one of the tasks.
@@ -50,8 +53,9 @@ def study(store: Store, tasks: Sequence[str] = ()) -> Study:
         if name not in by_task:
             raise unknown("task in this store", name, sorted(by_task))
     index = [run for name, runs in by_task.items() for run in runs if name in (tasks or by_task)]
-    current = [run for runs in _by_task(index).values() for run in _most(runs, _version)]
+    current = [run for runs in _by_task(index).values() for run in _newest(runs)]
     drawn = [run for runs in _by_task(current).values() for run in _of_one_length(runs)]
+    notes = {name: _notes(runs, current, drawn) for name, runs in _by_task(index).items()}
     whole = {run.key: run for run in store.runs(run.key for run in current)}
     names = list(dict.fromkeys(run.identity["task"] for run in drawn))
     names.sort(key=lambda name: _place(name, list(BUILT_IN)))
@@ -66,6 +70,7 @@ def study(store: Store, tasks: Sequence[str] = ()) -> Study:
         tasks={name: _task(name, drawn) for name in names},
         judged=judged,
         left_out=len(index) - len(drawn),
+        notes={name: found for name, found in notes.items() if found},
         references={
             run.identity["task"]: called_by[run.identity["source"]]
             for run in drawn
@@ -88,17 +93,33 @@ def _by_task(runs: Iterable[Run]) -> dict[str, list[Run]]:
     return found
 
 
-def _version(run: Run) -> str:
-    return to_json([run.identity[name] for name in VERSION], sort_keys=True)
+def _newest(runs: Sequence[Run]) -> list[Run]:
+    """The runs of the version whose run was stored last."""
+    newest = version(runs[-1])
+    return [run for run in runs if version(run) == newest]
 
 
-def _most(runs: Sequence[Run], kind: object) -> list[Run]:
-    """The runs of the kind of which there are most; of several such, the one stored last."""
-    assert callable(kind)
-    counts = Counter(map(kind, runs))
-    last = {kind(run): place for place, run in enumerate(runs)}
-    best = max(counts, key=lambda one: (counts[one], last[one]))
-    return [run for run in runs if kind(run) == best]
+def _notes(runs: Sequence[Run], current: Sequence[Run], drawn: Sequence[Run]) -> list[str]:
+    """Sentences on the runs of a task that are not drawn, if there are any."""
+    is_current, is_drawn = ({run.key for run in some} for some in (current, drawn))
+    mine = [run for run in runs if run.key in is_current]
+    others = len(runs) - len(mine)
+    shorter = sum(run.key not in is_drawn for run in mine)
+    notes = []
+    if others:
+        numbers, differing = versions_of(runs)
+        count = len(set(numbers.values()))
+        notes.append(
+            f"Version {numbers[mine[-1].key]} of {count} is drawn, the newest, with {counted(len(mine), 'run')}; "
+            f"{counted(others, 'run')} of {'the other' if count == 2 else 'the others'} "
+            f"{'is' if others == 1 else 'are'} left out. They differ in {differing}; `normwise runs list` numbers them."
+        )
+    if shorter:
+        notes.append(
+            f"{counted(shorter, 'run')} {'is' if shorter == 1 else 'are'} left out: training was longer or shorter "
+            "than in most runs of the same batch size."
+        )
+    return notes
 
 
 def _of_one_length(runs: Sequence[Run]) -> list[Run]:

@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from normwise.backends.words import counted
 from normwise.lab.errors import LabError
 
 
@@ -51,7 +52,7 @@ def _table(path: Path, lines: list[tuple[int, list[str]]]) -> Table:
     width = len(first)
     for line, cells in lines:
         if len(cells) != width:
-            raise LabError(f"{path}, line {line}: {len(cells)} cells, but line {first_line} has {width}")
+            raise LabError(f"{path}, line {line}: {counted(len(cells), 'cell')}, but line {first_line} has {width}")
 
     has_header = not any(_is_number(cell) for cell in first)
     body = lines[1:] if has_header else lines

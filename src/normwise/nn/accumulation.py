@@ -15,6 +15,7 @@ from normwise.backends.activations import add_residual_and_activate
 from normwise.backends.channels import channel_dims
 from normwise.backends.protocol import Moments, NormConfig, accumulation_dtype
 from normwise.backends.reference import combined, moments, norm
+from normwise.backends.words import counted
 from normwise.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 from normwise.nn.construct import eps_of
 from normwise.ops import inputs, ragged
@@ -309,8 +310,8 @@ def _training_batch_norms(model: nn.Module) -> list[_BatchNorm]:
             )
         if layer.domains is not None:
             raise ValueError(
-                f"{name or 'the model'} keeps statistics of {layer.domains} domains: accumulated_backward pools "
-                "those of one batch of one domain"
+                f"{name or 'the model'} keeps statistics of {counted(layer.domains, 'domain')}: accumulated_backward "
+                "pools those of one batch of one domain"
             )
         if layer.virtual_batch_size is not None:
             raise ValueError(

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
+from normwise.backends.scalars import flags
+from normwise.backends.words import counted
 from normwise.nn.construct import Activated, affine, affine_without_bias, reset_affine
 from normwise.nn.skipped import CountsSkipped
 from normwise.ops import dispatch, inputs, symbolic
@@ -55,9 +57,10 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
         domains: int | None = None,
         domain_affine: bool = False,
     ) -> None:
-        num_features = inputs.whole_number("num_features", num_features)
+        num_features = inputs.size("num_features", num_features)
         inputs.positive_eps(eps)
         inputs.momentum_range(momentum)
+        flags(affine=affine, track_running_stats=track_running_stats, bias=bias, domain_affine=domain_affine)
         if act is not None:
             activation(act)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
@@ -99,8 +102,8 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
             )
         if domain is None:
             raise ValueError(
-                f"the layer has the statistics of {self.domains} domains: say by domain= which one the batch "
-                "belongs to, a number or one for each sample"
+                f"the layer has the statistics of {counted(self.domains, 'domain')}: say by domain= which one the "
+                "batch belongs to, a number or one for each sample"
             )
         domain = one_for_all(domain)
         if not isinstance(domain, int | torch.SymInt):

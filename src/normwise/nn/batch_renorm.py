@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from normwise.backends.scalars import flags, number
 from normwise.nn.batch_norm import _BatchNorm
 from normwise.nn.construct import affine
 from normwise.ops import symbolic
@@ -32,6 +33,8 @@ class LinearRamp:
     last: int
 
     def __post_init__(self) -> None:
+        for name in ("start", "end", "first", "last"):
+            number(name, getattr(self, name), "a number")
         if not 0 <= self.first < self.last:
             raise ValueError(f"a ramp needs 0 <= first < last, but got first={self.first} and last={self.last}")
 
@@ -61,13 +64,17 @@ class _BatchRenorm(_BatchNorm):
         dim: int = 1,
         correction: int = 1,
     ) -> None:
+        flags(track_running_stats=track_running_stats)
         if not track_running_stats:
             raise ValueError(
                 f"{type(self).__name__} corrects a batch towards running averages and needs track_running_stats=True; "
                 "the norm without them is BatchNorm"
             )
         for name, value, least in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-            if not callable(value) and not value >= least:
+            if callable(value):
+                continue
+            number(name, value, f"a number, {least} or more, or a function of the step")
+            if not value >= least:
                 raise ValueError(f"{name} must be at least {least} (where it changes nothing), but got {value}")
         options: dict[str, Any] = {"bias": bias, "act": act, "dim": dim, "correction": correction}
         super().__init__(num_features, eps, momentum, affine, True, device, dtype, **options)

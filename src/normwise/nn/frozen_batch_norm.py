@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
+from normwise.backends.scalars import flags
 from normwise.nn.construct import Activated
 from normwise.ops import inputs, symbolic
 from normwise.ops.norm.batch_norm_with_stats import batch_norm_with_stats
@@ -37,8 +38,9 @@ class FrozenBatchNorm(Activated):
         act: str | None = None,
         dim: int = 1,
     ) -> None:
-        num_features = inputs.whole_number("num_features", num_features)
+        num_features = inputs.size("num_features", num_features)
         inputs.positive_eps(eps)
+        flags(affine=affine, bias=bias)
         if act is not None:
             activation(act)
         super().__init__()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
+from normwise.backends.scalars import flags
 from normwise.nn.construct import Activated, affine, affine_without_bias, reset_affine
 from normwise.ops import inputs, symbolic
 from normwise.ops.norm.group_norm import group_norm_of, groups_divide
@@ -54,8 +55,9 @@ class GroupNorm(Activated, nn.GroupNorm):
         dim: int = 1,
     ) -> None:
         num_groups = inputs.whole_number("num_groups", num_groups)
-        num_channels = inputs.whole_number("num_channels", num_channels)
+        num_channels = inputs.size("num_channels", num_channels)
         inputs.positive_eps(eps)
+        flags(affine=affine, bias=bias)
         if act is not None:
             activation(act)
         groups_divide(num_groups, num_channels)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
+from normwise.backends.scalars import flags
 from normwise.nn.construct import Activated, affine, affine_without_bias, reset_affine
 from normwise.ops import inputs, symbolic
 from normwise.ops.norm.instance_norm import instance_norm_of
@@ -35,9 +36,10 @@ class _InstanceNorm(Activated, nn.modules.instancenorm._InstanceNorm):
         act: str | None = None,
         dim: int = 1,
     ) -> None:
-        num_features = inputs.whole_number("num_features", num_features)
+        num_features = inputs.size("num_features", num_features)
         inputs.positive_eps(eps)
         inputs.momentum_range(momentum)
+        flags(affine=affine, track_running_stats=track_running_stats, bias=bias)
         if act is not None:
             activation(act)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
+from normwise.backends.scalars import flags
+from normwise.backends.words import counted
 from normwise.nn.construct import Activated, affine, reset_affine
 from normwise.ops import inputs, symbolic
 from normwise.ops.distributed import StatsGroup
@@ -76,6 +78,7 @@ class LayerNorm(Activated, nn.LayerNorm):
         gate_act: str | None = "silu",
     ) -> None:
         inputs.positive_eps(eps)
+        flags(elementwise_affine=elementwise_affine, bias=bias)
         shape = _shape(normalized_shape)
         self_dim = _dim(dim, shape)
         if act is not None:
@@ -185,6 +188,7 @@ class RMSNorm(Activated, nn.RMSNorm):
     ) -> None:
         if eps is not None:
             inputs.positive_eps(eps)
+        flags(elementwise_affine=elementwise_affine)
         shape = _shape(normalized_shape)
         self_dim = _dim(dim, shape)
         if act is not None:
@@ -271,22 +275,27 @@ def _modulated(layer: LayerNorm | RMSNorm, input: Any, given: dict[str, Any]) ->
 
 
 def _shape(normalized_shape: int | Sequence[int]) -> list[int]:
-    sizes = normalized_shape if isinstance(normalized_shape, Iterable) else [normalized_shape]
-    return [inputs.whole_number("normalized_shape", size) for size in sizes]
+    sizes = normalized_shape if _has_many(normalized_shape) else [normalized_shape]
+    return [inputs.size("normalized_shape", size) for size in sizes]
+
+
+def _has_many(given: Any) -> TypeGuard[Iterable[Any]]:
+    """Whether it is a row of numbers; an array or tensor without axes is one."""
+    return isinstance(given, Iterable) and getattr(given, "ndim", 1) > 0
 
 
 def _dim(dim: int | Sequence[int] | None, shape: list[int]) -> int | tuple[int, ...] | None:
     """`dim` as it is kept: hashable, and with as many axes as `shape`."""
     if dim is None:
         return None
-    if isinstance(dim, Iterable):
+    if _has_many(dim):
         dim = tuple(inputs.whole_number("dim", d) for d in dim)
         named = len(dim)
     else:
         dim = inputs.whole_number("dim", dim)
         named = 1
     if named != len(shape):
-        raise ValueError(f"dim={dim} names {named} axes, but normalized_shape={shape} has {len(shape)}")
+        raise ValueError(f"dim={dim} names {counted(named, 'axis')}, but normalized_shape={shape} has {len(shape)}")
     return dim
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.backends.recurrence import Cell, NormKind, Recurrence
+from normwise.backends.scalars import flags
 from normwise.nn import recurrent_parameters as parameters
 from normwise.nn.construct import NotScripted
 from normwise.ops import inputs, symbolic
@@ -33,7 +34,7 @@ class _Cell(NotScripted, nn.modules.rnn.RNNCellBase):
         """After torch's constructor: the norms and what they need."""
         parameters.forget_bias_needs_bias(changes.get("forget_bias"), self.bias)
         num_stat_steps = parameters.positive_rows(num_stat_steps)
-        inputs.momentum_range(momentum)
+        inputs.momentum_range(momentum, may_be_none=False)
         config, self.variant = parameters.describe(self.cell, norm, variant, **changes)
         if config.statistics == "sequence":
             raise ValueError(
@@ -61,8 +62,9 @@ class _Cell(NotScripted, nn.modules.rnn.RNNCellBase):
         return f"{super().extra_repr()}, norm={self.recurrence.norm!r}{variant}"
 
 
-def _sizes(input_size: int, hidden_size: int) -> tuple[int, int]:
-    return inputs.whole_number("input_size", input_size), inputs.whole_number("hidden_size", hidden_size)
+def _checked(input_size: int, hidden_size: int, bias: bool) -> tuple[int, int, bool]:
+    flags(bias=bias)
+    return inputs.size("input_size", input_size), inputs.size("hidden_size", hidden_size), bias
 
 
 class RNNCell(_Cell, nn.RNNCell):
@@ -89,7 +91,7 @@ class RNNCell(_Cell, nn.RNNCell):
         num_stat_steps: int = 256,
         momentum: float = 0.1,
     ) -> None:
-        super().__init__(*_sizes(input_size, hidden_size), bias, nonlinearity, device, dtype)
+        super().__init__(*_checked(input_size, hidden_size, bias), nonlinearity, device, dtype)
         self._build(norm, variant, num_stat_steps, momentum, nonlinearity=nonlinearity, eps=eps, zoneout=zoneout)
         self.nonlinearity = self.recurrence.nonlinearity
 
@@ -124,7 +126,7 @@ class GRUCell(_Cell, nn.GRUCell):
         num_stat_steps: int = 256,
         momentum: float = 0.1,
     ) -> None:
-        super().__init__(*_sizes(input_size, hidden_size), bias, device, dtype)
+        super().__init__(*_checked(input_size, hidden_size, bias), device, dtype)
         self._build(norm, variant, num_stat_steps, momentum, eps=eps, zoneout=zoneout, update_gate=update_gate)
 
     def forward(self, input: Tensor, hx: Tensor | None = None, *, step: int | None = None) -> Tensor:
@@ -159,7 +161,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
         num_stat_steps: int = 256,
         momentum: float = 0.1,
     ) -> None:
-        super().__init__(*_sizes(input_size, hidden_size), bias, device, dtype)
+        super().__init__(*_checked(input_size, hidden_size, bias), device, dtype)
         self._build(norm, variant, num_stat_steps, momentum, eps=eps, zoneout=zoneout, forget_bias=forget_bias)
 
     def forward(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from normwise.backends.protocol import Running
 from normwise.backends.recurrence import Cell, NormKind, Recurrence, Weights
+from normwise.backends.scalars import number
 from normwise.ops import inputs
 from normwise.ops.rnn.between import Between, BetweenNorm
 from normwise.ops.rnn.presets import DEFAULTS, preset
@@ -65,7 +66,7 @@ def describe(
 def positive_rows(num_stat_steps: Any) -> int:
     """`num_stat_steps`, an integer of any kind: the tables of running statistics need at least one row."""
     rows = inputs.whole_number("num_stat_steps", num_stat_steps)
-    if isinstance(num_stat_steps, bool) or rows < 1:
+    if rows < 1:
         raise ValueError(
             f"num_stat_steps must be a positive integer, but got {num_stat_steps!r}: it is the number of steps with "
             "running statistics of their own"
@@ -125,7 +126,9 @@ def _fill(layer: nn.Module, name: str, value: float, where: slice = slice(None))
 
 
 def forget_bias_needs_bias(forget_bias: float | None, bias: bool) -> None:
-    """ValueError for `forget_bias` in a layer without biases."""
+    """ValueError for `forget_bias` in a layer without biases, TypeError for one that is no number."""
+    if forget_bias is not None:
+        number("forget_bias", forget_bias, "a number or None")
     if forget_bias and not bias:
         raise ValueError(f"forget_bias={forget_bias} is what a bias starts from, but bias=False leaves it out")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.backends.protocol import Moments
+from normwise.backends.scalars import flags, number
 from normwise.ops import inputs, symbolic
 from normwise.ops.norm import running_norm
 from normwise.ops.norm.running_norm import Scale
@@ -66,11 +68,15 @@ class RunningNorm(nn.Module):
     ) -> None:
         super().__init__()
         sizes = (shape,) if not isinstance(shape, Sequence) else shape
-        self.shape = tuple(inputs.whole_number("shape", s) for s in sizes)
-        if not eps >= 0:
+        self.shape = tuple(inputs.size("shape", s) for s in sizes)
+        number("eps", eps, "a number, 0 or more")
+        flags(center=center, affine=affine, per_instance=per_instance, across_ranks=across_ranks)
+        if not 0 <= eps < math.inf:
             raise ValueError(f"eps must be 0 or positive, but got {eps}: it is added to the variance")
-        if clip is not None and not clip > 0:
-            raise ValueError(f"clip must be positive, or None to cut nothing off, but got {clip}")
+        if clip is not None:
+            number("clip", clip, "a positive number or None")
+            if not clip > 0:
+                raise ValueError(f"clip must be positive, or None to cut nothing off, but got {clip}")
         if per_instance and process_group is not None:
             raise ValueError("per_instance=True shares nothing between ranks: leave process_group out")
         self.eps, self.center, self.clip = eps, center, clip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normwise.backends import scalars
 from normwise.backends.activations import activation
 from normwise.backends.cpu import library
 from normwise.backends.protocol import LengthsRequest
 from normwise.backends.reference import count_valid
+from normwise.backends.words import counted
 from normwise.ops._torch_internals import readable
 from normwise.ops.dispatch import lengths_kernel, values_visible
 
@@ -22,13 +25,23 @@ class ShapeError(ValueError, RuntimeError):
 
 
 def whole_number(name: str, value: Any) -> int:
-    """`value`, any integer (NumPy's, say), as Python's own."""
+    """`value`, any integer (NumPy's, say), as Python's own. True and False are no numbers here."""
     try:
-        return operator.index(value)
+        if not isinstance(value, bool):
+            return operator.index(value)
     except TypeError:
-        raise TypeError(
-            f"{name} should be of type int, got: {type(value).__name__} ({value!r}): give a whole number"
-        ) from None
+        pass
+    raise TypeError(f"{name} should be of type int, got: {scalars.given(value)}: give a whole number")
+
+
+def size(name: str, value: Any) -> int:
+    """A number of channels or features, as Python's own integer."""
+    found = whole_number(name, value)
+    if found < 0:
+        raise ShapeError(
+            f"Trying to create tensor with negative dimension {found}: {name} must be 0 or more, but got {found}"
+        )
+    return found
 
 
 def tensor(op: str, x: Any) -> Tensor:
@@ -166,29 +179,45 @@ def rank(x: Tensor, allowed: Sequence[int]) -> None:
         )
 
 
-def positive_eps(eps: float) -> None:
+def positive_eps(eps: Any) -> None:
     """eps keeps the division finite."""
-    if not eps > 0:
+    scalars.number("eps", eps, "a small positive number such as 1e-5")
+    if not 0 < eps < math.inf:
         raise ValueError(f"eps must be positive, but got {eps}: use a small number such as 1e-5")
 
 
-def momentum_range(momentum: float | None) -> None:
-    """Running averages move by a share of the way, or by a cumulative average (None)."""
-    if momentum is not None and not 0 <= momentum <= 1:
+def momentum_range(momentum: Any, *, may_be_none: bool = True) -> None:
+    """Running averages move by a share of the way, or, where there are none by step, by a cumulative average (None)."""
+    if momentum is None and may_be_none:
+        return
+    scalars.number("momentum", momentum, f"a number in [0, 1]{' or None' * may_be_none}, such as 0.1")
+    if not 0 <= momentum <= 1:
         raise ValueError(
-            f"momentum must lie in [0, 1] or be None, but got {momentum}: it is the weight of the NEW batch in the "
-            "running "
-            "averages (Keras and Flax state the weight of the old value: use 1 minus theirs)"
+            f"momentum must lie in [0, 1]{' or be None' * may_be_none}, but got {momentum}: it is the weight of the "
+            "NEW batch in the running averages (Keras and Flax state the weight of the old value: use 1 minus theirs)"
+        )
+
+
+def dropout_range(dropout: Any) -> None:
+    """A share of what leaves each layer but the last. In torch's words and by torch's error, whatever is wrong."""
+    if not scalars.is_number(dropout) or not 0 <= dropout <= 1:
+        raise ValueError(
+            "dropout should be a number in range [0, 1] representing the probability of an element being zeroed, but "
+            f"got {scalars.given(dropout)}"
         )
 
 
 def per_channel(name: str, value: Tensor | None, x: Tensor) -> None:
-    """A vector with one element per channel of `x` (N, C, ...), or None."""
+    """A vector with one element per channel of `x` (N, C, ...), or None.
+
+    torch's words come last here: a layer's caller has given no running_mean.
+    """
     channels = x.shape[1]
     if value is not None and tuple(value.shape) != (channels,):
         raise ShapeError(
-            f"{name} should contain {channels} elements not {value.numel()}: the input has {channels} channels (axis "
-            f"1), {name} has shape {tuple(value.shape)}{channels_last_hint(x, value.numel())}"
+            f"the input (N, C, ...) of shape {tuple(x.shape)} has {counted(channels, 'channel')}, but {name} is of "
+            f"shape {tuple(value.shape)}: expected one element per channel{channels_last_hint(x, value.numel())}. In "
+            f"torch's words: {name} should contain {channels} elements not {value.numel()}"
         )
 
 
@@ -230,7 +259,8 @@ def rows_fit(x: Any, shape: tuple[int, ...], weight: Any, bias: Any, eps: float)
         return False
     dtype = x.dtype
     return (
-        eps > 0
+        isinstance(eps, float)
+        and eps > 0
         and dtype.is_floating_point
         and shape != ()
         and x.shape[-len(shape) :] == shape
@@ -245,7 +275,14 @@ def channels_fit(x: Any, momentum: Any, eps: float, *vectors: Any) -> bool:
     if torch.compiler.is_compiling() or not readable(x, *vectors):
         return False
     dtype = x.dtype
-    if not (eps > 0 and dtype.is_floating_point and x.dim() > 1 and type(momentum) is float and 0 <= momentum <= 1):
+    if not (
+        isinstance(eps, float)
+        and eps > 0
+        and dtype.is_floating_point
+        and x.dim() > 1
+        and type(momentum) is float
+        and 0 <= momentum <= 1
+    ):
         return False
     size = x.shape[1:2]
     return all(v is None or (v.dtype is dtype and v.shape == size) for v in vectors)
@@ -279,10 +316,12 @@ def feature_dims(x: Tensor, shape: tuple[int, ...], dim: int | Sequence[int] | N
         return None
     named = (dim,) if isinstance(dim, int) else tuple(dim)
     if len(named) != len(shape):
-        raise ValueError(f"dim={dim} names {len(named)} axes, but normalized_shape={list(shape)} has {len(shape)}")
+        raise ValueError(
+            f"dim={dim} names {counted(len(named), 'axis')}, but normalized_shape={list(shape)} has {len(shape)}"
+        )
     if any(not -x.dim() <= d < x.dim() for d in named):
         raise ShapeError(
-            f"Dimension out of range: dim={dim} for an input of shape {tuple(x.shape)} with {x.dim()} axes"
+            f"Dimension out of range: dim={dim} for an input of shape {tuple(x.shape)} with {counted(x.dim(), 'axis')}"
         )
     dims = tuple(d % x.dim() for d in named)
     if len(set(dims)) < len(dims):
@@ -374,7 +413,7 @@ def channels_to_axis_1(op: str, x: Any, dim: int, mask: Any, residual: Any) -> t
         )
     if not -x.dim() <= dim < x.dim():
         raise ShapeError(
-            f"Dimension out of range: dim={dim} for an input of shape {tuple(x.shape)} with {x.dim()} axes"
+            f"Dimension out of range: dim={dim} for an input of shape {tuple(x.shape)} with {counted(x.dim(), 'axis')}"
         )
     if dim % x.dim() == 0:
         raise ShapeError(f"dim={dim} names axis 0, which holds the samples: name the axis of the channels")

@@ -15,7 +15,7 @@ from normwise.ops import inputs
 from normwise.surgery.batches import Forward, run
 from normwise.surgery.freeze import is_frozen
 from normwise.surgery.parameters import tensors_of
-from normwise.surgery.recalibrate import recalibrate
+from normwise.surgery.recalibrate import re_estimate
 from normwise.surgery.report import Change, Report
 from normwise.surgery.select import BATCH, Layer, Where, chosen, layers, require_module
 
@@ -73,17 +73,16 @@ def adapt(
         )
     before = {name: tensor.detach().clone() for name, tensor in model.state_dict(keep_vars=True).items()}
     try:
-        report = recalibrate(model, batches, forward=forward, where=where)
+        report = re_estimate("adapt", model, batches, forward, where)
         if entropy:
             trained = _down_the_entropy(model, batches, lr, steps, logits, forward or run, where)
-            report = recalibrate(model, batches, forward=forward, where=where)
+            report = re_estimate("adapt", model, batches, forward, where)
             report.changed += [Change(name, "parameter", "trained by entropy", "") for name in trained]
     except BaseException:
         with torch.no_grad():
             for name, tensor in model.state_dict(keep_vars=True).items():
                 tensor.copy_(before[name])
         raise
-    report.verb = "adapt"
     return report
 
 

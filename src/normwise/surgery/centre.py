@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from normwise.backends.words import counted
 from normwise.surgery.forwards import followers, is_bound, overrides_forward
 from normwise.surgery.observe import Observed, Product, Step, Value
 from normwise.surgery.report import Refusal
@@ -185,7 +186,9 @@ class _Search:
         if sizes[-1:] == [features]:
             return len(sizes) - 1
         if sizes.count(features) != 1:
-            raise Refusal(f"{self._name(value)} of shape {tuple(sizes)} has no axis of the {features} features")
+            raise Refusal(
+                f"{self._name(value)} of shape {tuple(sizes)} has no axis of the {counted(features, 'feature')}"
+            )
         return sizes.index(features)
 
     def _product_axis(self, product: Product, features: int) -> int:
@@ -194,7 +197,9 @@ class _Search:
             raise Refusal("the weight of a layer that writes into its stream is computed in each call (parametrized?)")
         written = weight.shape[product.axis]
         if features % written:
-            raise Refusal(f"{self._name(product.weight)} writes {written} features, of which it normalizes {features}")
+            raise Refusal(
+                f"{self._name(product.weight)} writes {counted(written, 'feature')}, of which it normalizes {features}"
+            )
         return product.axis
 
     def _centred(self, writers: dict[_Writer, int]) -> dict[str, int]:

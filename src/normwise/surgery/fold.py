@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from normwise.backends.words import counted
 from normwise.nn.construct import channel_axis, eps_of, gain_of, offset_of
 from normwise.surgery import norms
 from normwise.surgery.batches import call, without_graph
@@ -172,8 +173,11 @@ def _foldable(norm: nn.Module, ways: list[Calls]) -> None:
         raise Refusal("it is in training mode: call model.eval()")
     if channel_axis(norm) != 1:
         raise Refusal(f"its channels are on axis {channel_axis(norm)} (dim=), those of the layer beside it on axis 1")
-    if getattr(norm, "domains", None) is not None:
-        raise Refusal(f"it keeps the statistics of {norm.domains} domains, of which a weight could hold those of one")
+    domains: int | None = getattr(norm, "domains", None)
+    if domains is not None:
+        raise Refusal(
+            f"it keeps the statistics of {counted(domains, 'domain')}, of which a weight could hold those of one"
+        )
     if isinstance(norm, BATCH) and norm.running_mean is None:
         raise Refusal("track_running_stats=False: it follows its batches in evaluation too")
     if isinstance(norm, _BY_FEATURES) and (norm.weight is None or len(norm.normalized_shape) != 1):
@@ -288,7 +292,7 @@ def _open_axes(ways: list[Calls], norm: nn.Module, layer: nn.Module) -> int | No
         taken = (len(known.shape),)
     if axes not in taken:
         has = taken[0] if len(taken) == 1 else taken
-        raise Refusal(f"beside a {kind_of(layer)} its input must have {axes} axes, but has {has}")
+        raise Refusal(f"beside a {kind_of(layer)} its input must have {counted(axes, 'axis')}, but has {has}")
     return axes if len(taken) > 1 else None
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normwise.backends.words import counted
 from normwise.surgery.select import BATCH, NORMS, RECURRENT
 
 
@@ -73,7 +74,7 @@ def from_keras(
         names += ["moving_mean", "moving_variance"]
     if len(weights) != len(names):
         raise ValueError(
-            f"expected {len(names)} weights for {layer.__name__} with scale={scale} and center={center}, "
+            f"expected {counted(len(names), 'weight')} for {layer.__name__} with scale={scale} and center={center}, "
             f"{', '.join(names) or 'none'} in this order, but got {len(weights)}: pass scale= and center= as the Keras "
             "layer has them"
         )

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from normwise.backends.words import counted
 from normwise.measure.snapshot import modes_kept
 from normwise.nn.construct import channel_axis
 from normwise.surgery.batches import call, without_graph
@@ -48,24 +49,26 @@ def number_of_groups(
         if not isinstance(groups, int) or groups < 1 or channels % groups:
             return groups, ""  # the layer's own error says what is wrong with it
     each = channels // groups
-    size = f"{each} channel{'s' * (each > 1)}" + (f" x {positions} positions" if positions else "")
+    size = counted(each, "channel") + (f" x {counted(positions, 'position')}" if positions else "")
     if each * (positions or 1) < FEWEST and (positions or rank not in (2, 3)):
         fewer = groups > 1 and channels * (positions or 1) >= FEWEST
         raise Refusal(_too_few(f"a group of {size}", channels if fewer else 0, bool(positions)))
+    found = counted(groups, "group")
     if positions:
         few = "" if each * positions >= ENOUGH else f", fewer than the {ENOUGH} that steady statistics take"
-        return groups, f"{_counted(groups)} of {each * positions} values ({size}){few}" if asked is None or few else ""
+        values = counted(each * positions, "value")
+        return groups, f"{found} of {values} ({size}){few}" if asked is None or few else ""
     if asked is None and each >= ENOUGH:
-        return groups, f"{_counted(groups)} of {size}, enough at maps of any size; with example= perhaps more groups"
+        return groups, f"{found} of {size}, enough at maps of any size; with example= perhaps more groups"
     if asked is None or each < FEWEST:
-        return groups, f"{_counted(groups)} of {size}, the size of its input being unknown: example= tells"
+        return groups, f"{found} of {size}, the size of its input being unknown: example= tells"
     return groups, ""
 
 
 def enough_channels(channels: int) -> None:
     """Raises `Refusal` where a norm over the channels of each position would have too few values."""
     if channels < FEWEST:
-        raise Refusal(_too_few(f"a LayerNorm over {channels} channel{'s' * (channels > 1)}", 0, True))
+        raise Refusal(_too_few(f"a LayerNorm over {counted(channels, 'channel')}", 0, True))
 
 
 def _too_few(what: str, layer_norm_over: int, known: bool) -> str:
@@ -76,10 +79,6 @@ def _too_few(what: str, layer_norm_over: int, known: bool) -> str:
         else "a LayerNorm has no more of them; keep statistics of the batch, with to='batch' or to='renorm'"
     )
     return f"{what} would hold fewer than {FEWEST} values{doubt}, and put out next to nothing but its bias: {cure}"
-
-
-def _counted(groups: int) -> str:
-    return "1 group" if groups == 1 else f"{groups} groups"
 
 
 class Met(NamedTuple):

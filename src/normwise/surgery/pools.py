@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.backends.reference import Moments, combined, moments
+from normwise.backends.words import counted
 from normwise.nn import recurrent_base, recurrent_cells
 from normwise.nn.construct import channel_axis
 from normwise.ops import inputs, ragged
@@ -56,7 +57,8 @@ class Pool(ABC):
         if self.enough():
             return None
         if self.skipped:
-            return f"no finite value in {self.skipped} batches: look for NaN in the data or in the weights before it"
+            batches = counted(self.skipped, "batch")
+            return f"no finite value in {batches}: look for NaN in the data or in the weights before it"
         return "the model's forward did not call it, or with fewer than two values per channel"
 
     def add_moments(self, name: str, new: Moments) -> None:
@@ -150,7 +152,7 @@ class _OfBatchNorm(_OfInputs):
 
     def values(self) -> str:
         low, high = (int(count) for count in torch.aminmax(self.parts[""].count))
-        return f"{low} values per channel" if low == high else f"{low} to {high} values per channel"
+        return f"{counted(low, 'value')} per channel" if low == high else f"{low:,} to {high:,} values per channel"
 
 
 class _OfInstanceNorm(_OfInputs):
@@ -186,7 +188,7 @@ class _OfInstanceNorm(_OfInputs):
         self.layer.running_var.copy_(self.parts["var"].mean)
 
     def values(self) -> str:
-        return f"averages over {int(self.parts['mean'].count.max())} samples"
+        return f"averages over {counted(int(self.parts['mean'].count.max()), 'sample')}"
 
 
 class _OfRecurrent(Pool):
@@ -236,8 +238,8 @@ class _OfRecurrent(Pool):
     def values(self) -> str:
         count = next(iter(self.parts.values())).count[:, 0]
         met = int((count > 1).sum())
-        some = f"{met} of {len(count)} steps" if len(count) > 1 else "all steps together"
-        return f"{some}, {int(count.max())} values at most"
+        some = f"{met} of {counted(len(count), 'step')}" if len(count) > 1 else "all steps together"
+        return f"{some}, {counted(int(count.max()), 'value')} at most"
 
 
 def pool_of(layer: nn.Module, called: nn.Module) -> Pool:

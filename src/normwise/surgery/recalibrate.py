@@ -96,7 +96,21 @@ def recalibrate(
         RuntimeError: a process group that is not initialised, or a rank that did not answer.
         Exception: whatever the model raises. After an error statistics, counters and modes are as they were.
     """
-    require_module("recalibrate", model)
+    return re_estimate("recalibrate", model, batches, forward, where, exact, process_group, progress)
+
+
+def re_estimate(
+    verb: str,
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Forward | None,
+    where: Where,
+    exact: bool = False,
+    process_group: Any = None,
+    progress: Progress = False,
+) -> Report:
+    """What `recalibrate` does, as part of what the user called by the name `verb`."""
+    require_module(verb, model)
     if not isinstance(batches, Iterable) or isinstance(batches, (Tensor, Mapping)):
         raise TypeError(
             "batches must be an iterable of batches, such as a DataLoader or a list of tensors, but got "
@@ -105,7 +119,7 @@ def recalibrate(
     distributed.group_of(process_group, default=True)  # says now what is wrong with it
     candidates = [one for one in layers(model, (nn.Module,)) if _may_keep(one.module)]
     meant = chosen(candidates, where)
-    report = Report("recalibrate")
+    report = Report(verb)
     wanted = []
     for one in candidates:
         reason = _why_not(one.module) if meant(one) else "not meant by where="
@@ -115,16 +129,16 @@ def recalibrate(
             report.skipped.append(Skip(one.name, one.kind, reason))
     if not wanted:
         raise ValueError(
-            "recalibrate found no norm with running statistics in the model: the others keep none and need no "
-            f"recalibration{report.reasons}"
+            f"{verb} found no norm with running statistics in the model: the others keep none, so there is nothing to "
+            f"re-estimate{report.reasons}"
         )
     if exact and iter(batches) is iter(batches):
         raise ValueError(
             "exact=True goes over the batches once for each layer, but these can be gone over only once: pass a list "
             "or a DataLoader instead of an iterator"
         )
-    with shown(progress, "recalibrate") as show:
-        _recalibrate(_Run(model, batches, forward or run, process_group, show), wanted, exact, report)
+    with shown(progress, verb) as show:
+        _recalibrate(_Run(verb, model, batches, forward or run, process_group, show), wanted, exact, report)
     return report
 
 
@@ -148,7 +162,7 @@ def _recalibrate(run: _Run, wanted: list[Layer], exact: bool, report: Report) ->
             reasons = report.reasons
             if not run.done:
                 reasons = " no batch came: an iterator that was gone over before is empty, a DataLoader is not"
-            raise ValueError(f"recalibrate found nothing to take statistics of:{reasons}")
+            raise ValueError(f"{report.verb} found nothing to take statistics of:{reasons}")
 
 
 class _Run:
@@ -156,12 +170,14 @@ class _Run:
 
     def __init__(
         self,
+        verb: str,
         model: nn.Module,
         batches: Iterable[Any],
         forward: Forward,
         process_group: Any,
         show: Callable[[Iterable[Any], int], Iterator[Any]],
     ) -> None:
+        self.verb = verb
         self.model, self.batches, self.forward = model, batches, forward
         self.process_group, self.show = process_group, show
         self.done = 0
@@ -178,7 +194,8 @@ class _Run:
             if recurrent or "more than 1 value per channel" not in str(error):
                 raise
             raise ValueError(
-                f"{error}\nrecalibrate: give larger batches, or exact=True, for which those of one sample will do"
+                f"{error}\n{self.verb}: give larger batches, or normwise.recalibrate(..., exact=True), for which "
+                "those of one sample will do"
             ) from error
         self.state.restore()
         self.share([pools[one.name] for one in wanted], wanted)
@@ -229,7 +246,7 @@ class _Run:
         try:
             self.forward(self.model, batch)
         except UnknownPartsError as error:
-            raise UnknownPartsError(f"recalibrate: batch {number} is {error}") from None
+            raise UnknownPartsError(f"{self.verb}: batch {number} is {error}") from None
 
     def share(self, pools: list[Pool], wanted: list[Layer]) -> None:
         """Pool over the ranks, in one exchange."""

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import normwise.nn as ours
+from normwise.backends.words import counted
 from normwise.nn.construct import channel_axis
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm
 from normwise.surgery.carry import carry_tensors, rebuild
@@ -151,7 +152,9 @@ def of_one_domain(layer: nn.Module) -> None:
     """Raises `Refusal` for a BatchNorm of several domains."""
     domains = getattr(layer, "domains", None) if isinstance(layer, BATCH) else None
     if domains is not None:
-        raise Refusal(f"it keeps the statistics of {domains} domains, of which its successor could take one alone")
+        raise Refusal(
+            f"it keeps the statistics of {counted(domains, 'domain')}, of which its successor could take one alone"
+        )
 
 
 def channels_of(layer: nn.Module) -> int:

@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from normwise.backends.words import counted
 from normwise.diagnosis.records import Diagnosis
 from normwise.diagnosis.table import place
 
@@ -70,12 +71,12 @@ def short(value: Any) -> str:
 
 
 def _facts(d: Diagnosis) -> list[str]:
-    facts = [f"{d.parameters:,} parameters, of which trained {d.trainable:,}", f"{len(d.layers)} layers"]
+    facts = [f"{counted(d.parameters, 'parameter')}, of which trained {d.trainable:,}", counted(len(d.layers), "layer")]
     sizes = sorted(set(d.data.sizes))
     facts.append(
-        f"{d.data.batches} batches of " + (f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}")
+        f"{counted(d.data.batches, 'batch')} of " + (f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}")
         if sizes
-        else f"{d.data.batches} batches"
+        else counted(d.data.batches, "batch")
     )
     if d.data.padding is not None:
         facts.append(f"{100 * d.data.padding:.3g} % padding")

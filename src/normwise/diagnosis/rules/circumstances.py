@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from normwise.backends.words import counted
 from normwise.diagnosis.rules.signals import DEEP
 from normwise.diagnosis.rules.statistics import FEWEST_VALUES, LOCAL_SAMPLES
 
@@ -43,7 +44,7 @@ def few_samples(task: Circumstances) -> str | None:
 def few_on_a_rank(task: Circumstances) -> str | None:
     if task.ranks < 2 or task.batch_size is None or task.batch_size >= LOCAL_SAMPLES:
         return None
-    return f"each of the {task.ranks} ranks takes its own statistics, of {task.batch_size} samples"
+    return f"each of the {task.ranks} ranks takes its own statistics, of {counted(task.batch_size, 'sample')}"
 
 
 def padding(task: Circumstances) -> str | None:

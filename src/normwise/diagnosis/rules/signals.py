@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from normwise.backends.words import counted
 from normwise.diagnosis.records import Diagnosis, Layer, NonFinite, Recurrence, Size
 from normwise.diagnosis.rules import cures
 from normwise.diagnosis.rules.rule import Match, some
@@ -65,7 +66,7 @@ def gradient_by_time(diagnosis: Diagnosis) -> Iterator[Match]:
         evidence = _ratio(gradients[0], max(gradients) if gradients[0] < gradients[-1] else gradients[-1], BY_TIME)
         if evidence is not None:
             norm = f"{inside.norm} norm inside" if inside.norm else "no norm inside"
-            over = f"over {len(inside.gradient)} steps of {inside.place}, back to the first"
+            over = f"over {counted(len(inside.gradient), 'step')} of {inside.place}, back to the first"
             yield Match(layer.name, evidence | {"over": over, "norms": norm, "cure": cures.text("time")})
 
 
@@ -112,15 +113,15 @@ def not_finite(diagnosis: Diagnosis) -> Iterator[Match]:
         layer.norm is not None and layer.norm.running and layer.norm.running.nonfinite for layer in diagnosis.layers
     )
     steps = 0 if diagnosis.training is None else sum(not math.isfinite(x) for x in diagnosis.training.losses)
-    counted = [
-        (n.outputs, f"{n.outputs} values of the model's output"),
-        (n.losses, f"the loss of {n.losses} of {diagnosis.data.batches} batches"),
-        (len(n.gradients), f"the gradients of {len(n.gradients)} parameters"),
+    candidates = [
+        (n.outputs, f"{counted(n.outputs, 'value')} of the model's output"),
+        (n.losses, f"the loss of {n.losses} of {counted(diagnosis.data.batches, 'batch')}"),
+        (len(n.gradients), f"the gradients of {counted(len(n.gradients), 'parameter')}"),
         # Running statistics that are spoilt are NW003's.
-        (0 if known else n.eval_outputs, f"{n.eval_outputs} values of the output in eval mode"),
+        (0 if known else n.eval_outputs, f"{counted(n.eval_outputs, 'value')} of the output in eval mode"),
         (0 if n.losses else steps, f"the loss at {steps} of the watched steps, which was finite before"),
     ]
-    what = [words for count, words in counted if count]
+    what = [words for count, words in candidates if count]
     if not what:
         return
     whole = " and ".join([", ".join(what[:-1]), what[-1]] if len(what) > 1 else what)
@@ -156,7 +157,7 @@ def _batches(n: NonFinite) -> list[str]:
     if not n.inputs:
         return []
     which = f"batch {n.batches[0]}" if len(n.batches) == 1 else f"batches {some([str(index) for index in n.batches])}"
-    return [f"the data hold NaN or infinity: {n.inputs} value{'s' * (n.inputs > 1)} of the inputs of {which}"]
+    return [f"the data hold NaN or infinity: {counted(n.inputs, 'value')} of the inputs of {which}"]
 
 
 def _cure(n: NonFinite, layer: str) -> str:

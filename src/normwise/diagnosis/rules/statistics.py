@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from normwise.backends.words import counted
 from normwise.diagnosis.records import Diagnosis, Layer, Norm
 from normwise.diagnosis.rules import cures
 from normwise.diagnosis.rules.rule import Match
@@ -80,7 +81,7 @@ def far_running(diagnosis: Diagnosis) -> Iterator[Match]:
         distance, log_ratio = r.distance.percentile(50), r.log_ratio.percentile(50)
         # The variance of a sample strays by sqrt(2/n) of itself.
         if distance > DISTANCE + 3 * r.noise or abs(log_ratio) > LOG_RATIO + 3 * math.sqrt(2) / math.log(2) * r.noise:
-            seen = "an unknown number of" if r.tracked is None else str(r.tracked)
+            seen = "an unknown number of batches" if r.tracked is None else counted(r.tracked, "batch")
             yield Match(layer.name, {"distance": distance, "ratio": 2**log_ratio, "tracked": seen})
 
 
@@ -91,7 +92,9 @@ def nonfinite(diagnosis: Diagnosis) -> Iterator[Match]:
         if channels or (values and norm.batch_statistics):
             what = f"{channels} of the running means and variances are NaN, infinite or negative" if channels else ""
             what += " and " if channels and values else ""
-            what += f"{values} values of its input are not finite" if values else ""
+            what += (
+                f"{counted(values, 'value')} of its input {'is' if values == 1 else 'are'} not finite" if values else ""
+            )
             yield Match(layer.name, {"what": what, "channels": channels, "values": values})
 
 

@@ -11,7 +11,7 @@ RULES: tuple[Rule, ...] = (
         "batch statistics from very few values",
         "warning",
         statistics.few_values,
-        "In train mode a channel's mean and variance come from {values} values of {samples} samples: the mean has a "
+        "In train mode a channel's mean and variance come from {values:1 value} of {samples:1 sample}: the mean has a "
         "standard error of {standard_error:.2g} deviations, and a sample's output depends on the rest of the batch.",
         "{instead}; or larger batches. If only the last batch is this small: drop_last=True for the DataLoader",
         ("small-batch", "train-eval-gap", "batch-of-one"),
@@ -24,7 +24,7 @@ RULES: tuple[Rule, ...] = (
         "warning",
         statistics.far_running,
         "Eval mode normalizes with a running mean that lies {distance:.2g} deviations from the batches', and a running "
-        "variance {ratio:.2g} times theirs (medians over the channels, after {tracked} batches).",
+        "variance {ratio:.2g} times theirs (medians over the channels, after {tracked}).",
         "normwise.recalibrate(model, batches), with batches like those that the model will see",
         ("train-eval-gap",),
     ),
@@ -74,7 +74,7 @@ RULES: tuple[Rule, ...] = (
         "each rank's own statistics, of a small local batch",
         "warning",
         statistics.statistics_of_a_rank,
-        "Each of {ranks} ranks normalizes by the statistics of its own {samples} samples.",
+        "Each of {ranks} ranks normalizes by the statistics of its own {samples:1 sample}.",
         "model, _ = normwise.convert(model, to='sync') before wrapping it (normwise.SyncBatchNorm: statistics over all "
         "ranks)",
         ("small-batch",),
@@ -113,7 +113,7 @@ RULES: tuple[Rule, ...] = (
         "weight decay on gains and biases",
         "advice",
         parameters.decayed,
-        "weight_decay={weight_decay:g} of {optimizer} also pulls {gains} gains and {biases} biases of norms to 0 "
+        "weight_decay={weight_decay:g} of {optimizer} also pulls {gains:1 gain} and {biases:1 bias} of norms to 0 "
         "({examples}); their size is the scale of the norms' outputs, which decay is not meant to shrink.",
         "where the optimizer is built: normwise.decay_groups(model, {weight_decay:g}) in place of model.parameters(); "
         "for the existing one: group = optimizer.param_groups[{group}]; small = [p for p in group['params'] if p.dim() "

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normwise.backends.words import counted
 from normwise.lab.errors import LabError
 from normwise.lab.tasks.base import Batch, Task
 
@@ -80,7 +81,7 @@ class CharLm(Task, ABC):
         held_out = min(int(HELD_OUT_SHARE * len(self.text)), MOST_HELD_OUT)
         if held_out < 10 * (self.length + 1):
             raise LabError(
-                f"{self.path or 'the text'} has {len(self.text):,} characters, expected at least "
+                f"{self.path or 'the text'} has {counted(len(self.text), 'character')}, expected at least "
                 f"{math.ceil(10 * (self.length + 1) / HELD_OUT_SHARE):,}: pieces of {self.length}, ten of them held out"
             )
         numbers = torch.tensor([number[character] for character in self.text])

@@ -6,11 +6,11 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, TypeAlias
 
-import torch
 from torch import Tensor
 
 from normwise.backends.activations import add_residual_and_activate
 from normwise.backends.protocol import accumulation_dtype
+from normwise.backends.scalars import number
 
 Cast: TypeAlias = Literal["output", "input"]
 
@@ -20,11 +20,14 @@ def check(offset: Any, cast: Any) -> None:
     Raises:
         TypeError: an offset that is not a number. ValueError: one that is not finite; an unknown cast.
     """
-    if isinstance(offset, bool) or not isinstance(offset, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(
-            f"offset must be a number, but got {type(offset).__name__}: it is what the weight is stored around, 1.0 in "
-            "Gemma; what differs from feature to feature belongs into the weight"
-        )
+    number(
+        "offset",
+        offset,
+        "a number",
+        "it is what the weight is stored around, 1.0 in Gemma; what differs from feature to feature belongs into the "
+        "weight",
+        tensors=False,
+    )
     if not -math.inf < offset < math.inf:
         raise ValueError(f"offset must be finite, but got {offset}: the gain is offset + weight")
     if cast not in ("output", "input", None):

@@ -37,7 +37,7 @@ def check_gate(gate_first: Any, gate_act: Any) -> None:
     """
     if not isinstance(gate_first, bool):
         raise TypeError(f"gate_first must be True (gate, then norm) or False, but got {gate_first!r}")
-    if gate_act is not None and gate_act not in GATES:
+    if gate_act is not None and (not isinstance(gate_act, str) or gate_act not in GATES):
         raise ValueError(f"unknown gate_act {gate_act!r}: expected one of {', '.join(map(repr, GATES))} or None")
 
 
