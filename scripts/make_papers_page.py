@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -24,7 +25,7 @@ from normwise.lab.figures_of_papers import of_paper
 from normwise.lab.pictures import SCALE, light, together
 from normwise.lab.score import Row, score
 from normwise.lab.store import Run, Store
-from normwise.lab.tasks import PAPERS
+from normwise.lab.tasks import PAPERS, Task
 
 DOCS = Path(__file__).parents[1] / "docs"
 COLUMNS = "| Norm | Batch | Steps (epochs) | Seeds | Test errors, % | Test loss | Training loss | Hours |"
@@ -39,6 +40,11 @@ def longest(runs: Sequence[Run], paper: str) -> list[str]:
     for run in mine:
         most[_arm(run)] = max(most.get(_arm(run), 0), run.identity["steps"])
     return [run.key for run in mine if run.identity["steps"] == most[_arm(run)]]
+
+
+def _place(task: type[Task], row: Row) -> tuple[int, int]:
+    """Where the paper's task lists a row."""
+    return task.batch_sizes.index(row.batch_size), task.norms.index(row.norm)
 
 
 def _arm(run: Run) -> tuple[str, int]:
@@ -90,7 +96,7 @@ def taken_in(record: dict[str, Any], folder: Path) -> dict[str, Any]:
         index = store.index()
         for paper in PAPERS:
             if keys := longest(index, paper):
-                rows = score(store.runs(keys))
+                rows = sorted(score(store.runs(keys)), key=partial(_place, PAPERS[paper]))
                 found[paper] = [as_record(row) for row in rows]
                 for number, figure in enumerate(of_paper(rows), start=1):
                     draw(figure, DOCS / "images" / f"{paper}-{number}.png")
