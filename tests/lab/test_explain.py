@@ -102,7 +102,7 @@ def test_a_constant_column_comes_out_as_zeros():
 
 
 def test_too_small_a_table_is_refused():
-    with pytest.raises(LabError, match=r"2 row\(s\); expected at least 3"):
+    with pytest.raises(LabError, match=r"2 rows; expected at least 3"):
         explain(replace(PEOPLE, rows=["a", "b"], values=PEOPLE.values[:2]))
     with pytest.raises(LabError, match="1 column of numbers; expected at least 2"):
         explain(replace(PEOPLE, columns=["a"], values=[[v[0]] for v in PEOPLE.values]))

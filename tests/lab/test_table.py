@@ -43,7 +43,7 @@ def test_blank_lines_spaces_quotes_and_a_byte_order_mark_are_no_matter(tmp_path)
         ("", "has no rows"),
         ("\n \n", "has no rows"),
         ("a,b\n", "a header and no rows; expected numbers below line 1"),
-        ("a,b\n1,2\n3\n", "line 3: 1 cells, but line 1 has 2"),
+        ("a,b\n1,2\n3\n", "line 3: 1 cell, but line 1 has 2"),
         ("a,b\n1,2\n3,x\n", "line 3, column 2 (b): 'x' is not a number"),
         ("1,2\n3,x\n", "line 2, column 2: 'x' is not a number"),
         ("a,b\n1,2\n3x,4\n", "line 3, column 1 (a): '3x' is not a number"),

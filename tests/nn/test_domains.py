@@ -226,7 +226,7 @@ def test_recalibration_leaves_it_to_the_layer_to_say_what_is_wrong_with_a_domain
 @pytest.mark.parametrize("domains", [1, 2])
 def test_several_domains_are_not_folded_into_one_weight(domains):
     net = nn.Sequential(nn.Linear(4, CHANNELS), normwise.BatchNorm1d(CHANNELS, domains=domains)).eval()
-    with pytest.raises(ValueError, match=f"statistics of {domains} domains"):
+    with pytest.raises(ValueError, match=f"statistics of {domains} domain{'s' * (domains != 1)}"):
         normwise.fold(net)
 
 

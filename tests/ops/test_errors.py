@@ -216,7 +216,7 @@ BAD_LAYERS: dict[str, tuple[Callable[[], Any], str]] = {
     "no groups": (lambda: normwise.GroupNorm(0, 6), "must be divisible"),
     "act": (lambda: normwise.BatchNorm1d(4, act="celu"), "unknown act 'celu': expected one of 'relu', 'leaky_relu'"),
     "act of LayerNorm": (lambda: normwise.LayerNorm(4, act="tanh"), "unknown act 'tanh'"),
-    "dim and shape": (lambda: normwise.LayerNorm((4, 5), dim=1), r"dim=1 names 1 axes, but .* has 2"),
+    "dim and shape": (lambda: normwise.LayerNorm((4, 5), dim=1), r"dim=1 names 1 axis, but .* has 2"),
     "empty shape": (lambda: normwise.functional.layer_norm(x2, ()), "at least 1-dimensional"),
     "half of the averages": (
         lambda: normwise.functional.batch_norm(x2, torch.zeros(6), None, training=True),

@@ -40,7 +40,7 @@ def test_an_example_tells_how_many_positions_there_are(channels, size, groups):
         nn.Sequential(nn.BatchNorm2d(channels)), to="group", example=torch.randn(2, channels, size, size)
     )
     assert new[0].num_groups == groups
-    assert f"{size * size} positions" in report.changed[0].note
+    assert ("1 position)" if size == 1 else f"{size * size} positions") in report.changed[0].note
     assert ("fewer than the 16" in report.changed[0].note) == (channels * size * size < ENOUGH)
 
 

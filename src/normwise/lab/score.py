@@ -22,7 +22,6 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from statistics import fmean, median, stdev
 
-from normwise.backends.words import counted
 from normwise.lab.intervals import half_width
 from normwise.lab.store import Run
 
@@ -118,7 +117,7 @@ def _row(task: str, batch_size: int, norm: str, runs: Sequence[Run]) -> Row:
     seeds = tuple(run.identity["seed"] for run in chosen)
     lost = [run for run in chosen if run.status == "diverged"]
     if lost:
-        reason = f"{len(lost)} of {counted(len(chosen), 'seed')} at the best rate: {lost[0].reason}"
+        reason = f"{len(lost)} of {len(chosen)} seed{'s' * (len(chosen) != 1)} at the best rate: {lost[0].reason}"
         return Row(task, batch_size, norm, "diverged", reason, rate, at_edge, seeds, {}, "", chosen, offered)
     return Row(task, batch_size, norm, "done", "", rate, at_edge, seeds, _stats(chosen), "", chosen, offered)
 
