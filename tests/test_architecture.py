@@ -1,6 +1,6 @@
 """The rooms of src/normwise import downwards only:
 
-    cli -> integrations -> lab, diagnosis -> surgery -> measure -> nn -> ops -> backends
+    cli -> integrations -> lab, diagnosis -> surgery -> measure -> nn -> ops -> backends -> words
 
 Rooms on one level do not know each other: neither lab and diagnosis nor one backend and another, which share what lies
 at the top of backends/. Nor do integrations know the lab. The package's own modules (`functional.py`) stand between nn
@@ -40,10 +40,11 @@ LEVEL = {
     "ops": 2,
     **dict.fromkeys(BACKENDS, 1),
     "backends": 0,
+    "words": -1,
 }
 
-# Besides torch and the standard library. Outside cli, lab and diagnosis nothing else may be needed (surgery
-# shows its bar by rich where that is installed).
+# Besides torch and the standard library (words has only the latter). Outside cli, lab and diagnosis nothing else may
+# be needed (surgery shows its bar by rich where that is installed).
 OUTSIDE = {
     "cli": {"typer", "rich"},
     "lab": {"numpy", "scipy", "rich", "jinja2", "joblib", "altair", "vl_convert", "distributed", "pyarrow"},
@@ -74,9 +75,10 @@ def forbidden(importer: str, imported: str, source: Path) -> str | None:
     """Why room `importer` may not import module `imported`, or None."""
     top = imported.partition(".")[0]
     if top != PACKAGE:
-        if top in sys.stdlib_module_names or top == "torch" or top in OUTSIDE.get(importer, ()):
+        allowed = OUTSIDE.get(importer, set()) | (set() if importer == "words" else {"torch"})
+        if top in sys.stdlib_module_names or top in allowed:
             return None
-        return f"{importer} may not import {imported}: it is neither torch nor the standard library"
+        return f"{importer} may not import {imported}: it is not among what this room may use of others"
     target = room(imported, source)
     if importer == FRONT:
         importer = PACKAGE
@@ -97,7 +99,7 @@ def scoring_that_trains(graph: dict[str, set[str]], source: Path) -> list[str]:
         seen.add(module)
         for imported in sorted(graph.get(module, ())):
             top = imported.partition(".")[0]
-            if top == "torch" or (top == PACKAGE and room(imported, source) != "lab"):
+            if top == "torch" or (top == PACKAGE and room(imported, source) not in ("lab", "words")):
                 found.append(f"{module} imports {imported}, and lab/score.py needs it: scoring may not build a model")
             # `from normwise.lab.store import Run` names an attribute: follow its module.
             stack += [name for name in (imported, imported.rpartition(".")[0]) if name in graph and "lab." in name]
@@ -193,6 +195,8 @@ def test_imports_point_downwards():
         ("functional.py", "from normwise.measure.shift import input_shift", "normwise.measure"),
         ("__init__.py", "from normwise.measure import shift", "normwise.measure"),
         ("surgery/planted.py", "from normwise.diagnosis import collect", "normwise.diagnosis"),
+        ("words/__init__.py", "import torch", "torch"),
+        ("words/__init__.py", "from normwise.backends import scalars", "normwise.backends"),
         ("lab/score.py", "from normwise.nn import BatchNorm1d", "normwise.nn"),
         ("lab/score.py", "from normwise.lab.planted_trainer import train", "normwise.nn"),
     ],
@@ -223,7 +227,7 @@ def test_what_the_design_allows_passes(tmp_path):
         "measure/m.py": "from normwise.nn import c\nfrom normwise.backends.reference import e\n",
         "cli/a.py": "from normwise.lab import b\nimport typer\nimport normwise\nfrom normwise.ops import dispatch\n",
         "lab/b.py": "import numpy\nfrom normwise import BatchNorm1d\nfrom ..measure import m\nfrom . import score\n",
-        "lab/score.py": "import math\nfrom normwise.lab.store import read\n",
+        "lab/score.py": "import math\nfrom normwise.lab.store import read\nfrom normwise.words import counted\n",
         "lab/store.py": "import sqlite3\n",
         "__init__.py": "from normwise.nn import c\nfrom normwise import functional\n",
         "functional.py": "from normwise.ops import d\nfrom normwise.backends.reference import e\n",
@@ -232,7 +236,8 @@ def test_what_the_design_allows_passes(tmp_path):
         "backends/reference/e.py": "from torch.nn import functional\nimport math\nfrom . import e2\n",
         "backends/reference/e2.py": "from normwise.backends.protocol import Backend\n",
         "backends/cpu/f.py": "import ctypes\nfrom .. import protocol\n",
-        "backends/protocol.py": "from __future__ import annotations\n",
+        "backends/protocol.py": "from __future__ import annotations\nfrom normwise.words import counted\n",
+        "words/__init__.py": "import math\n",
     }
     for name, text in allowed.items():
         (source / name).parent.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from normwise.backends.words import counted
 from normwise.diagnosis.records import Diagnosis
 from normwise.diagnosis.rules.rule import Match, Rule
+from normwise.words import MOST, counted, given
 
 
 def test_one_is_one_and_the_others_are_several() -> None:
@@ -20,3 +20,17 @@ def test_the_texts_of_findings_count_so_too() -> None:
         rule = Rule("NW000", "", "info", lambda _, found=found: [found], "{gains:1 gain} of {share:.2f}", "{gains}")
         (finding,) = rule.findings(Diagnosis.__new__(Diagnosis))
         assert (finding.cause, finding.cure) == (said, str(gains))
+
+
+def test_what_was_given_is_named_by_kind_and_value_on_one_short_line() -> None:
+    assert given("0.1") == "str ('0.1')"
+    assert given(None) == "NoneType (None)"
+    long = given([[1, 2]] * 100)
+    assert long.startswith("list ([[1, 2], ") and long.endswith("...)")
+    assert len(long) == len("list ()") + MOST
+
+    class Lines:
+        def __repr__(self) -> str:
+            return "a\n  b"
+
+    assert given(Lines()) == "Lines (a b)"

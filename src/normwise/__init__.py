@@ -38,7 +38,7 @@ from normwise.nn import (
     accumulated_backward,
 )
 from normwise.ops.dispatch import BackendError, KernelWarning, backend
-from normwise.ops.inputs import ShapeError
+from normwise.ops.errors import ShapeError
 
 if TYPE_CHECKING:
     from normwise.diagnosis import Diagnosis, Monitor, diagnose, recommend

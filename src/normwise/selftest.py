@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import normwise
 from normwise.backends.cpu import library
-from normwise.backends.words import counted
+from normwise.words import counted
 
 # The largest error that passes, as a share of the largest number that is right: 256 steps of rounding of float32, and 4
 # of bfloat16, whose inner results are rounded, too. Right results stay below half of it, wrong ones are far above.

@@ -9,13 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST = 40  # characters of what was given
-
-
-def given(value: Any) -> str:
-    """Kind and value of what was given, short: "str ('0.1')"."""
-    text = " ".join(repr(value).split())
-    return f"{type(value).__name__} ({text if len(text) <= MOST else text[: MOST - 3] + '...'})"
+from normwise.words import given
 
 
 def is_number(value: Any, *, tensors: bool = True) -> bool:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from normwise.backends.words import counted
+from normwise.words import counted
 
 if TYPE_CHECKING:
     from normwise.lab.claim import Claim, Judged, Part

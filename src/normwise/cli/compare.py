@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from normwise.backends.words import counted
 from normwise.cli.json_output import AsJson, print_json
 from normwise.cli.options import OUT, Jobs, Scheduler, Seeds
 from normwise.cli.status import INTERRUPTED
 from normwise.cli.user_code import calling
+from normwise.words import counted
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -6,8 +6,8 @@ from typing import Any
 
 import typer
 
-from normwise.backends.words import counted
 from normwise.cli.json_output import AsJson, print_json
+from normwise.words import counted
 
 
 def info(json: AsJson = False) -> None:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from normwise.backends.words import counted
 from normwise.cli.json_output import AsJson, print_json
 from normwise.cli.options import OUT
+from normwise.words import counted
 
 if TYPE_CHECKING:
     from normwise.lab.store import Run, Store

@@ -17,7 +17,7 @@ from normwise.diagnosis.rules.circumstances import Circumstances, Kind
 from normwise.diagnosis.rules.claims import cited
 from normwise.diagnosis.rules.signals import DEEP
 from normwise.diagnosis.rules.table import BY_CODE, RULES
-from normwise.ops.inputs import lengths_tensor
+from normwise.ops.conversion import lengths_tensor
 
 
 @dataclass(frozen=True)

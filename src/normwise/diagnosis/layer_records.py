@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from normwise.backends.words import counted
 from normwise.diagnosis.values import Activations, Distribution, Gradient, Units
+from normwise.words import counted
 
 Role = Literal["norm", "linear", "conv", "recurrent", "attention", "embedding", "nonlinearity", "dropout", "other"]
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from normwise.backends.words import counted
 from normwise.diagnosis.records import Finding, Layer
+from normwise.words import counted
 
 
 @dataclass(frozen=True, repr=False)

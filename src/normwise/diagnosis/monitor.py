@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normwise.backends.words import counted
 from normwise.diagnosis import silence
 from normwise.diagnosis.collect import ranks, record
 from normwise.diagnosis.distributions import distribution
@@ -25,6 +24,7 @@ from normwise.diagnosis.steps import check_optimizer, groups
 from normwise.diagnosis.watch import Watch
 from normwise.measure.eager import run_eagerly
 from normwise.measure.gradients import squared_norm
+from normwise.words import counted
 
 # The share of their start that running statistics may still hold before they are judged.
 START = 0.05

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from normwise.diagnosis.batches import Batch
 from normwise.diagnosis.layers import norm_kind
-from normwise.ops import inputs
+from normwise.ops import validity
 
 # A mask of numbers is known by these words in its name, and any mask is of something else by those.
 MASKS = {"mask", "masks", "padding", "pad", "valid"}
@@ -74,7 +74,8 @@ def counted(module: nn.Module, x: Tensor, given: dict[str, Any]) -> Tensor | Non
         dim = 1
     axis = x.dim() - 1 if dim is None else dim if isinstance(dim, int) else dim[0]
     try:
-        valid = inputs.validity(x, mask, None if lengths is None else torch.as_tensor(lengths), channel_dim=axis)
+        lengths = None if lengths is None else torch.as_tensor(lengths)
+        valid = validity.valid_elements(x, mask, lengths, channel_dim=axis)
     except (TypeError, ValueError):
         return None
     return None if valid is None else valid.expand_as(x)

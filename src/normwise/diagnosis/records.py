@@ -36,7 +36,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from normwise.backends.words import counted
 from normwise.diagnosis.layer_records import Gate, Layer, Norm, Recurrence, Role, Running, Shift
 from normwise.diagnosis.plain import restored, strict
 from normwise.diagnosis.transformer_records import Attention, FirstNonFinite, Size, Stream, StreamPoint
@@ -50,6 +49,7 @@ from normwise.diagnosis.values import (
     Spread,
     Units,
 )
+from normwise.words import counted
 
 __all__ = [
     "PERCENTILES",

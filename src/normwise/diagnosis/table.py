@@ -6,8 +6,8 @@ import math
 import textwrap
 from collections.abc import Iterator
 
-from normwise.backends.words import counted
 from normwise.diagnosis.records import Activations, Diagnosis, FindingGroup, Layer
+from normwise.words import counted
 
 WIDTH = 80
 NAMED = 8  # layers of a code that are named; all of them are in the page and in the JSON

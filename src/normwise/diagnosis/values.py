@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from normwise.backends.words import counted
+from normwise.words import counted
 
 # The percentiles that every distribution has, in this order.
 PERCENTILES = (1, 5, 15, 50, 85, 95, 99)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from normwise.backends.reference import moments
-from normwise.backends.words import counted
 from normwise.lab.errors import LabError
 from normwise.lab.table import Table
 from normwise.nn import BatchNorm1d, LayerNorm
+from normwise.words import counted
 
 Matrix = list[list[float]]
 

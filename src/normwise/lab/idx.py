@@ -16,9 +16,9 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from normwise.backends.words import counted
 from normwise.lab.datasets import Digits
 from normwise.lab.errors import LabError
+from normwise.words import counted
 
 UNSIGNED_BYTE = 8
 GZIP, CHUNK = b"\x1f\x8b", 1 << 20

@@ -15,7 +15,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import normwise
-from normwise.backends.words import counted
 from normwise.lab import user_file
 from normwise.lab.chart import CONFIG, library, template
 from normwise.lab.claim import Judged
@@ -31,6 +30,7 @@ from normwise.lab.score import BITS, Row, parts_of
 from normwise.lab.strict_json import to_json
 from normwise.lab.tasks import BUILT_IN, CLAIM_TASKS, PAPERS, TEXTS, VARIANTS, Task
 from normwise.lab.verdict import Check
+from normwise.words import counted
 
 MOST_TABS = 8
 """Of a page. With more, the tasks that only claims need share one tab, in brief."""

@@ -24,6 +24,7 @@ from statistics import fmean, median, stdev
 
 from normwise.lab.intervals import half_width
 from normwise.lab.store import Run
+from normwise.words import counted
 
 FINAL_SHARE = 0.1
 """The training loss of a run is the mean over this last share of its steps: one batch's loss says little."""
@@ -117,7 +118,7 @@ def _row(task: str, batch_size: int, norm: str, runs: Sequence[Run]) -> Row:
     seeds = tuple(run.identity["seed"] for run in chosen)
     lost = [run for run in chosen if run.status == "diverged"]
     if lost:
-        reason = f"{len(lost)} of {len(chosen)} seed{'s' * (len(chosen) != 1)} at the best rate: {lost[0].reason}"
+        reason = f"{len(lost)} of {counted(len(chosen), 'seed')} at the best rate: {lost[0].reason}"
         return Row(task, batch_size, norm, "diverged", reason, rate, at_edge, seeds, {}, "", chosen, offered)
     return Row(task, batch_size, norm, "done", "", rate, at_edge, seeds, _stats(chosen), "", chosen, offered)
 

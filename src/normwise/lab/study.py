@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from normwise.backends.words import counted
 from normwise.lab.claim import Judged, judge
 from normwise.lab.claims import claims
 from normwise.lab.errors import LabError, unknown
@@ -17,6 +16,7 @@ from normwise.lab.score import Row, score
 from normwise.lab.store import Run, Store
 from normwise.lab.strict_json import to_json
 from normwise.lab.tasks import BUILT_IN, Task
+from normwise.words import counted
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from normwise.backends.words import counted
 from normwise.lab.errors import LabError
+from normwise.words import counted
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ from normwise.backends.activations import add_residual_and_activate
 from normwise.backends.channels import channel_dims
 from normwise.backends.protocol import Moments, NormConfig, accumulation_dtype
 from normwise.backends.reference import combined, moments, norm
-from normwise.backends.words import counted
 from normwise.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 from normwise.nn.construct import eps_of
 from normwise.ops import inputs, ragged
 from normwise.ops.dispatch import values_visible
 from normwise.ops.norm import running_stats
 from normwise.ops.norm.modulation import Given, by_channel, to_axis_1
+from normwise.words import counted
 
 Loss = Callable[[Any], Tensor]
 

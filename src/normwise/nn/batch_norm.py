@@ -11,15 +11,15 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
 from normwise.backends.scalars import flags
-from normwise.backends.words import counted
 from normwise.nn.construct import Activated, affine, affine_without_bias, reset_affine
 from normwise.nn.skipped import CountsSkipped
-from normwise.ops import dispatch, inputs, symbolic
+from normwise.ops import dispatch, hyperparameters, symbolic
 from normwise.ops.distributed import StatsGroup
 from normwise.ops.norm import running_stats
 from normwise.ops.norm.batch_norm_with_stats import batch_norm_with_stats
 from normwise.ops.norm.domains import one_for_all
 from normwise.ops.norm.running_stats import Updated
+from normwise.words import counted
 
 Layer = TypeVar("Layer", bound="_BatchNorm")
 
@@ -57,17 +57,18 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
         domains: int | None = None,
         domain_affine: bool = False,
     ) -> None:
-        num_features = inputs.size("num_features", num_features)
-        inputs.positive_eps(eps)
-        inputs.momentum_range(momentum)
+        num_features = hyperparameters.size("num_features", num_features)
+        hyperparameters.positive_eps(eps)
+        hyperparameters.momentum_range(momentum)
         flags(affine=affine, track_running_stats=track_running_stats, bias=bias, domain_affine=domain_affine)
         if act is not None:
             activation(act)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         affine_without_bias(self, affine and not bias)
-        self.act, self.dim, self.correction = act, inputs.channel_dim(dim), inputs.correction(correction)
+        self.act = act
+        self.dim, self.correction = hyperparameters.channel_dim(dim), hyperparameters.correction(correction)
         if virtual_batch_size is not None:
-            virtual_batch_size = inputs.whole_number("virtual_batch_size", virtual_batch_size)
+            virtual_batch_size = hyperparameters.whole_number("virtual_batch_size", virtual_batch_size)
         if virtual_batch_size is not None and virtual_batch_size < 1:
             raise ValueError(
                 f"virtual_batch_size must be at least 1, or None for the whole batch, but got {virtual_batch_size}"
@@ -81,7 +82,7 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
 
     def spread(self, domains: int, affine: bool = False) -> None:
         """Statistics, and with `affine` gain and bias, of so many domains instead of one, all as the one is now."""
-        domains = inputs.whole_number("domains", domains)
+        domains = hyperparameters.whole_number("domains", domains)
         if domains < 1:
             raise ValueError(f"domains must be at least 1, or None for one set of statistics, but got {domains}")
         self.domains, self.domain_affine = domains, affine

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from normwise.backends.activations import activation
 from normwise.backends.scalars import flags
 from normwise.nn.construct import Activated
-from normwise.ops import inputs, symbolic
+from normwise.ops import hyperparameters, symbolic
 from normwise.ops.norm.batch_norm_with_stats import batch_norm_with_stats
 
 
@@ -38,13 +38,13 @@ class FrozenBatchNorm(Activated):
         act: str | None = None,
         dim: int = 1,
     ) -> None:
-        num_features = inputs.size("num_features", num_features)
-        inputs.positive_eps(eps)
+        num_features = hyperparameters.size("num_features", num_features)
+        hyperparameters.positive_eps(eps)
         flags(affine=affine, bias=bias)
         if act is not None:
             activation(act)
         super().__init__()
-        self.dim = inputs.channel_dim(dim)
+        self.dim = hyperparameters.channel_dim(dim)
         self.num_features, self.eps, self.affine, self.act = num_features, eps, affine, act
         zeros = torch.zeros(num_features, device=device, dtype=dtype)
         self.register_buffer("weight", torch.ones_like(zeros) if affine else None)

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from normwise.backends.activations import activation
 from normwise.backends.scalars import flags
 from normwise.nn.construct import Activated, affine, affine_without_bias, reset_affine
-from normwise.ops import inputs, symbolic
+from normwise.ops import hyperparameters, symbolic
 from normwise.ops.norm.group_norm import group_norm_of, groups_divide
 
 
@@ -54,16 +54,16 @@ class GroupNorm(Activated, nn.GroupNorm):
         act: str | None = None,
         dim: int = 1,
     ) -> None:
-        num_groups = inputs.whole_number("num_groups", num_groups)
-        num_channels = inputs.size("num_channels", num_channels)
-        inputs.positive_eps(eps)
+        num_groups = hyperparameters.whole_number("num_groups", num_groups)
+        num_channels = hyperparameters.size("num_channels", num_channels)
+        hyperparameters.positive_eps(eps)
         flags(affine=affine, bias=bias)
         if act is not None:
             activation(act)
         groups_divide(num_groups, num_channels)
         super().__init__(num_groups, num_channels, eps, affine, device, dtype)
         affine_without_bias(self, affine and not bias)
-        self.act, self.dim = act, inputs.channel_dim(dim)
+        self.act, self.dim = act, hyperparameters.channel_dim(dim)
 
     def reset_parameters(self) -> None:
         """Gain 1, bias 0."""

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from normwise.backends.activations import activation
 from normwise.backends.scalars import flags
 from normwise.nn.construct import Activated, affine, affine_without_bias, reset_affine
-from normwise.ops import inputs, symbolic
+from normwise.ops import hyperparameters, symbolic
 from normwise.ops.norm.instance_norm import instance_norm_of
 
 
@@ -36,15 +36,15 @@ class _InstanceNorm(Activated, nn.modules.instancenorm._InstanceNorm):
         act: str | None = None,
         dim: int = 1,
     ) -> None:
-        num_features = inputs.size("num_features", num_features)
-        inputs.positive_eps(eps)
-        inputs.momentum_range(momentum)
+        num_features = hyperparameters.size("num_features", num_features)
+        hyperparameters.positive_eps(eps)
+        hyperparameters.momentum_range(momentum)
         flags(affine=affine, track_running_stats=track_running_stats, bias=bias)
         if act is not None:
             activation(act)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         affine_without_bias(self, affine and not bias)
-        self.act, self.dim = act, inputs.channel_dim(dim)
+        self.act, self.dim = act, hyperparameters.channel_dim(dim)
 
     def reset_parameters(self) -> None:
         """Gain 1, bias 0, running mean 0 and variance 1."""

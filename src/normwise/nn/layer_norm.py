@@ -11,13 +11,13 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
 from normwise.backends.scalars import flags
-from normwise.backends.words import counted
 from normwise.nn.construct import Activated, affine, reset_affine
-from normwise.ops import inputs, symbolic
+from normwise.ops import hyperparameters, symbolic
 from normwise.ops.distributed import StatsGroup
 from normwise.ops.norm import gain, modulation
 from normwise.ops.norm.gain import Cast
 from normwise.ops.norm.layer_norm import layer_norm, rms_norm
+from normwise.words import counted
 
 
 class LayerNorm(Activated, nn.LayerNorm):
@@ -77,7 +77,7 @@ class LayerNorm(Activated, nn.LayerNorm):
         gate_first: bool = False,
         gate_act: str | None = "silu",
     ) -> None:
-        inputs.positive_eps(eps)
+        hyperparameters.positive_eps(eps)
         flags(elementwise_affine=elementwise_affine, bias=bias)
         shape = _shape(normalized_shape)
         self_dim = _dim(dim, shape)
@@ -187,7 +187,7 @@ class RMSNorm(Activated, nn.RMSNorm):
         gate_act: str | None = "silu",
     ) -> None:
         if eps is not None:
-            inputs.positive_eps(eps)
+            hyperparameters.positive_eps(eps)
         flags(elementwise_affine=elementwise_affine)
         shape = _shape(normalized_shape)
         self_dim = _dim(dim, shape)
@@ -276,7 +276,7 @@ def _modulated(layer: LayerNorm | RMSNorm, input: Any, given: dict[str, Any]) ->
 
 def _shape(normalized_shape: int | Sequence[int]) -> list[int]:
     sizes = normalized_shape if _has_many(normalized_shape) else [normalized_shape]
-    return [inputs.size("normalized_shape", size) for size in sizes]
+    return [hyperparameters.size("normalized_shape", size) for size in sizes]
 
 
 def _has_many(given: Any) -> TypeGuard[Iterable[Any]]:
@@ -289,10 +289,10 @@ def _dim(dim: int | Sequence[int] | None, shape: list[int]) -> int | tuple[int, 
     if dim is None:
         return None
     if _has_many(dim):
-        dim = tuple(inputs.whole_number("dim", d) for d in dim)
+        dim = tuple(hyperparameters.whole_number("dim", d) for d in dim)
         named = len(dim)
     else:
-        dim = inputs.whole_number("dim", dim)
+        dim = hyperparameters.whole_number("dim", dim)
         named = 1
     if named != len(shape):
         raise ValueError(f"dim={dim} names {counted(named, 'axis')}, but normalized_shape={shape} has {len(shape)}")

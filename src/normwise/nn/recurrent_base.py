@@ -15,8 +15,7 @@ from normwise.backends.recurrence import Cell, NormKind, Recurrence
 from normwise.backends.scalars import flags
 from normwise.nn import recurrent_parameters as parameters
 from normwise.nn.construct import NotScripted
-from normwise.ops import inputs as checks
-from normwise.ops import symbolic
+from normwise.ops import hyperparameters, symbolic
 from normwise.ops.rnn import stack
 from normwise.ops.rnn.between import BetweenNorm
 from normwise.ops.rnn.running_stats import StatsObserver
@@ -46,14 +45,14 @@ class Recurrent(NotScripted, RNNBase):
         residual: bool,
         **changes: Any,
     ) -> None:
-        checks.dropout_range(arguments["dropout"])
+        hyperparameters.dropout_range(arguments["dropout"])
         flags(**{name: arguments[name] for name in ("bias", "batch_first", "bidirectional")})
         parameters.forget_bias_needs_bias(changes.get("forget_bias"), arguments["bias"])
         num_stat_steps = parameters.positive_rows(num_stat_steps)
         for size in ("input_size", "hidden_size", "num_layers", "proj_size"):
             if size in arguments:
-                arguments[size] = checks.whole_number(size, arguments[size])
-        checks.momentum_range(momentum, may_be_none=False)
+                arguments[size] = hyperparameters.whole_number(size, arguments[size])
+        hyperparameters.momentum_range(momentum, may_be_none=False)
         parameters.check_between(between, residual, arguments["num_layers"])
         config, name = parameters.describe(self.cell, norm, variant, **changes)
         # Before torch's constructor, which calls reset_parameters and flatten_parameters.

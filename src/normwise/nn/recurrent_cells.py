@@ -11,7 +11,7 @@ from normwise.backends.recurrence import Cell, NormKind, Recurrence
 from normwise.backends.scalars import flags
 from normwise.nn import recurrent_parameters as parameters
 from normwise.nn.construct import NotScripted
-from normwise.ops import inputs, symbolic
+from normwise.ops import hyperparameters, symbolic
 from normwise.ops.rnn import stack
 from normwise.ops.rnn.running_stats import StatsObserver
 
@@ -34,7 +34,7 @@ class _Cell(NotScripted, nn.modules.rnn.RNNCellBase):
         """After torch's constructor: the norms and what they need."""
         parameters.forget_bias_needs_bias(changes.get("forget_bias"), self.bias)
         num_stat_steps = parameters.positive_rows(num_stat_steps)
-        inputs.momentum_range(momentum, may_be_none=False)
+        hyperparameters.momentum_range(momentum, may_be_none=False)
         config, self.variant = parameters.describe(self.cell, norm, variant, **changes)
         if config.statistics == "sequence":
             raise ValueError(
@@ -64,7 +64,7 @@ class _Cell(NotScripted, nn.modules.rnn.RNNCellBase):
 
 def _checked(input_size: int, hidden_size: int, bias: bool) -> tuple[int, int, bool]:
     flags(bias=bias)
-    return inputs.size("input_size", input_size), inputs.size("hidden_size", hidden_size), bias
+    return hyperparameters.size("input_size", input_size), hyperparameters.size("hidden_size", hidden_size), bias
 
 
 class RNNCell(_Cell, nn.RNNCell):

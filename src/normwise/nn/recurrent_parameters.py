@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normwise.backends.protocol import Running
 from normwise.backends.recurrence import Cell, NormKind, Recurrence, Weights
 from normwise.backends.scalars import number
-from normwise.ops import inputs
+from normwise.ops import hyperparameters, inputs
 from normwise.ops.rnn.between import Between, BetweenNorm
 from normwise.ops.rnn.presets import DEFAULTS, preset
 from normwise.ops.rnn.running_stats import BatchStats
@@ -65,7 +65,7 @@ def describe(
 
 def positive_rows(num_stat_steps: Any) -> int:
     """`num_stat_steps`, an integer of any kind: the tables of running statistics need at least one row."""
-    rows = inputs.whole_number("num_stat_steps", num_stat_steps)
+    rows = hyperparameters.whole_number("num_stat_steps", num_stat_steps)
     if rows < 1:
         raise ValueError(
             f"num_stat_steps must be a positive integer, but got {num_stat_steps!r}: it is the number of steps with "

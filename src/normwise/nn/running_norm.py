@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from normwise.backends.protocol import Moments
 from normwise.backends.scalars import flags, number
-from normwise.ops import inputs, symbolic
+from normwise.ops import hyperparameters, symbolic
+from normwise.ops.errors import ShapeError
 from normwise.ops.norm import running_norm
 from normwise.ops.norm.running_norm import Scale
 
@@ -68,7 +69,7 @@ class RunningNorm(nn.Module):
     ) -> None:
         super().__init__()
         sizes = (shape,) if not isinstance(shape, Sequence) else shape
-        self.shape = tuple(inputs.size("shape", s) for s in sizes)
+        self.shape = tuple(hyperparameters.size("shape", s) for s in sizes)
         number("eps", eps, "a number, 0 or more")
         flags(center=center, affine=affine, per_instance=per_instance, across_ranks=across_ranks)
         if not 0 <= eps < math.inf:
@@ -154,7 +155,7 @@ class RunningNorm(nn.Module):
             input.dim() < scale.mean.dim() or input.shape[-scale.mean.dim()] != scale.mean.shape[0]
         ):
             n, steps = scale.mean.shape[0], ", ".join(["steps", *map(str, self.shape)])
-            raise inputs.ShapeError(
+            raise ShapeError(
                 f"expected the {n} instances that were normalized, (..., {n}, {steps}), but got {tuple(input.shape)}"
             )
         return running_norm.inverse(input, scale, self._affine(), shift)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.ops import inputs
+from normwise.ops.errors import ShapeError
 
 Ragged: TypeAlias = Tensor | PackedSequence
 
@@ -28,7 +29,7 @@ def rank_or_rows(x: Any, ranks: Sequence[int], for_rows: str) -> None:
     the layer `for_rows` does."""
     if is_ragged(x):
         if 2 not in ranks:
-            raise inputs.ShapeError(
+            raise ShapeError(
                 f"a layer for {' or '.join(f'{n}D' for n in ranks)} input takes no ragged input: {for_rows} does"
             )
     else:
@@ -81,7 +82,7 @@ def by_sequences(
 
     def rows(data: Tensor, residual: Tensor | None) -> Tensor:
         if data.dim() != 2:
-            raise inputs.ShapeError(
+            raise ShapeError(
                 f"expected rows of channels, (N, L, C) or (N, C, L) with L ragged, but got a {_kind(x)} with rows of "
                 f"shape {tuple(data.shape[1:])}"
             )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from normwise.backends.protocol import accumulation_dtype
 from normwise.measure.snapshot import modes_kept
-from normwise.ops import inputs
+from normwise.ops import hyperparameters
 from normwise.surgery.batches import Forward, run
 from normwise.surgery.freeze import is_frozen
 from normwise.surgery.parameters import tensors_of
@@ -63,7 +63,7 @@ def adapt(
     Source: Li et al. 2017 (AdaBN); Wang et al. 2021 (TENT), section 3.
     """
     require_module("adapt", model)
-    steps = inputs.whole_number("steps", steps)
+    steps = hyperparameters.whole_number("steps", steps)
     if entropy and (steps < 1 or not lr > 0):
         raise ValueError(f"adapt takes at least one step of a positive size, but got steps={steps}, lr={lr}")
     if entropy and not isinstance(batches, Tensor | Mapping) and iter(batches) is iter(batches):

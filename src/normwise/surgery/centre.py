@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normwise.backends.words import counted
 from normwise.surgery.forwards import followers, is_bound, overrides_forward
 from normwise.surgery.observe import Observed, Product, Step, Value
 from normwise.surgery.report import Refusal
 from normwise.surgery.select import Layer, class_of, known_base, option
+from normwise.words import counted
 
 
 class Fold(NamedTuple):

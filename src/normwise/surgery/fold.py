@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from normwise.backends.words import counted
 from normwise.nn.construct import channel_axis, eps_of, gain_of, offset_of
 from normwise.surgery import norms
 from normwise.surgery.batches import call, without_graph
@@ -20,6 +19,7 @@ from normwise.surgery.groups import inputs_met
 from normwise.surgery.models import changeable, copied
 from normwise.surgery.report import Change, Refusal, Report, Skip, Surgery
 from normwise.surgery.select import BATCH, INSTANCE, Layer, Where, chosen, kind_of, known_base, option
+from normwise.words import counted
 
 _BY_FEATURES = (nn.LayerNorm, nn.RMSNorm)
 _LAYOUTS = {2: "rows (N, C)", 3: "shape (N, C, L)", 4: "shape (N, C, H, W)", 5: "shape (N, C, D, H, W)"}

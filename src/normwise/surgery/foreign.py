@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normwise.backends.words import counted
 from normwise.surgery.select import BATCH, NORMS, RECURRENT
+from normwise.words import counted
 
 
 def from_keras_momentum(momentum: float) -> float:

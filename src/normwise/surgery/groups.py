@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from normwise.backends.words import counted
 from normwise.measure.snapshot import modes_kept
 from normwise.nn.construct import channel_axis
 from normwise.surgery.batches import call, without_graph
 from normwise.surgery.norms import Call, calls_of, is_own
 from normwise.surgery.report import Refusal
+from normwise.words import counted
 
 # A mean of m values strays by 1/sqrt(m) deviations: a quarter of one at 16. Wu & He 2018, table 3, find groups of 16
 # channels as good as their 32 groups to within .3 % of ImageNet's error, at which they stop (section 4.1).

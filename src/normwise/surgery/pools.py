@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from normwise.backends.reference import Moments, combined, moments
-from normwise.backends.words import counted
 from normwise.nn import recurrent_base, recurrent_cells
 from normwise.nn.construct import channel_axis
-from normwise.ops import inputs, ragged
+from normwise.ops import inputs, ragged, validity
 from normwise.ops.norm.domains import one_domain_each, one_for_all
 from normwise.ops.norm.running_stats import corrected_var
 from normwise.surgery.select import INSTANCE
+from normwise.words import counted
 
 
 class Pool(ABC):
@@ -105,7 +105,7 @@ class _OfBatchNorm(_OfInputs):
             ragged.by_rows(by_rows, x, mask=mask, lengths=lengths, residual=None)
             return
         x, mask, _ = inputs.channels_to_axis_1("recalibrate", x, channel_axis(self.layer), mask, None)
-        valid = inputs.validity(x, mask, lengths, channel_dim=1)
+        valid = validity.valid_elements(x, mask, lengths, channel_dim=1)
         domain = one_for_all(domain)
         domains = getattr(self.layer, "domains", None)
         if (domain is None) is not (domains is None):
@@ -168,7 +168,7 @@ class _OfInstanceNorm(_OfInputs):
             mask = None if mask is None else mask.unsqueeze(0)
             lengths = None if lengths is None else lengths.reshape(1)
         x, mask, _ = inputs.channels_to_axis_1("recalibrate", x, channel_axis(self.layer), mask, None)
-        found = moments(x, range(2, x.dim()), inputs.validity(x, mask, lengths, channel_dim=1))
+        found = moments(x, range(2, x.dim()), validity.valid_elements(x, mask, lengths, channel_dim=1))
         mean, var, count = (t.reshape(*t.shape[:2]).expand(x.shape[:2]) for t in found)
         var = corrected_var(Moments(mean, var, count))
         finite = mean.isfinite() & var.isfinite()

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 import normwise.nn as ours
-from normwise.backends.words import counted
 from normwise.nn.construct import channel_axis
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm
 from normwise.surgery.carry import carry_tensors, rebuild
@@ -23,6 +22,7 @@ from normwise.surgery.groups import enough_channels, number_of_groups
 from normwise.surgery.norms.gated import GatedRMSNorm
 from normwise.surgery.report import AlreadyOne, Refusal
 from normwise.surgery.select import BATCH, INSTANCE, known_base, option
+from normwise.words import counted
 
 Made: TypeAlias = tuple[nn.Module, str]
 Shapes: TypeAlias = Sequence[torch.Size]

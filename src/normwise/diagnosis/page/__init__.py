@@ -10,9 +10,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from normwise.backends.words import counted
 from normwise.diagnosis.records import Diagnosis
 from normwise.diagnosis.table import place
+from normwise.words import counted
 
 
 def page(diagnosis: Diagnosis) -> str:

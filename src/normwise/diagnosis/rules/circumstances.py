@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from normwise.backends.words import counted
 from normwise.diagnosis.rules.signals import DEEP
 from normwise.diagnosis.rules.statistics import FEWEST_VALUES, LOCAL_SAMPLES
+from normwise.words import counted
 
 Kind = Literal["conv", "mlp", "recurrent", "transformer"]
 

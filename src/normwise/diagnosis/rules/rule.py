@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from normwise.backends.words import counted
 from normwise.diagnosis.records import Diagnosis, Finding, Severity
+from normwise.words import counted
 
 
 class Match(NamedTuple):

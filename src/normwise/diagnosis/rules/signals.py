@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from normwise.backends.words import counted
 from normwise.diagnosis.records import Diagnosis, Layer, NonFinite, Recurrence, Size
 from normwise.diagnosis.rules import cures
 from normwise.diagnosis.rules.rule import Match, some
+from normwise.words import counted
 
 # Share of a sigmoid's or tanh's inputs, or of a gate's values, in the flat part; share of ReLUs that never open.
 SATURATED, GATES, DEAD = 0.3, 0.5, 0.5

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from normwise.backends.words import counted
 from normwise.diagnosis.records import Diagnosis, Layer, Norm
 from normwise.diagnosis.rules import cures
 from normwise.diagnosis.rules.rule import Match
+from normwise.words import counted
 
 # A mean of m values strays by 1/sqrt(m) deviations: a quarter of one at 16. Positions of one image are much alike, so
 # samples count as well: below 4 of them Wu & He (2018) see the error rise steeply.

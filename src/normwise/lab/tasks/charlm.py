@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from normwise.backends.words import counted
 from normwise.lab.errors import LabError
 from normwise.lab.tasks.base import Batch, Task
+from normwise.words import counted
 
 HELD_OUT_SHARE, MOST_HELD_OUT = 0.1, 100_000
 ON_TEXT = (

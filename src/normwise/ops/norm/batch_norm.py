@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from normwise.ops import inputs, symbolic
+from normwise.ops import symbolic
 from normwise.ops.dispatch import is_traced_or_transformed
+from normwise.ops.errors import ShapeError
 from normwise.ops.norm import running_stats
 from normwise.ops.norm.batch_norm_with_stats import batch_norm_with_stats
 
@@ -173,7 +174,7 @@ def _check_count(tracked: Any) -> None:
             f"num_batches_tracked must be a tensor of int64, but got {found}: give torch.tensor(0) at the start"
         )
     if tracked.dim():
-        raise inputs.ShapeError(
+        raise ShapeError(
             f"num_batches_tracked must be one number, of shape (), but got {tuple(tracked.shape)}: one of a layer's "
             "domains is num_batches_tracked[k]"
         )

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.protocol import NormConfig, NormRequest, accumulation_dtype
 from normwise.backends.reference import combined
-from normwise.ops import inputs, ragged
+from normwise.ops import inputs, ragged, validity
 from normwise.ops._torch_internals import readable
 from normwise.ops.dispatch import jit_traces
 from normwise.ops.norm import running_stats
@@ -172,7 +172,7 @@ def batch_norm_with_stats(
     if training and process_group is not None:
         formula = over_ranks(process_group, x, valid)
     if batch_statistics and formula is None:
-        inputs.enough_values(x, valid, needed=2 if training else 1)
+        validity.enough_values(x, valid, needed=2 if training else 1)
         if x.numel() == 0:
             if num_batches_tracked is not None:
                 num_batches_tracked.add_(1)

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from normwise.backends.channels import channel_dims
 from normwise.backends.protocol import Moments, NormConfig, NormRequest, accumulation_dtype
 from normwise.backends.reference import moments, renorm_correction
-from normwise.ops import inputs, ragged
+from normwise.ops import inputs, ragged, validity
 from normwise.ops.norm import running_stats
 from normwise.ops.norm.modulation import Given, of_channels
 from normwise.ops.norm.run import run, run_with_correction
@@ -96,7 +96,7 @@ def batch_renorm_with_stats(
     valid, _ = inputs.validate_channels(
         "batch_renorm", x, running_mean, running_var, weight, bias, momentum, eps, mask, lengths, act, residual
     )
-    inputs.enough_values(x, valid, needed=1)
+    validity.enough_values(x, valid, needed=1)
     step = int(num_batches_tracked) if running_stats.can_read_now(num_batches_tracked) else num_batches_tracked
     r_limit, d_limit = (limit(step) if callable(limit) else limit for limit in (r_max, d_max))
     r, d = _correction(_moments(x, valid), running_mean, running_var, r_limit, d_limit, eps)

@@ -12,7 +12,8 @@ from torch import Tensor
 from normwise.backends.activations import add_residual_and_activate
 from normwise.backends.protocol import Moments, NormConfig, accumulation_dtype, momentum_now
 from normwise.backends.reference.moments import rstd_of
-from normwise.ops import dispatch, inputs, ragged
+from normwise.ops import conversion, dispatch, inputs, ragged
+from normwise.ops.errors import ShapeError
 from normwise.ops.norm import running_stats
 from normwise.ops.norm.running_stats import Updated
 from normwise.ops.norm.segments import Segments, segment_norm
@@ -47,13 +48,13 @@ def one_domain_each(domain: Any, samples: int, domains: int, device: torch.devic
         TypeError: not integers. ShapeError: not one for each sample. ValueError: out of range, on the CPU: elsewhere a
             look would wait for the device.
     """
-    found = inputs.as_tensor("domain", domain, "a number, or integers, one for each sample")
+    found = conversion.as_tensor("domain", domain, "a number, or integers, one for each sample")
     if found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
         raise TypeError(f"domain must be of an integer dtype, but got {found.dtype}: give the number of the domain")
     if found.dim() == 0:
         found = found.expand(samples)
     if tuple(found.shape) != (samples,):
-        raise inputs.ShapeError(
+        raise ShapeError(
             f"domain must be one number, or of shape ({samples},), one for each sample, but got {tuple(found.shape)}"
         )
     if samples and dispatch.values_visible(found):

@@ -10,7 +10,7 @@ from torch import Tensor
 from normwise.backends.activations import add_residual_and_activate
 from normwise.backends.protocol import Moments, NormRequest, accumulation_dtype
 from normwise.backends.reference import combined
-from normwise.ops import inputs
+from normwise.ops import inputs, validity
 from normwise.ops.dispatch import values_visible
 from normwise.ops.norm import running_stats
 from normwise.ops.norm.run import run
@@ -63,9 +63,9 @@ def _virtual_batches(request: NormRequest, x: Tensor, valid: Tensor | None, ghos
     size = samples // ghosts
     counts = _counts(x, valid, ghosts)
     if valid is None:
-        inputs.enough_values(x[:size], None, needed=2)
+        validity.enough_values(x[:size], None, needed=2)
     elif values_visible(counts) and bool((counts == 1).any()):
-        inputs.more_than_one(1, x, inputs.BATCH_OF_ONE_CURE)
+        validity.more_than_one(1, x, validity.BATCH_OF_ONE_CURE)
 
     # A channel of a virtual batch is a channel of a batch of this size, so any kernel of batch norm does.
     def fold(t: Tensor) -> Tensor:

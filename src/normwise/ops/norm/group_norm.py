@@ -11,7 +11,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
 from normwise.backends.protocol import NormConfig, NormRequest
-from normwise.ops import inputs, ragged, symbolic
+from normwise.ops import hyperparameters, inputs, ragged, symbolic, validity
+from normwise.ops.errors import ShapeError
 from normwise.ops.norm.modulation import Given, of_channels
 from normwise.ops.norm.run import run
 
@@ -106,14 +107,14 @@ def group_norm_of(
         return ragged.by_sequences(sequences, input, mask=mask, lengths=lengths, residual=residual)
     x = inputs.tensor("group_norm", input)
     inputs.floating("group_norm", x)
-    inputs.positive_eps(eps)
+    hyperparameters.positive_eps(eps)
     if x.dim() < 2:
-        raise inputs.ShapeError(
+        raise ShapeError(
             f"Expected at least 2 dimensions for input tensor but received {x.dim()}: axis 1 must hold the channels"
         )
     samples, channels, *positions = x.shape
     if num_channels is not None and channels != num_channels:
-        raise inputs.ShapeError(
+        raise ShapeError(
             f"expected input's size at dim=1 to match num_channels ({num_channels}), but got: {channels}"
             f"{inputs.channels_last_hint(x, num_channels)}."
         )
@@ -125,8 +126,8 @@ def group_norm_of(
     assert residual is None or isinstance(residual, Tensor)
     if act is not None:
         activation(act)
-    valid = inputs.validity(x, mask, lengths, channel_dim=1)
-    inputs.more_than_one(
+    valid = validity.valid_elements(x, mask, lengths, channel_dim=1)
+    validity.more_than_one(
         samples * channels // num_groups * prod(positions),
         x,
         "Use fewer groups, so that each holds several channels, or LayerNorm.",

@@ -11,7 +11,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
 from normwise.backends.protocol import NormConfig, NormRequest, accumulation_dtype
-from normwise.ops import inputs, ragged, symbolic
+from normwise.ops import conversion, hyperparameters, inputs, ragged, symbolic, validity
+from normwise.ops.errors import ShapeError
 from normwise.ops.norm import running_stats
 from normwise.ops.norm.modulation import Given, of_channels
 from normwise.ops.norm.run import run
@@ -169,7 +170,7 @@ def instance_norm_of(
         )
     if ragged.is_ragged(input):
         if rank not in (None, 3):
-            raise inputs.ShapeError(f"a layer for {rank}D input takes no ragged input: InstanceNorm1d does")
+            raise ShapeError(f"a layer for {rank}D input takes no ragged input: InstanceNorm1d does")
         sequences = partial(
             instance_norm_of,
             running_mean=running_mean,
@@ -194,17 +195,15 @@ def instance_norm_of(
     if dim != 1:
         x, mask, residual = inputs.channels_to_axis_1("instance_norm", x, dim, mask, residual)
     if num_features is not None and x.shape[1] != num_features:
-        raise inputs.ShapeError(
+        raise ShapeError(
             f"expected input's size at dim=1 to match num_features ({num_features}), but got: {x.shape[1]}"
             f"{inputs.channels_last_hint(x, num_features)}."
         )
     inputs.floating("instance_norm", x)
-    inputs.positive_eps(eps)
-    inputs.momentum_range(momentum)
+    hyperparameters.positive_eps(eps)
+    hyperparameters.momentum_range(momentum)
     if x.dim() < 3:
-        raise inputs.ShapeError(
-            f"expected 3D input or more (got {x.dim()}D input): (N, C, ...) with an axis of positions"
-        )
+        raise ShapeError(f"expected 3D input or more (got {x.dim()}D input): (N, C, ...) with an axis of positions")
     channels, *positions = x.shape[1:]
     inputs.channel_vectors(x, running_mean, running_var, weight, bias)
     inputs.same_shape("residual", residual, x)
@@ -219,7 +218,7 @@ def instance_norm_of(
     )
     if act is not None:
         activation(act)
-    valid = inputs.validity(x, mask, lengths, channel_dim=1)
+    valid = validity.valid_elements(x, mask, lengths, channel_dim=1)
     if not use_input_stats and running_mean is None:
         raise ValueError(
             "Expected running_mean and running_var to be defined when use_input_stats is false: give them, or take the "
@@ -249,9 +248,9 @@ def _as_batch(x: Tensor, mask: Any, lengths: Any, residual: Any) -> tuple[Tensor
     """One sample and what goes with it as a batch of one."""
     inputs.same_shape("residual", residual, x)
     if mask is not None:
-        mask = inputs.mask_tensor(mask, x.device).unsqueeze(0)
+        mask = conversion.mask_tensor(mask, x.device).unsqueeze(0)
     if lengths is not None:
-        lengths = inputs.lengths_tensor(lengths).reshape(1)
+        lengths = conversion.lengths_tensor(lengths).reshape(1)
     return x.unsqueeze(0), mask, lengths, None if residual is None else residual.unsqueeze(0)
 
 
@@ -317,11 +316,11 @@ def _of_segments(
     """Rows (R, C), a sample for each segment."""
     x = inputs.tensor("instance_norm", input)
     if rank not in (None, 3):
-        raise inputs.ShapeError(f"a layer for {rank}D input takes no segments of rows: InstanceNorm1d does")
+        raise ShapeError(f"a layer for {rank}D input takes no segments of rows: InstanceNorm1d does")
     found = segments_of("instance_norm", segments, x, lengths=lengths)
     inputs.rank(x, (2,))
     if num_features is not None and x.shape[1] != num_features:
-        raise inputs.ShapeError(
+        raise ShapeError(
             f"expected input's size at dim=1 to match num_features ({num_features}), but got: {x.shape[1]}"
             f"{inputs.channels_last_hint(x, num_features)}."
         )

@@ -13,8 +13,9 @@ from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.activations import activation
 from normwise.backends.protocol import Moments, NormConfig, NormRequest, NormResult, accumulation_dtype
-from normwise.ops import distributed, inputs, ragged, symbolic
+from normwise.ops import distributed, hyperparameters, inputs, ragged, symbolic, validity
 from normwise.ops.distributed_norm import distributed_norm
+from normwise.ops.errors import ShapeError
 from normwise.ops.norm import gain
 from normwise.ops.norm.gain import Cast
 from normwise.ops.norm.modulation import Given, of_features
@@ -247,7 +248,7 @@ def _feature_norm(
 
         return ragged.by_rows(rows, x, mask=mask, lengths=lengths, residual=add)
     inputs.floating(config.op, x)
-    inputs.positive_eps(config.eps)
+    hyperparameters.positive_eps(config.eps)
     inputs.like_normalized_shape(shape, weight=weight, bias=bias)
     inputs.same_shape("add", add, x)
     readable = inputs.beside(x, mask=mask, add=add, weight=weight, bias=bias)
@@ -257,8 +258,9 @@ def _feature_norm(
     trailing = inputs.trailing_dims(x, len(shape))
     valid = formula = None
     if mask is not None or lengths is not None:
-        inputs.not_along_features(lengths, x, dims or trailing)
-        valid = inputs.validity(x, mask, lengths, channel_dim=(dims or trailing)[0] if dim is not None else x.dim() - 1)
+        validity.not_along_features(lengths, x, dims or trailing)
+        channel_dim = (dims or trailing)[0] if dim is not None else x.dim() - 1
+        valid = validity.valid_elements(x, mask, lengths, channel_dim)
         readable = False
     if segments is not None:
         return _of_segments(config, x, found, weight, bias, valid, add, cast)
@@ -281,7 +283,7 @@ def _feature_norm(
 def _one_row_each(shape: tuple[int, ...], x: Tensor) -> None:
     """With segments there is nothing between the axis of the rows and those of the features."""
     if x.dim() > 1 + len(shape):
-        raise inputs.ShapeError(
+        raise ShapeError(
             f"segments number the rows of an input (R, {', '.join(map(str, shape))}), but got one of shape "
             f"{tuple(x.shape)}: make its leading axes one of rows, x.flatten(0, {x.dim() - len(shape) - 1}), and give "
             f"the segment of each, or name all of {tuple(x.shape[1:])} as normalized_shape"

@@ -12,7 +12,8 @@ from torch import Tensor
 from normwise.backends.activations import GATES, activation, add_residual_and_activate
 from normwise.backends.devices import on_cpu
 from normwise.backends.protocol import Gate, NormConfig, NormRequest, NormResult, accumulation_dtype
-from normwise.ops import dispatch, inputs, ragged
+from normwise.ops import dispatch, hyperparameters, inputs, ragged, validity
+from normwise.ops.errors import ShapeError
 from normwise.ops.norm import gain
 from normwise.ops.norm.run import run_modulated
 
@@ -73,7 +74,7 @@ def of_features(
     x = _padded(op, x, given)
     inputs.floating(op, x)
     if eps is not None:
-        inputs.positive_eps(eps)
+        hyperparameters.positive_eps(eps)
     check_gate(given.gate_first, given.gate_act)
     inputs.like_normalized_shape(shape, weight=weight, bias=bias)
     inputs.same_shape("add", add, x)
@@ -86,8 +87,8 @@ def of_features(
     dims = inputs.feature_dims(x, shape, dim) or trailing
     valid = None
     if mask is not None or lengths is not None:
-        inputs.not_along_features(lengths, x, dims)
-        valid = inputs.validity(x, mask, lengths, channel_dim=dims[0] if dim is not None else x.dim() - 1)
+        validity.not_along_features(lengths, x, dims)
+        valid = validity.valid_elements(x, mask, lengths, channel_dim=dims[0] if dim is not None else x.dim() - 1)
     scale, shift = (
         _kept(_by_feature(name, getattr(given, name), x, shape, dims), valid) for name in ("scale", "shift")
     )
@@ -317,7 +318,7 @@ def _by_feature(name: str, value: Any, x: Tensor, shape: tuple[int, ...], dims: 
         return _placed(t.unflatten(0, (t.shape[0], *(1,) * (rows - 1))), x, dims)
     if rows and _fits(t.shape, shape):
         return _placed(t, x, dims)
-    raise inputs.ShapeError(
+    raise ShapeError(
         f"{name} of shape {tuple(t.shape)} does not fit an input of shape {tuple(x.shape)} normalized over {shape}: "
         f"expected {(samples, *shape)}, one for each sample (axis 0), or {x.dim()} axes that broadcast to the input's "
         f"shape, e.g. by {name}.unsqueeze(0) for one that is the same for all samples"
@@ -340,7 +341,7 @@ def _by_channel(name: str, value: Any, x: Tensor) -> Tensor | None:
         return t
     if _fits(t.shape, x.shape[:2]):
         return t.view(*t.shape, *(1,) * (x.dim() - 2))
-    raise inputs.ShapeError(
+    raise ShapeError(
         f"{name} of shape {tuple(t.shape)} does not fit an input of shape {tuple(x.shape)} (channels on axis 1): "
         f"expected {tuple(x.shape[:2])}, one for each sample and channel, or {x.dim()} axes that broadcast to the "
         f"input's shape, e.g. by {name}.unsqueeze(0) for one that is the same for all samples"

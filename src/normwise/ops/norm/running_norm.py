@@ -8,8 +8,9 @@ from torch import Tensor
 
 from normwise.backends.protocol import Moments
 from normwise.backends.reference import combined, moments
-from normwise.ops import inputs
+from normwise.ops import conversion, inputs, validity
 from normwise.ops.distributed import pool_moments
+from normwise.ops.errors import ShapeError
 from normwise.ops.norm.running_stats import is_recomputing
 
 
@@ -43,7 +44,7 @@ def valid_elements(x: Tensor, shape: tuple[int, ...], mask: Any, lengths: Any) -
     inputs.floating("running_norm", x)
     leading = x.dim() - len(shape)
     if leading < 0 or x.shape[leading:] != shape:
-        raise inputs.ShapeError(
+        raise ShapeError(
             f"expected an input of shape (*, {', '.join(map(str, shape))}), but got {tuple(x.shape)}: it must end in "
             "the shape that the norm was made for"
         )
@@ -51,18 +52,18 @@ def valid_elements(x: Tensor, shape: tuple[int, ...], mask: Any, lengths: Any) -
         raise ValueError("got both mask and lengths: give one of them (mask & lengths_mask is a mask)")
     if lengths is not None:
         if leading < 2:
-            raise inputs.ShapeError(f"lengths counts the steps of (N, T, ...), but got {tuple(x.shape)}: give mask=")
-        counts = inputs.one_length_each(lengths, x.shape[0], x.shape[1], f"an input of shape {tuple(x.shape)}")
+            raise ShapeError(f"lengths counts the steps of (N, T, ...), but got {tuple(x.shape)}: give mask=")
+        counts = validity.one_length_each(lengths, x.shape[0], x.shape[1], f"an input of shape {tuple(x.shape)}")
         flags = torch.arange(x.shape[1], device=x.device) < counts.to(x.device, non_blocking=True)[:, None]
         return flags.view(*flags.shape, *(1,) * (x.dim() - 2))
     if mask is None:
         return None
-    flags = inputs.mask_tensor(mask, x.device)
+    flags = conversion.mask_tensor(mask, x.device)
     if flags.shape == x.shape[:leading]:
         return flags.view(*flags.shape, *(1,) * len(shape))
     padded = (1,) * (x.dim() - flags.dim()) + tuple(flags.shape)
     if len(padded) != x.dim() or any(m not in (1, s) for m, s in zip(padded, x.shape, strict=True)):
-        raise inputs.ShapeError(
+        raise ShapeError(
             f"mask of shape {tuple(flags.shape)} does not fit an input of shape {tuple(x.shape)}: expected "
             f"{tuple(x.shape[:leading])} or a shape that broadcasts to the input's"
         )
@@ -124,7 +125,7 @@ def running_norm(
 def _scale_of_instances(x: Tensor, shape: tuple[int, ...], valid: Tensor | None, eps: float, center: bool) -> Scale:
     steps = tuple(range(1, x.dim() - len(shape)))
     if not steps:
-        raise inputs.ShapeError(
+        raise ShapeError(
             f"expected time series of shape (N, T, {', '.join(map(str, shape))}), but got {tuple(x.shape)}: "
             "per_instance=True takes mean and deviation over the steps"
         )

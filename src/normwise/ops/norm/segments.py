@@ -9,7 +9,8 @@ from torch import Tensor
 from normwise.backends.activations import activation, add_residual_and_activate
 from normwise.backends.protocol import Moments, accumulation_dtype
 from normwise.backends.reference.moments import rstd_of
-from normwise.ops import dispatch, inputs
+from normwise.ops import conversion, dispatch
+from normwise.ops.errors import ShapeError
 
 
 class Segments(NamedTuple):
@@ -29,11 +30,11 @@ def segments_of(op: str, segments: Any, x: Tensor, **excluded: Any) -> Segments:
     for name, value in excluded.items():
         if value is not None:
             raise ValueError(f"{op}: got segments together with {name}: the rows (R, ...) of a segment need no {name}")
-    found = inputs.as_tensor("segments", segments, "integers, one for each row of the input")
+    found = conversion.as_tensor("segments", segments, "integers, one for each row of the input")
     if found.dtype == torch.bool or found.is_floating_point() or found.is_complex():
         raise TypeError(f"segments must be of an integer dtype, but got {found.dtype}: give the number of each row's")
     if x.dim() < 2 or tuple(found.shape) != (x.shape[0],):
-        raise inputs.ShapeError(
+        raise ShapeError(
             f"segments must be of shape (R,), one number for each row of an input (R, ...), but got "
             f"{tuple(found.shape)} for an input of shape {tuple(x.shape)}"
         )

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from normwise.backends.protocol import Moments
-from normwise.ops import distributed, inputs
+from normwise.ops import distributed, validity
 from normwise.ops.dispatch import values_visible
 from normwise.ops.distributed_norm import distributed_norm
 
@@ -49,4 +49,4 @@ def _enough_values(x: Tensor, valid: Tensor | None, count: Tensor) -> None:
             "mask (or lengths) leaves no valid element for a channel on any rank: there is nothing to take statistics "
             "of. Leave such a batch out on all ranks, or use eval mode"
         )
-    inputs.more_than_one(least, x, f"It is the only one on all ranks. {inputs.BATCH_OF_ONE_CURE}")
+    validity.more_than_one(least, x, f"It is the only one on all ranks. {validity.BATCH_OF_ONE_CURE}")

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.recurrence import Weights
-from normwise.ops import inputs
+from normwise.ops import conversion, inputs, validity
 from normwise.ops._torch_internals import any_autocast_enabled
+from normwise.ops.errors import ShapeError
 from normwise.ops.rnn.running_stats import BatchStats
 
 
@@ -97,15 +98,15 @@ def states(
 
 
 def lengths(given: Any, steps: int, batch: int, batched: bool, batch_first: bool) -> Tensor:
-    """`lengths` as int64; without a batch a single number will do. Raises as `inputs.one_length_each`."""
-    given = inputs.lengths_tensor(given)
+    """`lengths` as int64; without a batch a single number will do. Raises as `validity.one_length_each`."""
+    given = conversion.lengths_tensor(given)
     if not batched:
         given = given.reshape(-1)
     elif given.dim() == 1 and (hint := other_order(given.shape[0], steps, batch, batch_first)):
-        raise inputs.ShapeError(
+        raise ShapeError(
             f"lengths must be of shape ({batch},), one for each sample of the input, but got {tuple(given.shape)}{hint}"
         )
-    return inputs.one_length_each(given, batch, steps, "the input").to(torch.int64)
+    return validity.one_length_each(given, batch, steps, "the input").to(torch.int64)
 
 
 def reset(given: Any, shape: tuple[int, ...], layout: str, device: torch.device) -> Tensor:
@@ -114,12 +115,10 @@ def reset(given: Any, shape: tuple[int, ...], layout: str, device: torch.device)
     Raises:
         ShapeError: of another shape.
     """
-    flags = inputs.bool_tensor("reset", given, "True where an episode starts", device)
+    flags = conversion.bool_tensor("reset", given, "True where an episode starts", device)
     if tuple(flags.shape) != shape:
         hint = ": give reset.T" if len(shape) == 2 and tuple(flags.shape) == shape[::-1] else ""
-        raise inputs.ShapeError(
-            f"reset must be of shape {shape}, {layout} as the input, but got {tuple(flags.shape)}{hint}"
-        )
+        raise ShapeError(f"reset must be of shape {shape}, {layout} as the input, but got {tuple(flags.shape)}{hint}")
     return flags
 
 

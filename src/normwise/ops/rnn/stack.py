@@ -19,9 +19,10 @@ from normwise.backends.protocol import (
     RecurrenceResult,
 )
 from normwise.backends.recurrence import Recurrence, Weights
-from normwise.ops import custom_op, inputs
+from normwise.ops import custom_op, inputs, validity
 from normwise.ops.autograd import RecurrentLayer
 from normwise.ops.dispatch import is_transforming, resolve
+from normwise.ops.errors import ShapeError
 from normwise.ops.rnn import arguments, autocast, packed
 from normwise.ops.rnn.between import Between, next_input
 from normwise.ops.rnn.running_stats import BatchStats
@@ -110,7 +111,7 @@ def step(layers: Layers, x: Any, state: Any, reset: Any, step: int | None) -> tu
         )
     x, size, stats = inputs.tensor(f"{layers.name}.step", x), layers.weights[0].weight_ih.shape[-1], layers.batch_stats
     if x.dim() not in (1, 2):
-        raise inputs.ShapeError(
+        raise ShapeError(
             f"step() expects input of shape (batch, {size}) or ({size},), but got {tuple(x.shape)}: call the layer "
             "itself on whole sequences"
         )
@@ -146,13 +147,13 @@ def cell(layers: Layers, x: Any, hx: Any, step: int | None) -> State:
         raise ValueError(f"{name}: Expected input to be 1D or 2D, got {x.dim()}D instead")
     size, units = weights.weight_ih.shape[-1], weights.weight_hh.shape[-1]
     if x.shape[-1] != size:
-        raise inputs.ShapeError(f"input has inconsistent input_size: got {x.shape[-1]} expected {size}")
+        raise ShapeError(f"input has inconsistent input_size: got {x.shape[-1]} expected {size}")
     start_step = arguments.step_index(layers.batch_stats, step)
     shape = (*x.shape[:-1], units)
     states: list[Any] = [None] * (1 + lstm) if hx is None else list(hx) if lstm else [hx]
     for n, state in enumerate(states):
         if state is not None and tuple(state.shape) != shape:
-            raise inputs.ShapeError(f"{name}: Expected hidden[{n}] to be of shape {shape}, got {tuple(state.shape)}")
+            raise ShapeError(f"{name}: Expected hidden[{n}] to be of shape {shape}, got {tuple(state.shape)}")
     if hx is not None:
         inputs.beside(x, h0=states[0], c0=states[1] if lstm else None)
     rows = x if x.dim() == 2 else x.unsqueeze(0)
@@ -353,7 +354,7 @@ def _enough_samples(given: packed.Sequences, config: Recurrence) -> None:
         values = len(x) if config.statistics == "sequence" else int(layout.batch_sizes[:1].sum())
     else:
         values = layout.batch * (layout.steps if config.statistics == "sequence" else 1)
-    inputs.more_than_one(
+    validity.more_than_one(
         values,
         x,
         "Ways out: norm='layer' or 'rms', which need no batch; eval mode (model.eval() "
