@@ -66,6 +66,9 @@ def test_json(normwise_command, folder, tmp_path):
         (("bn-mnist", "--data", "nowhere"), "nowhere: no such folder; expected the four IDX files"),
         (("bn-mnist", "--quick", "--steps", "3"), "--quick and --steps both say how long to train"),
         (("bn-mnist", "--steps", "0"), "--steps"),
+        (("ln-mnist", "--norms", "none,lyaer"), "unknown norm for task 'ln-mnist' 'lyaer'; did you mean layer"),
+        (("ln-mnist", "--batch-sizes", "128,x"), "'128,x' is not a list of integers"),
+        (("ln-mnist", "--batch-sizes", "0"), "batch size 0 is not in 1.."),
     ],
 )
 def test_bad_arguments_exit_2_and_make_nothing(normwise_command, folder, tmp_path, arguments, message):

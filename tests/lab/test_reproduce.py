@@ -55,6 +55,14 @@ def test_sizes_are_the_papers_(folder, paper, norms, sizes, steps):
         specs(paper, folder, seeds=1, steps=7, quick=True)
 
 
+def test_some_of_a_paper_s_arms_alone(folder):
+    wanted = specs("ln-mnist", folder, seeds=3, norms=["layer"], batch_sizes=[128])
+    assert {(spec.norm, spec.batch_size, spec.steps) for spec in wanted} == {("layer", 128, 60 * (600 // 128))}
+    assert [spec.seed for spec in wanted] == [0, 1, 2]
+    # The same run as among all of them: what was trained alone is not trained again.
+    assert {spec.key() for spec in wanted} < {spec.key() for spec in specs("ln-mnist", folder, seeds=3)}
+
+
 def test_the_nets_are_the_papers_(folder):
     def shapes(paper, norm):
         model = load_task(reference(paper, folder)).task.model(norm, 0)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from normwise.cli.json_output import AsJson, print_json
-from normwise.cli.options import OUT, Jobs, Scheduler, Seeds
+from normwise.cli.options import OUT, BatchSizes, Jobs, Scheduler, Seeds, listed
 from normwise.cli.status import INTERRUPTED
 from normwise.cli.user_code import calling
 from normwise.words import counted
@@ -27,7 +27,6 @@ DEFAULT_TASKS = ("mlp", "cnn")
 SEEDS = 3
 QUICK_SEEDS, QUICK_STEPS = 1, 30
 MARKS = {"best": "*", "tied": "=", "": " "}
-Value = TypeVar("Value")
 
 
 def compare(
@@ -46,7 +45,7 @@ def compare(
             help="Norms to compare, such as none,batch,layer; an unknown one lists the task's. Default: all.",
         ),
     ] = None,
-    batch_sizes: Annotated[str | None, typer.Option(metavar="N,N,..", help="Default: the task's own.")] = None,
+    batch_sizes: BatchSizes = None,
     seeds: Seeds = SEEDS,
     steps: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Training steps, one batch each. Default: the task's own.")
@@ -104,9 +103,9 @@ def compare(
             specs += expand(
                 name,
                 seeds=seeds,
-                norms=_list(norms, str, "--norms"),
-                batch_sizes=_list(batch_sizes, int, "--batch-sizes"),
-                learning_rates=_list(lr, float, "--lr"),
+                norms=listed(norms, str, "--norms"),
+                batch_sizes=listed(batch_sizes, int, "--batch-sizes"),
+                learning_rates=listed(lr, float, "--lr"),
                 steps=steps,
             )
     loaded = {name: load_task(name).task for name in names}
@@ -137,16 +136,6 @@ def _references(tasks: Sequence[str], own: Sequence[str], text: Path | None) -> 
     if not names.keys() & set(TEXTS):
         raise typer.BadParameter(f"only tasks on text read a file: {', '.join([*GROUPS, *TEXTS])}", param_hint="--text")
     return [f"{name}@{text.absolute()}" if name in TEXTS else name for name in names]
-
-
-def _list(text: str | None, kind: Callable[[str], Value], option: str) -> list[Value] | None:
-    if text is None:
-        return None
-    try:
-        return [kind(part.strip()) for part in text.split(",")]
-    except ValueError:
-        wanted = {int: "integers", float: "numbers"}.get(kind, "names")  # type: ignore[call-overload]
-        raise typer.BadParameter(f"{text!r} is not a list of {wanted} separated by commas", param_hint=option) from None
 
 
 def train(

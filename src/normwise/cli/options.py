@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
+
+Value = TypeVar("Value")
 
 OUT = Path("normwise-out")
 """The folder of runs and pages, unless --out says otherwise."""
@@ -20,3 +23,15 @@ Scheduler = Annotated[
         "--scheduler", metavar="ADDRESS", help="Train on the workers of this Dask scheduler: tcp://host:8786."
     ),
 ]
+BatchSizes = Annotated[str | None, typer.Option(metavar="N,N,..", help="Default: the task's own.")]
+
+
+def listed(text: str | None, kind: Callable[[str], Value], option: str) -> list[Value] | None:
+    """The values of an option that takes several, separated by commas; None if it was not given."""
+    if text is None:
+        return None
+    try:
+        return [kind(part.strip()) for part in text.split(",")]
+    except ValueError:
+        wanted = {int: "integers", float: "numbers"}.get(kind, "names")  # type: ignore[call-overload]
+        raise typer.BadParameter(f"{text!r} is not a list of {wanted} separated by commas", param_hint=option) from None

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from normwise.cli.json_output import AsJson
-from normwise.cli.options import OUT, Jobs, Scheduler, Seeds
+from normwise.cli.options import OUT, BatchSizes, Jobs, Scheduler, Seeds, listed
 
 
 def reproduce(
@@ -19,6 +19,11 @@ def reproduce(
             metavar="DIR", help="Folder with MNIST's four IDX files, or others under the same names, .gz or not."
         ),
     ],
+    norms: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,..", help="Some of the set-up's norms; an unknown one lists them. Default: all."),
+    ] = None,
+    batch_sizes: BatchSizes = None,
     steps: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Training steps of each run. Default: the paper's.")
     ] = None,
@@ -51,7 +56,15 @@ def reproduce(
     from normwise.lab.sweep import cores
     from normwise.lab.tasks import load_task
 
-    wanted = specs(paper, data, seeds=seeds, steps=steps, quick=quick)
+    wanted = specs(
+        paper,
+        data,
+        seeds=seeds,
+        norms=listed(norms, str, "--norms"),
+        batch_sizes=listed(batch_sizes, int, "--batch-sizes"),
+        steps=steps,
+        quick=quick,
+    )
     with Store(out / "runs.sqlite") as store:
         train(wanted, store, jobs=jobs or cores(), scheduler=scheduler, checkpoints=out.absolute() / "checkpoints")
         rows = score(store.runs(spec.key() for spec in wanted))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from normwise.lab.errors import LabError, unknown
@@ -21,11 +22,22 @@ def reference(paper: str, data: Path) -> str:
     return f"{paper}@{data.absolute()}"
 
 
-def specs(paper: str, data: Path, *, seeds: int, steps: int | None = None, quick: bool = False) -> list[Spec]:
+def specs(
+    paper: str,
+    data: Path,
+    *,
+    seeds: int,
+    norms: Sequence[str] | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    steps: int | None = None,
+    quick: bool = False,
+) -> list[Spec]:
     """All runs of a set-up: as many updates as the paper makes at each batch size, or ``steps`` or the task's few.
 
+    Norms and batch sizes are the paper's where they are None.
+
     Raises:
-        LabError: no such set-up; a file is missing, broken or too small.
+        LabError: no such set-up or norm; a batch size out of range; a file is missing, broken or too small.
     """
     name = reference(paper, data)
     task = load_task(name).task
@@ -33,8 +45,8 @@ def specs(paper: str, data: Path, *, seeds: int, steps: int | None = None, quick
     if steps is not None and quick:
         raise LabError("--quick and --steps both say how long to train; give one of them")
     few = task.quick_steps if quick else steps
-    return [
-        spec
-        for size in task.batch_sizes
-        for spec in expand(name, seeds=seeds, batch_sizes=[size], steps=few or task.paper_steps(size))
-    ]
+    wanted = []
+    for size in batch_sizes or task.batch_sizes:
+        full = task.paper_steps(size) if size > 0 else 1  # what expand refuses has no number of steps
+        wanted += expand(name, seeds=seeds, norms=norms, batch_sizes=[size], steps=few or full)
+    return wanted
