@@ -26,7 +26,8 @@ def test_what_was_given_is_named_by_kind_and_value_on_one_short_line() -> None:
     assert given("0.1") == "str ('0.1')"
     assert given(None) == "NoneType (None)"
     long = given([[1, 2]] * 100)
-    assert long.startswith("list ([[1, 2], ") and long.endswith("...)")
+    assert long.startswith("list ([[1, 2], ")
+    assert long.endswith("...)")
     assert len(long) == len("list ()") + MOST
 
     class Lines:

@@ -77,6 +77,12 @@ def test_activations_of_a_gate(isa: str, dtype: torch.dtype, gate_act: str | Non
         check_rows(9, 63, dtype, gate_first=gate_first, gate_act=gate_act)
 
 
+@pytest.mark.parametrize("act", truth.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", truth.DTYPES)
+def test_an_activation_behind_a_gate_that_comes_first(isa: str, dtype: torch.dtype, act: str) -> None:
+    check_rows(9, 63, dtype, gate_first=True, act=act)
+
+
 @pytest.mark.parametrize("gate_first", [True, False])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("residual", [False, True])

@@ -113,15 +113,21 @@ NW_INLINE vec<float> normal_cdf(vec<float> z, vec<float>& density) {
 
 // An instance of each kernel for each activation would more than double the library. Those made of straight lines share
 // one, which has `hard_act` for its activation and branches by the code of the call; those of exp share another, which
-// calls a function for each vector: of these the call is a small part.
+// calls a function for each vector: of these the call is a small part. In double, and where a norm has a gate too, all
+// but the identity share it.
 constexpr int hard_act = -1, act_by_code = -2;
+template <int act, class C> NW_INLINE vec<C> activate(vec<C> z, int code = act);
+template <int act, class C> NW_INLINE vec<C> activation_derivative(vec<C> z, int code = act);
 
 // tanh of gelu_tanh is 2 s(v) - 1, with s the logistic function: v(z) = z * (a + b z^2), and 1 + tanh keeps its digits.
 template <class C> constexpr C gelu_tanh_a = C(1.5957691216057307117597842);   // 2 sqrt(2 / pi)
 template <class C> constexpr C gelu_tanh_b = C(0.07135481627260025487699050);  // 0.044715 a
 
-template <class C> __attribute__((noinline)) vec<C> activate_by_code(vec<C> z, int code) {
+template <class C> NW_NOINLINE vec<C> activate_by_code(vec<C> z, int code) {
   switch (code) {
+    case NW_RELU: return activate<NW_RELU, C>(z);
+    case NW_SILU: return activate<NW_SILU, C>(z);
+    case NW_GELU: return activate<NW_GELU, C>(z);
     case NW_ELU: return z <= C(0) ? expm1_of_negative(at_most(z, C(0))) : z;
     case NW_GELU_TANH: {
       constexpr C limit = gelu_tanh_limit<C>;
@@ -139,13 +145,16 @@ template <class C> __attribute__((noinline)) vec<C> activate_by_code(vec<C> z, i
       return z * (n * reciprocal(n + C(2)));
     }
   }
-  return z;
+  return activate<hard_act, C>(z, code);
 }
 
 // d activate_by_code(z) / dz, at infinities its limit.
-template <class C> __attribute__((noinline)) vec<C> activation_derivative_by_code(vec<C> z, int code) {
+template <class C> NW_NOINLINE vec<C> activation_derivative_by_code(vec<C> z, int code) {
   const vec<C> one = splat(C(1));
   switch (code) {
+    case NW_RELU: return activation_derivative<NW_RELU, C>(z);
+    case NW_SILU: return activation_derivative<NW_SILU, C>(z);
+    case NW_GELU: return activation_derivative<NW_GELU, C>(z);
     case NW_ELU: return z > C(0) ? one : exp_or_zero<C>(at_most(z, C(0)));
     case NW_GELU_TANH: {  // s + z s (1 - s) v'
       z = clamp(z, gelu_tanh_limit<C>);
@@ -165,15 +174,17 @@ template <class C> __attribute__((noinline)) vec<C> activation_derivative_by_cod
       return r * (n + C(4) * z * (w * (w + C(1)) * r));
     }
   }
-  return one;
+  return activation_derivative<hard_act, C>(z, code);
 }
 
 template <class C> NW_INLINE vec<C> activate_hard(vec<C> z, int code) {
+  if (code == NW_LEAKY_RELU) return z > C(0) ? z : z * C(0.01);
   if (code == NW_RELU6) return z <= C(0) ? vec<C>{} : at_most(z, C(6));
   const vec<C> s = at_most(at_least(z + C(3), C(0)), C(6)) * C(1. / 6);
   return code == NW_HARDSWISH ? z * s : s;
 }
 template <class C> NW_INLINE vec<C> hard_derivative(vec<C> z, int code) {
+  if (code == NW_LEAKY_RELU) return z > C(0) ? splat(C(1)) : splat(C(0.01));
   if (code == NW_RELU6) return z > C(0) ? (z < C(6) ? splat(C(1)) : vec<C>{}) : vec<C>{};
   if (code == NW_HARDSIGMOID) return z > C(-3) ? (z < C(3) ? splat(C(1. / 6)) : vec<C>{}) : vec<C>{};
   const vec<C> inner = z * C(1. / 3) + C(0.5);
@@ -181,14 +192,13 @@ template <class C> NW_INLINE vec<C> hard_derivative(vec<C> z, int code) {
 }
 
 // `code` is read only where several activations share an instance.
-template <int act, class C> NW_INLINE vec<C> activate(vec<C> z, [[maybe_unused]] int code = act) {
+template <int act, class C> NW_INLINE vec<C> activate(vec<C> z, [[maybe_unused]] int code) {
   if constexpr (act == act_by_code) return activate_by_code<C>(z, code);
   if constexpr (act == hard_act) return activate_hard<C>(z, code);
 #if defined(__aarch64__)
   if constexpr (act == NW_RELU) return at_least(z, C(0));
 #endif
   if constexpr (act == NW_RELU) return z <= C(0) ? vec<C>{} : z;
-  if constexpr (act == NW_LEAKY_RELU) return z > C(0) ? z : z * C(0.01);
   if constexpr (act == NW_SILU) {
     constexpr C limit = exp_limit<C>;
     return at_least(z, -limit) * reciprocal(C(1) + exp(-clamp(z, limit)));
@@ -202,11 +212,10 @@ template <int act, class C> NW_INLINE vec<C> activate(vec<C> z, [[maybe_unused]]
 }
 
 // d activate(z) / dz
-template <int act, class C> NW_INLINE vec<C> activation_derivative(vec<C> z, [[maybe_unused]] int code = act) {
+template <int act, class C> NW_INLINE vec<C> activation_derivative(vec<C> z, [[maybe_unused]] int code) {
   if constexpr (act == act_by_code) return activation_derivative_by_code<C>(z, code);
   if constexpr (act == hard_act) return hard_derivative<C>(z, code);
   if constexpr (act == NW_RELU) return z <= C(0) ? vec<C>{} : splat(C(1));
-  if constexpr (act == NW_LEAKY_RELU) return z > C(0) ? splat(C(1)) : splat(C(0.01));
   if constexpr (act == NW_SILU) {  // s * (1 + z * (1 - s)), s the logistic function and 1 - s = exp(-z) * s
     z = clamp(z, exp_limit<C>);
     const vec<C> e = exp(-z), s = reciprocal(C(1) + e);
@@ -237,7 +246,7 @@ template <class C> NW_INLINE vec<C> open_silu(vec<C> z, vec<C>& slope) {
   slope = s * (C(1) + c * rest);
   return at_least(z, -limit) * s;
 }
-template <class C> __attribute__((noinline)) vec<C> open_by_code(vec<C> z, vec<C>& slope, int code) {
+template <class C> NW_NOINLINE vec<C> open_by_code(vec<C> z, vec<C>& slope, int code) {
   switch (code) {
     case NW_RELU: slope = activation_derivative<NW_RELU, C>(z); return activate<NW_RELU, C>(z);
     case NW_GELU: slope = activation_derivative<NW_GELU, C>(z); return activate<NW_GELU, C>(z);
@@ -256,9 +265,10 @@ inline bool opens_gate(int code) {
 }
 
 // Calls f.operator()<T, act>() with the element type and activation that the codes of a call name and returns its
-// status, or NW_BAD_ARGUMENT if a code is unknown. NW_SUBSET leaves a few combinations that between them take every
-// path of the norms: the build with sanitizers would take minutes otherwise.
-template <class T, class F> NW_INLINE int dispatch_act(int act, F f) {
+// status, or NW_BAD_ARGUMENT if a code is unknown. `by_code`: all activations but the identity share `act_by_code`.
+// NW_SUBSET leaves a few combinations that between them take every path of the norms: the build with sanitizers would
+// take minutes otherwise.
+template <class T, bool by_code, class F> NW_INLINE int dispatch_act(int act, F f) {
   switch (act) {
     case NW_IDENTITY: return f.template operator()<T, NW_IDENTITY>();
     case NW_ELU:
@@ -266,23 +276,23 @@ template <class T, class F> NW_INLINE int dispatch_act(int act, F f) {
     case NW_SOFTPLUS:
     case NW_MISH: return f.template operator()<T, act_by_code>();
 #ifndef NW_SUBSET
-    case NW_RELU: return f.template operator()<T, NW_RELU>();
-    case NW_LEAKY_RELU: return f.template operator()<T, NW_LEAKY_RELU>();
-    case NW_SILU: return f.template operator()<T, NW_SILU>();
-    case NW_GELU: return f.template operator()<T, NW_GELU>();
+    case NW_RELU: return f.template operator()<T, by_code ? act_by_code : NW_RELU>();
+    case NW_SILU: return f.template operator()<T, by_code ? act_by_code : NW_SILU>();
+    case NW_GELU: return f.template operator()<T, by_code ? act_by_code : NW_GELU>();
+    case NW_LEAKY_RELU:
     case NW_RELU6:
     case NW_HARDSWISH:
-    case NW_HARDSIGMOID: return f.template operator()<T, hard_act>();
+    case NW_HARDSIGMOID: return f.template operator()<T, by_code ? act_by_code : hard_act>();
 #endif
   }
   return NW_BAD_ARGUMENT;
 }
-template <class F> NW_INLINE int dispatch_dtype_and_act(int dtype, int act, F f) {
+template <bool by_code = false, class F> NW_INLINE int dispatch_dtype_and_act(int dtype, int act, F f) {
   switch (dtype) {
-    case NW_FLOAT32: return dispatch_act<float>(act, f);
-    case NW_BFLOAT16: return dispatch_act<bf16>(act, f);
+    case NW_FLOAT32: return dispatch_act<float, by_code>(act, f);
+    case NW_BFLOAT16: return dispatch_act<bf16, by_code>(act, f);
 #ifndef NW_SUBSET
-    case NW_FLOAT64: return dispatch_act<double>(act, f);
+    case NW_FLOAT64: return dispatch_act<double, true>(act, f);
 #endif
   }
   return NW_BAD_ARGUMENT;

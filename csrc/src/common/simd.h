@@ -21,6 +21,7 @@
 #endif
 
 #define NW_INLINE inline __attribute__((always_inline))
+#define NW_NOINLINE __attribute__((noinline))
 #define NW_LAMBDA __attribute__((always_inline))
 
 // Everything has internal linkage: an inline function that the linker merged across instruction sets could put

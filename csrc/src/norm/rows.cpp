@@ -141,7 +141,7 @@ template <class T, class Body> NW_INLINE void for_each_gate(const T* gate, int64
 
 // out = in * gate_act(gate)
 template <class T, class In, class Out>
-__attribute__((noinline)) void apply_gate(const In* in, const T* gate, Out* out, int64_t n, int code,
+NW_NOINLINE void apply_gate(const In* in, const T* gate, Out* out, int64_t n, int code,
                                           bool non_temporal) {
   using C = compute_t<T>;
   for_each_gate<T>(gate, n, code, [&](int64_t i, auto part, vec<C> opened, vec<C>) NW_LAMBDA {
@@ -151,7 +151,7 @@ __attribute__((noinline)) void apply_gate(const In* in, const T* gate, Out* out,
 }
 
 template <class In, class Out>
-__attribute__((noinline)) void convert_row(const In* in, Out* out, int64_t n, bool non_temporal) {
+NW_NOINLINE void convert_row(const In* in, Out* out, int64_t n, bool non_temporal) {
   for_each_vector<compute_t<In>>(n, [&](int64_t i, auto part) NW_LAMBDA {
     prefetch(in + n + i);
     store_output(out + i, load(in + i, part), part, non_temporal);
@@ -248,17 +248,20 @@ void forward_short_rows(const nw_rows_forward_args& a, int64_t row, bool non_tem
   }
 }
 
+template <class T, int act> int forward_gated(const nw_rows_forward_args& a) {
+  const bool non_temporal = past_the_caches<T>(a.y, a, 0, a.rows);
+  const int threads = useful_threads(a.rows * a.cols, a.threads);
+  Scratch<compute_t<T>> scratch(threads * 2 * a.cols);
+  if (!scratch) return NW_OUT_OF_MEMORY;
+  parallel_for_threads(a.rows, threads, [&](int64_t thread, int64_t row) {
+    forward_gated_row<T, act>(a, row, scratch.get() + thread * 2 * a.cols, non_temporal);
+  });
+  return NW_OK;
+}
+
 template <class T, int act> int forward(const nw_rows_forward_args& a) {
   const bool non_temporal = past_the_caches<T>(a.y, a, 0, a.rows);
   const int threads = useful_threads(a.rows * a.cols, a.threads);
-  if (a.gate) {
-    Scratch<compute_t<T>> scratch(threads * 2 * a.cols);
-    if (!scratch) return NW_OUT_OF_MEMORY;
-    parallel_for_threads(a.rows, threads, [&](int64_t thread, int64_t row) {
-      forward_gated_row<T, act>(a, row, scratch.get() + thread * 2 * a.cols, non_temporal);
-    });
-    return NW_OK;
-  }
   if (a.cols > short_row || a.mask || a.residual) {
     parallel_for(a.rows, threads, [&](int64_t row) { forward_row<T, act>(a, row, non_temporal); });
     return NW_OK;
@@ -381,7 +384,7 @@ void backward_rows(const nw_rows_backward_args& a, const int64_t* rows, compute_
 // gradient's upstream, where the gate comes last its own gradient, and where it comes first what the norm's gradient is
 // times.
 template <class T>
-__attribute__((noinline)) void before_gated_row(const nw_rows_backward_args& a, int64_t row, compute_t<T>* scratch) {
+NW_NOINLINE void before_gated_row(const nw_rows_backward_args& a, int64_t row, compute_t<T>* scratch) {
   using C = compute_t<T>;
   const int64_t n = a.cols;
   const T *const s = static_cast<const T*>(a.s) + row * n, *const dy = static_cast<const T*>(a.dy) + row * n;
@@ -415,7 +418,7 @@ __attribute__((noinline)) void before_gated_row(const nw_rows_backward_args& a, 
 
 // The gradients of s, and of a gate that comes first, from the norm's.
 template <class T>
-__attribute__((noinline)) void after_gated_row(const nw_rows_backward_args& a, int64_t row, const compute_t<T>* scratch,
+NW_NOINLINE void after_gated_row(const nw_rows_backward_args& a, int64_t row, const compute_t<T>* scratch,
                                                bool non_temporal) {
   using C = compute_t<T>;
   const int64_t n = a.cols;
@@ -455,32 +458,33 @@ void backward_gated_row(const nw_rows_backward_args& a, int64_t row, compute_t<T
   after_gated_row<T>(a, row, scratch, non_temporal);
 }
 
-template <class T, int act>
+template <bool gated, class T, int act>
 void backward_chunk(const nw_rows_backward_args& a, int64_t begin, int64_t end, compute_t<T>* dweight,
                     compute_t<T>* dbias, compute_t<T>* gated_scratch) {
   zero_fill(dweight, a.cols);
   zero_fill(dbias, a.cols);
   const bool non_temporal =
-      past_the_caches<T>(a.ds, a, begin, end) && (!a.gate || past_the_caches<T>(a.dgate, a, begin, end));
+      past_the_caches<T>(a.ds, a, begin, end) && (!gated || past_the_caches<T>(a.dgate, a, begin, end));
   int64_t pending[4];
   int count = 0;
   for (int64_t row = begin; row < end; ++row) {
     if (a.mask && !a.mask[row]) {
       zero_fill(static_cast<T*>(a.ds) + row * a.cols, a.cols);
-      if (a.gate) zero_fill(static_cast<T*>(a.dgate) + row * a.cols, a.cols);
+      if (gated) zero_fill(static_cast<T*>(a.dgate) + row * a.cols, a.cols);
       continue;
     }
-    if (a.gate) {
+    if constexpr (gated) {
       backward_gated_row<T, act>(a, row, dweight, dbias, gated_scratch, non_temporal);
-      continue;
-    }
-    pending[count++] = row;
-    if (count == 4) {
+    } else {
+      pending[count++] = row;
+      if (count < 4) continue;
       backward_rows<4, T, act>(a, pending, dweight, dbias, non_temporal);
       count = 0;
     }
   }
-  for (int i = 0; i < count; ++i) backward_rows<1, T, act>(a, pending + i, dweight, dbias, non_temporal);
+  if constexpr (!gated) {
+    for (int i = 0; i < count; ++i) backward_rows<1, T, act>(a, pending + i, dweight, dbias, non_temporal);
+  }
 }
 
 // Adds up columns begin .. end-1 of the chunks' partial sums.
@@ -511,14 +515,14 @@ inline Chunks chunks_of_group(const nw_rows_backward_args& a) {
   return Chunks(rows, 32, of_1024 > shared ? of_1024 : shared);
 }
 
-template <class T, int act> int backward(const nw_rows_backward_args& a) {
+template <bool gated, class T, int act> int backward(const nw_rows_backward_args& a) {
   using C = compute_t<T>;
   const int threads = useful_threads(a.rows * a.cols, a.threads);
   const Chunks chunks = chunks_of_group(a);
-  const int64_t groups = num_groups(a), of_thread = (a.gate ? gated_scratch_rows : 0) + 2;
+  const int64_t groups = num_groups(a), of_thread = (gated ? gated_scratch_rows : 0) + 2;
   // Where a group is one chunk its sums are the gradients; those that nobody wants go into the thread's scratch.
   const bool direct = chunks.count == 1;
-  Scratch<C> scratch((a.gate || !a.dweight || !a.dbias) && (direct || a.gate) ? threads * of_thread * a.cols : 0);
+  Scratch<C> scratch((gated || !a.dweight || !a.dbias) && (direct || gated) ? threads * of_thread * a.cols : 0);
   Scratch<C> partial(direct ? 0 : groups * chunks.count * 2 * a.cols);
   if (!scratch || !partial) return NW_OUT_OF_MEMORY;
   parallel_for_threads(groups * chunks.count, threads, [&](int64_t thread, int64_t k) {
@@ -530,7 +534,7 @@ template <class T, int act> int backward(const nw_rows_backward_args& a) {
       dbias = a.dbias ? static_cast<C*>(a.dbias) + group * a.cols : mine + a.cols;
     }
     const int64_t end = first + chunks.end(chunk);
-    backward_chunk<T, act>(a, first + chunks.begin(chunk), end < a.rows ? end : a.rows, dweight, dbias,
+    backward_chunk<gated, T, act>(a, first + chunks.begin(chunk), end < a.rows ? end : a.rows, dweight, dbias,
                            mine + 2 * a.cols);
   });
   if (direct) return NW_OK;
@@ -558,6 +562,10 @@ template <class Args> bool is_valid(const Args& a) {
 int rows_forward(const nw_rows_forward_args* args) {
   const nw_rows_forward_args& a = *args;
   if (!is_valid(a)) return NW_BAD_ARGUMENT;
+  // Few norms have a gate and an activation.
+  if (a.gate) {
+    return dispatch_dtype_and_act<true>(a.dtype, a.act, [&]<class T, int act>() { return forward_gated<T, act>(a); });
+  }
   return dispatch_dtype_and_act(a.dtype, a.act, [&]<class T, int act>() { return forward<T, act>(a); });
 }
 
@@ -574,7 +582,10 @@ int rows_near_zero(const float* x, int64_t rows, int64_t cols, double eps, doubl
 int rows_backward(const nw_rows_backward_args* args) {
   const nw_rows_backward_args& a = *args;
   if (!is_valid(a) || (a.gate && !a.dgate)) return NW_BAD_ARGUMENT;
-  return dispatch_dtype_and_act(a.dtype, a.act, [&]<class T, int act>() { return backward<T, act>(a); });
+  if (a.gate) {
+    return dispatch_dtype_and_act<true>(a.dtype, a.act, [&]<class T, int act>() { return backward<true, T, act>(a); });
+  }
+  return dispatch_dtype_and_act(a.dtype, a.act, [&]<class T, int act>() { return backward<false, T, act>(a); });
 }
 
 }  // namespace NW_ISA

@@ -26,19 +26,7 @@ struct BackwardStep {
   float* dreadout;               // scratch, like dc; LSTM with a norm of c
 };
 
-// Sums over all rows, from which the gradients of gains and biases are: gate_units each, and units.
-struct ColumnSums {
-  double *bias_ih, *bias_hh, *gain_ih, *gain_hh, *bias_inner, *gain_c, *bias_c;
-  static int64_t size(const Layer& layer) { return 5 * layer.gate_units + 2 * layer.units; }
-  ColumnSums(const Layer& layer, double* memory)
-      : bias_ih(memory),
-        bias_hh(memory + layer.gate_units),
-        gain_ih(memory + 2 * layer.gate_units),
-        gain_hh(memory + 3 * layer.gate_units),
-        bias_inner(memory + 4 * layer.gate_units),
-        gain_c(memory + 5 * layer.gate_units),
-        bias_c(memory + 5 * layer.gate_units + layer.units) {}
-};
+using ColumnSums = GainBiasSums<double>;
 
 template <class Part> NW_INLINE vec<float> total_dh(const BackwardStep& step, int64_t at, Part part) {
   const vec<float> dh = load(step.dh + at, part);
@@ -241,13 +229,11 @@ void step_backward(const Layer& layer, const StatColumns& stats, const BackwardS
     if constexpr (cell == NW_RNN_RELU) rnn_columns<separate, true, V>(layer, stats, step, sums, j, part);
   });
 }
-template <bool separate> StepCell step_cell_of(int cell) {
-  switch (cell) {
-    case NW_LSTM: return step_backward<NW_LSTM, separate>;
-    case NW_GRU: return step_backward<NW_GRU, separate>;
-    case NW_RNN_TANH: return step_backward<NW_RNN_TANH, separate>;
-    default: return step_backward<NW_RNN_RELU, separate>;
-  }
+inline StepCell step_cell(const nw_recurrent& a) {
+  return with_cell(a, [&](auto kind) -> StepCell {
+    constexpr int cell = decltype(kind)::value;
+    return has_separate_terms(a) ? step_backward<cell, true> : step_backward<cell, false>;
+  });
 }
 
 // In is the precision of the products with x and W_ih.
@@ -443,7 +429,7 @@ template <class P, class In> int run_backward(const nw_recurrent_backward_args* 
       .layer = layer,
       .rows = rows,
       .stats = StatColumns(a),
-      .cell = separate ? step_cell_of<true>(a.cell) : step_cell_of<false>(a.cell),
+      .cell = step_cell(a),
       .chunk = chunk,
       .separate = separate,
       .repeats_p = repeats_p,

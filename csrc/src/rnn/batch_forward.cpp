@@ -116,13 +116,11 @@ void step_forward(const Layer& layer, const StatColumns& stats, const ForwardSte
     if constexpr (cell == NW_RNN_RELU) rnn_columns<separate, true, V>(layer, stats, step, j, part);
   });
 }
-template <bool separate> StepCell step_cell_of(int cell) {
-  switch (cell) {
-    case NW_LSTM: return step_forward<NW_LSTM, separate>;
-    case NW_GRU: return step_forward<NW_GRU, separate>;
-    case NW_RNN_TANH: return step_forward<NW_RNN_TANH, separate>;
-    default: return step_forward<NW_RNN_RELU, separate>;
-  }
+inline StepCell step_cell(const nw_recurrent& a) {
+  return with_cell(a, [&](auto kind) -> StepCell {
+    constexpr int cell = decltype(kind)::value;
+    return has_separate_terms(a) ? step_forward<cell, true> : step_forward<cell, false>;
+  });
 }
 
 // In is the precision of W_ih x.
@@ -238,7 +236,7 @@ template <class P, class In> int run_forward(const nw_recurrent_forward_args* ar
       .layer = layer,
       .rows = rows,
       .stats = stats,
-      .cell = separate ? step_cell_of<true>(a.cell) : step_cell_of<false>(a.cell),
+      .cell = step_cell(a),
       .chunk = chunk,
       .separate = separate,
       .inputs = {.a = a,

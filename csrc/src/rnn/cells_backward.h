@@ -243,22 +243,12 @@ void block_backward(const Layer& layer, const BackwardRow* rows, int count, cons
   for (int r = 0; r < count; ++r) rows_backward_of<cell, placement, small_input, 1>(layer, rows + r, sums);
 }
 
-template <int placement, bool small_input> BackwardCell backward_cell_of(const nw_recurrent& a) {
-  switch (a.cell) {
-    case NW_LSTM: return block_backward<NW_LSTM, placement, small_input>;
-    case NW_GRU: return block_backward<NW_GRU, placement, small_input>;
-    case NW_RNN_TANH: return block_backward<NW_RNN_TANH, placement, small_input>;
-    default: return block_backward<NW_RNN_RELU, placement, small_input>;
-  }
-}
 inline BackwardCell backward_cell(const nw_recurrent& a) {
-  if (a.norm_placement == NW_SUM) return backward_cell_of<NW_SUM, false>(a);
-  if (has_small_input(a)) {
-    return a.norm_placement == NW_UNNORMALIZED ? backward_cell_of<NW_UNNORMALIZED, true>(a)
-                                               : backward_cell_of<NW_SEPARATE, true>(a);
-  }
-  return a.norm_placement == NW_UNNORMALIZED ? backward_cell_of<NW_UNNORMALIZED, false>(a)
-                                             : backward_cell_of<NW_SEPARATE, false>(a);
+  return with_placement(a, [&](auto placement, auto small_input) {
+    return with_cell(a, [](auto cell) -> BackwardCell {
+      return block_backward<decltype(cell)::value, decltype(placement)::value, decltype(small_input)::value>;
+    });
+  });
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ struct StepTerms {
 // Measures the columns of v from `at` where this is to be done; the statistics of v begin at `first`, -1: it has none.
 // Returns the part of the mean that its rounding left.
 template <int V, class Part>
-NW_INLINE Columns<V> measure(const StepTerms& t, int64_t samples, int64_t first, const float* v, int64_t stride,
+NW_NOINLINE Columns<V> measure(const StepTerms& t, int64_t samples, int64_t first, const float* v, int64_t stride,
                              int64_t at, Part part) {
   if (first < 0 || t.given) return {};
   const int64_t to = first + at;

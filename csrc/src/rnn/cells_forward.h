@@ -222,23 +222,20 @@ void rnn_forward(const Layer& layer, const ForwardRow* rows, int count) {
   }
 }
 
-template <int placement, bool small_input> ForwardCell forward_cell_of(const nw_recurrent& a) {
-  switch (a.cell) {
-    case NW_LSTM:
-      return a.cell_norm ? lstm_forward<placement, small_input, true> : lstm_forward<placement, small_input, false>;
-    case NW_GRU: return gru_forward<placement, small_input>;
-    case NW_RNN_TANH: return rnn_forward<placement, small_input, false>;
-    default: return rnn_forward<placement, small_input, true>;
-  }
-}
 inline ForwardCell forward_cell(const nw_recurrent& a) {
-  if (a.norm_placement == NW_SUM) return forward_cell_of<NW_SUM, false>(a);
-  if (has_small_input(a)) {
-    return a.norm_placement == NW_UNNORMALIZED ? forward_cell_of<NW_UNNORMALIZED, true>(a)
-                                               : forward_cell_of<NW_SEPARATE, true>(a);
-  }
-  return a.norm_placement == NW_UNNORMALIZED ? forward_cell_of<NW_UNNORMALIZED, false>(a)
-                                             : forward_cell_of<NW_SEPARATE, false>(a);
+  return with_placement(a, [&](auto norm_placement, auto few_inputs) {
+    constexpr int placement = decltype(norm_placement)::value;
+    constexpr bool small_input = decltype(few_inputs)::value;
+    return with_cell(a, [&](auto kind) -> ForwardCell {
+      constexpr int cell = decltype(kind)::value;
+      if constexpr (cell == NW_LSTM) {
+        return a.cell_norm ? lstm_forward<placement, small_input, true> : lstm_forward<placement, small_input, false>;
+      }
+      if constexpr (cell == NW_GRU) return gru_forward<placement, small_input>;
+      if constexpr (cell == NW_RNN_TANH) return rnn_forward<placement, small_input, false>;
+      if constexpr (cell == NW_RNN_RELU) return rnn_forward<placement, small_input, true>;
+    });
+  });
 }
 
 }  // namespace

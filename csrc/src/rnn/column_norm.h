@@ -142,7 +142,7 @@ template <int V> NW_INLINE void add_columns(double* totals, const Columns<V>& su
   add_to_totals(totals, lanes_of_all, part.n);
 }
 
-template <int V, class Part> NW_INLINE Columns<V> column_sums(const float* v, int64_t stride, int64_t n, Part part) {
+template <int V, class Part> NW_NOINLINE Columns<V> column_sums(const float* v, int64_t stride, int64_t n, Part part) {
   Columns<V> sum[1];
   sum_rows<1, V>(n, sum, [&](int64_t r, Columns<V>(&sums)[1]) NW_LAMBDA {
 #pragma GCC unroll 4
@@ -155,7 +155,7 @@ template <int V, class Part> NW_INLINE Columns<V> column_sums(const float* v, in
 // where the statistics are those of these rows, scale * dz where they were given; dv may be dz. All rows are `stride`
 // apart. `sum_dz` are the sums of dz; adds those of dz * v_hat to `dgain`.
 template <int V, class Part>
-NW_INLINE void column_norm_gradient(const float* dz, const float* v, int64_t stride, int64_t n, bool given,
+NW_NOINLINE void column_norm_gradient(const float* dz, const float* v, int64_t stride, int64_t n, bool given,
                                     const ColumnScales<V>& s, const Columns<V>& sum_dz, double* dgain, float* dv,
                                     Part part) {
   Columns<V> sum[1];

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "common/simd.h"
 #include "normwise.h"
@@ -95,6 +96,27 @@ inline void saved_widths(const nw_recurrent& a, int64_t widths[4]) {
   widths[3] = a.norm_placement == NW_UNNORMALIZED || of_samples(a)
                   ? 0
                   : groups * (a.norm_placement == NW_SEPARATE ? 2 : 1) + (a.cell_norm ? 2 : 0);
+}
+
+// f of the layer's cell as a constant.
+template <class F> auto with_cell(const nw_recurrent& a, F f) {
+  switch (a.cell) {
+    case NW_LSTM: return f(std::integral_constant<int, NW_LSTM>());
+    case NW_GRU: return f(std::integral_constant<int, NW_GRU>());
+    case NW_RNN_TANH: return f(std::integral_constant<int, NW_RNN_TANH>());
+    default: return f(std::integral_constant<int, NW_RNN_RELU>());
+  }
+}
+
+// f of the norms' placement as a constant, and of whether the cells compute p themselves. Not for NW_INPUT, which rows
+// do not have.
+template <class F> auto with_placement(const nw_recurrent& a, F f) {
+  using Unnormalized = std::integral_constant<int, NW_UNNORMALIZED>;
+  using Separate = std::integral_constant<int, NW_SEPARATE>;
+  if (a.norm_placement == NW_SUM) return f(std::integral_constant<int, NW_SUM>(), std::false_type());
+  const bool separate = a.norm_placement == NW_SEPARATE;
+  if (has_small_input(a)) return separate ? f(Separate(), std::true_type()) : f(Unnormalized(), std::true_type());
+  return separate ? f(Separate(), std::false_type()) : f(Unnormalized(), std::false_type());
 }
 
 }  // namespace

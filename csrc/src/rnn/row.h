@@ -53,25 +53,33 @@ struct BackwardRow {
   int64_t prefetch_offset;  // from p and q to those of the row that is read row_block rows later
 };
 
-// One thread's sums over rows, from which the gradients of gains, biases and small inputs' weights are computed.
-struct ParamGradSums {
-  float *bias_ih, *bias_hh, *gain_ih, *gain_hh, *bias_inner;  // gate_units
-  float *gain_c, *bias_c;                                     // units
-  float* small_weight;                                        // (max_small_inputs, gate_units): of dz times scaled_x
-  float* small_gram;                                          // (groups, max_small_inputs, max_small_inputs)
+// Sums over rows, from which the gradients of gains and biases are: gate_units each, and units.
+template <class T> struct GainBiasSums {
+  T *bias_ih, *bias_hh, *gain_ih, *gain_hh, *bias_inner;
+  T *gain_c, *bias_c;
 
-  static int64_t small_input_offset(const Layer& layer) { return 5 * layer.gate_units + 2 * layer.units; }
-  static int64_t size(const Layer& layer) {
-    return small_input_offset(layer) + max_small_inputs * layer.gate_units + 4 * max_small_inputs * max_small_inputs;
-  }
-  ParamGradSums(const Layer& layer, float* memory)
+  static int64_t size(const Layer& layer) { return 5 * layer.gate_units + 2 * layer.units; }
+  GainBiasSums(const Layer& layer, T* memory)
       : bias_ih(memory),
         bias_hh(memory + layer.gate_units),
         gain_ih(memory + 2 * layer.gate_units),
         gain_hh(memory + 3 * layer.gate_units),
         bias_inner(memory + 4 * layer.gate_units),
         gain_c(memory + 5 * layer.gate_units),
-        bias_c(memory + 5 * layer.gate_units + layer.units),
+        bias_c(memory + 5 * layer.gate_units + layer.units) {}
+};
+
+// One thread's, and after them those of which the gradients of small inputs' weights are.
+struct ParamGradSums : GainBiasSums<float> {
+  float* small_weight;  // (max_small_inputs, gate_units): of dz times scaled_x
+  float* small_gram;    // (groups, max_small_inputs, max_small_inputs)
+
+  static int64_t small_input_offset(const Layer& layer) { return GainBiasSums::size(layer); }
+  static int64_t size(const Layer& layer) {
+    return small_input_offset(layer) + max_small_inputs * layer.gate_units + 4 * max_small_inputs * max_small_inputs;
+  }
+  ParamGradSums(const Layer& layer, float* memory)
+      : GainBiasSums(layer, memory),
         small_weight(memory + small_input_offset(layer)),
         small_gram(small_weight + max_small_inputs * layer.gate_units) {}
 };
