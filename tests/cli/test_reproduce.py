@@ -68,7 +68,7 @@ def test_json(normwise_command, folder, tmp_path):
         (("bn-mnist", "--steps", "0"), "--steps"),
         (("ln-mnist", "--norms", "none,lyaer"), "unknown norm for task 'ln-mnist' 'lyaer'; did you mean layer"),
         (("ln-mnist", "--batch-sizes", "128,x"), "'128,x' is not a list of integers"),
-        (("ln-mnist", "--batch-sizes", "0"), "batch size 0 is not in 1.."),
+        (("ln-mnist", "--batch-sizes", "0"), "ln-mnist has no batch size 0: the paper trains at 128 and 4"),
     ],
 )
 def test_bad_arguments_exit_2_and_make_nothing(normwise_command, folder, tmp_path, arguments, message):

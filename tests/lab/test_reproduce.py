@@ -11,10 +11,10 @@ from torch import nn
 
 from normwise.lab.errors import LabError
 from normwise.lab.figures_of_papers import of_paper
+from normwise.lab.report import commands
 from normwise.lab.reproduce import reference, specs
 from normwise.lab.run import Result, Series
 from normwise.lab.score import score
-from normwise.lab.spec import expand
 from normwise.lab.store import Store
 from normwise.lab.sweep import sweep
 from normwise.lab.tasks import PAPERS, load_task
@@ -61,6 +61,9 @@ def test_some_of_a_paper_s_arms_alone(folder):
     assert [spec.seed for spec in wanted] == [0, 1, 2]
     # The same run as among all of them: what was trained alone is not trained again.
     assert {spec.key() for spec in wanted} < {spec.key() for spec in specs("ln-mnist", folder, seeds=3)}
+    assert specs("ln-mnist", folder, seeds=3, norms=["layer", "layer"], batch_sizes=[128, 128]) == wanted
+    with pytest.raises(LabError, match="ln-mnist has no batch size 32: the paper trains at 128 and 4"):
+        specs("ln-mnist", folder, seeds=3, batch_sizes=[32])
 
 
 def test_the_nets_are_the_papers_(folder):
@@ -100,14 +103,18 @@ def test_bn_mnist_learns_and_has_its_figures(folder, tmp_path):
 
 
 def test_ln_mnist_has_its_figures_over_epochs(folder, tmp_path):
-    task = reference("ln-mnist", folder)
-    wanted = [s for size in (128, 4) for s in expand(task, seeds=1, norms=["layer"], batch_sizes=[size], steps=6)]
-    above, below = of_paper(rows_of(wanted, tmp_path))
+    rows = rows_of(specs("ln-mnist", folder, seeds=1, norms=["layer"], steps=6), tmp_path)
+    above, below = of_paper(rows)
     assert [panel.title for panel in above.panels] == ["batch size 128", "batch size 4"]
     assert above.panels[0].lines[0].x[-1] == pytest.approx(5 * 128 / 600)
     assert below.panels[1].lines[0].x[-1] == pytest.approx(6 * 4 / 600)
     (line,) = below.panels[1].lines
     assert all(0 <= low <= y <= high <= 1 for low, y, high in zip(line.low, line.y, line.high, strict=True))
+    for row, _, command in commands(rows):
+        assert command == (
+            f"normwise reproduce ln-mnist --data DIR --norms layer --batch-sizes {row.batch_size} --steps 6 --seeds 1 "
+            "--out again"
+        )
 
 
 @pytest.mark.parametrize("norm", ["none", "batch-per-step", "layer"])

@@ -19,7 +19,7 @@ struct StepTerms {
 // Returns the part of the mean that its rounding left.
 template <int V, class Part>
 NW_NOINLINE Columns<V> measure(const StepTerms& t, int64_t samples, int64_t first, const float* v, int64_t stride,
-                             int64_t at, Part part) {
+                               int64_t at, Part part) {
   if (first < 0 || t.given) return {};
   const int64_t to = first + at;
   if (t.to_mean) return column_moments<V>(v + at, stride, samples, t.to_mean + to, t.to_var + to, part);

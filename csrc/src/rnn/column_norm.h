@@ -156,8 +156,9 @@ template <int V, class Part> NW_NOINLINE Columns<V> column_sums(const float* v, 
 // apart. `sum_dz` are the sums of dz; adds those of dz * v_hat to `dgain`.
 template <int V, class Part>
 NW_NOINLINE void column_norm_gradient(const float* dz, const float* v, int64_t stride, int64_t n, bool given,
-                                    const ColumnScales<V>& s, const Columns<V>& sum_dz, double* dgain, float* dv,
-                                    Part part) {
+                                      const ColumnScales<V>& scales, const Columns<V>& sum_dz, double* dgain, float* dv,
+                                      Part part) {
+  const ColumnScales<V> s = scales;  // which no store to dv can change: it stays in registers
   Columns<V> sum[1];
   sum_rows<1, V>(n, sum, [&](int64_t r, Columns<V>(&sums)[1]) NW_LAMBDA {
 #pragma GCC unroll 4

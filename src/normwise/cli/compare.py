@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from normwise.cli.json_output import AsJson, print_json
-from normwise.cli.options import OUT, BatchSizes, Jobs, Scheduler, Seeds, listed
+from normwise.cli.options import OUT, Jobs, Scheduler, Seeds, listed
 from normwise.cli.status import INTERRUPTED
 from normwise.cli.user_code import calling
 from normwise.words import counted
@@ -45,7 +45,7 @@ def compare(
             help="Norms to compare, such as none,batch,layer; an unknown one lists the task's. Default: all.",
         ),
     ] = None,
-    batch_sizes: BatchSizes = None,
+    batch_sizes: Annotated[str | None, typer.Option(metavar="N,N,..", help="Default: the task's own.")] = None,
     seeds: Seeds = SEEDS,
     steps: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Training steps, one batch each. Default: the task's own.")

@@ -23,7 +23,6 @@ Scheduler = Annotated[
         "--scheduler", metavar="ADDRESS", help="Train on the workers of this Dask scheduler: tcp://host:8786."
     ),
 ]
-BatchSizes = Annotated[str | None, typer.Option(metavar="N,N,..", help="Default: the task's own.")]
 
 
 def listed(text: str | None, kind: Callable[[str], Value], option: str) -> list[Value] | None:

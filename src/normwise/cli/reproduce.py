@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from normwise.cli.json_output import AsJson
-from normwise.cli.options import OUT, BatchSizes, Jobs, Scheduler, Seeds, listed
+from normwise.cli.options import OUT, Jobs, Scheduler, Seeds, listed
 
 
 def reproduce(
@@ -23,7 +23,9 @@ def reproduce(
         str | None,
         typer.Option(metavar="A,B,..", help="Some of the set-up's norms; an unknown one lists them. Default: all."),
     ] = None,
-    batch_sizes: BatchSizes = None,
+    batch_sizes: Annotated[
+        str | None, typer.Option(metavar="N,N,..", help="Some of the paper's batch sizes. Default: all.")
+    ] = None,
     steps: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Training steps of each run. Default: the paper's.")
     ] = None,

@@ -277,7 +277,7 @@ def commands(rows: Sequence[Row], reference: str | None = None) -> list[tuple[Ro
         for rate in row.offered:
             identity = row.runs[0].identity
             asked = ["--norms", row.norm, "--batch-sizes", str(row.batch_size)]
-            words = ["normwise", *_task_words(row.task, identity, reference), *([] if row.task in PAPERS else asked)]
+            words = ["normwise", *_task_words(row.task, identity, reference), *asked]
             words += [] if row.task in PAPERS else ["--lr", f"{rate:g}"]
             words += ["--steps", str(identity["steps"]), "--seeds", str(max(row.seeds) + 1)]
             backend = identity["backend"]

@@ -34,10 +34,10 @@ def specs(
 ) -> list[Spec]:
     """All runs of a set-up: as many updates as the paper makes at each batch size, or ``steps`` or the task's few.
 
-    Norms and batch sizes are the paper's where they are None.
+    Norms and batch sizes are all of the paper's where they are None.
 
     Raises:
-        LabError: no such set-up or norm; a batch size out of range; a file is missing, broken or too small.
+        LabError: no such set-up; a norm or batch size that is not the paper's; a file is missing, broken or too small.
     """
     name = reference(paper, data)
     task = load_task(name).task
@@ -45,8 +45,13 @@ def specs(
     if steps is not None and quick:
         raise LabError("--quick and --steps both say how long to train; give one of them")
     few = task.quick_steps if quick else steps
-    wanted = []
-    for size in batch_sizes or task.batch_sizes:
-        full = task.paper_steps(size) if size > 0 else 1  # what expand refuses has no number of steps
-        wanted += expand(name, seeds=seeds, norms=norms, batch_sizes=[size], steps=few or full)
-    return wanted
+    sizes = task.batch_sizes if batch_sizes is None else tuple(dict.fromkeys(batch_sizes))
+    for size in sizes:
+        if size not in task.batch_sizes:
+            known = " and ".join(map(str, task.batch_sizes))
+            raise LabError(f"{paper} has no batch size {size}: the paper trains at {known}")
+    return [
+        spec
+        for size in sizes
+        for spec in expand(name, seeds=seeds, norms=norms, batch_sizes=[size], steps=few or task.paper_steps(size))
+    ]
