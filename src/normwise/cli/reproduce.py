@@ -46,7 +46,7 @@ def reproduce(
     ln-mnist: Ba et al. 2016, section 6.6: likelihood and test error at batch size 128 and 4. Hours.
 
     rbn-pmnist: Cooijmans et al. 2016, section 5.1: an LSTM on permuted pixels, and the norm of its gradient over the
-    784 time steps. Days: the paper makes 100,000 updates.
+    784 time steps. Most of a day: the paper makes 100,000 updates.
 
     A run writes a checkpoint to DIR/checkpoints every half minute: rerun the command to resume, with the same results.
     """
