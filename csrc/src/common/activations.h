@@ -126,6 +126,7 @@ template <class C> constexpr C gelu_tanh_b = C(0.07135481627260025487699050);  /
 template <class C> NW_NOINLINE vec<C> activate_by_code(vec<C> z, int code) {
   switch (code) {
     case NW_RELU: return activate<NW_RELU, C>(z);
+    case NW_LEAKY_RELU: return activate<NW_LEAKY_RELU, C>(z);
     case NW_SILU: return activate<NW_SILU, C>(z);
     case NW_GELU: return activate<NW_GELU, C>(z);
     case NW_ELU: return z <= C(0) ? expm1_of_negative(at_most(z, C(0))) : z;
@@ -153,6 +154,7 @@ template <class C> NW_NOINLINE vec<C> activation_derivative_by_code(vec<C> z, in
   const vec<C> one = splat(C(1));
   switch (code) {
     case NW_RELU: return activation_derivative<NW_RELU, C>(z);
+    case NW_LEAKY_RELU: return activation_derivative<NW_LEAKY_RELU, C>(z);
     case NW_SILU: return activation_derivative<NW_SILU, C>(z);
     case NW_GELU: return activation_derivative<NW_GELU, C>(z);
     case NW_ELU: return z > C(0) ? one : exp_or_zero<C>(at_most(z, C(0)));
@@ -178,13 +180,11 @@ template <class C> NW_NOINLINE vec<C> activation_derivative_by_code(vec<C> z, in
 }
 
 template <class C> NW_INLINE vec<C> activate_hard(vec<C> z, int code) {
-  if (code == NW_LEAKY_RELU) return z > C(0) ? z : z * C(0.01);
   if (code == NW_RELU6) return z <= C(0) ? vec<C>{} : at_most(z, C(6));
   const vec<C> s = at_most(at_least(z + C(3), C(0)), C(6)) * C(1. / 6);
   return code == NW_HARDSWISH ? z * s : s;
 }
 template <class C> NW_INLINE vec<C> hard_derivative(vec<C> z, int code) {
-  if (code == NW_LEAKY_RELU) return z > C(0) ? splat(C(1)) : splat(C(0.01));
   if (code == NW_RELU6) return z > C(0) ? (z < C(6) ? splat(C(1)) : vec<C>{}) : vec<C>{};
   if (code == NW_HARDSIGMOID) return z > C(-3) ? (z < C(3) ? splat(C(1. / 6)) : vec<C>{}) : vec<C>{};
   const vec<C> inner = z * C(1. / 3) + C(0.5);
@@ -199,6 +199,7 @@ template <int act, class C> NW_INLINE vec<C> activate(vec<C> z, [[maybe_unused]]
   if constexpr (act == NW_RELU) return at_least(z, C(0));
 #endif
   if constexpr (act == NW_RELU) return z <= C(0) ? vec<C>{} : z;
+  if constexpr (act == NW_LEAKY_RELU) return z > C(0) ? z : z * C(0.01);
   if constexpr (act == NW_SILU) {
     constexpr C limit = exp_limit<C>;
     return at_least(z, -limit) * reciprocal(C(1) + exp(-clamp(z, limit)));
@@ -216,6 +217,7 @@ template <int act, class C> NW_INLINE vec<C> activation_derivative(vec<C> z, [[m
   if constexpr (act == act_by_code) return activation_derivative_by_code<C>(z, code);
   if constexpr (act == hard_act) return hard_derivative<C>(z, code);
   if constexpr (act == NW_RELU) return z <= C(0) ? vec<C>{} : splat(C(1));
+  if constexpr (act == NW_LEAKY_RELU) return z > C(0) ? splat(C(1)) : splat(C(0.01));
   if constexpr (act == NW_SILU) {  // s * (1 + z * (1 - s)), s the logistic function and 1 - s = exp(-z) * s
     z = clamp(z, exp_limit<C>);
     const vec<C> e = exp(-z), s = reciprocal(C(1) + e);
@@ -279,7 +281,7 @@ template <class T, bool by_code, class F> NW_INLINE int dispatch_act(int act, F 
     case NW_RELU: return f.template operator()<T, by_code ? act_by_code : NW_RELU>();
     case NW_SILU: return f.template operator()<T, by_code ? act_by_code : NW_SILU>();
     case NW_GELU: return f.template operator()<T, by_code ? act_by_code : NW_GELU>();
-    case NW_LEAKY_RELU:
+    case NW_LEAKY_RELU: return f.template operator()<T, by_code ? act_by_code : NW_LEAKY_RELU>();
     case NW_RELU6:
     case NW_HARDSWISH:
     case NW_HARDSIGMOID: return f.template operator()<T, by_code ? act_by_code : hard_act>();
