@@ -20,13 +20,13 @@ test: test-all-kernels test-without-kernels
 
 # The tests of the kernels run on every instruction set that the processor has, and list the others as skipped.
 test-all-kernels: $(STAMP)
-	$(BIN)/python -m pytest -n auto --note-never-asked $(NEVER_ASKED)
+	$(BIN)/python -m pytest -n auto --note-never-asked=$(NEVER_ASKED)
 
 # What must work without a compiler as well. Left out are the tests that name the backend they run on ("kernels", "no
 # kernels", "aten", "reference"): without a library they are skipped, or run what they have run already; and, where the
 # tests have just run with a library, those that never asked whether it is there.
 test-without-kernels: $(STAMP)
-	NORMWISE_ISA=none $(BIN)/python -m pytest -n auto --where-the-library-counts --never-asked $(NEVER_ASKED) \
+	NORMWISE_ISA=none $(BIN)/python -m pytest -n auto --where-the-library-counts --never-asked=$(NEVER_ASKED) \
 		tests/nn tests/ops tests/surgery tests/diagnosis
 
 # Models of transformers, timm and diffusers, made from their configurations: nothing is downloaded but the libraries.
