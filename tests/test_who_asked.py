@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -127,3 +129,27 @@ def test_nothing_is_left_out_once_anything_has_changed(tmp_path: Path, monkeypat
         (tmp_path / path).write_text("1")
         assert who_asked.state_of_the_code() != before
         before = who_asked.state_of_the_code()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("target", ["test-all-kernels", "test-without-kernels"])
+def test_make_tests_a_second_time(tmp_path: Path, target: str) -> None:
+    """The file of the first time is there then, and pytest must not take it for a place where tests are."""
+    file = tmp_path / "never.json"
+    file.write_text("{}")
+    make = ["make", "--dry-run", "--no-print-directory", target, f"NEVER_ASKED={file}"]
+    told = subprocess.run(make, cwd=who_asked.ROOT, capture_output=True, text=True, check=True).stdout
+    (command,) = [line for line in told.replace("\\\n", " ").splitlines() if " -m pytest " in line]
+    assert str(file) in command
+    options = shlex.split(command.partition(" -m pytest ")[2])
+    environment = {name: value for name, value in os.environ.items() if "PYTEST" not in name}
+    asked = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "--help"],
+        cwd=who_asked.ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert asked.returncode == 0, asked.stderr
+    assert "--note-never-asked" in asked.stdout, "pytest did not read conftest.py, whose options these are"
