@@ -9,6 +9,7 @@ STAMP := $(VENV)/.installed
 NEVER_ASKED := build/never-asked.json
 TO_COMPARE := $(if $(wildcard $(STAMP)),$(STAMP),$(VENV)/.installed-to-compare)
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/* csrc/*/*/*)
+CPP := $(filter %.h %.cpp,$(SOURCES))
 
 .PHONY: compare test test-all-kernels test-without-kernels test-models test-trainers test-triton test-aarch64
 .PHONY: triton-budgets lint format bench docs wheel test-wheel clean
@@ -71,6 +72,7 @@ $(VENV)/.trainers: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
@@ -84,6 +86,7 @@ docs: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 # constraints.txt holds exact versions, so that every machine tests the same packages
 # (and pip does not fetch a build of torch that weighs several GB).

@@ -101,19 +101,19 @@ typedef struct nw_rows_forward_args {
 int nw_rows_forward(const nw_rows_forward_args* args);
 
 typedef struct nw_rows_backward_args {
-  const void* dy;       /* T (rows, cols) */
-  const void* dsum;     /* T (rows, cols): gradient of s from elsewhere, may be null: 0 */
-  const void* s;        /* T (rows, cols): the forward's s */
-  const uint8_t* mask;  /* as in the forward */
-  const void* weight;   /* as in the forward */
-  const void* bias;     /* as in the forward; read only where act is not the identity, or a gate comes last */
-  const void* gate;     /* as in the forward */
-  const double* mean;   /* (rows): from the forward */
-  const double* rstd;   /* (rows): from the forward */
-  void* ds;             /* T (rows, cols): filled; the gradient of x and of residual alike */
-  void* dweight;        /* P (groups, cols): filled; may be null */
-  void* dbias;          /* P (groups, cols): filled; may be null */
-  void* dgate;          /* T (rows, cols): filled; null where gate is */
+  const void* dy;      /* T (rows, cols) */
+  const void* dsum;    /* T (rows, cols): gradient of s from elsewhere, may be null: 0 */
+  const void* s;       /* T (rows, cols): the forward's s */
+  const uint8_t* mask; /* as in the forward */
+  const void* weight;  /* as in the forward */
+  const void* bias;    /* as in the forward; read only where act is not the identity, or a gate comes last */
+  const void* gate;    /* as in the forward */
+  const double* mean;  /* (rows): from the forward */
+  const double* rstd;  /* (rows): from the forward */
+  void* ds;            /* T (rows, cols): filled; the gradient of x and of residual alike */
+  void* dweight;       /* P (groups, cols): filled; may be null */
+  void* dbias;         /* P (groups, cols): filled; may be null */
+  void* dgate;         /* T (rows, cols): filled; null where gate is */
   int64_t rows, cols, group_rows;
   int32_t dtype, center, act, threads, gate_act, gate_first;
 } nw_rows_backward_args;
@@ -134,7 +134,8 @@ typedef struct nw_groups_forward_args {
   void* y;              /* T, x's shape and layout: filled */
   double* mean;         /* (batch, groups): filled; 0 where nothing is valid */
   double* rstd;         /* (batch, groups): filled; 0 where nothing is valid */
-  int64_t batch, channels, positions, groups; /* groups divides channels */
+  int64_t batch, channels, positions;
+  int64_t groups; /* divides channels */
   double eps;
   int32_t dtype, layout, act, threads;
 } nw_groups_forward_args;
@@ -170,16 +171,16 @@ int nw_groups_backward(const nw_groups_backward_args* args);
  *   samples one. groups = batch / group_samples rounded up, and 1 without a sample.
  */
 typedef struct nw_channels_forward_args {
-  const void* x;        /* T, shape above */
-  const void* residual; /* T, x's shape and layout, may be null */
-  const uint8_t* mask;  /* (batch, positions), may be null */
-  const void* weight;   /* P (groups, channels), may be null: 1 */
-  const void* bias;     /* P (groups, channels), may be null: 0 */
-  void* running_mean;   /* P (channels): updated in training, may be null there; read in eval */
-  void* running_var;    /* P (channels): as running_mean */
-  void* y;              /* T, x's shape and layout: filled */
-  double* mean;         /* (channels): filled */
-  double* rstd;         /* (channels): filled; 1 / sqrt(eps) in training where nothing is valid */
+  const void* x;                /* T, shape above */
+  const void* residual;         /* T, x's shape and layout, may be null */
+  const uint8_t* mask;          /* (batch, positions), may be null */
+  const void* weight;           /* P (groups, channels), may be null: 1 */
+  const void* bias;             /* P (groups, channels), may be null: 0 */
+  void* running_mean;           /* P (channels): updated in training, may be null there; read in eval */
+  void* running_var;            /* P (channels): as running_mean */
+  void* y;                      /* T, x's shape and layout: filled */
+  double* mean;                 /* (channels): filled */
+  double* rstd;                 /* (channels): filled; 1 / sqrt(eps) in training where nothing is valid */
   int64_t* num_batches_tracked; /* (1): incremented when running statistics are updated; may be null */
   int64_t batch, channels, positions;
   int64_t group_samples; /* >= 1 */

@@ -16,7 +16,8 @@ NW_INLINE void normalize(const T* x, const float* weight, const float* bias, flo
     store(y + i, activate<act, float>(z, act), part);
   });
 }
-template <class T> NW_INLINE void backward(const T* dy, const T* x, const float* weight, float a, float b, T* dx, int64_t n) {
+template <class T>
+NW_INLINE void backward(const T* dy, const T* x, const float* weight, float a, float b, T* dx, int64_t n) {
   for_each_vector<float>(n, [&](int64_t i, auto part) NW_LAMBDA {
     store(dx + i, load(dy + i, part) * load(weight + i, part) + load(x + i, part) * a + b, part);
   });

@@ -28,9 +28,7 @@ template <class C> void store_running_stats(const nw_channels_forward_args& a, i
 }
 
 // Whether there is more than one gain or bias for a channel.
-template <class Args> bool has_sample_gains(const Args& a) {
-  return a.group_samples < a.batch && (a.weight || a.bias);
-}
+template <class Args> bool has_sample_gains(const Args& a) { return a.group_samples < a.batch && (a.weight || a.bias); }
 
 template <class Args> int64_t gain_groups(const Args& a) {
   return a.batch > 0 ? (a.batch + a.group_samples - 1) / a.group_samples : 1;

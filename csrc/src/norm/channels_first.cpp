@@ -184,8 +184,7 @@ template <class T, int act> int backward(const nw_channels_backward_args& a) {
   parallel_for(tasks, threads, [&](int64_t task) {
     int64_t offset, c = task / blocks.count;
     Region block = blocks.at(all, task % blocks.count, offset);
-    partial.get()[task] =
-        block_grad_sums<act>(gradient, c * a.positions + offset, block, affine_of<C>(a, c), dx);
+    partial.get()[task] = block_grad_sums<act>(gradient, c * a.positions + offset, block, affine_of<C>(a, c), dx);
   });
   for (int64_t c = 0; c < a.channels; ++c) {
     GradSums sums;

@@ -57,10 +57,9 @@ template <class T, int act> int forward(const nw_channels_forward_args& a) {
   set_affine(a, coeffs);
   const ColumnArrays<T> written = forward_arrays<T>(a, 0, run);
   parallel_for_from_end(chunks.count, threads, [&](int64_t k) {
-    for_each_group(a, written, chunks.begin(k), chunks.end(k),
-                   [&](const ColumnArrays<T>& r, int64_t begin, int64_t end) {
-                     normalize_rows<T, act>(r, coeffs, begin, end);
-                   });
+    for_each_group(
+        a, written, chunks.begin(k), chunks.end(k),
+        [&](const ColumnArrays<T>& r, int64_t begin, int64_t end) { normalize_rows<T, act>(r, coeffs, begin, end); });
   });
   return NW_OK;
 }

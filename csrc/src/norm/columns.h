@@ -33,13 +33,13 @@ inline int64_t run_length(int64_t rows, int64_t channels, bool masked) {
 
 // The arrays that the passes read and write, from one of their rows on.
 template <class T> struct ColumnArrays {
-  int64_t channels, run;        // run: see run_length
+  int64_t channels, run;       // run: see run_length
   int64_t stride, run_stride;  // from one row, and from one run, to the next
   const uint8_t* mask;
   const T *x, *residual, *dy;
   T *out, *dresidual;  // y or dx
   bool non_temporal;
-  int code;  // the activation's
+  int code;                                            // the activation's
   const compute_t<T>*gain = nullptr, *bias = nullptr;  // of these rows, where the coefficients are those of x_hat
 };
 

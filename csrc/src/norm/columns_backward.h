@@ -13,8 +13,15 @@ template <class T, int act> struct ColumnGradient {
   const C *mean, *scale, *shift, *gain, *bias;
   int code;  // the activation's
   ColumnGradient(const ColumnArrays<T>& r, const ColumnCoeffs<C>& coeffs)
-      : x(r.x), residual(r.residual), dy(r.dy), mean(coeffs.mean), scale(coeffs.scale), shift(coeffs.shift),
-        gain(r.gain), bias(r.bias), code(r.code) {}
+      : x(r.x),
+        residual(r.residual),
+        dy(r.dy),
+        mean(coeffs.mean),
+        scale(coeffs.scale),
+        shift(coeffs.shift),
+        gain(r.gain),
+        bias(r.bias),
+        code(r.code) {}
   template <class Part> NW_INLINE vec<C> at(int64_t at, int64_t i, Part part, vec<C>& deviation) const {
     deviation = load(x + at + i, part) - load(mean + i, part);
     vec<C> g = load(dy + at + i, part);

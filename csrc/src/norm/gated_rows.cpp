@@ -41,8 +41,7 @@ NW_NOINLINE void apply_gate(const In* in, const T* gate, Out* out, int64_t n, in
   });
 }
 
-template <class In, class Out>
-NW_NOINLINE void convert_row(const In* in, Out* out, int64_t n, bool non_temporal) {
+template <class In, class Out> NW_NOINLINE void convert_row(const In* in, Out* out, int64_t n, bool non_temporal) {
   for_each_vector<compute_t<In>>(n, [&](int64_t i, auto part) NW_LAMBDA {
     prefetch(in + n + i);
     store_output(out + i, load(in + i, part), part, non_temporal);
@@ -184,7 +183,8 @@ void backward_gated_chunk(const nw_rows_backward_args& a, int64_t begin, int64_t
 }
 
 template <class T, int act> int backward_gated(const nw_rows_backward_args& a) {
-  return backward_in_chunks<T>(a, gated_scratch_rows, [&](auto... chunk) { backward_gated_chunk<T, act>(a, chunk...); });
+  return backward_in_chunks<T>(a, gated_scratch_rows,
+                               [&](auto... chunk) { backward_gated_chunk<T, act>(a, chunk...); });
 }
 
 }  // namespace

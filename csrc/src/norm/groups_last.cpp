@@ -66,8 +66,8 @@ template <class T, int act> int forward(const nw_groups_forward_args& a) {
 
   plan.run([](int64_t, int64_t) {},
            [&](int64_t n, int64_t k, int64_t slot) {
-             moments.compute(slot * chunks.count + k, forward_arrays<T>(a, n * a.positions, run),
-                             chunks.begin(k), chunks.end(k));
+             moments.compute(slot * chunks.count + k, forward_arrays<T>(a, n * a.positions, run), chunks.begin(k),
+                             chunks.end(k));
            },
            [&](int64_t n, int64_t slot) {
              const ColumnMoments m = moments.merged(slot * chunks.count, chunks.count);
@@ -83,8 +83,7 @@ template <class T, int act> int forward(const nw_groups_forward_args& a) {
            },
            [&](int64_t n, int64_t k, int64_t slot) {
              const ColumnCoeffs<C> coeffs(coeff_memory.get() + slot * coeff_count, a.channels, run);
-             normalize_rows<T, act>(forward_arrays<T>(a, n * a.positions, run), coeffs, chunks.begin(k),
-                                    chunks.end(k));
+             normalize_rows<T, act>(forward_arrays<T>(a, n * a.positions, run), coeffs, chunks.begin(k), chunks.end(k));
            });
   return NW_OK;
 }
@@ -107,8 +106,8 @@ template <class T, int act> int backward(const nw_groups_backward_args& a) {
       },
       [&](int64_t n, int64_t k, int64_t slot) {
         const ColumnCoeffs<C> coeffs(coeff_memory.get() + slot * coeff_count, a.channels, run);
-        partial.template compute<act>(slot * chunks.count + k, backward_arrays<T>(a, n * a.positions, run),
-                                      coeffs, chunks.begin(k), chunks.end(k));
+        partial.template compute<act>(slot * chunks.count + k, backward_arrays<T>(a, n * a.positions, run), coeffs,
+                                      chunks.begin(k), chunks.end(k));
       },
       [&](int64_t n, int64_t slot) {
         const double* summed = partial.summed(slot * chunks.count, chunks.count);

@@ -115,9 +115,8 @@ NW_INLINE void lstm_columns(const Layer& layer, const StatColumns& stats, const 
   }
   if (normalized_c) {
     const auto deviation = [&](int64_t r, int k, int64_t at, vec<float> i, vec<float> f, vec<float> g) NW_LAMBDA {
-      const vec<float> c = normalizes_state
-                               ? f * load(step.c_before[r] + j + k * lanes<float>, part) + i * g
-                               : load(step.cells + at, part);
+      const vec<float> c = normalizes_state ? f * load(step.c_before[r] + j + k * lanes<float>, part) + i * g
+                                            : load(step.cells + at, part);
       return s.deviation(c, k);
     };
     if (normalizes_state && !step.terms.given) {
@@ -126,8 +125,8 @@ NW_INLINE void lstm_columns(const Layer& layer, const StatColumns& stats, const 
 #pragma GCC unroll 4
         for (int k = 0; k < V; ++k) {
           const float* gates = step.dq + r * gate_units + j + k * lanes<float>;
-          of_row[0].at[k] += deviation(r, k, 0, load(gates, part), load(gates + units, part),
-                                       load(gates + 2 * units, part));
+          of_row[0].at[k] +=
+              deviation(r, k, 0, load(gates, part), load(gates + units, part), load(gates + 2 * units, part));
         }
       });
 #pragma GCC unroll 4
@@ -141,8 +140,8 @@ NW_INLINE void lstm_columns(const Layer& layer, const StatColumns& stats, const 
         const float* gates = step.dq + r * gate_units + j + k * lanes<float>;
         const vec<float> d = load(step.dreadout + at, part);
         of_row[0].at[k] += d;
-        of_row[1].at[k] += d * deviation(r, k, at, load(gates, part), load(gates + units, part),
-                                         load(gates + 2 * units, part));
+        of_row[1].at[k] +=
+            d * deviation(r, k, at, load(gates, part), load(gates + units, part), load(gates + 2 * units, part));
       }
     });
     Columns<V> shift, slope;
@@ -412,10 +411,10 @@ template <class P, class In> int run_backward(const nw_recurrent_backward_args* 
   void* packed_x = memory.bytes(In::packed_bytes(max_rows, a.inputs));
   void* packed_h = memory.bytes(P::packed_bytes(max_rows, units));
   float* zeros = memory.floats(units);
-  const int64_t packed_left_size = round_up_to_cache_lines(
-      largest(largest(left_chunk_bytes<P>(gate_units), P::transposed_bytes(max_rows)),
-              largest(largest(left_chunk_bytes<In>(gate_units), left_chunk_bytes<In>(a.inputs)),
-                      In::transposed_bytes(max_rows))));
+  const int64_t packed_left_size =
+      round_up_to_cache_lines(largest(largest(left_chunk_bytes<P>(gate_units), P::transposed_bytes(max_rows)),
+                                      largest(largest(left_chunk_bytes<In>(gate_units), left_chunk_bytes<In>(a.inputs)),
+                                              In::transposed_bytes(max_rows))));
   char* packed_left = static_cast<char*>(memory.bytes(threads * packed_left_size));
   Scratch<double> totals(ColumnSums::size(layer));
   if (memory.failed() || !totals) return NW_OUT_OF_MEMORY;

@@ -36,9 +36,8 @@ template <int gates, int V> struct GateNorms {
 template <int gates, int V, class Part>
 NW_INLINE void prepare_gates(const Layer& layer, const StatColumns& stats, const StepTerms& t, int64_t samples,
                              int64_t j, Part part, GateNorms<gates, V>& norms) {
-  const auto row = [](const float* of_step, int64_t first, int64_t at) NW_LAMBDA -> const float* {
-    return first < 0 ? nullptr : of_step + first + at;
-  };
+  const auto row = [](const float* of_step, int64_t first, int64_t at)
+                       NW_LAMBDA -> const float* { return first < 0 ? nullptr : of_step + first + at; };
 #pragma GCC unroll 4
   for (int g = 0; g < gates; ++g) {
     const int64_t at = g * layer.units + j;

@@ -72,9 +72,7 @@ inline bool has_separate_terms(const nw_recurrent& a) {
 }
 
 // Whether p of so few inputs is never kept. Where p + q is normalized, p is a matrix product like any other.
-inline bool has_few_inputs(const nw_recurrent& a) {
-  return a.inputs <= max_small_inputs && a.norm_placement != NW_SUM;
-}
+inline bool has_few_inputs(const nw_recurrent& a) { return a.inputs <= max_small_inputs && a.norm_placement != NW_SUM; }
 
 // Whether the cells compute p themselves. Statistics over samples need a whole column of it: there p is a product, and
 // the backward repeats it.
