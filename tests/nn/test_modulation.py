@@ -1,10 +1,10 @@
-"""scale=, shift= and gate= in the call: adaptive and gated norms equal their plain formulas."""
+"""scale= and shift= in the call: adaptive norms equal their plain formulas."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -15,70 +15,11 @@ from torch.nn.utils.rnn import pack_sequence
 
 import normwise
 from normwise import functional
-from normwise.backends.cpu import library
-from support.backends import using
+from support.modulated_norms import CASES, DTYPES, C, N, in_float64, leaves, made
 from support.tolerances import assert_close
 
-N, C = 3, 4
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-
-
-class Case(NamedTuple):
-    make: Callable[..., nn.Module]
-    shape: tuple[int, ...]
-    sample: tuple[int, ...]  # of a scale by sample
-    placed: tuple[int, ...]  # the same with as many axes as the input
-
-
-def channels(make: Callable[..., nn.Module], *positions: int) -> Case:
-    return Case(make, (N, C, *positions), (N, C), (N, C, *(1,) * len(positions)))
-
-
-CASES = {
-    "layer": Case(lambda: normwise.LayerNorm(C), (N, 5, C), (N, C), (N, 1, C)),
-    "layer of rows": Case(lambda: normwise.LayerNorm(C), (N, C), (N, C), (N, C)),
-    "layer of two axes": Case(lambda: normwise.LayerNorm((5, C)), (N, 2, 5, C), (N, 5, C), (N, 1, 5, C)),
-    "layer, dim=1": Case(lambda: normwise.LayerNorm(C, dim=1), (N, C, 5, 2), (N, C), (N, C, 1, 1)),
-    "layer, offset": Case(lambda: normwise.LayerNorm(C, offset=1.0, act="gelu"), (N, 5, C), (N, C), (N, 1, C)),
-    "rms": Case(lambda: normwise.RMSNorm(C, eps=1e-5), (N, 5, C), (N, C), (N, 1, C)),
-    "group": channels(lambda: normwise.GroupNorm(2, C, act="silu"), 5, 2),
-    "group of channels": channels(lambda: normwise.GroupNorm(C, C), 5),
-    "group, no bias": channels(lambda: normwise.GroupNorm(2, C, bias=False), 7),
-    "instance1d": channels(lambda: normwise.InstanceNorm1d(C), 7),
-    "instance2d": channels(lambda: normwise.InstanceNorm2d(C, affine=True, track_running_stats=True), 5, 2),
-    "instance3d": channels(lambda: normwise.InstanceNorm3d(C, affine=True), 2, 2, 3),
-    "batch1d": channels(lambda: normwise.BatchNorm1d(C, act="relu")),
-    "batch2d": channels(lambda: normwise.BatchNorm2d(C), 5, 2),
-    "batch3d": channels(lambda: normwise.BatchNorm3d(C, affine=False), 2, 2, 3),
-    "ghost": channels(lambda: normwise.BatchNorm1d(C, virtual_batch_size=2), 7),
-    "sync": channels(lambda: normwise.SyncBatchNorm(C), 7),
-    "renorm": channels(lambda: normwise.BatchRenorm2d(C, r_max=2, d_max=1), 5, 2),
-    "frozen": channels(lambda: normwise.FrozenBatchNorm2d(C), 5, 2),
-}
 each_case = pytest.mark.parametrize("name", CASES)
 each_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-
-
-def made(name: str, dtype: torch.dtype = torch.float32, training: bool = True) -> nn.Module:
-    layer = CASES[name].make()
-    for t in (*layer.parameters(), *layer.buffers()):
-        if t.is_floating_point():
-            nn.init.uniform_(t, 0.5, 1.5)
-    return layer.to(dtype).train(training)
-
-
-def in_float64(layer: nn.Module, x: Tensor, scale: Tensor | None, shift: Tensor | None, **given: Any) -> Tensor:
-    """The formula, written behind the layer itself without its activation."""
-    layer = copy.deepcopy(layer).double()
-    act, layer.act = layer.act, None
-    y = layer(x, **given)
-    y = y if scale is None else y * (1 + scale)
-    y = y if shift is None else y + shift
-    return y if act is None else getattr(F, act)(y)
-
-
-def leaves(*tensors: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    return [t.to(dtype).detach().requires_grad_() for t in tensors]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -207,178 +148,6 @@ def test_residual_behind_scale_and_shift(name):
     z = layer(x) * (1 + scale.reshape(case.placed)) + r
     layer.act = act
     assert_close(layer(x, residual=r, scale=scale), z if act is None else getattr(F, act)(z), kind="composed")
-
-
-@pytest.mark.parametrize("first", [True, False], ids=["gate first", "norm first"])
-@pytest.mark.parametrize("act", ["silu", "sigmoid", None])
-@pytest.mark.parametrize("make", [normwise.RMSNorm, normwise.LayerNorm])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gate(make, first, act, dtype):
-    layer = make(C, eps=1e-5, gate_first=first, gate_act=act)
-    nn.init.uniform_(layer.weight, 0.5, 1.5)
-    layer = layer.to(dtype)
-    x, gate, add = leaves(*torch.randn(3, N, 5, C, dtype=torch.float64), dtype=dtype)
-    truth = leaves(x, gate, dtype=torch.float64)
-    opened = truth[1] if act is None else getattr(F, act)(truth[1])
-    plain = copy.deepcopy(layer).double()
-    expected = plain(truth[0] * opened) if first else plain(truth[0]) * opened
-    y = layer(x, gate=gate)
-    assert y.dtype == dtype
-    kind = "forward" if dtype == torch.bfloat16 else "composed"
-    assert_close(y, expected, kind=kind, count=C, scale=float(expected.detach().abs().max()) * 4)
-    upstream = torch.randn_like(x)
-    for a, b in zip(
-        torch.autograd.grad(y, (x, gate), upstream),
-        torch.autograd.grad(expected, truth, upstream.double()),
-        strict=True,
-    ):
-        assert_close(a, b, kind="grad" if dtype == torch.bfloat16 else "composed", count=C * 8)
-    if dtype == torch.float64:
-        total = x + add
-        both = layer(x, add=add, gate=gate)
-        assert_close(both[0], layer(total, gate=gate), kind="composed")
-        assert torch.equal(both[1], total)
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_a_gate_in_padding_is_not_seen(first):
-    layer = normwise.RMSNorm(C, eps=1e-5, gate_first=first, dtype=torch.float64)
-    x, gate = torch.randn(2, N, 5, C, dtype=torch.float64)
-    mask = torch.rand(N, 5) < 0.6
-    spoilt = leaves(*(t.masked_fill(~mask[..., None], torch.nan) for t in (x, gate)), dtype=torch.float64)
-    y = layer(spoilt[0], gate=spoilt[1], mask=mask)
-    expected = layer(x, gate=gate) * mask[..., None]
-    assert_close(y, expected, kind="composed")
-    for g in torch.autograd.grad(y.square().sum(), spoilt):
-        assert not g[~mask].any()
-        assert g[mask].all()
-
-
-def modulated(kind: str, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Tensor], dict[str, Any]]:
-    """A layer, the tensors of a call and its options."""
-    first = kind == "gate first"
-    layer = normwise.RMSNorm(21, eps=1e-5, gate_first=first) if "gate" in kind else normwise.LayerNorm(21, act="silu")
-    for p in layer.parameters():
-        nn.init.uniform_(p, 0.5, 1.5)
-    x = torch.randn(N, 9, 21)
-    mask = torch.rand(N, 9) < 0.7
-    shape = (N, 9, 21) if "position" in kind else (N, 1, 21)
-    given = {"scale": torch.randn(shape), "shift": torch.randn(shape)}
-    given |= {"gate": torch.randn_like(x)} if "gate" in kind else {}
-    if kind == "shift":
-        del given["scale"]
-    tensors = {"input": x, "add": torch.randn_like(x), **given}
-    return layer.to(dtype), {k: t.to(dtype).requires_grad_() for k, t in tensors.items()}, {"mask": mask}
-
-
-KINDS = ["sample", "position", "shift", "gate first", "gate last", "gate by position"]
-
-
-@pytest.mark.parametrize("backend", ["cpu", "chosen", "no kernels", "aten", "reference"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_backend_equals_the_reference_in_float64(kind, backend):
-    layer, tensors, options = modulated(kind, torch.float32)
-    exact, truth = copy.deepcopy(layer).double(), {k: leaves(t, dtype=torch.float64)[0] for k, t in tensors.items()}
-    upstream = torch.randn(2, *tensors["input"].shape)
-    with using(backend):
-        outputs = layer(**tensors, **options)
-        found = torch.autograd.grad(outputs, [*tensors.values(), *layer.parameters()], list(upstream))
-    with normwise.backend("reference"):
-        expected = exact(**truth, **options)
-        true = torch.autograd.grad(expected, [*truth.values(), *exact.parameters()], list(upstream.double()))
-    for a, b in zip((*outputs, *found), (*expected, *true), strict=True):
-        assert_close(a, b, kind="composed", count=a.numel(), scale=float(b.detach().abs().max()))
-
-
-@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_kernel_does_all(kind):
-    layer, tensors, options = modulated(kind, torch.bfloat16)
-    name = "GatedNormBackward" if "gate" in kind else "NormBackward"
-    assert type(layer(**tensors, **options)[0].grad_fn).__name__ == name
-    assert type(layer(**{**tensors, "input": tensors["input"].float()}, **options)[0].grad_fn).__name__ != name
-    with normwise.backend("reference"):
-        assert type(layer(**tensors, **options)[0].grad_fn).__name__ != name
-
-
-@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shape", [(6, 5, 4, 3), (9, 5)], ids=str)
-@pytest.mark.parametrize("which", ["both", "scale", "shift", "one scale for all channels", "one shift for all samples"])
-def test_one_kernel_does_a_conditional_batch_norm(training, shape, which):
-    layer = getattr(normwise, f"BatchNorm{len(shape) - 2 or 1}d")(5, act="relu").train(training)
-    x, residual = torch.randn(2, *shape).unbind()
-    ones = (1,) * (len(shape) - 2)
-    given = {"scale": torch.randn(shape[0], 1 if "channels" in which else 5, *ones), "shift": torch.randn(*shape[:2])}
-    if "samples" in which:
-        given["shift"] = torch.randn(1, 5, *ones)
-    given = {k: t for k, t in given.items() if which not in ("scale", "shift") or k == which}
-    tensors = {"input": x, "residual": residual, **given}
-    truth = {k: leaves(t, dtype=torch.float64)[0] for k, t in tensors.items()}
-    tensors = {k: t.requires_grad_() for k, t in tensors.items()}
-    mask = torch.rand(shape[0], *shape[2:]) < 0.7
-    mask.view(-1)[:2] = True
-    exact, upstream = copy.deepcopy(layer).double(), torch.randn(shape)
-    with using("cpu"):
-        y = layer(**tensors, mask=mask)
-        assert type(y.grad_fn).__name__ == "NormBackward"
-        found = torch.autograd.grad(y, [*tensors.values(), *layer.parameters()], upstream)
-    with normwise.backend("reference"):
-        expected = exact(**truth, mask=mask)
-        true = torch.autograd.grad(expected, [*truth.values(), *exact.parameters()], upstream.double())
-    for a, b in zip((y, *found), (expected, *true), strict=True):
-        assert_close(a, b, kind="composed", count=x.numel(), scale=float(b.detach().abs().max()))
-    for name in ("running_mean", "running_var"):
-        assert_close(getattr(layer, name), getattr(exact, name), kind="composed", count=x.numel(), scale=1.0)
-    assert layer.num_batches_tracked == exact.num_batches_tracked == training
-
-
-@pytest.mark.skipif(library.missing() is not None, reason=str(library.missing()))
-def test_a_scale_by_position_or_a_statistic_from_elsewhere_takes_no_kernel_for_all():
-    x = torch.randn(8, 5, 4, 3, requires_grad=True)
-    by_sample, by_position = torch.randn(8, 5), torch.randn(8, 5, 4, 3)
-    for layer, scale in [
-        (normwise.BatchNorm2d(5), by_position),
-        (normwise.BatchNorm2d(5, virtual_batch_size=4), by_sample),
-        (normwise.BatchNorm2d(5, correction=0), by_sample),
-        (normwise.BatchNorm2d(5, momentum=None), by_sample),
-    ]:
-        y = layer(x, scale=scale)
-        one_kernel = type(y.grad_fn).__name__ == "NormBackward"
-        assert one_kernel == (layer.momentum is None)  # the weight of a cumulative average is a number on the CPU
-        expected = in_float64(layer, x.double(), scale.double().view(*scale.shape, *(1,) * (4 - scale.dim())), None)
-        if layer.virtual_batch_size is None:
-            assert_close(y, expected, kind="composed", count=x.numel(), scale=float(expected.detach().abs().max()))
-        assert layer.num_batches_tracked == 1
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_second_derivatives_of_a_gate_with_a_mask_and_a_sum(first):
-    layer = normwise.LayerNorm(C, gate_first=first, act="silu" if first else None, dtype=torch.float64)
-    given = leaves(*torch.randn(3, 2, 3, C, dtype=torch.float64), dtype=torch.float64)
-    mask = torch.tensor([[True, True, False], [True, True, True]])
-
-    def call(x: Tensor, add: Tensor, gate: Tensor) -> Any:
-        return layer(x, add=add, gate=gate, mask=mask)
-
-    assert gradcheck(call, given, fast_mode=True, check_batched_grad=True)
-    assert gradgradcheck(call, given, fast_mode=True)
-
-
-def test_a_gate_changed_in_place_before_the_backward_is_noticed():
-    x, gate = torch.randn(2, N, 5, C)
-    y = normwise.RMSNorm(C)(x, gate=gate.requires_grad_())
-    with torch.no_grad():
-        gate.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
-def test_one_tensor_as_input_and_gate_gets_both_gradients():
-    layer = normwise.RMSNorm(C, eps=1e-5, dtype=torch.float64)
-    x = torch.randn(N, 5, C, dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda x: layer(x, gate=x), x)
-    assert gradgradcheck(lambda x: layer(x, gate=x), x)
 
 
 SECOND = ["layer", "layer, dim=1", "rms", "group", "instance2d", "batch1d", "batch2d", "frozen"]
@@ -589,14 +358,3 @@ def test_accumulated_micro_batches_are_the_whole_batch():
     for (name, a), b in zip(pieces.named_parameters(), whole.parameters(), strict=True):
         assert_close(a.grad, b.grad, kind="composed", count=8, scale=1.0, name=name)
     assert_close(pieces.norm.running_var, whole.norm.running_var, kind="composed")
-
-
-@pytest.mark.parametrize("backend", ["reference", "aten", "cpu"])
-@pytest.mark.parametrize("name", ["layer", "rms", "group", "instance3d", "batch2d", "frozen"])
-def test_on_every_backend(name, backend):
-    case, layer = CASES[name], made(name)
-    x, scale, shift = (torch.randn(shape) for shape in (case.shape, case.sample, case.sample))
-    expected = in_float64(layer, x.double(), *(t.double().reshape(case.placed) for t in (scale, shift)))
-    with using(backend):
-        y = layer(x, scale=scale, shift=shift)
-    assert_close(y, expected, kind="composed", count=x.numel())
