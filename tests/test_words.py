@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from normwise.diagnosis.records import Diagnosis
 from normwise.diagnosis.rules.rule import Match, Rule
-from normwise.words import MOST, counted, given
+from normwise.words import MOST, counted, did_you_mean, given, nearest
 
 
 def test_one_is_one_and_the_others_are_several() -> None:
@@ -35,3 +37,14 @@ def test_what_was_given_is_named_by_kind_and_value_on_one_short_line() -> None:
             return "a\n  b"
 
     assert given(Lines()) == "Lines (a b)"
+
+
+def test_what_was_perhaps_meant_is_found_by_slip_case_class_and_other_name() -> None:
+    known = ("batch", "layer", "group", "norm_only")
+    for slip in ("groups", "Group", "GroupNorm", "group_norm", torch.nn.GroupNorm, torch.nn.GroupNorm(1, 1), "gn"):
+        assert nearest(slip, known, {"gn": "group"}) == ["group"], slip
+    assert nearest(torch.nn.BatchNorm2d, known) == ["batch"]
+    assert nearest("normonly", known) == ["norm_only"]
+    assert did_you_mean("lyer", known) == "; did you mean 'layer'?"
+    for other in ("spectral", None, 3, torch.nn.Linear, ""):
+        assert did_you_mean(other, known) == "", other

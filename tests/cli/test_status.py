@@ -141,6 +141,46 @@ def test_a_layer_of_torch_s_that_raises_is_the_user_s_too(normwise_command, tmp_
     assert "normwise: error: the model raised RuntimeError in" in err
 
 
+UNCALLABLE = """
+from normwise.lab.tasks import Task
+import torch
+def args(n, m=1, *more, k): pass
+def fine(*args, **kwargs): return kwargs.get("n")
+fromhex = bytes.fromhex
+class Unfinished(Task):
+    name, summary, norms = "unfinished", "", ("none",)
+    def data(self): ...
+class Slip(Unfinished):
+    def model(self, norm): ...
+class NoSelf(Unfinished):
+    def model(): ...
+value = 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "function", "says"),
+    [
+        ("diagnose", "args", ":args takes arguments (n, k), and is called without any: give them defaults, or name a"),
+        ("compare", "args", ":args takes arguments (n, k), and is called without any: give them defaults, or name a"),
+        ("diagnose", "fine", ":fine returned NoneType: expected (model, batches, loss)"),
+        ("compare", "Unfinished", ":Unfinished is a class without model: it must define them"),
+        ("compare", "Slip", ":Slip: model of Slip is called as task.model(norm, seed): too many positional arguments"),
+        ("compare", "NoSelf", ":NoSelf: model of NoSelf is called as task.model(norm, seed): invalid method signature"),
+        ("diagnose", "value", "no function 'value' in this file, where it is int (3); it has args, fine, Unfinished,"),
+        ("diagnose", "ags", "no function 'ags' in this file; did you mean 'args'?"),
+        ("compare", "make_it", "no function 'make_it' in this file; it has args, fine, Unfinished, Slip, NoSelf"),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_no_fault_of_ours(normwise_command, tmp_path, command, function, says):
+    (tmp_path / "mine.py").write_text(UNCALLABLE)
+    words = ["compare", "--quick", "--task"] if command == "compare" else [command]
+    status, out, err = normwise_command(*words, f"{tmp_path}/mine.py:{function}", "--out", str(tmp_path / "out"))
+    assert (status, out) == (2, "")
+    assert says in err
+    assert "Traceback" not in err
+
+
 TASK = """
 import atexit, os, subprocess, sys
 import torch

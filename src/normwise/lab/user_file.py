@@ -6,13 +6,16 @@ import ast
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.machinery import BYTECODE_SUFFIXES, EXTENSION_SUFFIXES, SOURCE_SUFFIXES
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from normwise.lab.errors import LabError
+from normwise.words import did_you_mean, given
 
 
 def parsed(reference: str, example: str) -> tuple[Path, str]:
@@ -27,7 +30,8 @@ def parsed(reference: str, example: str) -> tuple[Path, str]:
 
 
 def called(path: Path, function: str) -> Any:
-    """What the function, called without arguments, returns; LabError if the file has none of that name.
+    """What the function, called without arguments, returns; LabError if the file has none of that name, or one that
+    cannot be called so.
 
     The file's own folder is where its imports are looked up first, as when Python runs it: to the end of the process,
     since a function may import when it is called.
@@ -46,10 +50,45 @@ def called(path: Path, function: str) -> Any:
     spec.loader.exec_module(module)
     make = getattr(module, function, None)
     if not callable(make):
-        raise LabError(f"{path}: no function {function!r} in this file")
+        raise LabError(f"{path}: {_not_there(module, function)}")
+    _check_callable(make, f"{path}:{function}")
     made = make()
     _check_loaded(path)
     return made
+
+
+def _not_there(module: ModuleType, function: str) -> str:
+    """What the file has under this name or one near to it, or else which functions it has."""
+    said = f"no function {function!r} in this file"
+    if function in vars(module):
+        said += f", where it is {given(getattr(module, function))}"
+    functions = {name: value for name, value in vars(module).items() if callable(value) and not name.startswith("_")}
+    own = [name for name, value in functions.items() if getattr(value, "__module__", None) == module.__name__]
+    return said + (did_you_mean(function, functions) or f"; it has {', '.join(own) or 'none'}")
+
+
+def _check_callable(make: Callable[..., Any], name: str) -> None:
+    """A call without arguments would fail before the first line of the user's code.
+
+    Raises:
+        LabError: the function needs arguments, or is a class that lacks methods.
+    """
+    try:
+        signature = inspect.signature(make)
+    except (TypeError, ValueError):
+        return  # some that are written in C say nothing of their arguments
+    needed = [
+        one.name
+        for one in signature.parameters.values()
+        if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+    ]
+    if needed:
+        raise LabError(
+            f"{name} takes arguments ({', '.join(needed)}), and is called without any: give them defaults, or name a "
+            "function that calls it"
+        )
+    if isinstance(make, type) and inspect.isabstract(make):
+        raise LabError(f"{name} is a class without {', '.join(sorted(make.__abstractmethods__))}: it must define them")
 
 
 def _check_loaded(path: Path) -> None:

@@ -141,7 +141,22 @@ def _made(path: Path, function: str) -> Task:
     task = user_file.called(path, function)
     if not isinstance(task, Task):
         raise LabError(f"{path}:{function} returned {type(task).__name__}, expected a normwise.lab.tasks.Task")
+    _check_methods(task, f"{path}:{function}")
     return task
+
+
+def _check_methods(task: Task, reference: str) -> None:
+    """Raises LabError where a method of the user's cannot be called as the lab calls it."""
+    for name, method in inspect.getmembers(Task, inspect.isfunction):
+        if name.startswith("_") or getattr(type(task), name) is method:
+            continue
+        given = [one for one in inspect.signature(method).parameters if one != "self"]
+        try:
+            inspect.signature(getattr(task, name)).bind(*given)
+        except (TypeError, ValueError) as error:
+            raise LabError(
+                f"{reference}: {name} of {type(task).__name__} is called as task.{name}({', '.join(given)}): {error}"
+            ) from None
 
 
 def _files(task: type[Task]) -> list[Path]:
