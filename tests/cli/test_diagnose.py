@@ -61,6 +61,25 @@ def test_what_cannot_be_diagnosed(normwise_command, tmp_path, source, says):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--ignore", "NW999"), "ignore names the unknown code 'NW999': did you mean"),
+        (("--max-seconds", "-1"), "max_seconds must be a positive number of seconds or None, but got -1.0"),
+        ((), "pyproject.toml: ignore names the unknown code 'NW998': did you mean"),
+    ],
+)
+def test_settings_are_refused_before_the_user_s_file_runs(normwise_command, tmp_path, monkeypatch, words, says):
+    monkeypatch.chdir(tmp_path)
+    if not words:
+        (tmp_path / "pyproject.toml").write_text("[tool.normwise.diagnose]\nignore = ['NW998']\n", encoding="utf-8")
+    (tmp_path / "model.py").write_text("open('it ran', 'w').close()\ndef make(): ...\n", encoding="utf-8")
+    status, out, err = normwise_command("diagnose", "model.py:make", *words)
+    assert (status, out) == (2, "")
+    assert says in err
+    assert not (tmp_path / "it ran").exists()
+
+
 def test_a_full_disk_leaves_nothing_half_written(normwise_command, tmp_path, monkeypatch):
     def full(self, *_, **__):
         self.touch()

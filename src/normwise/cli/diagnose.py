@@ -74,9 +74,15 @@ def diagnose(
 
 def _diagnosed(source: str, max_batches: int, max_seconds: float | None, ignore: list[str]) -> Diagnosis:
     from normwise.diagnosis import diagnose as diagnosis_of
+    from normwise.diagnosis import silence
+    from normwise.diagnosis.pace import Pace
     from normwise.lab import user_file
 
     path, function = user_file.parsed(source, EXAMPLE)
+    # What is wrong with the settings is said before the user's code runs, which may take long.
+    silence.checked(ignore)
+    silence.from_pyproject(Path.cwd())
+    Pace(max_seconds, lambda *_: None)
     with calling(source):
         model, batches, loss, optimizer = _given(source, user_file.called(path, function))
         return diagnosis_of(
