@@ -87,7 +87,7 @@ def test_stored_runs_are_judged_and_nothing_is_trained(normwise_command, tmp_pat
         (["--only", ""], "unknown claim ''"),
         (["--seeds", "0"], "--seeds"),
         (["--quick", "--seeds", "5"], "--quick is --seeds 3"),
-        (["--stored"], "no such store"),
+        (["--stored"], "no such store; `normwise claims --out"),
         (["--decide", "--seeds", "5"], "--decide looks at 5, 10, 20, 40 and 80 seeds"),
         (["--decide", "--quick"], "--decide looks at 5, 10, 20, 40 and 80 seeds"),
         (["--minutes", "0"], "0.0 is not a positive number of minutes"),

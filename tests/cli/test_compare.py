@@ -117,7 +117,7 @@ def test_the_task_on_the_page_of_the_lab_is_a_file_that_runs(normwise_command, t
     [
         (["mpl"], "unknown task 'mpl'; did you mean mlp?"),
         (["clm"], "unknown task 'clm'; did you mean charlm or lstm?"),
-        (["--norms", "bacth"], "unknown norm for task 'mlp' 'bacth'; did you mean batch?"),
+        (["--norms", "bacth"], "unknown norm 'bacth' for task 'mlp'; did you mean batch?"),
         (["--batch-sizes", "8,x"], "'8,x' is not a list of integers"),
         (["--batch-sizes", "0"], "batch size 0 is not in 1..4000"),
         (["--lr", "fast"], "'fast' is not a list of numbers"),

@@ -66,7 +66,7 @@ def test_json(normwise_command, folder, tmp_path):
         (("bn-mnist", "--data", "nowhere"), "nowhere: no such folder; expected the four IDX files"),
         (("bn-mnist", "--quick", "--steps", "3"), "--quick and --steps both say how long to train"),
         (("bn-mnist", "--steps", "0"), "--steps"),
-        (("ln-mnist", "--norms", "none,lyaer"), "unknown norm for task 'ln-mnist' 'lyaer'; did you mean layer"),
+        (("ln-mnist", "--norms", "none,lyaer"), "unknown norm 'lyaer' for task 'ln-mnist'; did you mean layer"),
         (("ln-mnist", "--batch-sizes", "128,x"), "'128,x' is not a list of integers"),
         (("ln-mnist", "--batch-sizes", "0"), "ln-mnist has no batch size 0: the paper trains at 128 and 4"),
     ],

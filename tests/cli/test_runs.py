@@ -51,6 +51,24 @@ def test_list_prints_a_row_per_run(normwise_command, folder):
     assert max(map(len, [first, *rows[:3]])) <= 80
 
 
+@pytest.mark.parametrize(
+    "filters",
+    [("--status", "diverged"), ("--norm", "instance", "--status", "done"), ("--task", "cnn", "--norm", "layer")],
+)
+def test_a_filter_that_no_run_passes_gives_an_empty_list(normwise_command, folder, filters):
+    with Store(folder / "runs.sqlite") as store:
+        store.add("cc44", identity("batch", 0) | {"task": "cnn"}, Result("done", "", {}))
+    status, out, err = normwise_command("runs", "list", *filters, "--out", str(folder))
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-1] == f"0 runs in {folder / 'runs.sqlite'}"
+    listed = normwise_command("runs", "list", *filters, "--json", "--out", str(folder))
+    assert (listed.status, json.loads(listed.out)) == (0, [])
+    for kind in ("csv", "parquet"):
+        file = folder / f"none.{kind}"
+        done = normwise_command("runs", "export", f"--{kind}", str(file), *filters, "--out", str(folder))
+        assert (done.status, done.out) == (0, f"{file}: 0 rows of 0 runs\n")
+
+
 def test_runs_of_a_task_that_was_edited_are_told_apart(normwise_command, tmp_path):
     with Store(tmp_path / "runs.sqlite") as store:
         for key, norm, task, changes in (
@@ -140,9 +158,9 @@ def test_without_pyarrow_the_extra_is_named(normwise_command, folder, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("list", "--norm", "bacth"), "unknown norm in this store 'bacth'; did you mean batch?"),
-        (("list", "--task", "mpl"), "unknown task in this store 'mpl'; did you mean mlp?"),
-        (("list", "--status", "don"), "unknown status in this store 'don'; did you mean done?"),
+        (("list", "--norm", "bacth"), "unknown norm 'bacth' in this store; did you mean batch?"),
+        (("list", "--task", "mpl"), "unknown task 'mpl' in this store; did you mean mlp?"),
+        (("list", "--status", "don"), "unknown status 'don'; did you mean done? (known: done, undefined, diverged)"),
         (("show", "aa"), "'aa' is the beginning of the key of 2 runs (aa11, aa22, ..)"),
         (("show", "zz"), "'zz' is the beginning of the key of no run"),
         (("show", "aa11", "--series", "train/los"), "unknown series 'train/los'; did you mean train/loss?"),

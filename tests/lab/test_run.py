@@ -157,7 +157,7 @@ def test_expand_gives_every_combination_once():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"norms": ["lyer"]}, r"unknown norm for task 'mlp' 'lyer'; did you mean layer"),
+        ({"norms": ["lyer"]}, r"unknown norm 'lyer' for task 'mlp'; did you mean layer"),
         ({"batch_sizes": [4001]}, r"batch size 4001 is not in 1\.\.4000"),
         ({"learning_rates": [-1.0]}, "learning rate -1.0 is not a positive"),
         ({"learning_rates": [math.nan]}, "learning rate nan is not a positive"),

@@ -98,7 +98,7 @@ def claims(
         judged = [judge(claim, (), count) for claim in wanted]
         _print(judged, {"seeds": count, "first_seed": first_seed}, {}, [], other, json)
         return
-    with Store(out / "runs.sqlite", make=not stored) as store:
+    with Store(out / "runs.sqlite", make=not stored, maker="claims") as store:
         some = Some(store, recorded(), jobs or cores(), scheduler, first_seed, stored)
         rest: dict[str, tuple[Claim, float]] = {}
         if decide:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+
+from normwise.words import nearest
 
 
 class LabError(ValueError):
@@ -22,9 +23,13 @@ class UndefinedError(Exception):
     """The norm has no meaning in this setting. It is recorded as a result of the run, with its reason."""
 
 
-def unknown(kind: str, given: str, known: Iterable[str]) -> LabError:
-    """The error for a name that is not there: what was given, the nearest name, and all that are accepted."""
+def unknown(kind: str, given: str, known: Iterable[str], of: str = "") -> LabError:
+    """The error for a name that is not there: what was given, the nearest names, and all that are accepted.
+
+    Args:
+        of: whose kind it is, as in "for task 'mlp'".
+    """
     known = list(known)
-    nearest = difflib.get_close_matches(given, known, n=2, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(nearest)}?" if nearest else ""
-    return LabError(f"unknown {kind} {given!r}{hint} (known: {', '.join(known)})")
+    near = nearest(given, known, most=2, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return LabError(f"unknown {kind} {given!r}{of and ' ' + of}{hint} (known: {', '.join(known)})")

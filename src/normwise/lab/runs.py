@@ -15,6 +15,7 @@ from normwise.lab.strict_json import to_json
 
 SETTINGS = ("task", "norm", "batch_size", "learning_rate", "seed", "steps")
 VERSIONS = ("lab", "normwise", "torch", "backend")
+STATUSES = ("done", "undefined", "diverged")
 WHAT = {
     "settings": "the task's settings or data",
     "source": "the task's file or a module of its own",
@@ -36,18 +37,20 @@ Table = Iterator[dict[str, Any]]
 def chosen(
     runs: Iterable[Run], *, task: str | None = None, norm: str | None = None, status: str | None = None
 ) -> list[Run]:
-    """Those that are of the task, of the norm and of the status.
+    """Those that are of the task, of the norm and of the status; no run may be all of it.
 
     Raises:
-        LabError: the store has no such task, norm or status.
+        LabError: no run in the store is of such a task or norm, or there is no such status.
     """
-    runs = list(runs)
-    for kind, wanted in (("task", task), ("norm", norm), ("status", status)):
-        there = {_of(run, kind) for run in runs}
-        if wanted is not None and runs and wanted not in there:
-            raise unknown(f"{kind} in this store", wanted, sorted(there))
-        runs = [run for run in runs if wanted in (None, _of(run, kind))]
-    return runs
+    if status not in (None, *STATUSES):
+        raise unknown("status", status, STATUSES)
+    found = list(runs)
+    for kind, wanted in (("task", task), ("norm", norm)):
+        there = {_of(run, kind) for run in found}
+        if wanted is not None and found and wanted not in there:
+            raise unknown(kind, wanted, sorted(there), "in this store")
+    asked = {"task": task, "norm": norm, "status": status}
+    return [run for run in found if all(wanted in (None, _of(run, kind)) for kind, wanted in asked.items())]
 
 
 def _of(run: Run, kind: str) -> str:

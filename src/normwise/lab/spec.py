@@ -89,7 +89,7 @@ def expand(
     for norm in norms:
         known = (*defaults.norms, *defaults.more_norms)
         if norm not in known:
-            raise unknown(f"norm for task {defaults.name!r}", norm, known)
+            raise unknown("norm", norm, known, f"for task {defaults.name!r}")
     cases = len(defaults.cases[0])
     for batch_size in batch_sizes:
         if not 1 <= batch_size <= cases:

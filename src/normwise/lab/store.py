@@ -103,18 +103,19 @@ class Store:
     Args:
         path: the file.
         make: False for a store that is only read and must be there already; its disk may be read-only.
+        maker: the subcommand that would make the store, named where it is not there.
 
     Raises:
         StoreError: the file is damaged, newer than this normwise or no store at all; it is left as it is. Or it
             cannot be made or written: no such folder, no permission, no space.
     """
 
-    def __init__(self, path: Path, *, make: bool = True) -> None:
+    def __init__(self, path: Path, *, make: bool = True, maker: str = "compare") -> None:
         self.path = path
         if path.exists() and not path.is_file():
             raise StoreError(f"{path} is no file, and so no store of normwise. {_CURE}")
         if not make and not path.exists():
-            raise StoreError(f"{path}: no such store; `normwise compare --out {path.parent}` makes one")
+            raise StoreError(f"{path}: no such store; `normwise {maker} --out {path.parent}` makes one")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -51,7 +51,7 @@ def study(store: Store, tasks: Sequence[str] = ()) -> Study:
     by_task = _by_task(index)
     for name in tasks:
         if name not in by_task:
-            raise unknown("task in this store", name, sorted(by_task))
+            raise unknown("task", name, sorted(by_task), "in this store")
     index = [run for name, runs in by_task.items() for run in runs if name in (tasks or by_task)]
     current = [run for runs in _by_task(index).values() for run in _newest(runs)]
     drawn = [run for runs in _by_task(current).values() for run in _of_one_length(runs)]
