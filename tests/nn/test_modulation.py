@@ -305,6 +305,7 @@ ERRORS: list[tuple[str, Callable[[], Any], type[Exception], str]] = [
     ("gate", lambda: normwise.RMSNorm(C)(torch.randn(N, C), gate=torch.randn(C)), ValueError,
      "gate must have the input's shape"),
     ("gate_act", lambda: normwise.RMSNorm(C, gate_act="tanh"), ValueError, "unknown gate_act 'tanh': expected one of"),
+    ("case of gate_act", lambda: normwise.RMSNorm(C, gate_act="SiLU"), ValueError, "or None; did you mean 'silu'"),
     ("gate_first", lambda: normwise.LayerNorm(C, gate_first="yes"), TypeError, "gate_first must be True"),
     ("packed", lambda: normwise.LayerNorm(C)(pack_sequence([torch.randn(3, C)]), scale=torch.randn(1, C)), ValueError,
      "scale of a PackedSequence or nested tensor is not supported"),

@@ -16,6 +16,7 @@ from normwise.ops.rnn.presets import PRESETS, preset
         ({"cell": "lstmp"}, r"cell='lstmp' is not known: expected one of 'lstm', 'gru', 'rnn'"),
         ({"norm": "group"}, r"norm='group' is not known: expected one of 'layer', 'rms', 'batch', None"),
         ({"norm_placement": "both"}, r"norm_placement='both' is not known"),
+        ({"statistics": "per-step"}, r"statistics='per-step' is not known: .*; did you mean 'per_step'\?"),
         ({"groups": (2, 1)}, r"groups=\(2, 1\) must be positive and add up to the 4 gates .* i, f, g, o"),
         ({"groups": (5, -1)}, r"must be positive"),
         ({"eps": 0.0}, r"eps must be positive, but got 0.0"),
@@ -82,7 +83,9 @@ def test_defaults():
         (("rnn", "layer", "haste"), r"exists for lstm and gru, not for rnn"),
         (("lstm", "layer", "cooijmans2016"), r"with batch normalization, but norm='layer': pass norm='batch'"),
         (("gru", "batch", "ba2016"), r"with layer normalization.*or one of 'laurent2015', 'cooijmans2016'"),
-        (("lstm", "instance", None), r"norm='instance' is not known: expected 'layer', 'rms', 'batch' or None"),
+        (("lstm", "instance", None), r"norm='instance' is not known: expected 'layer', 'rms', 'batch' or None$"),
+        (("lstm", "layernorm", None), r"norm='layernorm' is not known: .* or None; did you mean 'layer'\?"),
+        (("gru", "Batch", None), r"norm='Batch' is not known: .* or None; did you mean 'batch'\?"),
         (("lstm", None, "ba2016"), r"norm=None has none"),
     ],
 )

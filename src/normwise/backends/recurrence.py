@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, get_args
 from torch import Tensor
 
 from normwise.backends.scalars import flags, number
+from normwise.words import did_you_mean
 
 Cell = Literal["lstm", "gru", "rnn"]
 NormKind = Literal["layer", "rms", "batch"]
@@ -97,7 +98,10 @@ class Recurrence:
         for name, accepted in ACCEPTED.items():
             value = getattr(self, name)
             if value not in accepted:
-                raise ValueError(f"{name}={value!r} is not known: expected one of {', '.join(map(repr, accepted))}")
+                hint = did_you_mean(value, [word for word in accepted if isinstance(word, str)])
+                raise ValueError(
+                    f"{name}={value!r} is not known: expected one of {', '.join(map(repr, accepted))}{hint}"
+                )
         gates = len(GATES[self.cell])
         if self.groups and (sum(self.groups) != gates or min(self.groups) < 1):
             raise ValueError(

@@ -51,6 +51,7 @@ from normwise.ops._torch_internals import (
     readable_on_gpu,
     transforms_active,
 )
+from normwise.words import did_you_mean
 
 BACKENDS = {backend.name: backend for backend in (CPU, TRITON, ATEN, REFERENCE)}
 
@@ -164,7 +165,8 @@ RATHER: dict[str, Callable[[Any, bool], Resolved | None]] = {
 def force(name: str | None) -> None:
     """Force backend `name` from now on; None lets `resolve` decide again. ValueError names the known backends."""
     if name is not None and name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(map(repr, BACKENDS))}")
+        hint = did_you_mean(name, BACKENDS, {"torch": "aten"})
+        raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(map(repr, BACKENDS))}{hint}")
     if name == TRITON.name:  # a compiler that traces a call must find its norms' node there
         importlib.import_module("normwise.ops.custom_op.kernel_norm")
     _forced.name = name

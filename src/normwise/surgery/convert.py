@@ -35,6 +35,7 @@ from normwise.surgery.select import (
     option,
 )
 from normwise.surgery.targets import TARGETS, Shapes
+from normwise.words import did_you_mean
 
 Make: TypeAlias = Callable[[nn.Module, Shapes], tuple[nn.Module, str]]
 Target: TypeAlias = Literal[
@@ -55,6 +56,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "mish": nn.Mish,
 }
 
+_OTHER_NAMES = {"batchrenorm": "renorm", "syncbatchnorm": "sync", "frozenbatchnorm": "frozen"}
+_OTHER_NAMES |= {"bn": "batch", "gn": "group", "ln": "layer"}
 _NOT_MEANT = Refusal("not meant by where=")
 
 
@@ -166,10 +169,14 @@ function of the channels) | BatchNorm of all kinds, InstanceNorm, GroupNorm, Lay
         )
     if not candidates:
         wanted = "recurrent layer" if recurrent else "normalization layer"
+        written_out = (
+            "a recurrence written out in the model's own forward"
+            if recurrent
+            else "layers written out as functions (torch.nn.functional.batch_norm)"
+        )
         raise ValueError(
             f"convert found no {wanted} in the model ({type(model).__name__}): pass the model itself, not its "
-            "state_dict or a layer without one. Layers written out as functions (torch.nn.functional.batch_norm) "
-            "cannot be found"
+            f"state_dict or a layer without one, and note that {written_out} cannot be found"
         )
     meant = chosen(candidates, where)
     met = {} if example is None else inputs_met(model, (one.module for one in candidates), example)
@@ -218,7 +225,8 @@ def _plan(to: str | None, recurrent: str | None, options: dict[str, Any]) -> tup
     if recurrent is not None:
         if recurrent not in ("layer", "rms", "batch"):
             raise ValueError(
-                f"unknown recurrent={recurrent!r}: expected 'layer', 'rms' or 'batch'; to='torch' gives plain layers"
+                f"unknown recurrent={recurrent!r}: expected 'layer', 'rms' or 'batch' (to='torch' gives plain layers)"
+                f"{did_you_mean(recurrent, ('layer', 'rms', 'batch'), _OTHER_NAMES)}"
             )
         return (
             lambda old, met: recurrents.normalized(old, recurrent, **options),
@@ -227,8 +235,11 @@ def _plan(to: str | None, recurrent: str | None, options: dict[str, Any]) -> tup
         )
     if to == "original":
         return _original, (nn.Module,), "convert to original"
-    if to not in TARGETS:
-        raise ValueError(f"unknown to={to!r}: expected one of {', '.join(map(repr, (*TARGETS, 'original')))}")
+    if not isinstance(to, str) or to not in TARGETS:
+        known = (*TARGETS, "original")
+        raise ValueError(
+            f"unknown to={to!r}: expected one of {', '.join(map(repr, known))}{did_you_mean(to, known, _OTHER_NAMES)}"
+        )
     target = TARGETS[to]
     if to not in ("torch", "normwise"):
         return lambda old, met: target(old, met, **options), NORMS, f"convert to {to}"

@@ -1,6 +1,7 @@
 """What messages of every room put into words alike: counts, what was given, and what was perhaps meant.
 
-The lowest room: it needs nothing."""
+The lowest room: it needs nothing.
+"""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from normwise.ops import dispatch, hyperparameters, inputs, ragged, validity
 from normwise.ops.errors import ShapeError
 from normwise.ops.norm import gain
 from normwise.ops.norm.run import run_modulated
+from normwise.words import did_you_mean
 
 
 class Given(NamedTuple):
@@ -39,7 +40,8 @@ def check_gate(gate_first: Any, gate_act: Any) -> None:
     if not isinstance(gate_first, bool):
         raise TypeError(f"gate_first must be True (gate, then norm) or False, but got {gate_first!r}")
     if gate_act is not None and (not isinstance(gate_act, str) or gate_act not in GATES):
-        raise ValueError(f"unknown gate_act {gate_act!r}: expected one of {', '.join(map(repr, GATES))} or None")
+        hint = did_you_mean(gate_act, GATES)
+        raise ValueError(f"unknown gate_act {gate_act!r}: expected one of {', '.join(map(repr, GATES))} or None{hint}")
 
 
 def of_features(

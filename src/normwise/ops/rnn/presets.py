@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import replace
+from typing import get_args
 
 from normwise.backends.recurrence import ACCEPTED, Cell, NormKind, Recurrence
+from normwise.words import did_you_mean
 
 
 def _presets(cell: Cell) -> dict[str, Recurrence]:
@@ -84,7 +86,8 @@ def preset(cell: Cell, norm: NormKind | None, variant: str | None = None) -> Rec
             norm is another kind, or any variant together with `norm=None`.
     """
     if norm not in ACCEPTED["norm"]:
-        raise ValueError(f"norm={norm!r} is not known: expected 'layer', 'rms', 'batch' or None")
+        hint = did_you_mean(norm, get_args(NormKind))
+        raise ValueError(f"norm={norm!r} is not known: expected 'layer', 'rms', 'batch' or None{hint}")
     if norm is None:
         if variant is not None:
             raise ValueError(f"variant={variant!r} says where norms stand, but norm=None has none: leave one out")
