@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,6 +36,19 @@ def test_survives_json(found):
     plain = Diagnosis.from_dict(found.to_dict())
     assert plain.to_json() == text
     assert type(plain.layers[0].output.all) is type(found.layers[0].output.all)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "said"),
+    [
+        ("/tmp/nope.json", ValueError, r"but got str \('/tmp/nope\.json'\): give the text .* Path\(p\)\.read_text\(\)"),
+        (Path("nope.json"), TypeError, r"but got \w+Path .*read_text\(\)"),
+        ("[1, 2]", ValueError, r"but got that of list \(\[1, 2\]\)"),
+    ],
+)
+def test_what_is_no_json_of_a_diagnosis_is_refused(text, error, said):
+    with pytest.raises(error, match=f"text must be the JSON of a diagnosis, {said}"):
+        Diagnosis.from_json(text)
 
 
 def test_another_version_is_refused(found):

@@ -374,3 +374,19 @@ def test_what_is_no_tensor_is_named_by_recurrent_layers(name: str) -> None:
     for call in (layer, *([layer.step] if hasattr(layer, "step") else [])):
         with pytest.raises(TypeError, match=r"expected a tensor.*but got list"):
             call([[1.0, 2.0, 3.0]])
+
+
+@pytest.mark.parametrize("function", [normwise.functional.layer_norm, normwise.functional.rms_norm])
+def test_one_size_is_taken_as_a_number_by_functions_too(function):
+    x, weight = torch.randn(3, 5, 8), torch.randn(8)
+    expected = function(x, (8,), weight)
+    for size in (8, np.int64(8), torch.tensor(8), np.array([8]), torch.Size([8])):
+        assert torch.equal(function(x, size, weight), expected)
+    one, several = (
+        torch.compile(lambda x, size=size: function(x, size, weight), backend="eager", fullgraph=True)
+        for size in (8, (8,))
+    )
+    assert torch.equal(one(x), several(x))
+    for wrong, said in ((8.0, r"float \(8\.0\)"), ("8", r"str \('8'\)"), (None, r"NoneType \(None\)")):
+        with pytest.raises(TypeError, match=f"normalized_shape should be of type int, got: {said}"):
+            function(x, wrong, weight)

@@ -127,9 +127,7 @@ def test_backend_blocks_nest_and_survive_an_error() -> None:
 
 def test_an_unknown_backend_is_refused() -> None:
     with (
-        pytest.raises(
-            ValueError, match="unknown backend 'cuda': expected one of 'cpu', 'triton', 'aten', 'reference'$"
-        ),
+        pytest.raises(ValueError, match=r"unknown backend 'cuda': expected one of 'cpu', .*'aten', 'reference'$"),
         normwise.backend("cuda"),
     ):
         pass

@@ -110,3 +110,7 @@ def test_what_is_no_model_is_refused(verb):
 def test_negative_decay_is_refused():
     with pytest.raises(ValueError, match="0 or positive"):
         normwise.decay_groups(nn.Linear(2, 2), -0.1)
+    with pytest.raises(
+        TypeError, match=r"weight_decay must be 0 or .*, but got str \('0\.01'\): write weight_decay=0\.01"
+    ):
+        normwise.decay_groups(nn.Linear(2, 2), "0.01")

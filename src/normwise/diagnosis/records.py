@@ -49,7 +49,7 @@ from normwise.diagnosis.values import (
     Spread,
     Units,
 )
-from normwise.words import counted
+from normwise.words import counted, given
 
 __all__ = [
     "PERCENTILES",
@@ -325,8 +325,20 @@ class Diagnosis:
 
     @classmethod
     def from_json(cls, text: str) -> Diagnosis:
-        """The inverse of `to_json`; raises as `from_dict`."""
-        return cls.from_dict(json.loads(text))
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: no JSON of a diagnosis, or one of another version. TypeError: no text.
+        """
+        cure = "give the text that to_json() returned, Path(p).read_text() of a file"
+        try:
+            plain = json.loads(text)
+        except (TypeError, ValueError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"text must be the JSON of a diagnosis, but got {given(text)}: {cure} ({error})") from error
+        if not isinstance(plain, dict):
+            raise ValueError(f"text must be the JSON of a diagnosis, but got that of {given(plain)}: {cure}")
+        return cls.from_dict(plain)
 
 
 def grouped(findings: Iterable[Finding]) -> list[FindingGroup]:

@@ -87,8 +87,9 @@ def _check_callable(make: Callable[..., Any], name: str) -> None:
             f"{name} takes arguments ({', '.join(needed)}), and is called without any: give them defaults, or name a "
             "function that calls it"
         )
-    if isinstance(make, type) and inspect.isabstract(make):
-        raise LabError(f"{name} is a class without {', '.join(sorted(make.__abstractmethods__))}: it must define them")
+    missing = getattr(make, "__abstractmethods__", ())
+    if missing:
+        raise LabError(f"{name} is a class without {', '.join(sorted(missing))}: it must define them")
 
 
 def _check_loaded(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 from normwise.backends import scalars
@@ -29,6 +30,12 @@ def size(name: str, value: Any) -> int:
             f"Trying to create tensor with negative dimension {found}: {name} must be 0 or more, but got {found}"
         )
     return found
+
+
+def sizes(name: str, value: Any) -> tuple[int, ...]:
+    """Several sizes, or one alone: of a row of numbers, or of a number. An array or tensor without axes is a number."""
+    several = isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0
+    return tuple(size(name, one) for one in (value if several else (value,)))
 
 
 def channel_dim(dim: Any) -> int:

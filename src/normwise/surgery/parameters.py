@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from normwise.backends import scalars
 from normwise.nn import recurrent_base, recurrent_cells
 from normwise.nn.running_norm import RunningNorm
 from normwise.surgery.norms.recognize import recognize, stands_for
@@ -86,9 +87,10 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: a negative `weight_decay`, or nothing to train.
-        TypeError: not a torch.nn.Module.
+        TypeError: not a torch.nn.Module, or a `weight_decay` that is no number.
     """
     require_module("decay_groups", model)
+    scalars.number("weight_decay", weight_decay, "0 or a positive number such as 0.01")
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must be 0 or positive, but got {weight_decay}")
     norms = norm_parameters(model)

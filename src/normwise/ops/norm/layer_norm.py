@@ -27,7 +27,7 @@ _FLOAT32_EPS, _FLOAT64_EPS = (torch.finfo(dtype).eps for dtype in (torch.float32
 
 def layer_norm(
     input: Tensor | PackedSequence,
-    normalized_shape: Sequence[int],
+    normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
@@ -53,7 +53,7 @@ def layer_norm(
 
     Args:
         input: (*, normalized_shape); a PackedSequence or jagged nested tensor of rows; any tensor if `dim` is given.
-        normalized_shape: sizes of the axes that are normalized together.
+        normalized_shape: sizes of the axes that are normalized together; an integer for one.
         weight, bias: gamma and beta, of shape `normalized_shape`.
         eps: added to the (biased) variance.
         dim: the axes of the input that hold `normalized_shape`, in its order; default the last ones.
@@ -112,6 +112,8 @@ def layer_norm(
             segments=segments,
             **({} if given is None else given._asdict()),
         )
+    if not isinstance(normalized_shape, (tuple, list)):
+        normalized_shape = hyperparameters.sizes("normalized_shape", normalized_shape)
     config = NormConfig("layer_norm", "features", eps, act, len(normalized_shape))
     if cast is not None or type(offset) is not float or offset:
         gain.check(offset, cast)
@@ -123,7 +125,7 @@ def layer_norm(
 
 def rms_norm(
     input: Tensor | PackedSequence,
-    normalized_shape: Sequence[int],
+    normalized_shape: int | Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
     *,
@@ -178,6 +180,8 @@ def rms_norm(
         dtype = inputs.tensor("rms_norm", input.data if isinstance(input, PackedSequence) else input).dtype
         eps = _FLOAT64_EPS if accumulation_dtype(dtype) is torch.float64 else _FLOAT32_EPS
     # By position: by keyword a named tuple takes half a microsecond more.
+    if not isinstance(normalized_shape, (tuple, list)):
+        normalized_shape = hyperparameters.sizes("normalized_shape", normalized_shape)
     config = NormConfig("rms_norm", "features", eps, act, len(normalized_shape), 1, False)
     if cast is not None or type(offset) is not float or offset:
         gain.check(offset, cast)
