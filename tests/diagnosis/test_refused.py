@@ -31,6 +31,7 @@ X, Y = torch.zeros(4, 6), torch.zeros(4, dtype=torch.long)
         ([], cross_entropy, "batches is empty"),
         (X, cross_entropy, r"batches must be an iterable of pairs \(inputs, target\).*Tensor.*\[\(inputs, target\)\]"),
         (3, cross_entropy, "batches must be an iterable of pairs"),
+        ("train", cross_entropy, r"batches must be an iterable of pairs .*, but got str: give the batches themselves"),
         ([X], cross_entropy, r"loss raised.*batch 0 is Tensor without a target.*several inputs as a tuple"),
         ([{"input": X}], cross_entropy, "loss raised.*batch 0 is dict without a target.*hold one of labels"),
         ([(X, Y)], None, "no loss was given, and the model's output .Tensor. holds none: pass loss="),
@@ -70,6 +71,15 @@ def test_batches_and_losses_that_do_not_fit(batches, loss, message):
 def test_models_that_do_not_fit(make, message):
     with pytest.raises(DiagnosisError, match=message):
         diagnose(make(), [batch()], loss=cross_entropy)
+
+
+def test_a_loss_and_a_forward_that_are_no_functions_are_refused_before_the_model_runs():
+    model = net()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(DiagnosisError, match=r"loss must be a function of output and target, .*got str \('ce'\)"):
+        diagnose(model, [batch()], loss="ce")
+    with pytest.raises(DiagnosisError, match=r"forward must be a function of model and batch, .*got str \('forward'\)"):
+        diagnose(model, [batch()], loss=cross_entropy, forward="forward")
 
 
 def test_arguments_that_do_not_fit():

@@ -411,3 +411,8 @@ def test_a_class_ruled_out_by_its_logit_adds_nothing():
 def test_an_adaptation_that_would_do_nothing_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
         moved_by(two_norms(), **options)
+
+
+def test_a_step_that_is_no_number_is_refused():
+    with pytest.raises(TypeError, match=r"lr must be a positive number .*got str \('1e-3'\): write lr=0\.001"):
+        moved_by(two_norms(), lr="1e-3")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections import OrderedDict, UserDict, namedtuple
 from typing import Any
 
@@ -201,3 +202,88 @@ def test_a_monitor_looks_at_whatever_the_loop_runs():
         run(model, {"x": X, "lengths": N, "labels": Y}).loss.backward()
         monitor.step()
     assert {"normwise/norm/std", "normwise/head/gradient/weight"} <= Writer.tags
+
+
+def small() -> nn.Module:
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
+
+EXAMPLE_VERBS = {
+    "convert": lambda model, x: normwise.convert(model, to="group", example=x),
+    "fuse": lambda model, x: normwise.fuse(model, example=x),
+    "fold": normwise.fold,
+    "exact": lambda model, x: normwise.convert(model, to="rms", exact=True, example=x),
+}
+
+
+@pytest.mark.parametrize("verb", EXAMPLE_VERBS)
+def test_an_example_on_which_the_model_raises_is_named(verb):
+    model = nn.Sequential(*small(), nn.LayerNorm(2), nn.Linear(2, 2)).eval()
+    with pytest.raises(RuntimeError, match=r"^the model raised RuntimeError on example=: mat1.*\nCure: ") as caught:
+        EXAMPLE_VERBS[verb](model, torch.randn(3, 5))
+    assert str(caught.value.__cause__).startswith("mat1 and mat2")
+    with pytest.raises(TypeError, match=r"(?s)^the model raised TypeError on example=: .*as model\(\*example\)"):
+        EXAMPLE_VERBS[verb](model, (torch.randn(3, 6), torch.randn(3, 6)))
+
+
+BATCH_VERBS = {
+    "recalibrate": normwise.recalibrate,
+    "exact": lambda model, batches, **options: normwise.recalibrate(model, batches, exact=True, **options),
+    "adapt": normwise.adapt,
+    "entropy": lambda model, batches, **options: normwise.adapt(model, batches, entropy=True, **options),
+}
+
+
+@pytest.mark.parametrize("verb", BATCH_VERBS)
+def test_a_batch_on_which_the_model_raises_is_named(verb):
+    good, bad = torch.randn(4, 6), torch.randn(4, 5)
+    with pytest.raises(
+        RuntimeError, match=r"^the model raised RuntimeError on batch 1: mat1(?s:.*)Cure: see that model"
+    ):
+        BATCH_VERBS[verb](small(), [good, bad])
+    with pytest.raises(
+        TypeError, match=r"^the model raised TypeError on batch 0: (?s:.*)a tuple of inputs is given as"
+    ):
+        BATCH_VERBS[verb](small(), [((good, good), 0)])
+    with pytest.raises(RuntimeError, match=r"on batch 0: mat1(?s:.*)Cure: see that forward\(model, batch\) runs"):
+        BATCH_VERBS[verb](small(), [bad], forward=lambda model, batch: model(batch))
+    for given in ("train", b"train"):
+        with pytest.raises(TypeError, match=f"but got {type(given).__name__}: give the batches themselves"):
+            BATCH_VERBS[verb](small(), given)
+    with pytest.raises(TypeError, match=r"forward must be a function of model and batch, or None, but got str \('f'\)"):
+        BATCH_VERBS[verb](small(), [good], forward="f")
+
+
+def test_entropy_names_the_batch_too():
+    calls = []
+
+    def forward(model, batch):
+        calls.append(1)
+        if len(calls) == 4:  # after the two that took the statistics
+            raise ZeroDivisionError("of the user's")
+        return model(batch)
+
+    with pytest.raises(ZeroDivisionError, match="the model raised ZeroDivisionError on batch 1: of the user's"):
+        normwise.adapt(small(), [torch.randn(4, 6)] * 2, entropy=True, forward=forward)
+
+
+def test_an_error_that_is_not_made_of_a_text_stays_as_it_is():
+    class Odd(Exception):
+        def __init__(self, code, why):
+            super().__init__(code, why)
+            self.code = code
+
+    def forward(model, batch):
+        raise error
+
+    for error in (Odd(3, "why"), KeyError("x")):
+        with pytest.raises(type(error)) as caught:
+            normwise.recalibrate(small(), [torch.randn(4, 6)], forward=forward)
+        assert caught.value is error
+        if sys.version_info >= (3, 11):
+            assert "on batch 0" in error.__notes__[0]
+
+
+def test_torch_s_words_on_a_batch_of_one_come_first():
+    with pytest.raises(ValueError, match=r"^Expected more than 1 value.*\nrecalibrate, on batch 1: give larger"):
+        normwise.recalibrate(small(), [torch.randn(4, 6), torch.randn(1, 6)])

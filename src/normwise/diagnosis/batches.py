@@ -15,7 +15,19 @@ from torch.utils.data import Dataset
 
 from normwise.diagnosis.errors import DiagnosisError, UserCodeError
 from normwise.diagnosis.pace import Pace
-from normwise.surgery.batches import LABELS, Forward, call, device_of, label_of, moved, one_batch_at_a_time, split
+from normwise.surgery.batches import (
+    LABELS,
+    Forward,
+    call,
+    cure_of,
+    device_of,
+    label_of,
+    moved,
+    one_batch_at_a_time,
+    raised,
+    split,
+)
+from normwise.words import given
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -53,21 +65,13 @@ class Batch:
 
     def refused(self, model: nn.Module, error: Exception) -> UserCodeError:
         mode = "train" if model.training else "eval"
-        text = f"the model raised {type(error).__name__} in {mode} mode on batch {self.index}: {error}"
+        text = raised(error, f"in {mode} mode on batch {self.index}")
         if "more than 1 value per channel" in str(error) or "more than 1 spatial element" in str(error):
             cure = "give batches of at least two samples, or model, _ = normwise.convert(model, to='group')"
-        elif self.forward is not None:
-            cure = "see that forward(model, batch) runs on this batch, in train and in eval mode, before diagnosing it"
-        elif isinstance(error, TypeError) and "argument" in str(error):
-            cure = (
-                "a tuple of inputs is given as model(*inputs), a dict as model(**inputs), anything else as "
-                "model(inputs): let `batches` yield (inputs, target) so that this fits, or pass forward=lambda model, "
-                "batch: model(...)"
-            )
-            if isinstance(self.whole, Mapping) and not self.has_target:
-                cure += f". The labels of a dict are what one of {', '.join(LABELS)} names: here there is none of these"
         else:
-            cure = "see that model(inputs) runs on this batch, in train and in eval mode, before diagnosing it"
+            cure = cure_of(error, self.forward, ", in train and in eval mode, before diagnosing it")
+            if isinstance(self.whole, Mapping) and not self.has_target and cure.startswith("a tuple of inputs"):
+                cure += f". The labels of a dict are what one of {', '.join(LABELS)} names: here there is none of these"
         return UserCodeError(f"{text}\nCure: {cure}")
 
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
@@ -90,6 +94,20 @@ class Batch:
         return next((len(t) for t in (*all_tensors(self.target), *all_tensors(self.inputs)) if t.dim()), 0)
 
 
+def check_functions(loss: Any, forward: Any) -> None:
+    """Raises DiagnosisError for a loss or a forward that cannot be called."""
+    if loss is not None and not callable(loss):
+        raise DiagnosisError(
+            "loss must be a function of output and target, such as torch.nn.functional.cross_entropy, or None where "
+            f"the model computes its own, but got {given(loss)}"
+        )
+    if forward is not None and not callable(forward):
+        raise DiagnosisError(
+            "forward must be a function of model and batch, such as lambda model, batch: model(batch.image), but got "
+            f"{given(forward)}"
+        )
+
+
 def take(batches: Iterable[Any], limit: int, model: nn.Module, forward: Forward | None, pace: Pace) -> list[Batch]:
     """At most `limit` batches, moved to where the model is; no more are asked for, so a loader may be endless.
 
@@ -99,10 +117,10 @@ def take(batches: Iterable[Any], limit: int, model: nn.Module, forward: Forward 
     """
     if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
         raise DiagnosisError(f"max_batches must be a positive integer, but got {limit!r}")
-    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
+    if isinstance(batches, (Tensor, Mapping, str, bytes)) or not isinstance(batches, Iterable):
         cure = (
             one_batch_at_a_time(batches)
-            if isinstance(batches, Dataset)
+            if isinstance(batches, (Dataset, str, bytes))
             else "for a single batch give [(inputs, target)]"
         )
         raise DiagnosisError(

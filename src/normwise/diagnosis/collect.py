@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.diagnosis import records
-from normwise.diagnosis.batches import Batch, Loss, main_tensor, take
+from normwise.diagnosis.batches import Batch, Loss, check_functions, main_tensor, take
 from normwise.diagnosis.layers import Named, is_ours, may_be_norm, own_parameters, unwrapped
 from normwise.diagnosis.modes import Eval, count_nonfinite, matters, passes
 from normwise.diagnosis.pace import Pace
@@ -35,6 +35,7 @@ def collect(
     pace: Pace,
 ) -> records.Diagnosis:
     """All numbers, no findings yet. See `normwise.diagnose` for arguments and errors."""
+    check_functions(loss, forward)
     whole = model
     model, wrapper = unwrapped(model)
     if optimizer is not None:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from normwise.backends import scalars
 from normwise.backends.protocol import accumulation_dtype
 from normwise.measure.snapshot import modes_kept
 from normwise.ops import hyperparameters
-from normwise.surgery.batches import Forward, run
+from normwise.surgery.batches import Forward, on_batch
 from normwise.surgery.freeze import is_frozen
 from normwise.surgery.parameters import tensors_of
 from normwise.surgery.recalibrate import re_estimate
@@ -55,7 +56,7 @@ def adapt(
         What was adapted.
 
     Raises:
-        TypeError: an output that is no tensor, without `logits`.
+        TypeError: an output that is no tensor, without `logits`; steps or lr that are no numbers.
         ValueError: no gain or bias to train, steps or lr that are not positive, batches that can be gone over only
             once, or an entropy that is not finite.
         Exception: what `recalibrate` raises. After an error the model is as it was.
@@ -64,6 +65,7 @@ def adapt(
     """
     require_module("adapt", model)
     steps = hyperparameters.whole_number("steps", steps)
+    scalars.number("lr", lr, "a positive number such as 1e-3")
     if entropy and (steps < 1 or not lr > 0):
         raise ValueError(f"adapt takes at least one step of a positive size, but got steps={steps}, lr={lr}")
     if entropy and not isinstance(batches, Tensor | Mapping) and iter(batches) is iter(batches):
@@ -75,7 +77,7 @@ def adapt(
     try:
         report = re_estimate("adapt", model, batches, forward, where)
         if entropy:
-            trained = _down_the_entropy(model, batches, lr, steps, logits, forward or run, where)
+            trained = _down_the_entropy(model, batches, lr, steps, logits, forward, where)
             report = re_estimate("adapt", model, batches, forward, where)
             report.changed += [Change(name, "parameter", "trained by entropy", "") for name in trained]
     except BaseException:
@@ -92,7 +94,7 @@ def _down_the_entropy(
     lr: float,
     steps: int,
     logits: Logits | None,
-    forward: Forward,
+    forward: Forward | None,
     where: Where,
 ) -> list[str]:
     """Train gains and biases; their names."""
@@ -112,9 +114,9 @@ def _down_the_entropy(
                 module.training = False
             for one in layers(model, BATCH):
                 one.module.training = meant(one) and not is_frozen(one.module)
-            for batch in batches:
+            for number, batch in enumerate(batches):
                 for _ in range(steps):
-                    entropy_of(forward(model, batch), logits).backward()
+                    entropy_of(on_batch("adapt", forward, model, batch, number), logits).backward()
                     for master, p in zip(masters, learned.values(), strict=True):
                         master.grad, p.grad = None if p.grad is None else p.grad.to(master.dtype), None
                     optimizer.step()

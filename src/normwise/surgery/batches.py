@@ -72,6 +72,8 @@ def one_batch_at_a_time(batches: Any) -> str:
         return "[x] is one batch, x.split(32) several"
     if isinstance(batches, Mapping):
         return "[batch] is one batch"
+    if isinstance(batches, (str, bytes)):
+        return "give the batches themselves, not a name of theirs"
     return "give a list of them"
 
 
@@ -80,6 +82,77 @@ def call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if type(inputs) in (tuple, list) else model(inputs)
+
+
+def raised(error: Exception, where: str) -> str:
+    """What the model raised, and on what: "on batch 0"."""
+    return f"the model raised {type(error).__name__} {where}: {error}"
+
+
+def cure_of(error: Exception, forward: Forward | None, when: str = "") -> str:
+    """What to look at where a model raises on a batch.
+
+    Args:
+        when: in which mode it is to run, and before what.
+    """
+    if forward is not None:
+        return f"see that forward(model, batch) runs on this batch{when}"
+    if isinstance(error, TypeError) and "argument" in str(error):
+        return (
+            "a tuple of inputs is given as model(*inputs), a dict as model(**inputs), anything else as model(inputs): "
+            "let `batches` yield (inputs, target) so that this fits, or pass forward=lambda model, batch: model(...)"
+        )
+    return f"see that model(inputs) runs on this batch{when}"
+
+
+def call_example(model: nn.Module, example: Any) -> Any:
+    """The model's output on the `example` that a user gave. What it raises names the example."""
+    try:
+        return call(model, example)
+    except Exception as error:
+        cure = (
+            "see that model(example) runs in evaluation: a tuple or list is given as model(*example), a mapping as "
+            "model(**example)"
+        )
+        same = _restated(error, f"{raised(error, 'on example=')}\nCure: {cure}")
+        if same is None:
+            raise
+        raise same from error
+
+
+def on_batch(verb: str, forward: Forward | None, model: nn.Module, batch: Any, number: int, few: str = "") -> Any:
+    """The model's output on a batch. What it raises names the batch by its number.
+
+    Args:
+        few: the cure where the batch is too small to normalize.
+    """
+    try:
+        return (forward or run)(model, batch)
+    except UnknownPartsError as error:
+        raise UnknownPartsError(f"{verb}: batch {number} is {error}") from None
+    except Exception as error:
+        if str(error).startswith("Expected more than 1 "):  # torch's words, which come first
+            text = f"{error}\n{verb}, on batch {number}{few and ': ' + few}"
+        else:
+            text = f"{raised(error, f'on batch {number}')}\nCure: {cure_of(error, forward)}"
+        same = _restated(error, text)
+        if same is None:
+            raise
+        raise same from error
+
+
+def _restated(error: Exception, text: str) -> Exception | None:
+    """An error of the same class, for whoever catches it, that says `text`; None where its class is not made of a text
+    alone, and the error has it as a note (Python 3.11)."""
+    try:
+        same = type(error)(text)
+        if str(same) == text:
+            return same
+    except Exception:  # its class wants other arguments
+        pass
+    if hasattr(error, "add_note"):
+        error.add_note(text)
+    return None
 
 
 def run(model: nn.Module, batch: Any) -> Any:

@@ -12,7 +12,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from normwise.nn.construct import channel_axis, eps_of, gain_of, offset_of
 from normwise.surgery import norms
-from normwise.surgery.batches import call, without_graph
+from normwise.surgery.batches import call_example, without_graph
 from normwise.surgery.convert import ACTIVATIONS
 from normwise.surgery.graph import CONVS, LINEAR, TRANSPOSED, Calls, ways_through
 from normwise.surgery.groups import inputs_met
@@ -122,7 +122,7 @@ def _fold_all(
     ways, note = ways_through(model) if inside else ([], "")
     if example is not None:
         with without_graph(model):
-            call(model, example)  # what is wrong with it is better said by the model itself
+            call_example(model, example)  # ShapeProp would say what is wrong with it in words of its own
             arguments = _positional(model, example)
             for way in ways[:1]:
                 ShapeProp(fx.GraphModule(model, way.graph)).propagate(*arguments)

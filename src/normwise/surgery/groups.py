@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from normwise.measure.snapshot import modes_kept
 from normwise.nn.construct import channel_axis
-from normwise.surgery.batches import call, without_graph
+from normwise.surgery.batches import call_example, without_graph
 from normwise.surgery.norms import Call, calls_of, is_own
 from normwise.surgery.report import Refusal
 from normwise.words import counted
@@ -115,5 +115,5 @@ def inputs_met(model: nn.Module, layers: Iterable[nn.Module], example: Any) -> d
             hooks.callback(layer.register_forward_pre_hook(look, with_kwargs=True).remove)
         for module in model.modules():
             module.training = False
-        call(model, example)
+        call_example(model, example)
     return met

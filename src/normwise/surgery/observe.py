@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from normwise.measure.snapshot import modes_kept
-from normwise.surgery.batches import call, without_graph
+from normwise.surgery.batches import call_example, without_graph
 from normwise.surgery.operations import ADDS, CONVOLUTIONS, FACTORS, JOINS, LIKE, MOVES, NEW, QUERIES
 
 Value: TypeAlias = int  # the number of a tensor, a new one after each change in place
@@ -82,7 +82,7 @@ class Observed(TorchFunctionMode):
             for module in model.modules():
                 module.training = False
             with self:
-                result = call(model, example)
+                result = call_example(model, example)
         self.outputs = [self._value(t) for t in tensors_in(result)]
         self._kept.clear()
 

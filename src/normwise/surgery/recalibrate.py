@@ -15,7 +15,7 @@ from normwise.measure.snapshot import Values, modes_kept, state_of
 from normwise.nn.frozen_batch_norm import FrozenBatchNorm
 from normwise.nn.running_norm import RunningNorm
 from normwise.ops import distributed
-from normwise.surgery.batches import Forward, UnknownPartsError, one_batch_at_a_time, run, without_graph
+from normwise.surgery.batches import Forward, on_batch, one_batch_at_a_time, without_graph
 from normwise.surgery.forwards import normalizes_its_input
 from normwise.surgery.freeze import is_frozen
 from normwise.surgery.norms.recognize import stands_for
@@ -34,6 +34,7 @@ from normwise.surgery.select import (
     layers,
     require_module,
 )
+from normwise.words import given
 
 
 def recalibrate(
@@ -94,7 +95,8 @@ def recalibrate(
             parts without `forward=`.
         TypeError: not a model, or not an iterable of batches.
         RuntimeError: a process group that is not initialised, or a rank that did not answer.
-        Exception: whatever the model raises. After an error statistics, counters and modes are as they were.
+        Exception: what the model raises, of its class, with the batch. After an error statistics, counters and modes
+            are as they were.
     """
     return re_estimate("recalibrate", model, batches, forward, where, exact, process_group, progress)
 
@@ -111,11 +113,13 @@ def re_estimate(
 ) -> Report:
     """What `recalibrate` does, as part of what the user called by the name `verb`."""
     require_module(verb, model)
-    if not isinstance(batches, Iterable) or isinstance(batches, (Tensor, Mapping)):
+    if not isinstance(batches, Iterable) or isinstance(batches, (Tensor, Mapping, str, bytes)):
         raise TypeError(
             "batches must be an iterable of batches, such as a DataLoader or a list of tensors, but got "
             f"{type(batches).__name__}: {one_batch_at_a_time(batches)}"
         )
+    if forward is not None and not callable(forward):
+        raise TypeError(f"forward must be a function of model and batch, or None, but got {given(forward)}")
     distributed.group_of(process_group, default=True)  # says now what is wrong with it
     candidates = [one for one in layers(model, (nn.Module,)) if _may_keep(one.module)]
     meant = chosen(candidates, where)
@@ -138,7 +142,7 @@ def re_estimate(
             "or a DataLoader instead of an iterator"
         )
     with shown(progress, verb) as show:
-        _recalibrate(_Run(verb, model, batches, forward or run, process_group, show), wanted, exact, report)
+        _recalibrate(_Run(verb, model, batches, forward, process_group, show), wanted, exact, report)
     return report
 
 
@@ -173,7 +177,7 @@ class _Run:
         verb: str,
         model: nn.Module,
         batches: Iterable[Any],
-        forward: Forward,
+        forward: Forward | None,
         process_group: Any,
         show: Callable[[Iterable[Any], int], Iterator[Any]],
     ) -> None:
@@ -181,22 +185,18 @@ class _Run:
         self.model, self.batches, self.forward = model, batches, forward
         self.process_group, self.show = process_group, show
         self.done = 0
+        self.few = ""  # what to do where a batch is too small to normalize
         self.state = Values([])  # of the layers, as it was
 
     def at_once(self, wanted: list[Layer]) -> dict[str, Pool]:
         """One pass in which all layers normalize by the batch's own statistics."""
         for one in wanted:
             one.module.training = not isinstance(one.module, RECURRENT)  # whose pools make it take batch statistics
-        try:
-            pools = self.over_all(wanted, self.show(self.batches, 1))
-        except ValueError as error:
-            recurrent = any(isinstance(one.module, RECURRENT) for one in wanted)
-            if recurrent or "more than 1 value per channel" not in str(error):
-                raise
-            raise ValueError(
-                f"{error}\n{self.verb}: give larger batches, or normwise.recalibrate(..., exact=True), for which "
-                "those of one sample will do"
-            ) from error
+        if not any(isinstance(one.module, RECURRENT) for one in wanted):
+            self.few = (
+                "give larger batches, or normwise.recalibrate(..., exact=True), for which those of one sample will do"
+            )
+        pools = self.over_all(wanted, self.show(self.batches, 1))
         self.state.restore()
         self.share([pools[one.name] for one in wanted], wanted)
         return pools
@@ -243,10 +243,7 @@ class _Run:
         return pools
 
     def call(self, batch: Any, number: int) -> None:
-        try:
-            self.forward(self.model, batch)
-        except UnknownPartsError as error:
-            raise UnknownPartsError(f"{self.verb}: batch {number} is {error}") from None
+        on_batch(self.verb, self.forward, self.model, batch, number, self.few)
 
     def share(self, pools: list[Pool], wanted: list[Layer]) -> None:
         """Pool over the ranks, in one exchange."""

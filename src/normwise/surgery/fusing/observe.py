@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from normwise.measure.snapshot import dry_run
-from normwise.surgery.batches import call, without_graph
+from normwise.surgery.batches import call_example, without_graph
 from normwise.surgery.fusing.activations import named
 from normwise.surgery.fusing.proof import tensors
 
@@ -104,7 +104,7 @@ def activations_behind(
                 hooks.callback(act.register_forward_hook(watch.left).remove)
             try:
                 with watch:
-                    output = call(model, example)
+                    output = call_example(model, example)
             except Exception:
                 if not training:
                     raise

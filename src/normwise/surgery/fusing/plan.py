@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from normwise.measure.snapshot import dry_run
-from normwise.surgery.batches import call, without_graph
+from normwise.surgery.batches import call_example, without_graph
 from normwise.surgery.forwards import BOUND, is_bound
 from normwise.surgery.fusing.follow import Followed, Given, follow, plainly_given
 from normwise.surgery.fusing.globals import can_be_compared
@@ -67,7 +67,7 @@ def calls_met(model: nn.Module, modules: Sequence[nn.Module], example: Any) -> d
     with ExitStack() as hooks, dry_run(model, training=False), without_graph(model):
         for module in modules:
             hooks.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
-        call(model, example)
+        call_example(model, example)
     return met
 
 

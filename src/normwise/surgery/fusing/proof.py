@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.measure.snapshot import dry_run
-from normwise.surgery.batches import call
+from normwise.surgery.batches import call_example
 
 # By which share of the largest element results may differ: of float64 a deep model loses a few digits, and what is
 # wired wrongly all of them. Where a model runs in its own dtype only, it is its rounding in a deep model that counts.
@@ -43,7 +43,7 @@ def _all(model: nn.Module, example: Any) -> Iterator[tuple[str, Tensor]]:
             inputs = _fresh(example)
             try:
                 with torch.enable_grad():
-                    output = call(model, inputs)
+                    output = call_example(model, inputs)
             except Exception:
                 if not training:
                     raise
