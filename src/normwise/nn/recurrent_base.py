@@ -123,9 +123,10 @@ class Recurrent(NotScripted, RNNBase):
         """
         wanted = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[cls.cell]
         if not isinstance(layer, wanted):
-            raise TypeError(
-                f"{cls.__name__}.from_torch expects a torch.nn.{wanted.__name__}, but got {type(layer).__name__}"
-            )
+            found, cure = type(layer).__name__, ""
+            if isinstance(layer, Recurrent):
+                found, cure = f"normwise.{found}", ": copy it by copy.deepcopy(layer)"
+            raise TypeError(f"{cls.__name__}.from_torch expects a torch.nn.{wanted.__name__}, but got {found}{cure}")
         if "forget_bias" in options:
             raise TypeError("from_torch keeps the layer's biases: set forget_bias on these")
         names = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"]

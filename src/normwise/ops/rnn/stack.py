@@ -156,6 +156,7 @@ def cell(layers: Layers, x: Any, hx: Any, step: int | None) -> State:
             raise ShapeError(f"{name}: Expected hidden[{n}] to be of shape {shape}, got {tuple(state.shape)}")
     if hx is not None:
         inputs.beside(x, h0=states[0], c0=states[1] if lstm else None)
+        arguments.of_one_dtype(x, states)
     rows = x if x.dim() == 2 else x.unsqueeze(0)
     given = packed.Sequences(rows.unsqueeze(0), Layout(1, len(rows)))
     whole = (1, len(rows), units)
