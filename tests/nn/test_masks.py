@@ -178,9 +178,9 @@ def test_lengths_of_trailing_features_count_axis_1(norm, dim, given) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 3, STEPS, CHANNELS), (2, CHANNELS)], ids=str)
 def test_lengths_of_trailing_features_need_one_axis_of_steps(shape) -> None:
-    for given in ({}, {"shift": torch.zeros(CHANNELS)}):
+    for others in ({}, {"shift": torch.zeros(CHANNELS)}):
         with pytest.raises(ValueError, match=r"axis 1 of an input \(N, L, D\) .*but got.*give mask=, True = valid"):
-            normwise.RMSNorm(CHANNELS)(torch.randn(shape), lengths=[1, 2], **given)
+            normwise.RMSNorm(CHANNELS)(torch.randn(shape), lengths=[1, 2], **others)
 
 
 @given(st.data())

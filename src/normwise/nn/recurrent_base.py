@@ -15,7 +15,7 @@ from normwise.backends.recurrence import Cell, NormKind, Recurrence
 from normwise.backends.scalars import flags
 from normwise.nn import recurrent_parameters as parameters
 from normwise.nn.construct import NotScripted
-from normwise.ops import hyperparameters, symbolic
+from normwise.ops import hyperparameters, ragged, symbolic
 from normwise.ops.rnn import stack
 from normwise.ops.rnn.between import BetweenNorm
 from normwise.ops.rnn.running_stats import StatsObserver
@@ -152,7 +152,8 @@ class Recurrent(NotScripted, RNNBase):
         """Run whole sequences; torch.nn's arguments and return values.
 
         Args:
-            input: (T, B, I), or (B, T, I) with `batch_first`, or (T, I) without a batch, or a PackedSequence.
+            input: (T, B, I), or (B, T, I) with `batch_first`, or (T, I) without a batch, or a PackedSequence, or a
+                jagged nested tensor (B, T, I) with T ragged.
             hx: initial state (L * D, B, H), a pair (h, c) for an LSTM; None means zeros.
             lengths: (B,) integers in [0, T], in any order: the valid steps of each sequence. What lies beyond may
                 hold anything; there the output is 0, and the final state is that of the last valid step.
@@ -214,6 +215,8 @@ class Recurrent(NotScripted, RNNBase):
     def _warn_of_length(self, input: Tensor | PackedSequence) -> None:
         if isinstance(input, PackedSequence):
             self._warn_beyond(len(input.batch_sizes))
+        elif input.is_nested:
+            self._warn_beyond(ragged.longest(input))
         else:
             self._warn_beyond(input.shape[1 if self.batch_first and input.dim() == 3 else 0])
 

@@ -98,8 +98,8 @@ def one_length_each(lengths: Any, samples: int, steps: int, of: str) -> Tensor:
 
 
 def valid_beside_features(x: Tensor, mask: Any, lengths: Any, dims: tuple[int, ...], channel_dim: int) -> Tensor | None:
-    """`valid_elements` of a norm of the axes `dims`. Where the last one alone holds features, the steps of (N, L, D) are
-    on axis 1; with more axes that could be any of them."""
+    """`valid_elements` of a norm of the axes `dims`. Where the last one alone holds features, the steps of (N, L, D)
+    are on axis 1; with more axes that could be any of them."""
     if lengths is None or mask is not None or dims != (x.dim() - 1,):
         return valid_elements(x, mask, lengths, channel_dim)
     if x.dim() != 3:

@@ -59,8 +59,8 @@ def layer_norm(
         dim: the axes of the input that hold `normalized_shape`, in its order; default the last ones.
         mask: bool, True = valid: the input's shape without its channel axis (the first one that `dim` names; without
             `dim` the last), or anything that broadcasts to the input.
-        lengths: (N,) integers, valid steps of each sample: along axis 1 of (N, L, D) where the last axis is the only one
-            normalized, otherwise along the last axis, as of (N, C, L).
+        lengths: (N,) integers, valid steps of each sample: along axis 1 of (N, L, D) where the last axis is the only
+            one normalized, otherwise along the last axis, as of (N, C, L).
         act: "relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "hardsigmoid", "elu", "gelu_tanh", "softplus"
             or "mish", applied last: torch.nn.functional's by their defaults, "gelu_tanh" gelu(approximate="tanh").
         add: like the input, added to it before the statistics are taken.

@@ -72,6 +72,13 @@ def sequences(layers: Layers, x: Any, hx: Any, lengths: Any, reset: Any) -> tupl
         steps, batch, batched = len(x.batch_sizes), int(x.batch_sizes[0]), True
         shape: tuple[int, ...] = (steps, batch)
         given = packed.packed(x, both)
+    elif x.is_nested:
+        if lengths is not None:
+            raise ValueError("got lengths together with a nested tensor: it states its own lengths, leave them out")
+        given = packed.jagged(x, both)
+        arguments.rows(given.x, weights[0])
+        steps, batch, batched = given.layout.steps, given.layout.batch, True
+        shape = (steps, batch)
     else:
         batched = x.dim() == 3
         batch_first = batch_first and batched
