@@ -411,3 +411,22 @@ def test_a_class_ruled_out_by_its_logit_adds_nothing():
 def test_an_adaptation_that_would_do_nothing_is_refused(options, words):
     with pytest.raises(ValueError, match=words):
         moved_by(two_norms(), **options)
+
+
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_state_of_one_domain_says_how_it_becomes_that_of_several(within: bool, strict: bool) -> None:
+    theirs, ours = nn.BatchNorm2d(4), normwise.BatchNorm2d(4, domains=3)
+    theirs.running_mean.fill_(2.0)
+    whose = "0" if within else "the layer"
+    if within:
+        theirs, ours = nn.Sequential(theirs), nn.Sequential(ours)
+    said = rf"size mismatch for .*{whose} has the statistics of 3 domains.*\(model, to='batch', domains=3\)$"
+    with pytest.raises(RuntimeError, match=f"(?s){said}"):
+        ours.load_state_dict(theirs.state_dict(), strict=strict)
+    spread = normwise.convert(theirs, to="batch", domains=3).model
+    ours.load_state_dict(spread.state_dict())
+    assert (ours.state_dict()["0.running_mean" if within else "running_mean"] == 2).all()
+    with pytest.raises(RuntimeError) as raised:
+        ours.load_state_dict({}, strict=True)
+    assert "domain" not in str(raised.value)

@@ -220,3 +220,27 @@ def test_a_refused_call_moves_no_running_statistics():
     with pytest.raises(ValueError, match="lengths must lie in"):
         layer(torch.randn(T, B, INPUT), lengths=[1, 2, 9])
     assert (layer.running_mean_ih_l0 == 0).all()
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms", "batch"])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_the_state_of_torchs_layer_says_how_it_is_taken_over(name, norm):
+    theirs, layer = getattr(nn, name)(4, 6), getattr(normwise, name)(4, 6, norm=norm)
+    of_layer = "" if norm == "layer" else f", norm='{norm}'"
+    said = rf"Missing key\(s\).*The state_dict has no gains.*normwise.{name}.from_torch\(layer{of_layer}\), or.*"
+    with pytest.raises(RuntimeError, match=rf"(?s){said}normwise.convert\(model, recurrent='{norm}'\)$"):
+        layer.load_state_dict(theirs.state_dict())
+    missing = layer.load_state_dict(theirs.state_dict(), strict=False).missing_keys
+    assert missing
+    assert not [key for key in missing if key in theirs.state_dict()]
+    layer.load_state_dict(layer.state_dict())
+    with pytest.raises(RuntimeError, match=r"size mismatch[^\t]*$"):
+        layer.load_state_dict(getattr(normwise, name)(4, 5, norm=norm).state_dict() | {"weight_ih_l0": torch.ones(1)})
+    assert normwise.convert(nn.Sequential(theirs), recurrent=norm).model[0].recurrence.norm == norm
+    assert getattr(normwise, name).from_torch(theirs, norm=norm).recurrence.norm == norm
+
+
+def test_what_is_between_layers_is_missing_too():
+    layer = normwise.LSTM(4, 6, 2, norm=None, between="rms")
+    with pytest.raises(RuntimeError, match=r"normwise.LSTM.from_torch\(layer, norm=None\)$"):
+        layer.load_state_dict(nn.LSTM(4, 6, 2).state_dict())

@@ -84,6 +84,7 @@ def test_what_goes_with_a_jagged_tensor() -> None:
     assert model(x)[0].shape[1] == x.shape[1]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
 @pytest.mark.parametrize("norm", ["layer", "batch", None])
 @pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
 def test_what_does_not_fit_is_named(name: str, norm: str | None) -> None:

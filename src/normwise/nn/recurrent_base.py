@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -104,6 +104,23 @@ class Recurrent(NotScripted, RNNBase):
                 super().flatten_parameters()
         finally:
             vars(self).update(before)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch.nn. Where gains are missing, as in what torch.nn's layer keeps, the error says how that is taken
+        over."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            gains = [name for name in self.state_dict() if name.startswith("gain_")]
+            if not strict or not gains or any(name in state_dict for name in gains):
+                raise
+            name, norm = type(self).__name__, self.recurrence.norm
+            of_layer = "layer" if norm == "layer" else f"layer, norm={norm!r}"
+            of_model = "" if norm is None else f", or of a whole model by normwise.convert(model, recurrent={norm!r})"
+            raise RuntimeError(
+                f"{error}\n\tThe state_dict has no gains. The weights of a torch.nn.{name} are taken over by "
+                f"normwise.{name}.from_torch({of_layer}){of_model}"
+            ) from None
 
     @classmethod
     def from_torch(cls, layer: nn.Module, *, norm: NormKind | None = "layer", **options: Any) -> Any:
