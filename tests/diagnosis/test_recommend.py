@@ -15,6 +15,7 @@ from normwise.diagnosis.rules.circumstances import Circumstances
 from normwise.diagnosis.rules.claims import SOURCES
 from normwise.diagnosis.rules.table import RULES
 from normwise.lab.claims import claims
+from normwise.lab.cost import recorded
 
 # Calls of this library in cures and codes.
 NAMES = re.compile(r"normwise\.(\w+)")
@@ -118,11 +119,17 @@ def test_a_batch_size_below_one_is_refused():
 
 
 def test_the_claims_are_the_labs():
-    """This room may not import the lab: so ids and sources stand here twice, and must be the same."""
+    """This room may not import the lab: so ids, sources and verdicts stand here twice, and must be the same."""
     cited = {claim for rule in RULES for claim in rule.claims}
     cited |= {claim for choices in CHOICES.values() for choice in choices for claim in choice.claims}
     assert cited == set(SOURCES)
-    assert {name: claims()[name].source for name in SOURCES} == SOURCES
+    record = recorded()
+    assert {name: (claims()[name].source, record[name]["verdict"]) for name in SOURCES} == SOURCES
+
+
+def test_it_says_where_our_runs_speak_against_a_claim_that_it_cites():
+    told = str(normwise.recommend("rnn"))
+    assert "claim faster: Ioffe & Szegedy 2015, sections 3.3 and 4.1 (contradicted in our runs)" in told
 
 
 def test_what_is_foreseen_has_a_norm_that_it_speaks_against():

@@ -81,6 +81,17 @@ def test_by_position(name):
         assert_close(layer(x, scale=s, shift=t), in_float64(layer, x, s, t), kind="composed", count=x.numel())
 
 
+@pytest.mark.parametrize("name", ["layer", "layer of two axes", "layer, dim=1", "rms", "group", "instance2d", "sync"])
+def test_one_for_all(name):
+    case, layer = CASES[name], made(name, torch.float64)
+    x = torch.randn(case.shape, dtype=torch.float64)
+    scale, shift = torch.randn(2, *case.sample[1:], dtype=torch.float64)
+    s, t = (v.reshape(1, *case.placed[1:]) for v in (scale, shift))
+    if case.sample == (N, C) and "layer" not in name and name != "rms":
+        scale, shift = scale[None], shift[None]  # norms of channels tell it by its number of axes from a gain
+    assert_close(layer(x, scale=scale, shift=shift), in_float64(layer, x, s, t), kind="composed", count=x.numel())
+
+
 @pytest.mark.parametrize("by", ["sample", "position"])
 @each_case
 def test_padding_does_not_leak(name, by):

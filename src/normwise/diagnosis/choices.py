@@ -128,8 +128,8 @@ def recommend(
         print(normwise.recommend("conv net", batch_size=4))
         print(normwise.recommend(model, batch_size=64, diagnosis=normwise.diagnose(model, batches, loss=loss)))
 
-    The rules that raise findings (`normwise.diagnose`) also say here which norm would raise one. `normwise claims`
-    tests such claims by runs on this machine.
+    The rules that raise findings (`normwise.diagnose`) also say here which norm would raise one. Beside a claim stands
+    what our own runs say of it, which may be that they contradict it; `normwise claims` tests it on this machine.
 
     Args:
         what: a model; or words, of which "conv", "image", "mlp", "linear", "rnn", "lstm", "gru", "transformer",

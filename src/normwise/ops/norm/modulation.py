@@ -320,8 +320,8 @@ def _by_feature(name: str, value: Any, x: Tensor, shape: tuple[int, ...], dims: 
         return _placed(t, x, dims)
     raise ShapeError(
         f"{name} of shape {tuple(t.shape)} does not fit an input of shape {tuple(x.shape)} normalized over {shape}: "
-        f"expected {(samples, *shape)}, one for each sample (axis 0), or {x.dim()} axes that broadcast to the input's "
-        f"shape, e.g. by {name}.unsqueeze(0) for one that is the same for all samples"
+        f"expected {(samples, *shape)}, one for each sample (axis 0); {shape}, one for all; or {x.dim()} axes that "
+        f"broadcast to the input's shape, e.g. by {name}.unsqueeze(0) for one that is the same for all samples"
     )
 
 
