@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from normwise.backends.recurrence import Weights
-from normwise.ops import conversion, inputs, ragged, validity
+from normwise.ops import conversion, inputs, validity
 from normwise.ops._torch_internals import any_autocast_enabled
 from normwise.ops.errors import ShapeError
 from normwise.ops.rnn.running_stats import BatchStats
@@ -22,9 +22,6 @@ def tensor_or_packed(x: Any, name: str, cell: str) -> None:
         return
     if not isinstance(x, Tensor):
         raise TypeError(f"expected a tensor or a PackedSequence, but got {type(x).__name__}")
-    if x.is_nested:
-        ragged.of_steps(name, x)
-        return
     if x.dim() not in (2, 3):
         end = "D tensor instead" if cell == "rnn" else "D instead"
         raise ValueError(f"{name}: Expected input to be 2D or 3D, got {x.dim()}{end}")

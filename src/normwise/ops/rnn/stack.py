@@ -19,7 +19,7 @@ from normwise.backends.protocol import (
     RecurrenceResult,
 )
 from normwise.backends.recurrence import Recurrence, Weights
-from normwise.ops import custom_op, inputs, validity
+from normwise.ops import custom_op, inputs, ragged, validity
 from normwise.ops.autograd import RecurrentLayer
 from normwise.ops.dispatch import is_transforming, resolve
 from normwise.ops.errors import ShapeError
@@ -75,6 +75,7 @@ def sequences(layers: Layers, x: Any, hx: Any, lengths: Any, reset: Any) -> tupl
     elif x.is_nested:
         if lengths is not None:
             raise ValueError("got lengths together with a nested tensor: it states its own lengths, leave them out")
+        ragged.of_steps(layers.name, x)
         given = packed.jagged(x, both)
         arguments.rows(given.x, weights[0])
         steps, batch, batched = given.layout.steps, given.layout.batch, True
