@@ -35,9 +35,10 @@ class Padded(nn.Module):
         (lambda: normwise.BatchNorm1d(FEATURES), 1, False),
         (lambda: normwise.GroupNorm(1, FEATURES), 1, False),
         (lambda: normwise.LayerNorm(FEATURES), 2, False),
+        (lambda: normwise.LayerNorm(FEATURES), 2, True),
         (lambda: normwise.LayerNorm(FEATURES, dim=1), 1, True),
     ],
-    ids=["BatchNorm1d by lengths", "BatchNorm1d", "GroupNorm", "LayerNorm", "LayerNorm dim"],
+    ids=["BatchNorm1d by lengths", "BatchNorm1d", "GroupNorm", "LayerNorm", "LayerNorm by lengths", "LayerNorm dim"],
 )
 def test_padding_that_a_norm_is_told_of_is_not_counted(norm, features, by_lengths, padding):
     model = Padded(norm(), features, by_lengths)

@@ -219,7 +219,7 @@ def test_recalibration_leaves_it_to_the_layer_to_say_what_is_wrong_with_a_domain
         net(torch.randn(3, CHANNELS), domain)
     with pytest.raises(ValueError, match="domain") as error:
         normwise.recalibrate(net, [(torch.randn(3, CHANNELS), domain)], forward=lambda model, batch: model(*batch))
-    assert str(error.value) == str(own.value)
+    assert str(error.value).startswith(f"the model raised ValueError on batch 0: {own.value}\n")
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
@@ -328,12 +328,12 @@ def test_errors_name_what_was_called(call):
     wrong = {
         "found no norm with running statistics in the model": (nn.Linear(3, 3), [torch.randn(4, 3)]),
         "found nothing to take statistics of: no batch came": (model(), iter([])),
-        "give larger batches, or normwise.recalibrate": (model(), [torch.randn(1, 3)]),
+        "on batch 0: give larger batches, or normwise.recalibrate": (model(), [torch.randn(1, 3)]),
         "expects a torch.nn.Module, but got int": (3, [torch.randn(4, 3)]),
         "batch 0 is 3 items": (model(), [(torch.randn(4, 3),) * 3]),
     }
     for said, (net, batches) in wrong.items():
-        with pytest.raises((ValueError, TypeError), match=rf"(?m)^{call.__name__}:? {said}"):
+        with pytest.raises((ValueError, TypeError), match=rf"(?m)^{call.__name__}[:,]? {said}"):
             call(net, batches)
 
 
@@ -416,3 +416,22 @@ def test_an_adaptation_that_would_do_nothing_is_refused(options, words):
 def test_a_step_that_is_no_number_is_refused():
     with pytest.raises(TypeError, match=r"lr must be a positive number .*got str \('1e-3'\): write lr=0\.001"):
         moved_by(two_norms(), lr="1e-3")
+
+
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_state_of_one_domain_says_how_it_becomes_that_of_several(within: bool, strict: bool) -> None:
+    theirs, ours = nn.BatchNorm2d(4), normwise.BatchNorm2d(4, domains=3)
+    theirs.running_mean.fill_(2.0)
+    whose = "0" if within else "the layer"
+    if within:
+        theirs, ours = nn.Sequential(theirs), nn.Sequential(ours)
+    said = rf"size mismatch for .*{whose} has the statistics of 3 domains.*\(model, to='batch', domains=3\)$"
+    with pytest.raises(RuntimeError, match=f"(?s){said}"):
+        ours.load_state_dict(theirs.state_dict(), strict=strict)
+    spread = normwise.convert(theirs, to="batch", domains=3).model
+    ours.load_state_dict(spread.state_dict())
+    assert (ours.state_dict()["0.running_mean" if within else "running_mean"] == 2).all()
+    with pytest.raises(RuntimeError) as raised:
+        ours.load_state_dict({}, strict=True)
+    assert "domain" not in str(raised.value)

@@ -151,6 +151,38 @@ def test_trailing_features_with_a_mask_of_steps(norm: type[nn.Module], shape: tu
     assert not grads[0][~valid].any()
 
 
+CALLS = {"alone": {}, "add": {"add": 1}, "shift": {"shift": 1}, "gate": {"gate": 1}}
+
+
+@pytest.mark.parametrize("given", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("dim", [None, -1, (2,)])
+@pytest.mark.parametrize("norm", [normwise.LayerNorm, normwise.RMSNorm])
+def test_lengths_of_trailing_features_count_axis_1(norm, dim, given) -> None:
+    """(N, L, D) with lengths is (N, L, D) with the mask that these mean, output and all gradients."""
+    layer = randomize(norm(CHANNELS, dim=dim, act="silu"))
+    x, lengths = torch.randn(4, STEPS, CHANNELS), torch.tensor([0, 2, STEPS, 1])
+    valid = torch.arange(STEPS) < lengths[:, None]
+    given = {name: torch.randn_like(x) for name in given}
+
+    def run(**told) -> list[Tensor]:
+        leaf = poisoned(x, valid[..., None]).requires_grad_()
+        y = layer(leaf, **given, **told)
+        y = torch.cat(y) if isinstance(y, tuple) else y
+        return [y.detach(), *torch.autograd.grad(y, [leaf, *layer.parameters()], torch.ones_like(y).cumsum(-1))]
+
+    found, expected = run(lengths=lengths.tolist()), run(mask=valid)
+    assert all(map(torch.equal, found, expected))
+    assert not found[0][:4][~valid].any()
+    assert torch.isfinite(found[0]).all()
+
+
+@pytest.mark.parametrize("shape", [(2, 3, STEPS, CHANNELS), (2, CHANNELS)], ids=str)
+def test_lengths_of_trailing_features_need_one_axis_of_steps(shape) -> None:
+    for others in ({}, {"shift": torch.zeros(CHANNELS)}):
+        with pytest.raises(ValueError, match=r"axis 1 of an input \(N, L, D\) .*but got.*give mask=, True = valid"):
+            normwise.RMSNorm(CHANNELS)(torch.randn(shape), lengths=[1, 2], **others)
+
+
 @given(st.data())
 def test_any_mask_that_broadcasts(data: st.DataObject) -> None:
     """A mask of fewer axes says the same as the mask that it broadcasts to."""

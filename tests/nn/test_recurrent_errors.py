@@ -72,6 +72,25 @@ def test_hidden_and_cell_states(norm, hx, error, message):
         normwise.LSTM(INPUT, HIDDEN, norm=norm, proj_size=2)(X, hx)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("norm", ["layer", "batch", None])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_states_of_another_dtype_are_refused(name, norm, dtype):
+    layer, cell = getattr(normwise, name)(INPUT, HIDDEN, norm=norm), getattr(normwise, f"{name}Cell")(INPUT, HIDDEN)
+    h = torch.zeros(1, B, HIDDEN)
+    state = (h, h.to(dtype)) if name == "LSTM" else h.to(dtype)
+    of_cell = (h[0], h[0].to(dtype)) if name == "LSTM" else h[0].to(dtype)
+    said = rf"not the same dtype, found input tensor with torch.float32 and hidden tensor with {dtype}. Convert the st"
+    packed = pack_sequence([X[:, 0], X[:2, 1], X[:1, 2]])
+    calls = (lambda: layer(X, state), lambda: layer(packed, state), lambda: layer.step(X[0], state, step=0))
+    for call in (*calls, lambda: cell(X[0], of_cell)):
+        with pytest.raises(ValueError, match=said):
+            call()
+    h = h.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):  # which gives inputs and states its own
+        layer(X, (h, h) if name == "LSTM" else h), cell(X[0], (h[0], h[0]) if name == "LSTM" else h[0])
+
+
 @pytest.mark.parametrize("norm", ["layer", None])
 def test_a_packed_sequence_states_its_own_lengths(norm):
     packed = pack_sequence([X[:, 0], X[:2, 1]])
@@ -120,6 +139,11 @@ def test_a_packed_sequence_states_its_own_lengths(norm):
             r"nonlinearity='relu' contradicts the nonlinearity='tanh'",
         ),
         (lambda: normwise.LSTM.from_torch(nn.GRU(4, 6)), TypeError, r"expects a torch.nn.LSTM, but got GRU"),
+        (
+            lambda: normwise.LSTM.from_torch(normwise.LSTM(4, 6)),
+            TypeError,
+            r"expects a torch.nn.LSTM, but got normwise.LSTM: copy it by copy.deepcopy\(layer\)$",
+        ),
         (lambda: normwise.LSTM.from_torch(nn.LSTM(4, 6), forget_bias=1.0), TypeError, r"keeps the layer's b"),
         (
             lambda: normwise.LSTMCell(4, 6, variant=replace(PRESETS["lstm"]["laurent2015"], statistics="sequence")),
@@ -196,3 +220,27 @@ def test_a_refused_call_moves_no_running_statistics():
     with pytest.raises(ValueError, match="lengths must lie in"):
         layer(torch.randn(T, B, INPUT), lengths=[1, 2, 9])
     assert (layer.running_mean_ih_l0 == 0).all()
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms", "batch"])
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_the_state_of_torchs_layer_says_how_it_is_taken_over(name, norm):
+    theirs, layer = getattr(nn, name)(4, 6), getattr(normwise, name)(4, 6, norm=norm)
+    of_layer = "" if norm == "layer" else f", norm='{norm}'"
+    said = rf"Missing key\(s\).*The state_dict has no gains.*normwise.{name}.from_torch\(layer{of_layer}\), or.*"
+    with pytest.raises(RuntimeError, match=rf"(?s){said}normwise.convert\(model, recurrent='{norm}'\)$"):
+        layer.load_state_dict(theirs.state_dict())
+    missing = layer.load_state_dict(theirs.state_dict(), strict=False).missing_keys
+    assert missing
+    assert not [key for key in missing if key in theirs.state_dict()]
+    layer.load_state_dict(layer.state_dict())
+    with pytest.raises(RuntimeError, match=r"size mismatch[^\t]*$"):
+        layer.load_state_dict(getattr(normwise, name)(4, 5, norm=norm).state_dict() | {"weight_ih_l0": torch.ones(1)})
+    assert normwise.convert(nn.Sequential(theirs), recurrent=norm).model[0].recurrence.norm == norm
+    assert getattr(normwise, name).from_torch(theirs, norm=norm).recurrence.norm == norm
+
+
+def test_what_is_between_layers_is_missing_too():
+    layer = normwise.LSTM(4, 6, 2, norm=None, between="rms")
+    with pytest.raises(RuntimeError, match=r"normwise.LSTM.from_torch\(layer, norm=None\)$"):
+        layer.load_state_dict(nn.LSTM(4, 6, 2).state_dict())

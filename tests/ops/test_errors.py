@@ -166,12 +166,19 @@ BAD_CALLS: dict[str, tuple[Callable[[], Any], torch.Tensor, dict[str, Any], type
         "integer dtype, but got torch.float32",
     ),
     "lengths without steps": (lambda: normwise.BatchNorm1d(6), x2, {"lengths": lengths}, ValueError, "use mask="),
-    "lengths along the features": (
+    "lengths along one of several axes": (
+        lambda: normwise.LayerNorm(5),
+        x4,
+        {"lengths": lengths[:2]},
+        ValueError,
+        "give mask=, True = valid, of that shape without the last axis",
+    ),
+    "lengths beyond the steps of axis 1": (
         lambda: normwise.LayerNorm(5),
         x3,
-        {"lengths": lengths},
+        {"lengths": lengths + 2},
         ValueError,
-        "mask= of shape",
+        r"lengths must lie in \[0, 6\].* but got values from 3 to 7",
     ),
     "residual of another shape": (
         lambda: normwise.BatchNorm1d(6),

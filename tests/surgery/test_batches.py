@@ -284,6 +284,20 @@ def test_an_error_that_is_not_made_of_a_text_stays_as_it_is():
             assert "on batch 0" in error.__notes__[0]
 
 
+def test_an_error_keeps_what_else_it_says():
+    class Coded(ValueError):
+        code = 0
+
+    def forward(model, batch):
+        error = Coded("of the user's")
+        error.code = 7
+        raise error
+
+    with pytest.raises(Coded, match="on batch 0: of the user's") as caught:
+        normwise.recalibrate(small(), [torch.randn(4, 6)], forward=forward)
+    assert caught.value.code == 7
+
+
 def test_torch_s_words_on_a_batch_of_one_come_first():
     with pytest.raises(ValueError, match=r"^Expected more than 1 value.*\nrecalibrate, on batch 1: give larger"):
         normwise.recalibrate(small(), [torch.randn(4, 6), torch.randn(1, 6)])

@@ -70,15 +70,22 @@ def counted(module: nn.Module, x: Tensor, given: dict[str, Any]) -> Tensor | Non
     if (mask is None and lengths is None) or x.is_nested:
         return None
     dim = getattr(module, "dim", None)
-    if norm_kind(module) not in ("layer", "rms"):
+    of_features = norm_kind(module) in ("layer", "rms")
+    if not of_features:
         dim = 1
     axis = x.dim() - 1 if dim is None else dim if isinstance(dim, int) else dim[0]
+    # Features on several axes are no steps of (N, L, D).
+    alone = of_features and len(getattr(module, "normalized_shape", (0,)) if dim is None else _axes(dim)) == 1
     try:
         lengths = None if lengths is None else torch.as_tensor(lengths)
-        valid = validity.valid_elements(x, mask, lengths, channel_dim=axis)
+        valid = validity.valid_beside_features(x, mask, lengths, (axis % x.dim(),) if alone else (), axis)
     except (TypeError, ValueError):
         return None
     return None if valid is None else valid.expand_as(x)
+
+
+def _axes(dim: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (dim,) if isinstance(dim, int) else dim
 
 
 def _words(name: str) -> set[str]:

@@ -190,6 +190,20 @@ class _BatchNorm(CountsSkipped, Activated, nn.modules.batchnorm._BatchNorm):
             self._count_skipped(updated)
         return y
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """As in torch.nn; where statistics of one domain do not fit those of several, the errors say what does."""
+        messages: list[str] = args[-1]
+        before = len(messages)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        mean = state_dict.get(prefix + "running_mean")
+        if self.domains is None or len(messages) == before or getattr(mean, "shape", None) != (self.num_features,):
+            return
+        messages.append(
+            f"{prefix[:-1] or 'the layer'} has the statistics of {counted(self.domains, 'domain')}, the state_dict "
+            "those of one: load it into a layer without domains=, and give each domain these by "
+            f"normwise.convert(model, to='batch', domains={self.domains})"
+        )
+
     def _running_stats(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Running mean and variance and the count of batches, where this call uses or updates them."""
         buffers = self.__dict__["_buffers"]

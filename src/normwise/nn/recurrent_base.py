@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from normwise.backends.recurrence import Cell, NormKind, Recurrence
 from normwise.backends.scalars import flags
 from normwise.nn import recurrent_parameters as parameters
 from normwise.nn.construct import NotScripted
-from normwise.ops import hyperparameters, symbolic
+from normwise.ops import hyperparameters, ragged, symbolic
 from normwise.ops.rnn import stack
 from normwise.ops.rnn.between import BetweenNorm
 from normwise.ops.rnn.running_stats import StatsObserver
@@ -105,6 +105,23 @@ class Recurrent(NotScripted, RNNBase):
         finally:
             vars(self).update(before)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch.nn. Where gains are missing, as in what torch.nn's layer keeps, the error says how that is taken
+        over."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            gains = [name for name in self.state_dict() if name.startswith("gain_")]
+            if not strict or not gains or any(name in state_dict for name in gains):
+                raise
+            name, norm = type(self).__name__, self.recurrence.norm
+            of_layer = "layer" if norm == "layer" else f"layer, norm={norm!r}"
+            of_model = "" if norm is None else f", or of a whole model by normwise.convert(model, recurrent={norm!r})"
+            raise RuntimeError(
+                f"{error}\n\tThe state_dict has no gains. The weights of a torch.nn.{name} are taken over by "
+                f"normwise.{name}.from_torch({of_layer}){of_model}"
+            ) from None
+
     @classmethod
     def from_torch(cls, layer: nn.Module, *, norm: NormKind | None = "layer", **options: Any) -> Any:
         """A layer that starts from the weights of a torch.nn layer of the same cell.
@@ -123,9 +140,10 @@ class Recurrent(NotScripted, RNNBase):
         """
         wanted = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}[cls.cell]
         if not isinstance(layer, wanted):
-            raise TypeError(
-                f"{cls.__name__}.from_torch expects a torch.nn.{wanted.__name__}, but got {type(layer).__name__}"
-            )
+            found, cure = type(layer).__name__, ""
+            if isinstance(layer, Recurrent):
+                found, cure = f"normwise.{found}", ": copy it by copy.deepcopy(layer)"
+            raise TypeError(f"{cls.__name__}.from_torch expects a torch.nn.{wanted.__name__}, but got {found}{cure}")
         if "forget_bias" in options:
             raise TypeError("from_torch keeps the layer's biases: set forget_bias on these")
         names = ["input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional"]
@@ -151,7 +169,8 @@ class Recurrent(NotScripted, RNNBase):
         """Run whole sequences; torch.nn's arguments and return values.
 
         Args:
-            input: (T, B, I), or (B, T, I) with `batch_first`, or (T, I) without a batch, or a PackedSequence.
+            input: (T, B, I), or (B, T, I) with `batch_first`, or (T, I) without a batch, or a PackedSequence, or a
+                jagged nested tensor (B, T, I) with T ragged.
             hx: initial state (L * D, B, H), a pair (h, c) for an LSTM; None means zeros.
             lengths: (B,) integers in [0, T], in any order: the valid steps of each sequence. What lies beyond may
                 hold anything; there the output is 0, and the final state is that of the last valid step.
@@ -213,6 +232,8 @@ class Recurrent(NotScripted, RNNBase):
     def _warn_of_length(self, input: Tensor | PackedSequence) -> None:
         if isinstance(input, PackedSequence):
             self._warn_beyond(len(input.batch_sizes))
+        elif input.is_nested:
+            self._warn_beyond(ragged.longest(input))
         else:
             self._warn_beyond(input.shape[1 if self.batch_first and input.dim() == 3 else 0])
 

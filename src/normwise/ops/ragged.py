@@ -112,6 +112,33 @@ def _places(x: Ragged) -> tuple[Tensor, Tensor, Tensor]:
     return sample, step, counts
 
 
+def of_steps(name: str, x: Tensor) -> None:
+    """TypeError or ShapeError unless a nested tensor is jagged, without holes, and (N, L, C) with L ragged."""
+    _rows(x)
+    if x.dim() != 3 or _jagged_dim(x) != 1:
+        shape = ", ".join(str(s) if isinstance(s, int) else "L" for s in x.shape)
+        raise ShapeError(
+            f"{name}: expected a jagged tensor (N, L, C) of sequences of L steps, L ragged, but got ({shape})"
+        )
+
+
+def rows_and_offsets(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a jagged tensor: the rows of all sequences, one behind the other, and where each begins; the last one ends at
+    the last number."""
+    return _rows(x), _jagged(x).offsets()
+
+
+def longest(x: Tensor) -> int:
+    """The steps of the longest sequence of a jagged tensor."""
+    counts = _jagged(x).offsets().diff()
+    return int(counts.max()) if len(counts) else 0
+
+
+def like(rows: Tensor, x: Tensor) -> Tensor:
+    """`rows` as a jagged tensor of the sequences of `x`."""
+    return _wrap(rows, x)  # type: ignore[return-value]
+
+
 def _kind(x: Any) -> str:
     if isinstance(x, PackedSequence):
         return "PackedSequence"

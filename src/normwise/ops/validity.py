@@ -58,19 +58,21 @@ def valid_elements(x: Tensor, mask: Any, lengths: Any, channel_dim: int) -> Tens
     return flags.reshape(padded)
 
 
-def _from_lengths(x: Tensor, lengths: Any) -> Tensor:
+def _from_lengths(x: Tensor, lengths: Any, axis: int = -1) -> Tensor:
     if x.dim() < 3:
         raise ShapeError(
             "lengths counts valid steps along the last axis of an input (N, C, L), but got an input of shape "
             f"{tuple(x.shape)}: use mask="
         )
-    n, steps = x.shape[0], x.shape[-1]
+    n, steps = x.shape[0], x.shape[axis]
     counts = one_length_each(lengths, n, steps, f"an input of shape {tuple(x.shape)}")
     counts = counts.to(x.device, non_blocking=True)
     request = LengthsRequest(counts, steps)
     kernel = lengths_kernel(request)
     valid = kernel(request) if kernel is not None else torch.arange(steps, device=x.device) < counts[:, None]
-    return valid.view(n, *(1,) * (x.dim() - 2), steps)
+    shape = [n, *(1,) * (x.dim() - 1)]
+    shape[axis] = steps
+    return valid.view(shape)
 
 
 def one_length_each(lengths: Any, samples: int, steps: int, of: str) -> Tensor:
@@ -95,13 +97,18 @@ def one_length_each(lengths: Any, samples: int, steps: int, of: str) -> Tensor:
     return found
 
 
-def not_along_features(lengths: Tensor | None, x: Tensor, dims: tuple[int, ...]) -> None:
-    """`lengths` are of steps, and the last axis of features has none."""
-    if lengths is not None and dims == (x.dim() - 1,):
-        raise ValueError(
-            "lengths counts valid steps along the last axis, but here the last axis holds the features that are "
-            "normalized: give mask= of shape (N, L), True = valid, or normalize the channels of (N, C, L) by dim=1"
+def valid_beside_features(x: Tensor, mask: Any, lengths: Any, dims: tuple[int, ...], channel_dim: int) -> Tensor | None:
+    """`valid_elements` of a norm of the axes `dims`. Where the last one alone holds features, the steps of (N, L, D)
+    are on axis 1; with more axes that could be any of them."""
+    if lengths is None or mask is not None or dims != (x.dim() - 1,):
+        return valid_elements(x, mask, lengths, channel_dim)
+    if x.dim() != 3:
+        raise ShapeError(
+            "lengths counts valid steps along axis 1 of an input (N, L, D) with its features on the last axis, but got "
+            f"an input of shape {tuple(x.shape)}: give mask=, True = valid, of that shape without the last axis or one "
+            "that broadcasts to it"
         )
+    return _from_lengths(x, lengths, axis=1)
 
 
 def enough_values(x: Tensor, valid: Tensor | None, needed: int) -> None:

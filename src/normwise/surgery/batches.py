@@ -147,6 +147,7 @@ def _restated(error: Exception, text: str) -> Exception | None:
     try:
         same = type(error)(text)
         if str(same) == text:
+            vars(same).update(vars(error))  # what else it says, to whoever catches it
             return same
     except Exception:  # its class wants other arguments
         pass

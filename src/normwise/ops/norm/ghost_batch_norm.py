@@ -42,7 +42,7 @@ def ghost_batch_norm(request: NormRequest, virtual_batch_size: int, correction: 
         valid = valid.expand(samples, *valid.shape[1:])
     cut = whole * virtual_batch_size
     pieces = [
-        _virtual_batches(request, x[rows], None if valid is None else valid[rows], ghosts)
+        _virtual_batches(request, x[rows], None if valid is None else valid[rows], ghosts, virtual_batch_size)
         for rows, ghosts in ((slice(0, cut), whole), (slice(cut, None), 1))
         if x[rows].shape[0]
     ]
@@ -57,15 +57,22 @@ def ghost_batch_norm(request: NormRequest, virtual_batch_size: int, correction: 
     return y, running_stats.update_from_moments(request.config, *stats, combined(parts), correction)
 
 
-def _virtual_batches(request: NormRequest, x: Tensor, valid: Tensor | None, ghosts: int) -> tuple[Tensor, Moments]:
+def _virtual_batches(
+    request: NormRequest, x: Tensor, valid: Tensor | None, ghosts: int, virtual_batch_size: int
+) -> tuple[Tensor, Moments]:
     """The norm of `ghosts` virtual batches of equal size, and their moments (ghosts, C)."""
     samples, channels, *positions = x.shape
     size = samples // ghosts
     counts = _counts(x, valid, ghosts)
-    if valid is None:
-        validity.enough_values(x[:size], None, needed=2)
-    elif values_visible(counts) and bool((counts == 1).any()):
-        validity.more_than_one(1, x, validity.BATCH_OF_ONE_CURE)
+    one_value = size * prod(positions) == 1 if valid is None else values_visible(counts) and bool((counts == 1).any())
+    if one_value:
+        validity.more_than_one(
+            1,
+            request.x,
+            f"That is all that a virtual batch has here, of virtual_batch_size={virtual_batch_size}: make it larger, "
+            "or None for the whole batch. Other ways out: a norm that needs no batch (LayerNorm, GroupNorm), or eval "
+            "mode",
+        )
 
     # A channel of a virtual batch is a channel of a batch of this size, so any kernel of batch norm does.
     def fold(t: Tensor) -> Tensor:

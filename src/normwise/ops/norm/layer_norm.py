@@ -59,8 +59,8 @@ def layer_norm(
         dim: the axes of the input that hold `normalized_shape`, in its order; default the last ones.
         mask: bool, True = valid: the input's shape without its channel axis (the first one that `dim` names; without
             `dim` the last), or anything that broadcasts to the input.
-        lengths: (N,) integers, valid steps along the last axis of (N, C, L); not where that axis is the only one
-            normalized.
+        lengths: (N,) integers, valid steps of each sample: along axis 1 of (N, L, D) where the last axis is the only
+            one normalized, otherwise along the last axis, as of (N, C, L).
         act: "relu", "leaky_relu", "silu", "gelu", "relu6", "hardswish", "hardsigmoid", "elu", "gelu_tanh", "softplus"
             or "mish", applied last: torch.nn.functional's by their defaults, "gelu_tanh" gelu(approximate="tanh").
         add: like the input, added to it before the statistics are taken.
@@ -262,9 +262,8 @@ def _feature_norm(
     trailing = inputs.trailing_dims(x, len(shape))
     valid = formula = None
     if mask is not None or lengths is not None:
-        validity.not_along_features(lengths, x, dims or trailing)
         channel_dim = (dims or trailing)[0] if dim is not None else x.dim() - 1
-        valid = validity.valid_elements(x, mask, lengths, channel_dim)
+        valid = validity.valid_beside_features(x, mask, lengths, dims or trailing, channel_dim)
         readable = False
     if segments is not None:
         return _of_segments(config, x, found, weight, bias, valid, add, cast)

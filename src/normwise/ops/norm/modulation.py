@@ -89,8 +89,8 @@ def of_features(
     dims = inputs.feature_dims(x, shape, dim) or trailing
     valid = None
     if mask is not None or lengths is not None:
-        validity.not_along_features(lengths, x, dims)
-        valid = validity.valid_elements(x, mask, lengths, channel_dim=dims[0] if dim is not None else x.dim() - 1)
+        channel_dim = dims[0] if dim is not None else x.dim() - 1
+        valid = validity.valid_beside_features(x, mask, lengths, dims, channel_dim)
     scale, shift = (
         _kept(_by_feature(name, getattr(given, name), x, shape, dims), valid) for name in ("scale", "shift")
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from normwise.ops.rnn.running_stats import BatchStats
 
 
 def tensor_or_packed(x: Any, name: str, cell: str) -> None:
-    """A PackedSequence, or a tensor with or without a batch; `name` is the layer's."""
+    """A PackedSequence, or a tensor with or without a batch, jagged or not; `name` is the layer's."""
     if isinstance(x, PackedSequence):
         return
     if not isinstance(x, Tensor):
@@ -94,7 +94,18 @@ def states(
             hint = order(state.shape[1]) if tuple(state.shape[::2]) == size[::2] else ""
             raise RuntimeError(f"Expected {which} size {size}, got {list(state.shape)}{hint}")
     inputs.beside(x, h0=found[0], c0=found[1] if lstm else None)
+    of_one_dtype(x, found)
     return found[0], found[1] if lstm else None
+
+
+def of_one_dtype(x: Tensor, states: Sequence[Tensor | None]) -> None:
+    """ValueError for a state of another dtype than the input, unless autocast gives both its own."""
+    for state in states:
+        if state is not None and state.dtype != x.dtype and not any_autocast_enabled():
+            raise ValueError(
+                f"Input and hidden tensors are not the same dtype, found input tensor with {x.dtype} and hidden tensor "
+                f"with {state.dtype}. Convert the state: state.to({x.dtype})"
+            )
 
 
 def lengths(given: Any, steps: int, batch: int, batched: bool, batch_first: bool) -> Tensor:

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from normwise.backends.devices import on_cpu
 from normwise.backends.protocol import Layout
 from normwise.backends.reference.sequences import valid_steps
+from normwise.ops import ragged
 from normwise.ops.autograd import put_rows, take_rows
 from normwise.ops.dispatch import have_values, is_traced_or_transformed, values_visible
 
@@ -22,6 +23,7 @@ class Sequences(NamedTuple):
     order: (batch,) the sample at each place of a packed batch; None: as given.
     source: (rows,) where each packed row was in the padded input, (steps, batch) or, batch first, (batch, steps).
     packed: the input, if it was a PackedSequence.
+    jagged: the input, if it was a jagged tensor, of whose rows `source` then speaks.
     """
 
     x: Tensor
@@ -29,6 +31,7 @@ class Sequences(NamedTuple):
     order: Tensor | None = None
     source: Tensor | None = None
     packed: PackedSequence | None = None
+    jagged: Tensor | None = None
 
 
 def padded(x: Tensor, lengths: Tensor | None, batch_first: bool, bidirectional: bool) -> Sequences:
@@ -51,14 +54,41 @@ def pack(x: Tensor, lengths: Tensor, batch_first: bool, bidirectional: bool) -> 
     longest = int(lengths.max()) if batch else steps
     if longest and (not batch or int(lengths.min()) == longest):
         return Sequences(steps_first[:longest], Layout(longest, batch))
+    sample = torch.arange(batch, device="cpu")
+    first, stride = (sample * steps, 1) if batch_first else (sample, batch)
+    return _by_length(x.flatten(0, 1), lengths, first, stride, longest, bidirectional)
+
+
+def _by_length(
+    rows: Tensor, lengths: Tensor, first: Tensor, stride: int, longest: int, bidirectional: bool
+) -> Sequences:
+    """The longest sequence first, of sequences that begin at the rows `first` and have their steps `stride` apart."""
     ordered, order = lengths.sort(descending=True, stable=True)
     valid = valid_steps(longest, ordered)
     step = torch.arange(longest, device="cpu")[:, None]
-    source = (order * steps + step if batch_first else step * batch + order)[valid].to(x.device, non_blocking=True)
-    flip = _flip(valid, ordered).to(x.device, non_blocking=True) if bidirectional else None
-    order = order.to(x.device, non_blocking=True)
-    layout = Layout(longest, batch, valid.sum(1), flip)
-    return Sequences(take_rows(x.flatten(0, 1), source), layout, order, source)
+    source = (first[order] + step * stride)[valid].to(rows.device, non_blocking=True)
+    flip = _flip(valid, ordered).to(rows.device, non_blocking=True) if bidirectional else None
+    order = order.to(rows.device, non_blocking=True)
+    layout = Layout(longest, len(lengths), valid.sum(1), flip)
+    return Sequences(take_rows(rows, source), layout, order, source)
+
+
+def jagged(x: Tensor, bidirectional: bool) -> Sequences:
+    """The rows of a jagged tensor (B, L, I); dense where all sequences have one length."""
+    rows, offsets = ragged.rows_and_offsets(x)
+    if not may_look(rows, offsets):
+        raise ValueError(
+            "a jagged tensor cannot go into a recurrent layer here, where its lengths are not known (torch.compile, "
+            "torch.export, transforms of torch.func, torch.jit.trace): give x.to_padded_tensor(0) with "
+            "lengths=x.offsets().diff()"
+        )
+    first = offsets.cpu()
+    lengths = first.diff()
+    batch = len(lengths)
+    longest = int(lengths.max()) if batch else 0
+    if batch and longest and int(lengths.min()) == longest:
+        return Sequences(rows.unflatten(0, (batch, longest)).transpose(0, 1), Layout(longest, batch), jagged=x)
+    return _by_length(rows, lengths, first[:-1], 1, longest, bidirectional)._replace(jagged=x)
 
 
 def packed(given: PackedSequence, bidirectional: bool) -> Sequences:
@@ -135,6 +165,10 @@ def output(rows: Tensor, sequences: Sequences, shape: Sequence[int], batch_first
         if layout.lengths is not None:
             return _pack_like(rows, layout.lengths, given)
         return given._replace(data=rows if layout.batch_sizes is not None else rows.flatten(0, 1))
+    if sequences.jagged is not None:
+        source = sequences.source
+        rows = rows.transpose(0, 1).flatten(0, 1) if source is None else put_rows(rows, source, len(rows))
+        return ragged.like(rows, sequences.jagged)
     if sequences.source is not None:
         return put_rows(rows, sequences.source, shape[0] * shape[1]).view(shape[0], shape[1], -1)
     steps = shape[1] if batch_first else shape[0]

@@ -19,7 +19,7 @@ from normwise.backends.protocol import (
     RecurrenceResult,
 )
 from normwise.backends.recurrence import Recurrence, Weights
-from normwise.ops import custom_op, inputs, validity
+from normwise.ops import custom_op, inputs, ragged, validity
 from normwise.ops.autograd import RecurrentLayer
 from normwise.ops.dispatch import is_transforming, resolve
 from normwise.ops.errors import ShapeError
@@ -72,6 +72,14 @@ def sequences(layers: Layers, x: Any, hx: Any, lengths: Any, reset: Any) -> tupl
         steps, batch, batched = len(x.batch_sizes), int(x.batch_sizes[0]), True
         shape: tuple[int, ...] = (steps, batch)
         given = packed.packed(x, both)
+    elif x.is_nested:
+        if lengths is not None:
+            raise ValueError("got lengths together with a nested tensor: it states its own lengths, leave them out")
+        ragged.of_steps(layers.name, x)
+        given = packed.jagged(x, both)
+        arguments.rows(given.x, weights[0])
+        steps, batch, batched = given.layout.steps, given.layout.batch, True
+        shape = (steps, batch)
     else:
         batched = x.dim() == 3
         batch_first = batch_first and batched
@@ -156,6 +164,7 @@ def cell(layers: Layers, x: Any, hx: Any, step: int | None) -> State:
             raise ShapeError(f"{name}: Expected hidden[{n}] to be of shape {shape}, got {tuple(state.shape)}")
     if hx is not None:
         inputs.beside(x, h0=states[0], c0=states[1] if lstm else None)
+        arguments.of_one_dtype(x, states)
     rows = x if x.dim() == 2 else x.unsqueeze(0)
     given = packed.Sequences(rows.unsqueeze(0), Layout(1, len(rows)))
     whole = (1, len(rows), units)
