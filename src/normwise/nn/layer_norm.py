@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +79,7 @@ class LayerNorm(Activated, nn.LayerNorm):
     ) -> None:
         hyperparameters.positive_eps(eps)
         flags(elementwise_affine=elementwise_affine, bias=bias)
-        shape = _shape(normalized_shape)
+        shape = list(hyperparameters.sizes("normalized_shape", normalized_shape))
         self_dim = _dim(dim, shape)
         if act is not None:
             activation(act)
@@ -189,7 +189,7 @@ class RMSNorm(Activated, nn.RMSNorm):
         if eps is not None:
             hyperparameters.positive_eps(eps)
         flags(elementwise_affine=elementwise_affine)
-        shape = _shape(normalized_shape)
+        shape = list(hyperparameters.sizes("normalized_shape", normalized_shape))
         self_dim = _dim(dim, shape)
         if act is not None:
             activation(act)
@@ -274,21 +274,11 @@ def _modulated(layer: LayerNorm | RMSNorm, input: Any, given: dict[str, Any]) ->
     return layer_norm(input, layer.normalized_shape, weight, bias, eps, **options)
 
 
-def _shape(normalized_shape: int | Sequence[int]) -> list[int]:
-    sizes = normalized_shape if _has_many(normalized_shape) else [normalized_shape]
-    return [hyperparameters.size("normalized_shape", size) for size in sizes]
-
-
-def _has_many(given: Any) -> TypeGuard[Iterable[Any]]:
-    """Whether it is a row of numbers; an array or tensor without axes is one."""
-    return isinstance(given, Iterable) and getattr(given, "ndim", 1) > 0
-
-
 def _dim(dim: int | Sequence[int] | None, shape: list[int]) -> int | tuple[int, ...] | None:
     """`dim` as it is kept: hashable, and with as many axes as `shape`."""
     if dim is None:
         return None
-    if _has_many(dim):
+    if hyperparameters.has_many(dim):
         dim = tuple(hyperparameters.whole_number("dim", d) for d in dim)
         named = len(dim)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 from normwise.backends import scalars
 from normwise.ops.errors import ShapeError
@@ -33,9 +33,13 @@ def size(name: str, value: Any) -> int:
 
 
 def sizes(name: str, value: Any) -> tuple[int, ...]:
-    """Several sizes, or one alone: of a row of numbers, or of a number. An array or tensor without axes is a number."""
-    several = isinstance(value, Iterable) and getattr(value, "ndim", 1) > 0
-    return tuple(size(name, one) for one in (value if several else (value,)))
+    """Several sizes, or one alone: of a row of numbers, or of a number."""
+    return tuple(size(name, one) for one in (value if has_many(value) else (value,)))
+
+
+def has_many(given: Any) -> TypeGuard[Iterable[Any]]:
+    """Whether it is a row of numbers; an array or tensor without axes is one number."""
+    return isinstance(given, Iterable) and getattr(given, "ndim", 1) > 0
 
 
 def channel_dim(dim: Any) -> int:
